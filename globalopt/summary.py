@@ -1,0 +1,150 @@
+"""What a run found, as the one value that reports read: `summary.json` of a run folder.
+
+Everything here was measured or decided earlier; a report computes nothing from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from globalopt.types import NM, LayerSpec
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Quality of one model on one set of windows.
+
+    Args:
+        split: which split the windows are ("validation", "test").
+        perplexity: `exp(nll)`.
+        nll: mean negative log likelihood in nats over the predicted tokens (`seqlen - 1` per window).
+        nll_stderr: its standard error over windows.
+        kl: mean KL(dense || this model) in nats per predicted position, or None for the dense model itself.
+        kl_stderr: its standard error over windows, or None.
+        windows, seqlen, tokens: windows, their length, and predicted tokens in all.
+        text_sha256: hash of the windows' token ids.
+        dtype: what the model computed in.
+    """
+
+    split: str
+    perplexity: float
+    nll: float
+    nll_stderr: float
+    kl: float | None
+    kl_stderr: float | None
+    windows: int
+    seqlen: int
+    tokens: int
+    text_sha256: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer of a run: what it was given and what came of it.
+
+    Args:
+        cost: parameters or bytes used, in the budget's accounting; `dense_cost` what the dense layer uses.
+        predicted: the surface's error at the target, in `Summary.error_unit`.
+        actual: the refined layer's error in the same unit: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
+        relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
+        status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
+    """
+
+    name: str
+    block: int
+    kind: str
+    d_out: int
+    d_in: int
+    rank: int
+    nnz: int
+    pattern: str | None
+    cost: int
+    dense_cost: int
+    predicted: float
+    actual: float
+    relative: float
+    status: str
+    damping: float
+    seconds: float
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the layer kept, in the budget's accounting."""
+        return self.cost / self.dense_cost
+
+    @property
+    def density(self) -> float:
+        """Nonzeros of `S` over all weights."""
+        return self.nnz / (self.d_out * self.d_in)
+
+    @property
+    def rank_params(self) -> int:
+        return self.rank * (self.d_out + self.d_in)
+
+    @property
+    def rank_share(self) -> float:
+        """Share of the kept parameters that sits in the low-rank factors; 0 for a layer that keeps nothing."""
+        kept = self.rank_params + self.nnz
+        return self.rank_params / kept if kept else 0.0
+
+    @property
+    def spec(self) -> LayerSpec:
+        return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
+
+    @property
+    def nm(self) -> NM | None:
+        return NM.parse(self.pattern) if self.pattern else None
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds and peak resident memory in bytes of one stage (device memory where one is used)."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run.
+
+    Args:
+        command: what was typed, without paths of the program itself.
+        model: how the model was named by the user; `reference` when it is the bundled one.
+        allocator, solver: their names; `allocator` as written in the budget file.
+        accounting, asked, limit, used, total: the budget in its unit; `asked` as a fraction kept.
+        predicted, bound: of the allocation, in `error_unit`; bound None without a certificate.
+        error_unit: "nats per token" or "output error".
+        covered, block_params, skipped: coverage; `skipped` maps what is not covered to its parameters.
+        dense, compressed: metrics of both on the same windows, one per split, in the same order.
+        splits: how each split was made: source, hash, windows, seed.
+        notes: what a reader must know (conversions, fallbacks).
+    """
+
+    command: str
+    model: str
+    allocator: str
+    solver: str
+    seed: int
+    accounting: str
+    asked: float
+    limit: int
+    used: int
+    total: int
+    predicted: float
+    bound: float | None
+    error_unit: str
+    covered: int
+    block_params: int
+    skipped: Mapping[str, int]
+    layers: tuple[LayerResult, ...]
+    dense: tuple[Metrics, ...]
+    compressed: tuple[Metrics, ...]
+    stages: tuple[StageCost, ...]
+    splits: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

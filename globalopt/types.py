@@ -1,0 +1,524 @@
+"""The values that pass between stages: frozen, and checked once, at birth.
+
+Conventions, stated here and nowhere else:
+
+* `W` is `(d_out, d_in)` as in `nn.Linear`; a GPT-2 `Conv1D` is transposed where the model is read and written.
+* **layer** = one linear map, **block** = one decoder layer, **site** = one input tensor shared by several layers
+  (q/k/v; gate/up).
+* `G = mean over tokens of x xᵀ`: per token, no factor 2. Layer error = `tr(E G Eᵀ)` with `E = W - S - L`.
+* `A = mean over tokens of g gᵀ`, `g` the gradient of `log p(label)` at the layer's output, labels sampled from the
+  model. `tr(A E G Eᵀ) / 2` is then a predicted loss in nats per token (K-FAC).
+* Kernels compute in float32 (float64 where a result depends on it); errors are summed in float64; parameters are
+  counted as integers.
+* A budget is the fraction **kept** of the compressible layers, in (0, 1].
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from globalopt.errors import BudgetError, CalibrationError, NumericalError, UnknownNameError, UsageError
+
+ACCOUNTINGS = ("params", "bytes")
+BYTES_PER_VALUE = 2  # values are stored in 16 bits in every format we count
+
+
+@dataclass(frozen=True)
+class NM:
+    """An N:M pattern: of every `of` consecutive weights of a row exactly `keep` may be nonzero."""
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.of:
+            raise UsageError(f"Pattern {self.keep}:{self.of} must keep at least 1 and fewer than all of its group.")
+
+    @classmethod
+    def parse(cls, text: str) -> NM | None:
+        """Read "2:4" (keep 2 of 4) or "unstructured" (None)."""
+        if text == "unstructured":
+            return None
+        keep, colon, of = text.partition(":")
+        if not (colon and keep.isdecimal() and of.isdecimal()):
+            raise UnknownNameError("pattern", text, ("unstructured", "2:4", "4:8", "1:4", "2:8"))
+        return cls(int(keep), int(of))
+
+    def nnz(self, spec: LayerSpec) -> int:
+        """Nonzeros of a layer under this pattern; `UsageError` where `d_in` is no multiple of the group."""
+        if spec.d_in % self.of:
+            raise UsageError(
+                f"Pattern {self} needs d_in to be a multiple of {self.of}; layer {spec.name} has d_in = {spec.d_in}. "
+                "Use --pattern unstructured."
+            )
+        return spec.numel // self.of * self.keep
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One compressible linear layer: where it is and how large.
+
+    `name` is the module path; `site` names the input tensor it shares with other layers; `kind` is the shortest
+    name that tells the layers of one block apart ("q_proj").
+    """
+
+    name: str
+    block: int
+    site: str
+    kind: str
+    d_out: int
+    d_in: int
+
+    def __post_init__(self) -> None:
+        if self.d_out < 1 or self.d_in < 1:
+            raise UsageError(f"Layer {self.name} has shape {self.d_out} x {self.d_in}; both sizes must be at least 1.")
+
+    @property
+    def numel(self) -> int:
+        return self.d_out * self.d_in
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.d_out, self.d_in)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer may keep: a rank for `L`, a number of nonzeros for `S`, and how these lie.
+
+    With a `pattern`, `nnz` is the pattern's exact count. `signs` adds SLaB's bit plane. `Target.dense(spec)` is the
+    untouched layer, `Target.zero()` drops it.
+    """
+
+    rank: int
+    nnz: int
+    pattern: NM | None = None
+    signs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.nnz < 0:
+            raise UsageError(f"A target needs rank >= 0 and nnz >= 0; got rank {self.rank}, nnz {self.nnz}.")
+
+    @classmethod
+    def dense(cls, spec: LayerSpec) -> Target:
+        return cls(rank=0, nnz=spec.numel)
+
+    @classmethod
+    def zero(cls) -> Target:
+        return cls(rank=0, nnz=0)
+
+    def check(self, spec: LayerSpec) -> Target:
+        """Return self if it fits `spec`; `UsageError` naming the layer and the range otherwise."""
+        if self.rank > spec.max_rank:
+            raise UsageError(f"Layer {spec.name}: rank {self.rank} is above its largest rank {spec.max_rank}.")
+        if self.nnz > spec.numel:
+            raise UsageError(f"Layer {spec.name}: {self.nnz} nonzeros are more than its {spec.numel} weights.")
+        if self.pattern is not None and self.nnz != self.pattern.nnz(spec):
+            raise UsageError(
+                f"Layer {spec.name}: pattern {self.pattern} means {self.pattern.nnz(spec)} nonzeros, not {self.nnz}."
+            )
+        return self
+
+    def params(self, spec: LayerSpec) -> int:
+        """Parameters kept: `rank (d_out + d_in) + nnz`, plus one 16-bit value per 16 bits of a sign plane."""
+        plane = math.ceil(spec.numel / 16) if self.signs else 0
+        return self.rank * (spec.d_out + spec.d_in) + self.nnz + plane
+
+    def bytes(self, spec: LayerSpec) -> int:
+        """Bytes at 16 bits a value, the cheapest index included.
+
+        Factors: `2 rank (d_out + d_in)`. `S`: 2 per value, plus nothing if it is full or empty, `ceil(log2 of)` bits
+        per value under a pattern, else the smaller of a bitmap (1 bit per weight) and 16-bit column indices with row
+        pointers.
+        """
+        low_rank = BYTES_PER_VALUE * self.rank * (spec.d_out + spec.d_in)
+        plane = math.ceil(spec.numel / 8) if self.signs else 0
+        if self.nnz in (0, spec.numel):
+            index = 0
+        elif self.pattern is not None:
+            index = math.ceil(self.nnz * math.ceil(math.log2(self.pattern.of)) / 8)
+        else:
+            index = math.ceil(spec.numel / 8)
+            if spec.d_in <= 2**16:
+                index = min(index, 2 * self.nnz + 4 * (spec.d_out + 1))
+        return low_rank + plane + BYTES_PER_VALUE * self.nnz + index
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on what all layers keep together, in the unit of an accounting.
+
+    Args:
+        limit: the most that may be used, parameters or bytes.
+        total: what the dense layers use in the same unit.
+        accounting: "params" or "bytes" (`Target.params`, `Target.bytes`).
+    """
+
+    limit: int
+    total: int
+    accounting: str = "params"
+
+    def __post_init__(self) -> None:
+        if self.accounting not in ACCOUNTINGS:
+            raise UnknownNameError("accounting", self.accounting, ACCOUNTINGS)
+        if not 0 < self.limit <= self.total:
+            raise UsageError(f"A budget must be above 0 and at most the dense {self.total}; got {self.limit}.")
+
+    @classmethod
+    def fraction(cls, kept: float, specs: Iterable[LayerSpec], accounting: str = "params") -> Budget:
+        """The budget that keeps `kept` of the compressible layers, rounded down to a whole unit."""
+        if not 0 < kept <= 1:
+            raise UsageError(f"--budget is the fraction kept of the compressible layers, in (0, 1]; got {kept:g}.")
+        if accounting not in ACCOUNTINGS:
+            raise UnknownNameError("accounting", accounting, ACCOUNTINGS)
+        total = sum(spec.numel for spec in specs) * (BYTES_PER_VALUE if accounting == "bytes" else 1)
+        return cls(limit=max(1, math.floor(kept * total + 1e-9)), total=total, accounting=accounting)
+
+    @property
+    def kept(self) -> float:
+        return self.limit / self.total
+
+    def cost(self, target: Target, spec: LayerSpec) -> int:
+        """What `target` uses of this budget."""
+        return target.params(spec) if self.accounting == "params" else target.bytes(spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Second moment `matrix` (d, d) float32 of a tensor over `tokens` tokens; never modified."""
+
+    matrix: Tensor
+    tokens: int
+
+    def __post_init__(self) -> None:
+        m = self.matrix
+        if m.ndim != 2 or m.shape[0] != m.shape[1]:
+            raise CalibrationError(f"A Gram must be square; got shape {tuple(m.shape)}.")
+        if self.tokens < 1:
+            raise CalibrationError("A Gram needs at least one token; no token reached this input.")
+        if not bool(torch.isfinite(m).all()):
+            raise CalibrationError("The Gram is not finite: the activations overflow or the model holds NaN.")
+        if bool((m.diagonal() < 0).any()):
+            raise CalibrationError("The Gram has a negative diagonal entry; it is no second moment.")
+        scale = m.abs().max()
+        if bool((m - m.mT).abs().max() > 1e-4 * scale):
+            raise CalibrationError("The Gram is not symmetric; it is no second moment.")
+
+    @property
+    def diagonal(self) -> Tensor:
+        """(d,) mean square of each coordinate."""
+        return self.matrix.diagonal()
+
+    @property
+    def norms(self) -> Tensor:
+        """(d,) root mean square of each coordinate, Wanda's `||x_j||` up to the number of tokens."""
+        return self.diagonal.sqrt()
+
+    def damped(self, damping: float) -> Gram:
+        """A new Gram with `damping * mean(diagonal)` added to the diagonal."""
+        ridge = damping * float(self.diagonal.double().mean())
+        return Gram(self.matrix + ridge * torch.eye(len(self.matrix), device=self.matrix.device), self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The norm a layer error is measured in: `tr(A E G Eᵀ)`, or `tr(E G Eᵀ)` without `outputs`.
+
+    `inputs` is G (d_in, d_in); `outputs` is A (d_out, d_out) or None.
+    """
+
+    inputs: Gram
+    outputs: Gram | None = None
+
+    def error(self, residual: Tensor) -> float:
+        """`tr(A E G Eᵀ)` for the residual `E` (d_out, d_in), undamped, summed in float64."""
+        EG = residual.float() @ self.inputs.matrix
+        AE = residual.float() if self.outputs is None else self.outputs.matrix @ residual.float()
+        # Rounding can push an exact zero below it.
+        return max(0.0, float((EG.double() * AE.double()).sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """`W ~ S + U V`, or `S + (U V) * signs` for SLaB.
+
+    Args:
+        S: (d_out, d_in) with exact zeros.
+        U: (d_out, rank). V: (rank, d_in). Rank 0 is allowed.
+        signs: (d_out, d_in) of +-1, or None.
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    signs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        d_out, d_in = self.S.shape
+        if self.U.shape[0] != d_out or self.V.shape[1] != d_in or self.U.shape[1] != self.V.shape[0]:
+            raise NumericalError(
+                f"Shapes disagree: S {tuple(self.S.shape)}, U {tuple(self.U.shape)}, V {tuple(self.V.shape)}."
+            )
+        if self.signs is not None and self.signs.shape != self.S.shape:
+            raise NumericalError(f"Signs {tuple(self.signs.shape)} do not match S {tuple(self.S.shape)}.")
+        for label, part in (("S", self.S), ("U", self.U), ("V", self.V)):
+            if not bool(torch.isfinite(part).all()):
+                raise NumericalError(f"{label} of the decomposition is not finite.")
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        return int(torch.count_nonzero(self.S))
+
+    def dense(self) -> Tensor:
+        """(d_out, d_in) float32: the matrix this stands for."""
+        L = self.U.float() @ self.V.float()
+        if self.signs is not None:
+            L = L * self.signs
+        return self.S.float() + L
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """Apply to inputs `x` (..., d_in) -> (..., d_out), without forming the low-rank product where possible."""
+        if self.signs is not None:
+            return x @ self.dense().to(x.dtype).mT
+        return x @ self.S.to(x.dtype).mT + (x @ self.V.to(x.dtype).mT) @ self.U.to(x.dtype).mT
+
+    def fits(self, target: Target) -> bool:
+        """Whether counts and pattern are within `target`."""
+        if self.rank > target.rank or self.nnz > target.nnz or (self.signs is not None) != target.signs:
+            return False
+        return target.pattern is None or follows(self.S, target.pattern)
+
+
+def follows(S: Tensor, pattern: NM) -> bool:
+    """Whether every group of `pattern.of` consecutive weights of a row of `S` has at most `pattern.keep` nonzeros."""
+    if S.shape[1] % pattern.of:
+        return False
+    groups = S.reshape(S.shape[0], -1, pattern.of)
+    return bool(((groups != 0).sum(-1) <= pattern.keep).all())
+
+
+class Status(Enum):
+    """How a solver ended, each with a sentence of advice."""
+
+    CONVERGED = "converged"
+    MAX_STEPS = "max-steps"
+    FALLBACK = "fallback"
+
+    @property
+    def advice(self) -> str:
+        return {
+            Status.CONVERGED: "The support settled, or the method has no iteration to wait for.",
+            Status.MAX_STEPS: "The step limit came first; more steps may lower the error.",
+            Status.FALLBACK: "The Gram needed more damping than asked; use more calibration tokens.",
+        }[self]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solver's answer: `value`, its undamped `error` (`Metric.error`), how it ended, and figures (`stats`)."""
+
+    value: Decomposition
+    error: float
+    status: Status = Status.CONVERGED
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.error) and self.error >= 0):
+            raise NumericalError(f"The layer error came out as {self.error}; the decomposition is unusable.")
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Stage 1's answer for one layer: `W D = U diag(s) Vh + S` with `D = diag(scale)`.
+
+    Args:
+        U: (d_out, k) orthonormal columns. s: (k,) descending, >= 0. Vh: (k, d_in) orthonormal rows.
+        S: (d_out, d_in), the rest: RPCA's sparse part and its residual, so that the sum is exact.
+        scale: (d_in,) positive, the input scaling the split was made in.
+        stats: figures of the split (steps, residual, nnz of the sparse part).
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    S: Tensor
+    scale: Tensor
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        k = len(self.s)
+        if self.U.shape != (self.S.shape[0], k) or self.Vh.shape != (k, self.S.shape[1]):
+            raise NumericalError(f"Span shapes disagree: U {tuple(self.U.shape)}, s {k}, Vh {tuple(self.Vh.shape)}.")
+        if not bool((self.scale > 0).all()):
+            raise NumericalError("A span's input scaling must be positive.")
+
+    @property
+    def max_rank(self) -> int:
+        return len(self.s)
+
+    def residual(self, rank: int) -> Tensor:
+        """(d_out, d_in) in scaled coordinates: what the first `rank` directions leave of `W D`."""
+        return self.S + (self.U[:, rank:] * self.s[rank:]) @ self.Vh[rank:]
+
+    def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The first `rank` directions as `U (d_out, rank)`, `V (rank, d_in)` of the unscaled weight."""
+        root = self.s[:rank].sqrt()
+        return self.U[:, :rank] * root, root[:, None] * self.Vh[:rank] / self.scale
+
+
+@dataclass(frozen=True)
+class ErrorSurface:
+    """Predicted error of every option of one layer; not required to be monotone.
+
+    Args:
+        spec: the layer.
+        targets: the options, with distinct `(rank, nnz)`.
+        error: one per option, >= 0: nats per token where a sensitivity is there, else `tr(E G Eᵀ)`.
+    """
+
+    spec: LayerSpec
+    targets: tuple[Target, ...]
+    error: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(self.targets) != len(self.error):
+            raise NumericalError(f"Layer {self.spec.name}: {len(self.targets)} options, {len(self.error)} errors.")
+        if not all(math.isfinite(e) and e >= 0 for e in self.error):
+            raise NumericalError(f"Layer {self.spec.name}: a predicted error is negative or not finite.")
+        for target in self.targets:
+            target.check(self.spec)
+
+    @cached_property
+    def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
+        by_rank: dict[int, list[tuple[int, float]]] = {}
+        for target, error in zip(self.targets, self.error, strict=True):
+            by_rank.setdefault(target.rank, []).append((target.nnz, error))
+        ranks = sorted(by_rank)
+        rows = []
+        for rank in ranks:
+            points = sorted(by_rank[rank])
+            rows.append(([n for n, _ in points], [e for _, e in points]))
+        return ranks, rows
+
+    def predict(self, target: Target) -> float:
+        """Error of any target, linear between the nearest options in nnz, then in rank; constant outside them."""
+        ranks, rows = self._rows
+        at = [_interpolate(nnz, error, target.nnz) for nnz, error in rows]
+        return _interpolate(ranks, at, target.rank)
+
+    def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
+        """Undominated options as `(target, cost, error)`: cost strictly up, error strictly down."""
+        options = sorted(
+            ((budget.cost(t, self.spec), e, t.rank, t.nnz, t) for t, e in zip(self.targets, self.error, strict=True)),
+            key=lambda o: o[:4],
+        )
+        kept: list[tuple[Target, int, float]] = []
+        for cost, error, _, _, target in options:
+            if not kept or error < kept[-1][2]:
+                kept.append((target, cost, error))
+        return tuple(kept)
+
+
+def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    right = bisect.bisect_left(xs, x)
+    if right == 0:
+        return ys[0]
+    if right == len(xs):
+        return ys[-1]
+    t = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right - 1] + t * (ys[right] - ys[right - 1])
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One target per layer within a budget; made only by `Problem.finish`, or read back from a budget file.
+
+    Args:
+        targets: by layer name, in model order.
+        budget: the limit and its unit.
+        used: what the targets use, in the budget's unit.
+        predicted: sum of the surfaces' errors.
+        by: the allocator's name.
+        bound: a proved lower bound on `predicted` over all choices of options, or None.
+    """
+
+    targets: Mapping[str, Target]
+    budget: Budget
+    used: int
+    predicted: float
+    by: str
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.used > self.budget.limit:
+            raise BudgetError(f"The allocation uses {self.used} of {self.budget.limit} {self.budget.accounting}.")
+        object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance to the bound, `(predicted - bound) / predicted`, at least 0."""
+        if self.bound is None:
+            return None
+        return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, and a seed."""
+
+    surfaces: tuple[ErrorSurface, ...]
+    budget: Budget
+    pattern: NM | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.surfaces:
+            raise BudgetError("There is no layer to allocate to.")
+        least = sum(min(self.budget.cost(t, s.spec) for t in s.targets) for s in self.surfaces)
+        if least > self.budget.limit:
+            share = least / self.budget.total
+            why = f" with pattern {self.pattern}" if self.pattern else ""
+            raise BudgetError(
+                f"A budget of {self.budget.kept:.4g} keeps {self.budget.limit} {self.budget.accounting}; the cheapest "
+                f"allocation{why} needs {least}. Raise --budget to at least {math.ceil(share * 1e4) / 1e4:g}."
+            )
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        return tuple(surface.spec for surface in self.surfaces)
+
+    def predicted(self, targets: Mapping[str, Target]) -> float:
+        """Sum over layers of the surfaces' errors at `targets`."""
+        return math.fsum(surface.predict(targets[surface.spec.name]) for surface in self.surfaces)
+
+    def used(self, targets: Mapping[str, Target]) -> int:
+        """What `targets` use together, in the budget's unit."""
+        return sum(self.budget.cost(targets[spec.name], spec) for spec in self.specs)
+
+    def finish(self, targets: Mapping[str, Target], by: str, bound: float | None = None) -> Allocation:
+        """Check every target and the budget, and make the allocation; the only place one is made.
+
+        Raises:
+            BudgetError: the targets exceed the budget, or their layers are not the problem's.
+            UsageError: a target does not fit its layer.
+        """
+        if set(targets) != {spec.name for spec in self.specs}:
+            raise BudgetError(f"{by} returned targets for {len(targets)} layers; the problem has {len(self.specs)}.")
+        ordered = {spec.name: targets[spec.name].check(spec) for spec in self.specs}
+        return Allocation(ordered, self.budget, self.used(ordered), self.predicted(ordered), by, bound)
