@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.kernels.projection import SAMPLE_STRIDE, keep_nm, keep_per_row, keep_top, keep_weights
+from globalopt.types import NM
+
+GRID = torch.randint(0, 4, (7, 24), generator=torch.Generator().manual_seed(1)).float()  # mostly ties
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 84, 167, 168])
+def test_keep_top_counts_exactly_and_breaks_ties_by_index(count):
+    mask = keep_top(GRID.flatten(), count)
+    expected = torch.zeros(168, dtype=torch.bool)
+    expected[GRID.flatten().argsort(descending=True, stable=True)[:count]] = True
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 23, 24])
+def test_keep_top_works_along_the_last_dimension(count):
+    expected = torch.stack([keep_top(row, count) for row in GRID])
+    assert torch.equal(keep_top(GRID, count), expected)
+
+
+@pytest.mark.parametrize("shape", ["smooth", "ties", "two values", "sorted", "period", "constant", "rare"])
+@pytest.mark.parametrize("count", [1, 2, 60, 5000, 9999, 10_000, 19_000, 19_999])
+def test_keep_top_of_many_scores_is_a_sort(shape, count):
+    generator = torch.Generator().manual_seed(2)
+    smooth = torch.randn(20_000, generator=generator)
+    scores = {
+        "smooth": smooth,
+        "ties": (3 * smooth).round(),
+        "two values": (smooth > 0).float(),
+        "sorted": smooth.sort().values,
+        "period": torch.arange(20_000.0) % SAMPLE_STRIDE,
+        "constant": torch.zeros(20_000),
+        "rare": torch.where(torch.arange(20_000) % SAMPLE_STRIDE == 0, 1e9, smooth),
+    }[shape]
+    expected = torch.zeros(20_000, dtype=torch.bool)
+    expected[scores.argsort(descending=True, stable=True)[:count]] = True
+    assert torch.equal(keep_top(scores, count), expected)
+
+
+def test_keep_top_of_infinite_and_equal_scores():
+    assert keep_top(torch.tensor([1.0, torch.inf, torch.inf, 0.0]), 1).tolist() == [False, True, False, False]
+    assert int(keep_top(torch.zeros(10), 3)[:3].sum()) == 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 100, 168])
+def test_keep_per_row_shares_the_remainder(count):
+    mask = keep_per_row(GRID, count)
+    assert int(mask.sum()) == count
+    rows = mask.sum(1)
+    assert int(rows.max() - rows.min()) <= 1
+    for row, kept in zip(GRID, mask, strict=True):
+        assert torch.equal(kept, keep_top(row, int(kept.sum())))
+
+
+def test_keep_per_row_gives_the_remainder_to_the_largest_next_score():
+    scores = torch.tensor([[9.0, 1.0, 0.0], [8.0, 5.0, 0.0], [7.0, 2.0, 0.0]])
+    assert keep_per_row(scores, 4).sum(1).tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 8), NM(1, 3)], ids=str)
+def test_keep_nm_equals_a_sort_of_every_group(pattern):
+    mask = keep_nm(GRID, pattern).reshape(-1, pattern.of)
+    for group, kept in zip(GRID.reshape(-1, pattern.of), mask, strict=True):
+        expected = torch.zeros(pattern.of, dtype=torch.bool)
+        expected[group.argsort(descending=True, stable=True)[: pattern.keep]] = True
+        assert torch.equal(kept, expected)
+
+
+def test_keep_weights_chooses_the_rule():
+    assert torch.equal(keep_weights(GRID, 84, NM(2, 4)), keep_nm(GRID, NM(2, 4)))
+    assert torch.equal(keep_weights(GRID, 50, per_row=True), keep_per_row(GRID, 50))
+    assert torch.equal(keep_weights(GRID, 50), keep_top(GRID.flatten(), 50).view_as(GRID))
