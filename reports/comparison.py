@@ -1,0 +1,135 @@
+"""Several runs in one table, with a plain word where they may not be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Group as Stack
+from rich.text import Text
+
+from globalopt.errors import UsageError
+from globalopt.summary import Metrics, Summary
+from reports import formats
+from reports.tables import GAP, WIDTH, add_numbers, divergence, footed, perplexity, report_table
+
+DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
+
+
+def comparison(
+    summaries: Sequence[Summary], labels: Sequence[str] = (), split: str | None = None, sign: str = "±"
+) -> Stack:
+    """Budget, allocator, solver, seed, used, KL, perplexity and its change against dense, one run per row.
+
+    Args:
+        summaries: at least one.
+        labels: what to call the runs; 1, 2, ... without.
+        split: which split's figures; without, "test" where every run has it, else the last of the first run.
+        sign: stands before every standard error.
+
+    Raises:
+        UsageError: no run is given, or not one label per run.
+    """
+    if not summaries:
+        raise UsageError("There is no run to compare; name at least one.")
+    names = list(labels) or [str(i) for i in range(1, len(summaries) + 1)]
+    if len(names) != len(summaries):
+        raise UsageError(f"{len(names)} labels were given for {len(summaries)} runs; give one each.")
+    split = split or common_split(summaries)
+    table = _rows(summaries, names, split, sign)
+    reasons = differences(summaries, names, split)
+    if not reasons:
+        return Stack(table)
+    verdict = Text("Not comparable", "bold red")
+    return Stack(table, verdict, *(Text(f"  {reason}", "red") for reason in reasons))
+
+
+def common_split(summaries: Sequence[Summary]) -> str:
+    """The split "test" where every run has it, else the last split of the first run that was evaluated at all."""
+    if all(_pair(summary, "test") for summary in summaries):
+        return "test"
+    return next((s.compressed[-1].split for s in summaries if s.compressed), "test")
+
+
+def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str) -> tuple[str, ...]:
+    """Why the runs' figures on `split` cannot be compared, one sentence per reason; empty where they can.
+
+    Compared are the text (hash of the windows' token ids), the window length, the accounting, and the dense model
+    (its negative log likelihood on that text, within `DENSE_TOLERANCE`).
+    """
+    pairs = [_pair(summary, split) for summary in summaries]
+    missing = [label for label, pair in zip(labels, pairs, strict=True) if pair is None]
+    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
+    known = [(label, pair) for label, pair in zip(labels, pairs, strict=True) if pair is not None]
+
+    def metric(what: str, value: Callable[[Metrics], str]) -> None:
+        reasons.extend(_disagreement(what, [(label, value(pair[1])) for label, pair in known]))
+
+    metric("text", lambda m: m.text_sha256)
+    metric("window length", lambda m: str(m.seqlen))
+    same_text = len({pair[1].text_sha256 for _, pair in known}) == 1
+    losses = [pair[0].nll for _, pair in known]
+    if same_text and max(losses) - min(losses) > DENSE_TOLERANCE:
+        reasons.extend(
+            _disagreement("dense perplexity", [(la, formats.significant(p[0].perplexity)) for la, p in known])
+        )
+    reasons.extend(_disagreement("accounting", list(zip(labels, (s.accounting for s in summaries), strict=True))))
+    return tuple(reasons)
+
+
+def _disagreement(what: str, values: Sequence[tuple[str, str]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for label, value in values:
+        groups.setdefault(value, []).append(label)
+    if len(groups) < 2:
+        return []
+    return [f"{what} differs: " + "; ".join(f"{value[:12]} ({', '.join(of)})" for value, of in groups.items())]
+
+
+def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign: str) -> Stack:
+    columns = {
+        "run": list(labels),
+        "budget": [f"{s.asked:g}" for s in summaries],
+        "allocator": [s.allocator for s in summaries],
+        "solver": [s.solver for s in summaries],
+        "seed": [str(s.seed) for s in summaries],
+        "used": [f"{s.used / s.total:.4f}" for s in summaries],
+    }
+    figures = zip(*(_figures(_pair(s, split), sign) for s in summaries), strict=True)
+    columns |= {name: list(cells) for name, cells in zip(("KL", "perplexity", "change"), figures, strict=True)}
+    # What all runs share is said once, below, and leaves its width to the figures.
+    settings = ("budget", "allocator", "solver", "seed")
+    shared = {name: columns[name][0] for name in settings if len(summaries) > 1 and len(set(columns[name])) == 1}
+    columns = {name: cells for name, cells in columns.items() if name not in shared}
+    width = sum(max(map(len, [name, *cells])) for name, cells in columns.items()) + GAP * (len(columns) - 1)
+    if width > WIDTH:
+        for name in ("KL", "perplexity"):
+            columns[name] = [cell.replace(f" {sign}", f"\n{sign}") for cell in columns[name]]
+    table = report_table(f"Comparison on {split}", gap=GAP)
+    for name in columns:
+        # Names may break, numbers may not.
+        if name in ("run", "allocator", "solver"):
+            table.add_column(name, overflow="fold")
+        else:
+            add_numbers(table, [name])
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
+    if shared:
+        lines.insert(0, "all runs: " + ", ".join(f"{name} {value}" for name, value in shared.items()))
+    return footed(table, *lines)
+
+
+def _figures(pair: tuple[Metrics, Metrics] | None, sign: str) -> tuple[str, str, str]:
+    if pair is None:
+        return "-", "-", "-"
+    dense, compressed = pair
+    change = formats.change(dense.perplexity, compressed.perplexity)
+    return divergence(compressed, sign), perplexity(compressed, sign), change
+
+
+def _pair(summary: Summary, split: str) -> tuple[Metrics, Metrics] | None:
+    """Dense and compressed metrics on `split`."""
+    for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
+        if compressed.split == split:
+            return dense, compressed
+    return None

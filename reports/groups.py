@@ -1,0 +1,102 @@
+"""Layers pooled by kind, by block, and laid out on the block x kind grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from globalopt.errors import ArtefactError
+from globalopt.summary import LayerResult
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several layers as one.
+
+    Args:
+        kept: cost over dense cost of all of them, in the budget's accounting.
+        density: nonzeros over weights.
+        rank: mean over the layers, weighted by their weights.
+        rank_share: parameters in low-rank factors over parameters kept.
+        predicted, actual: sums over the layers; predicted is None where a layer has none.
+        relative: mean over the layers, weighted by their weights.
+    """
+
+    label: str
+    layers: int
+    kept: float
+    density: float
+    rank: float
+    rank_share: float
+    predicted: float | None
+    actual: float
+    relative: float
+
+    @classmethod
+    def pool(cls, label: str, layers: Sequence[LayerResult]) -> Group:
+        """Pool at least one layer."""
+        sizes = [layer.d_out * layer.d_in for layer in layers]
+        weights = sum(sizes)
+        nnz = sum(layer.nnz for layer in layers)
+        low_rank = sum(layer.rank_params for layer in layers)
+        predicted = [layer.predicted for layer in layers if layer.predicted is not None]
+        return cls(
+            label=label,
+            layers=len(layers),
+            kept=sum(layer.cost for layer in layers) / sum(layer.dense_cost for layer in layers),
+            density=nnz / weights,
+            rank=sum(size * layer.rank for size, layer in zip(sizes, layers, strict=True)) / weights,
+            rank_share=low_rank / (low_rank + nnz) if low_rank + nnz else 0.0,
+            predicted=math.fsum(predicted) if len(predicted) == len(layers) else None,
+            actual=math.fsum(layer.actual for layer in layers),
+            relative=math.fsum(size * layer.relative for size, layer in zip(sizes, layers, strict=True)) / weights,
+        )
+
+
+def by_kind(layers: Sequence[LayerResult]) -> list[Group]:
+    """One group per kind, in the order in which the model first shows them."""
+    kinds = dict.fromkeys(layer.kind for layer in layers)
+    return [Group.pool(kind, [layer for layer in layers if layer.kind == kind]) for kind in kinds]
+
+
+def by_block(layers: Sequence[LayerResult]) -> list[Group]:
+    """One group per block, ascending."""
+    blocks = sorted({layer.block for layer in layers})
+    return [Group.pool(str(block), [layer for layer in layers if layer.block == block]) for block in blocks]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Layers by block (rows: every block from the first to the last) and kind (columns: model order)."""
+
+    blocks: tuple[int, ...]
+    kinds: tuple[str, ...]
+    cells: Mapping[tuple[int, str], LayerResult]
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerResult]) -> Grid:
+        """Lay out at least one layer; `ArtefactError` where two layers claim one place."""
+        cells: dict[tuple[int, str], LayerResult] = {}
+        for layer in layers:
+            other = cells.setdefault((layer.block, layer.kind), layer)
+            if other is not layer:
+                raise ArtefactError(
+                    f"The summary has two layers of kind {layer.kind} in block {layer.block}: {other.name} and "
+                    f"{layer.name}. Run the search again to rewrite it."
+                )
+        blocks = [layer.block for layer in layers]
+        kinds = dict.fromkeys(layer.kind for layer in layers)
+        return cls(tuple(range(min(blocks), max(blocks) + 1)), tuple(kinds), cells)
+
+    def values(self, value: Callable[[LayerResult], float]) -> NDArray[np.float64]:
+        """(blocks, kinds) of `value`, NaN where a block has no such layer."""
+        return np.array(
+            [
+                [value(self.cells[block, kind]) if (block, kind) in self.cells else math.nan for kind in self.kinds]
+                for block in self.blocks
+            ]
+        )

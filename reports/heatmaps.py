@@ -1,0 +1,193 @@
+"""Pictures of an allocation and its errors: block by kind heatmaps, and predicted against actual error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
+from numpy.typing import NDArray
+
+from globalopt.store import replacing
+from globalopt.summary import LayerResult, Summary
+from globalopt.types import Status
+from reports.groups import Grid
+from reports.tables import span, unit_name
+
+DPI = 150
+WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
+LABELLED = 24  # most blocks that are all named on an axis
+OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
+
+# Okabe and Ito's palette without yellow, which vanishes on white; with the markers, 49 kinds differ.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def write_figures(summary: Summary, folder: Path) -> list[Path]:
+    """Write `allocation.png` and `error.png` into `folder`, each whole or not at all.
+
+    Raises:
+        ArtefactError: a file cannot be written.
+    """
+    figures = {"allocation.png": allocation_figure, "error.png": error_figure}
+    return [_save(make(summary), folder / name) for name, make in figures.items()]
+
+
+def allocation_figure(summary: Summary) -> Figure:
+    """Kept fraction, density, rank share and relative error (log scale) of every layer, block by kind."""
+    grid = Grid.of(summary.layers)
+    width, height = _panel_size(grid)
+    figure = _figure(summary, 2 * width, 2 * height)
+    axes = figure.subplots(2, 2)
+    relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
+    heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit_name(summary)}")
+    heatmap(axes[0, 1], grid, lambda layer: layer.density, "density: nonzeros of S / weights")
+    heatmap(axes[1, 0], grid, lambda layer: layer.rank_share, "rank share: low-rank / kept parameters")
+    heatmap(axes[1, 1], grid, lambda layer: layer.relative, relative, log=True)
+    return figure
+
+
+def error_figure(summary: Summary) -> Figure:
+    """Predicted against actual error of every layer, and the actual error block by kind, in the summary's unit.
+
+    Where the budget was priced in another unit than the errors, no layer has a prediction: only the heatmap is drawn.
+    """
+    grid = Grid.of(summary.layers)
+    width, height = _panel_size(grid)
+    if any(layer.predicted is not None for layer in summary.layers):
+        figure = _figure(summary, 5.6 + width, max(height, 4.8))
+        left, right = figure.subplots(1, 2, width_ratios=[5.6, width])
+        scatter(left, summary, grid.kinds)
+    else:
+        figure = _figure(summary, width, height)
+        right = figure.subplots()
+    heatmap(right, grid, lambda layer: layer.actual, _error_label("actual", summary), log=True)
+    return figure
+
+
+def heatmap(axes: Axes, grid: Grid, value: Callable[[LayerResult], float], title: str, log: bool = False) -> None:
+    """Draw `value` of every layer, blocks down and kinds across; a place without a layer is hatched.
+
+    Args:
+        title: what is drawn, with its unit.
+        log: colours by the logarithm; zeros take the lowest colour.
+    """
+    values = grid.values(value)
+    norm = _log_norm(values) if log else Normalize(*span(values))
+    axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")
+    image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40 if len(grid.kinds) <= WRITTEN else 90, fontsize=7)
+    if len(grid.kinds) <= WRITTEN:
+        for tick in axes.get_xticklabels():
+            tick.set(ha="right", rotation_mode="anchor")
+    every = math.ceil(len(grid.blocks) / LABELLED)
+    axes.set_yticks(range(0, len(grid.blocks), every), [str(b) for b in grid.blocks[::every]], fontsize=7)
+    axes.set_ylabel("block", fontsize=8)
+    axes.tick_params(length=2)
+    if len(grid.blocks) <= LABELLED:
+        axes.xaxis.set_minor_locator(FixedLocator([j - 0.5 for j in range(len(grid.kinds) + 1)]))
+        axes.yaxis.set_minor_locator(FixedLocator([i - 0.5 for i in range(len(grid.blocks) + 1)]))
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="minor", length=0)
+    if len(grid.blocks) <= WRITTEN and len(grid.kinds) <= WRITTEN:
+        for (i, j), cell in np.ndenumerate(values):
+            if not math.isnan(cell):
+                dark = float(norm(cell)) < 0.6
+                text = _short(cell) if log or cell == 0 else f"{cell:.2f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+
+
+def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
+    """Predicted (across) against actual (up) error of every layer on log axes, one colour and marker per kind.
+
+    Layers with a zero or without a prediction have no place on log axes; a line counts them. Layers whose solver
+    did not converge are ringed in red.
+    """
+    shown = [(la, la.predicted, la.actual) for la in summary.layers if la.predicted and la.actual]
+    for n, kind in enumerate(kinds):
+        points = [(predicted, actual) for layer, predicted, actual in shown if layer.kind == kind]
+        if points:
+            marker = _MARKERS[(n // len(_COLOURS) + n) % len(_MARKERS)]
+            colour = _COLOURS[n % len(_COLOURS)]
+            axes.scatter(*zip(*points, strict=True), s=22, c=colour, marker=marker, alpha=0.8, linewidths=0, label=kind)
+    ringed = [(predicted, actual) for la, predicted, actual in shown if Status(la.status) is not Status.CONVERGED]
+    if ringed:
+        rings = {"facecolors": "none", "edgecolors": "red", "linewidths": 1.2, "label": "not converged"}
+        axes.scatter(*zip(*ringed, strict=True), s=80, **rings)
+    if shown:
+        axes.set(xscale="log", yscale="log")
+        ends = [end for _, predicted, actual in shown for end in (predicted, actual)]
+        low, high = min(ends) / 1.5, max(ends) * 1.5
+        axes.plot([low, high], [low, high], color="0.5", linewidth=1, linestyle="--", label="equal", zorder=0)
+        axes.set(xlim=(low, high), ylim=(low, high))
+        if len(kinds) <= WRITTEN:
+            axes.legend(fontsize=7, frameon=False, loc="upper left")
+    axes.set_box_aspect(1)
+    axes.set_anchor("N")
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=7)
+    hidden = len(summary.layers) - len(shown)
+    if hidden:
+        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+        axes.text(0.98, 0.02, f"not drawn: {hidden} at zero", fontsize=7, color="0.4", **corner)
+    axes.set_title("predicted and actual error, one point per layer", fontsize=10, loc="left")
+    axes.set_xlabel(_error_label("predicted", summary), fontsize=8)
+    axes.set_ylabel(_error_label("actual", summary), fontsize=8)
+
+
+def _figure(summary: Summary, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    # Figures made without pyplot get the canvas of their own choice, whatever backend the user has set.
+    FigureCanvasAgg(figure)
+    used = summary.used / summary.total
+    model = "reference model" if summary.model == "reference" else summary.model
+    title = f"{model}: {summary.allocator} + {summary.solver}, asked {summary.asked:g}, used {used:.4f}"
+    figure.suptitle(f"{title} of the {unit_name(summary)}", fontsize=11, x=0.01, ha="left", parse_math=False)
+    return figure
+
+
+def _panel_size(grid: Grid) -> tuple[float, float]:
+    """Inches: wide enough for the names of the kinds, high enough that a row stays visible."""
+    return min(max(5.2, 0.55 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
+
+
+def _log_norm(values: NDArray[np.float64]) -> Normalize:
+    positive = values[values > 0]
+    if not positive.size:
+        return Normalize(0, 1)
+    low, high = float(positive.min()), float(positive.max())
+    # One value alone, or all alike, still needs two ends.
+    return LogNorm(low, high if high > low else 10 * low, clip=True)
+
+
+def _short(value: float) -> str:
+    """Two significant digits: 0, 0.12, 3.4e-5."""
+    if value == 0:
+        return "0"
+    if 0.01 <= value < 1000:
+        return f"{value:#.2g}".rstrip(".") if value < 100 else f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _error_label(which: str, summary: Summary) -> str:
+    unit = f"output error {OUTPUT_ERROR}" if summary.error_unit == "output error" else summary.error_unit
+    return f"{which} error, {unit}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with replacing(path) as temporary:
+        # Without matplotlib's version in the file, the same run gives the same bytes.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return path

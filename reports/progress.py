@@ -1,0 +1,167 @@
+"""How a long run says how far it is: one live display on a terminal, one line per step elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Display
+from rich.table import Column
+from rich.text import Text
+
+from globalopt.protocols import Progress
+from reports import formats
+
+
+def make_progress(console: Console, quiet: bool = False) -> Progress:
+    """The progress that suits `console`: live on a terminal that can move its cursor, lines elsewhere."""
+    if quiet:
+        return QuietProgress()
+    return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else LineProgress(console)
+
+
+class QuietProgress:
+    """Says nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        yield lambda detail: None
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class LineProgress:
+    """One plain line per step, and one when a stage ends; nothing is held back, so a log shows where a run stands."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        start = time.perf_counter()
+        done = 0
+
+        def step(detail: str) -> None:
+            nonlocal done
+            done += 1
+            elapsed = formats.duration(time.perf_counter() - start)
+            self._say(f"{name} {done:>{len(str(total))}}/{total} {unit}  {elapsed:>6}  {detail}".rstrip())
+
+        finished = False
+        try:
+            yield step
+            finished = True
+        finally:
+            elapsed = time.perf_counter() - start
+            self._say(ending(name, done, total, unit, elapsed, finished).plain)
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def _say(self, line: str) -> None:
+        # Logs are read by programs too: no wrapping at a width that nobody has, no markup.
+        self._console.out(line, highlight=False)
+
+
+class LiveProgress:
+    """One bar per open stage in one live display; a stage that ended stays as a line with its time.
+
+    The display runs only while a stage is open, so the terminal is as before whenever none is, however it ended.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._display = Display(
+            # Widths that hold what usually stands in them, so that nothing jumps while it counts.
+            TextColumn("{task.description}", style="bold", markup=False, table_column=Column(min_width=11)),
+            BarColumn(bar_width=12),
+            _Count(Column(min_width=12, no_wrap=True)),
+            _Rate(Column(min_width=7, no_wrap=True)),
+            _Times(Column(min_width=16, no_wrap=True)),
+            _Detail(Column(ratio=1, no_wrap=True)),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        task = self._display.add_task(name, total=total, unit=unit, detail="")
+        start = time.perf_counter()
+        done = 0
+
+        def step(detail: str) -> None:
+            nonlocal done
+            done += 1
+            self._display.update(task, completed=done, detail=detail)
+
+        finished = False
+        try:
+            self._display.start()
+            yield step
+            finished = True
+        finally:
+            self._display.remove_task(task)
+            if not self._display.tasks:
+                self._display.stop()
+            self._console.print(ending(name, done, total, unit, time.perf_counter() - start, finished))
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+def ending(name: str, done: int, total: int, unit: str, seconds: float, finished: bool) -> Text:
+    """The line a stage leaves: what it did and how long it took, or where it failed."""
+    outcome = ("done", "green") if finished else ("failed", "bold red")
+    return Text.assemble((name, "bold"), " ", outcome, f"  {done}/{total} {unit}  {formats.duration(seconds)}")
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}")
+
+
+class _Rate(ProgressColumn):
+    """Mean rate of the stage. Rich's own estimate forgets steps older than half a minute; ours may take longer."""
+
+    def render(self, task: Task) -> Text:
+        if not task.completed or not task.elapsed:
+            return Text("")
+        rate = task.completed / task.elapsed
+        return Text(f"{rate:.1f}/s" if rate >= 1 else f"{formats.duration(1 / rate)} each", "dim")
+
+
+class _Times(ProgressColumn):
+    """Elapsed time, and what the mean rate says is left."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        if not task.completed or not task.total:
+            return Text(formats.clock(elapsed))
+        left = elapsed * max(0.0, task.total / task.completed - 1)
+        return Text(f"{formats.clock(elapsed)}, {formats.clock(left)} left")
+
+
+class _Detail(ProgressColumn):
+    def render(self, task: Task) -> _Tail:
+        return _Tail(task.fields["detail"])
+
+
+class _Tail:
+    """Text cut at its beginning: layer names differ at their end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        cut = self._text if len(self._text) <= width else ".." + self._text[len(self._text) - max(0, width - 2) :]
+        yield Text(cut, "dim", no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, max(1, len(self._text)))

@@ -1,0 +1,386 @@
+"""The report of one run as terminal tables; every table fits 80 columns and reads the same without colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.color import Color
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.padding import Padding
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from globalopt.summary import LayerResult, Metrics, Summary
+from globalopt.types import Status
+from reports import formats
+from reports.groups import Grid, Group, by_block, by_kind
+
+WIDTH = 80
+GAP = 2  # spaces between columns
+MIN_SPAN = 0.05  # of a colour scale: below it, differences would look larger than they are
+
+# Rules below the header and above a total, no other lines.
+_RULES = box.Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")
+
+# Viridis at 0, 1/4, 1/2, 3/4, 1: ordered in brightness, so also for readers who see no hue.
+_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def render(summary: Summary, console: Console, verbose: bool = False) -> None:
+    """Print the whole report; `verbose` adds the layers one by one, the splits and the versions."""
+    sign = "+-" if console.options.ascii_only else "±"
+    parts: list[RenderableType] = [
+        heading(summary),
+        budget(summary),
+        quality(summary, sign),
+        by_kind_table(summary),
+        by_block_table(summary),
+        kept_grid(summary),
+        stages(summary),
+    ]
+    if verbose:
+        parts += [layer_allocation(summary), layer_results(summary), provenance(summary)]
+    remarks = notes(summary)
+    if remarks is not None:
+        parts.append(remarks)
+    for part in parts:
+        console.print(Padding(part, (0, 0, 1, 0)))
+
+
+def heading(summary: Summary) -> Text:
+    """The command and the model, two lines."""
+    model = "the bundled reference model" if summary.model == "reference" else summary.model
+    return Text.assemble(
+        (summary.command, "bold"),
+        "\n",
+        f"{model}: {len(summary.layers)} layers, {formats.count(summary.total)} "
+        f"dense {unit_name(summary)}, seed {summary.seed}",
+        overflow="fold",
+    )
+
+
+def budget(summary: Summary) -> Table:
+    """Asked, limit, used, prediction, certificate and coverage, one per row."""
+    unit = unit_name(summary)
+    rows = [
+        ("asked", f"keep {summary.asked:g} of the compressible {unit}"),
+        ("limit", f"{formats.count(summary.limit)} of {formats.count(summary.total)} {unit}"),
+        ("used", f"{formats.count(summary.used)} {unit}, {formats.percent(summary.used, summary.limit)} of the limit"),
+        ("accounting", summary.accounting),
+        ("allocator", summary.allocator),
+        ("solver", summary.solver),
+        ("predicted loss", f"{formats.significant(summary.predicted)} {summary.budget_unit}, summed over layers"),
+        ("certificate", formats.certificate(summary.predicted, summary.bound)),
+        (
+            "covered",
+            f"{formats.count(summary.covered)} of {formats.count(summary.block_params)} block parameters, "
+            f"{formats.percent(summary.covered, summary.block_params)}",
+        ),
+    ]
+    if summary.skipped:
+        left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
+        rows.append(("not covered", left))
+    table = report_table("Budget", show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, Text(value))
+    return table
+
+
+def quality(summary: Summary, sign: str = "±") -> Stack:
+    """Dense and compressed perplexity and KL per split, with standard errors over windows.
+
+    The error of a perplexity is `perplexity * stderr(nll)`. `sign` stands before every standard error.
+    """
+    if not summary.compressed:
+        return Stack(Text("Quality: not evaluated", "bold"))
+    lines = [
+        f"{m.split}: {formats.count(m.windows)} windows of {formats.count(m.seqlen)} tokens, "
+        f"{formats.count(m.tokens)} predicted, {m.dtype}, text {m.text_sha256[:8]}"
+        for m in summary.compressed
+    ]
+    table = report_table(f"Quality ({sign} standard error over windows)")
+    table.add_column("\nsplit")
+    add_numbers(table, ("dense\nperplexity", "compressed\nperplexity", "\nchange", "KL to dense,\nnats per token"))
+    for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
+        table.add_row(
+            Text(compressed.split),
+            perplexity(dense, sign),
+            perplexity(compressed, sign),
+            formats.change(dense.perplexity, compressed.perplexity),
+            divergence(compressed, sign),
+        )
+    return footed(table, *lines)
+
+
+def perplexity(metrics: Metrics, sign: str = "±") -> str:
+    """Perplexity with its standard error, by the delta method from that of the mean negative log likelihood."""
+    return formats.measured(metrics.perplexity, metrics.perplexity * metrics.nll_stderr, sign)
+
+
+def divergence(metrics: Metrics, sign: str = "±") -> str:
+    """KL to the dense model with its standard error, in nats per token; "-" for the dense model itself."""
+    return "-" if metrics.kl is None else formats.measured(metrics.kl, metrics.kl_stderr, sign)
+
+
+def by_kind_table(summary: Summary) -> Stack:
+    """What each kind of layer got and lost, pooled as `Group` says, with a total row."""
+    return _group_table("Allocation by kind", "kind", by_kind(summary.layers), summary)
+
+
+def by_block_table(summary: Summary) -> Stack:
+    """What each block got and lost, pooled as `Group` says, with a total row."""
+    return _group_table("Allocation by block", "block", by_block(summary.layers), summary)
+
+
+def _group_table(title: str, label: str, groups: Sequence[Group], summary: Summary) -> Stack:
+    rows = [*groups, Group.pool("all", summary.layers)]
+    # Without a prediction in the unit of the errors there is nothing to set beside them.
+    predictions = [row.predicted for row in rows if row.predicted is not None]
+    priced = len(predictions) == len(rows)
+    sums = "predicted, actual: sums" if priced else "actual: sum"
+    table = report_table(title)
+    table.add_column(f"\n{label}", overflow="fold")
+    add_numbers(table, ("\nlayers", "\nkept", "\ndensity", "mean\nrank", "rank\nshare"))
+    add_numbers(table, (*(["predicted\nerror"] if priced else []), "actual\nerror", "relative\nerror"))
+    columns = [predictions] if priced else []
+    columns += [[row.actual for row in rows], [row.relative for row in rows]]
+    errors = zip(*map(formats.aligned, columns), strict=True)
+    for row, cells in zip(rows, errors, strict=True):
+        last = row is rows[-1]
+        if last:
+            table.add_section()
+        table.add_row(
+            Text(row.label),
+            str(row.layers),
+            f"{row.kept:.3f}",
+            f"{row.density:.3f}",
+            f"{row.rank:.1f}",
+            f"{row.rank_share:.3f}",
+            *cells,
+            style="bold" if last else "",
+        )
+    return footed(table, f"{sums} in {_errors_unit(summary)}; rank, relative: size-weighted means")
+
+
+def kept_grid(summary: Summary, width: int = WIDTH) -> Stack:
+    """Kept fraction of every layer, block by kind, coloured by value; as many tables as `width` asks for."""
+    grid = Grid.of(summary.layers)
+    values = grid.values(lambda layer: layer.kept)
+    low, high = span(values)
+    pooled = {group.label: group.kept for group in by_block(summary.layers)}
+    lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
+    tables = []
+    for columns in _columns_that_fit(grid.kinds, width):
+        table = Table(box=None, padding=0, collapse_padding=True, pad_edge=False, header_style="dim")
+        table.add_column("block ", justify="right")
+        for kind in (grid.kinds[j] for j in columns):
+            table.add_column(kind, justify="center", width=_cell_width(kind), overflow="fold")
+        # A gap sets the block as a whole apart.
+        table.add_column(" ", width=1)
+        table.add_column("all", justify="center", width=_cell_width("all"))
+        for i, block in enumerate(grid.blocks):
+            cells = [_shaded(values[i, j], low, high, _cell_width(grid.kinds[j])) for j in columns]
+            # A block between two others may hold no layer at all.
+            whole = _shaded(pooled.get(str(block), math.nan), low, high, _cell_width("all"))
+            table.add_row(f"{block} ", *cells, "", whole)
+        tables.append(Padding(table, (1 if tables else 0, 0, 0, 0)))
+    legend = Text.assemble(
+        ("lowest ", "dim"), _shaded(lowest, low, high, 7), ("  highest ", "dim"), _shaded(highest, low, high, 7)
+    )
+    if np.isnan(values).any():
+        legend.append("  - no such layer", "dim")
+    return Stack(Text("Kept fraction, block by kind", "bold"), *tables, Padding(legend, (1, 0, 0, 0)))
+
+
+def span(values: np.ndarray) -> tuple[float, float]:
+    """Ends of a colour scale over fractions: their range, widened to `MIN_SPAN` inside [0, 1] where it is narrower."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if high - low >= MIN_SPAN:
+        return low, high
+    low = min(max(0.0, (low + high - MIN_SPAN) / 2), max(1.0, high) - MIN_SPAN)
+    return low, low + MIN_SPAN
+
+
+def _cell_width(kind: str) -> int:
+    return min(max(len(kind), 5), 24) + 2
+
+
+def _columns_that_fit(kinds: Sequence[str], width: int) -> Iterator[list[int]]:
+    free = width - len("block ") - 1 - _cell_width("all")
+    chunk: list[int] = []
+    used = 0
+    for j, kind in enumerate(kinds):
+        if chunk and used + _cell_width(kind) > free:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(j)
+        used += _cell_width(kind)
+    yield chunk
+
+
+def _shaded(value: float, low: float, high: float, width: int) -> Text:
+    if math.isnan(value):
+        return Text(f"{'-':^{width}}", "dim")
+    at = (value - low) / (high - low) * (len(_VIRIDIS) - 1)
+    left = min(int(at), len(_VIRIDIS) - 2)
+    red, green, blue = (a + (at - left) * (b - a) for a, b in zip(_VIRIDIS[left], _VIRIDIS[left + 1], strict=True))
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+    # Not the named colours: terminals paint those as they please.
+    ink = Color.from_rgb(0, 0, 0) if bright else Color.from_rgb(255, 255, 255)
+    return Text(f"{value:^{width}.3f}", Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))
+
+
+def stages(summary: Summary) -> Table:
+    """Time and peak memory per stage; the total row sums the times and takes the largest peak."""
+    table = report_table("Stages")
+    table.add_column("stage", overflow="fold")
+    add_numbers(table, ("time", "share", "peak memory"))
+    whole = math.fsum(stage.seconds for stage in summary.stages)
+    for stage in summary.stages:
+        part = f"{100 * stage.seconds / whole:.0f} %" if whole else "-"
+        table.add_row(Text(stage.name), formats.duration(stage.seconds), part, formats.memory(stage.peak_bytes))
+    table.add_section()
+    peak = max((stage.peak_bytes for stage in summary.stages), default=0)
+    table.add_row("all", formats.duration(whole), "", formats.memory(peak), style="bold")
+    return table
+
+
+def layer_allocation(summary: Summary) -> Table:
+    """What every layer was given: shape, rank, nonzeros, pattern, cost and dense cost."""
+    patterns = any(layer.pattern for layer in summary.layers)
+    table = report_table(f"Layers: allocation (cost in {unit_name(summary)})", gap=1)
+    table.add_column("\nblock", justify="right")
+    table.add_column("\nkind", overflow="fold")
+    add_numbers(table, ("d_out x\nd_in", "\nrank", "\nnnz", *(["\nN:M"] if patterns else []), "\ncost"))
+    add_numbers(table, ("dense\ncost", "\nkept", "\ndensity", "rank\nshare"))
+    for layer in summary.layers:
+        table.add_row(
+            str(layer.block),
+            Text(layer.kind),
+            f"{layer.d_out}x{layer.d_in}",
+            str(layer.rank),
+            formats.compact(layer.nnz),
+            *([layer.pattern or "-"] if patterns else []),
+            formats.compact(layer.cost),
+            formats.compact(layer.dense_cost),
+            f"{layer.kept:.3f}",
+            f"{layer.density:.3f}",
+            f"{layer.rank_share:.3f}",
+        )
+    return table
+
+
+def layer_results(summary: Summary) -> Stack:
+    """What came of every layer: errors, how the solver ended, damping and time."""
+    prefix = _common_prefix([layer.name for layer in summary.layers])
+    under = f"names under {prefix}; " if prefix else ""
+    table = report_table("Layers: result")
+    table.add_column("\nlayer", overflow="fold")
+    add_numbers(table, ("predicted\nerror", "actual\nerror", "relative\nerror"))
+    table.add_column("\nstatus", no_wrap=True)
+    add_numbers(table, ("\ndamping", "\ntime"))
+    for layer in summary.layers:
+        table.add_row(
+            Text(layer.name.removeprefix(prefix)),
+            "-" if layer.predicted is None else formats.scientific(layer.predicted),
+            formats.scientific(layer.actual),
+            formats.scientific(layer.relative),
+            Text(layer.status, "" if Status(layer.status) is Status.CONVERGED else "red"),
+            f"{layer.damping:g}",
+            formats.duration(layer.seconds),
+        )
+    return footed(table, f"{under}predicted, actual error: {_errors_unit(summary)}")
+
+
+def notes(summary: Summary) -> Stack | None:
+    """The run's notes and, per status other than converged, its layers with advice; None where there are none."""
+    troubled = sorted(
+        (layer for layer in summary.layers if Status(layer.status) is not Status.CONVERGED), key=lambda la: la.status
+    )
+    lines = []
+    for status, layers in groupby(troubled, key=lambda layer: Status(layer.status)):
+        lines.append(Text.assemble((f"{status.value}: ", "red"), f"{_some_names(list(layers))}. {status.advice}"))
+    lines += [Text(note) for note in summary.notes]
+    return Stack(Text("Notes", "bold"), *(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else None
+
+
+def provenance(summary: Summary) -> Table:
+    """How each split was made, and the versions that made the run."""
+    table = report_table("Made from", show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for split, facts in summary.splits.items():
+        table.add_row(
+            Text(split), Text(", ".join(_fact(key, value) for key, value in facts.items() if value is not None))
+        )
+    table.add_row("versions", Text(", ".join(f"{name} {version}" for name, version in summary.versions.items())))
+    return table
+
+
+def _fact(key: str, value: Any) -> str:
+    """One recorded fact, short: hashes by their first digits, long lists by their length."""
+    if isinstance(value, str) and key.endswith("sha256"):
+        return f"{key} {value[:8]}"
+    if isinstance(value, list | tuple) and len(value) > 2:
+        return f"{len(value)} {key}"
+    return f"{key} {value}"
+
+
+def _some_names(layers: Sequence[LayerResult]) -> str:
+    shown = ", ".join(layer.name for layer in layers[:3])
+    return f"{shown} and {len(layers) - 3} more" if len(layers) > 3 else shown
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The dotted path shared by all names; empty for one name alone."""
+    first, *others = (name.split(".")[:-1] for name in names)
+    shared = []
+    for i, part in enumerate(first if others else ()):
+        if any(other[i : i + 1] != [part] for other in others):
+            break
+        shared.append(f"{part}.")
+    return "".join(shared)
+
+
+def _errors_unit(summary: Summary) -> str:
+    return "tr(E G E^T)" if summary.error_unit == "output error" else summary.error_unit
+
+
+def unit_name(summary: Summary) -> str:
+    """What the budget counts: parameters or bytes."""
+    return "parameters" if summary.accounting == "params" else summary.accounting
+
+
+def report_table(title: str, show_header: bool = True, gap: int = GAP) -> Table:
+    """An empty table in the house's look, with `gap` spaces between its columns."""
+    return Table(
+        title=Text(title, "bold"),
+        title_justify="left",
+        show_header=show_header,
+        header_style="dim",
+        box=_RULES,
+        show_edge=False,
+        pad_edge=False,
+        # The box's blank divider is the last space of the gap.
+        padding=(0, gap - 1, 0, 0),
+    )
+
+
+def add_numbers(table: Table, headers: Sequence[str]) -> None:
+    """Add right-aligned columns that never break a number."""
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+
+
+def footed(table: Table, *lines: str) -> Stack:
+    """A table with footnotes, which may be wider than it is."""
+    return Stack(table, *(Text(line, "dim") for line in lines))

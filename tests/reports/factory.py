@@ -1,0 +1,125 @@
+"""A finished run, made up: eight Llama blocks, one layer missing, one that fell back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from globalopt.summary import LayerResult, Metrics, StageCost, Summary
+
+KINDS = {
+    "q_proj": (256, 256),
+    "k_proj": (128, 256),
+    "v_proj": (128, 256),
+    "o_proj": (256, 256),
+    "gate_proj": (688, 256),
+    "up_proj": (688, 256),
+    "down_proj": (256, 688),
+}
+MISSING = (5, "k_proj")
+FALLBACK = (3, "down_proj")
+
+
+def make_layers(blocks: int = 8, pattern: str | None = None) -> tuple[LayerResult, ...]:
+    """Layers that keep more the deeper they are and the smaller they are; block 0's v_proj is left dense."""
+    random = np.random.default_rng(0)
+    layers = []
+    for block in range(blocks):
+        for kind, (d_out, d_in) in KINDS.items():
+            if (block, kind) == MISSING:
+                continue
+            numel = d_out * d_in
+            part = "self_attn" if (d_out, d_in) != (688, 256) and kind != "down_proj" else "mlp"
+            kept = min(0.95, 0.3 + 0.4 * block / blocks + 0.2 * (numel < 2**16) + 0.05 * random.random())
+            rank = int(random.integers(0, 12))
+            nnz = numel // 2 if pattern else int(kept * numel) - rank * (d_out + d_in)
+            predicted = 1e-4 * math.exp(random.normal() - 4 * kept)
+            untouched = (block, kind) == (0, "v_proj")
+            if untouched:
+                rank, nnz, predicted = 0, numel, 0.0
+            layers.append(
+                LayerResult(
+                    name=f"model.layers.{block}.{part}.{kind}",
+                    block=block,
+                    kind=kind,
+                    d_out=d_out,
+                    d_in=d_in,
+                    rank=rank,
+                    nnz=nnz,
+                    pattern=None if untouched else pattern,
+                    cost=rank * (d_out + d_in) + nnz,
+                    dense_cost=numel,
+                    predicted=predicted,
+                    actual=predicted * math.exp(0.4 * random.normal() + 0.3),
+                    relative=0.0 if untouched else 0.02 * math.exp(random.normal() - 2 * kept),
+                    status="fallback" if (block, kind) == FALLBACK else "converged",
+                    damping=0.1 if (block, kind) == FALLBACK else 0.01,
+                    seconds=0.35 + 0.1 * random.random(),
+                )
+            )
+    return tuple(layers)
+
+
+def make_metrics(split: str, perplexity: float, kl: float | None, **changed: Any) -> Metrics:
+    """Metrics of 64 windows of 512 tokens."""
+    values: dict[str, Any] = {
+        "split": split,
+        "perplexity": perplexity,
+        "nll": math.log(perplexity),
+        "nll_stderr": 0.013,
+        "kl": kl,
+        "kl_stderr": None if kl is None else kl / 40,
+        "windows": 64,
+        "seqlen": 512,
+        "tokens": 64 * 511,
+        "text_sha256": f"{1 if split == 'test' else 2}" * 64,
+        "dtype": "float32",
+    }
+    return Metrics(**{**values, **changed})
+
+
+def make_summary(blocks: int = 8, pattern: str | None = None, **changed: Any) -> Summary:
+    """A run with every field filled; `changed` replaces fields."""
+    layers = make_layers(blocks, pattern)
+    total = sum(layer.dense_cost for layer in layers)
+    used = sum(layer.cost for layer in layers)
+    predicted = math.fsum(layer.predicted for layer in layers if layer.predicted is not None)
+    values: dict[str, Any] = {
+        "command": "globalopt search --budget 0.5 --solver 3basil",
+        "model": "reference",
+        "allocator": "knapsack",
+        "solver": "3basil",
+        "seed": 0,
+        "accounting": "params",
+        "asked": 0.5,
+        "limit": used + 151,
+        "used": used,
+        "total": total,
+        "predicted": predicted,
+        "bound": predicted * 0.99988,
+        "error_unit": "nats per token",
+        "budget_unit": "nats per token",
+        "covered": total,
+        "block_params": total + 4096,
+        "skipped": {"model.embed_tokens": 2_097_152, "model.layers.5.self_attn.k_proj": 32_768},
+        "layers": layers,
+        "dense": (make_metrics("validation", 60.87, None), make_metrics("test", 62.21, None)),
+        "compressed": (make_metrics("validation", 61.02, 0.00291), make_metrics("test", 62.44, 0.00302)),
+        "stages": (
+            StageCost("capture", 11.87, 912 * 2**20),
+            StageCost("span", 23.4, 940 * 2**20),
+            StageCost("sensitivity", 31.96, 1_610_612_736),
+            StageCost("allocate", 0.61, 955 * 2**20),
+            StageCost("refine", 82.4, 1_100 * 2**20),
+            StageCost("evaluate", 9.1, 1_000 * 2**20),
+        ),
+        "splits": {
+            "calibration": {"source": "wikitext-2", "sha256": "3" * 64, "windows": 64, "starts": list(range(64))},
+            "test": {"source": "wikitext-2", "sha256": "1" * 64, "windows": 64, "starts": None},
+        },
+        "versions": {"globalopt": "0.1.0", "torch": "2.13.0"},
+        "notes": ("The model was stored in bfloat16 and computed in float32.",),
+    }
+    return Summary(**{**values, **changed})

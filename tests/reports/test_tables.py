@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from io import BytesIO, StringIO, TextIOWrapper
+
+import pytest
+from rich.console import Console, RenderableType
+
+from globalopt.errors import ArtefactError
+from globalopt.types import Status
+from reports import render
+from reports.groups import Grid, Group
+from reports.tables import (
+    budget,
+    by_block_table,
+    by_kind_table,
+    kept_grid,
+    layer_allocation,
+    layer_results,
+    notes,
+    provenance,
+    quality,
+    span,
+    stages,
+)
+from tests.reports.factory import make_layers, make_metrics, make_summary
+
+
+def shown(part: RenderableType | None, width: int = 80) -> str:
+    assert part is not None
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(part)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def row(text: str, first: str) -> list[str]:
+    """The cells of the line that starts with `first`."""
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [first])
+
+
+def test_the_budget_says_asked_limit_used_and_certificate() -> None:
+    summary = make_summary(used=999_899, limit=1_000_000, total=2_000_000, predicted=0.0101, bound=0.01)
+    text = " ".join(shown(budget(summary)).split())
+    assert "asked keep 0.5 of the compressible parameters" in text
+    assert "limit 1,000,000 of 2,000,000 parameters" in text
+    assert "used 999,899 parameters, 99.98 % of the limit" in text
+    assert "predicted loss 0.01010 nats per token" in text
+    assert "within 1.0 % of the optimum of the surrogate (bound 0.01000)" in text
+    assert "not covered model.embed_tokens 2,097,152; model.layers.5" in text
+
+
+def test_without_a_bound_there_is_no_certificate() -> None:
+    assert "no certificate" in shown(budget(make_summary(bound=None)))
+
+
+def test_a_predicted_loss_has_the_unit_of_the_budget() -> None:
+    text = shown(budget(make_summary(error_unit="output error")))
+    assert re.search(r"predicted loss .* nats per token", text)
+
+
+def test_a_kind_row_pools_its_layers() -> None:
+    summary = make_summary()
+    text = shown(by_kind_table(summary))
+    layers = [layer for layer in summary.layers if layer.kind == "k_proj"]
+    cells = row(text, "k_proj")
+    assert cells[1] == "7"
+    assert cells[2] == f"{sum(la.cost for la in layers) / sum(la.dense_cost for la in layers):.3f}"
+    assert cells[4] == f"{sum(la.rank for la in layers) / 7:.1f}"
+    assert float(cells[7]) == pytest.approx(sum(la.actual for la in layers), abs=1e-6)
+    assert row(text, "all")[2] == f"{summary.used / summary.total:.3f}"
+
+
+def test_pooling_weighs_by_size() -> None:
+    small, large = make_layers(1)[1], make_layers(1)[4]
+    pooled = Group.pool("both", [replace(small, relative=0.1, rank=0), replace(large, relative=0.2, rank=10)])
+    weight = large.dense_cost / (small.dense_cost + large.dense_cost)
+    assert pooled.relative == pytest.approx(0.1 + 0.1 * weight)
+    assert pooled.rank == pytest.approx(10 * weight)
+
+
+def test_a_block_row_counts_the_layers_it_has() -> None:
+    text = shown(by_block_table(make_summary()))
+    assert [row(text, str(block))[1] for block in (4, 5)] == ["7", "6"]
+
+
+def test_errors_without_prediction_leave_the_column_out() -> None:
+    layers = tuple(replace(layer, predicted=None) for layer in make_layers())
+    summary = make_summary(layers=layers, error_unit="output error")
+    assert "predicted" not in shown(by_kind_table(summary))
+    assert "predicted" in shown(by_kind_table(make_summary()))
+    assert row(shown(layer_results(summary)), "0.self_attn.q_proj")[1] == "-"
+
+
+def test_the_grid_shows_every_kept_fraction_and_marks_the_missing_layer() -> None:
+    summary = make_summary()
+    text = shown(kept_grid(summary))
+    cells = Grid.of(summary.layers).cells
+    kinds = list(dict.fromkeys(layer.kind for layer in summary.layers))
+    for block in range(8):
+        expected = [f"{cells[block, k].kept:.3f}" if (block, k) in cells else "-" for k in kinds]
+        assert row(text, str(block))[1:8] == expected
+    assert "no such layer" in text
+
+
+def test_the_grid_is_coloured_where_there_is_colour() -> None:
+    console = Console(file=StringIO(), width=80, force_terminal=True, color_system="truecolor", no_color=False)
+    console.print(kept_grid(make_summary()))
+    assert isinstance(console.file, StringIO)
+    assert "48;2;253;231;37m 1.000" in re.sub(r"m +1", "m 1", console.file.getvalue())
+
+
+def test_a_model_with_many_kinds_gets_several_grids() -> None:
+    layers = tuple(
+        replace(make_layers(1)[0], name=f"{block}.{j}", block=block, kind=f"experts.{j}.gate_proj")
+        for block in range(2)
+        for j in range(12)
+    )
+    text = shown(kept_grid(make_summary(layers=layers)))
+    assert sum(line.lstrip().startswith("block ") for line in text.splitlines()) == 4
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_two_layers_in_one_place_are_refused() -> None:
+    layers = make_layers(1)
+    with pytest.raises(ArtefactError, match="two layers of kind q_proj in block 0"):
+        Grid.of([*layers, replace(layers[0], name="other")])
+
+
+def test_a_colour_scale_does_not_blow_up_small_differences() -> None:
+    values = Grid.of([replace(layer, cost=layer.dense_cost // 2) for layer in make_layers()]).values(lambda x: x.kept)
+    assert span(values) == pytest.approx((0.475, 0.525))
+    assert span(values * 2) == pytest.approx((0.95, 1.0))
+    assert span(values * 0) == pytest.approx((0.0, 0.05))
+
+
+def test_quality_has_standard_errors_and_what_was_read() -> None:
+    text = shown(quality(make_summary()))
+    assert row(text, "test") == ["test", "62.21", "±0.81", "62.44", "±0.81", "+0.4", "%", "0.003020", "±0.000076"]
+    assert "test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111" in text
+
+
+def test_quality_of_a_run_that_was_not_evaluated() -> None:
+    assert "not evaluated" in shown(quality(make_summary(dense=(), compressed=())))
+
+
+def test_stages_sum_times_and_take_the_largest_peak() -> None:
+    text = shown(stages(make_summary()))
+    assert row(text, "refine") == ["refine", "1", "min", "22", "s", "52", "%", "1.07", "GiB"]
+    assert row(text, "all") == ["all", "2", "min", "39", "s", "1.50", "GiB"]
+
+
+def test_layers_show_shape_pattern_and_status() -> None:
+    summary = make_summary(pattern="2:4")
+    assert row(shown(layer_allocation(summary)), "0")[:6] == ["0", "q_proj", "256x256", "6", "32.77k", "2:4"]
+    assert "N:M" not in shown(layer_allocation(make_summary()))
+    text = shown(layer_results(summary))
+    assert "names under model.layers." in text
+    assert row(text, "3.mlp.down_proj")[4:6] == ["fallback", "0.1"]
+
+
+def test_a_layer_that_fell_back_is_red_and_advised() -> None:
+    console = Console(file=StringIO(), width=80, force_terminal=True, color_system="standard", no_color=False)
+    console.print(layer_results(make_summary()))
+    assert isinstance(console.file, StringIO)
+    assert "\x1b[31mfallback" in console.file.getvalue()
+    text = " ".join(shown(notes(make_summary())).split())
+    assert f"fallback: model.layers.3.mlp.down_proj. {Status.FALLBACK.advice}" in text
+    assert "The model was stored in bfloat16" in text
+
+
+def test_a_clean_run_has_no_notes() -> None:
+    layers = tuple(replace(layer, status="converged") for layer in make_layers())
+    assert notes(make_summary(layers=layers, notes=())) is None
+
+
+def test_provenance_shortens_hashes_and_lists() -> None:
+    text = shown(provenance(make_summary()))
+    assert "sha256 33333333, windows 64, 64 starts" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 80])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_the_whole_report_fits_80_columns(blocks: int, pattern: str | None) -> None:
+    console = Console(file=StringIO(), width=80, color_system=None)
+    render(make_summary(blocks, pattern), console, verbose=True)
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    # Nothing was cut to fit.
+    assert "…" not in text
+    for title in ("Budget", "Quality", "Allocation by kind", "Allocation by block", "Kept fraction", "Stages"):
+        assert title in text
+
+
+def test_only_a_verbose_report_lists_the_layers() -> None:
+    console = Console(file=StringIO(), width=80)
+    render(make_summary(), console)
+    assert isinstance(console.file, StringIO)
+    assert "Layers:" not in console.file.getvalue()
+
+
+def test_an_ascii_terminal_gets_the_same_numbers() -> None:
+    file = TextIOWrapper(BytesIO(), encoding="ascii")
+    console = Console(file=file, width=80)
+    render(make_summary(error_unit="output error"), console, verbose=True)
+    file.flush()
+    text = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "62.44 +-0.81" in text
+
+
+def test_markup_in_names_is_printed_as_it_is() -> None:
+    summary = make_summary(model="org/[bold]model[/bold]", notes=("[red]a[/red]",), command="globalopt search [x]")
+    console = Console(file=StringIO(), width=80)
+    render(summary, console)
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue()
+    assert "org/[bold]model[/bold]" in text
+    assert "[red]a[/red]" in text
+    assert "search [x]" in text
+
+
+def test_a_model_without_finite_perplexity_is_still_reported() -> None:
+    broken = make_metrics("test", 1e9, 5.0)
+    broken = replace(broken, perplexity=float("inf"), nll=float("inf"), nll_stderr=float("nan"))
+    text = shown(quality(make_summary(dense=(make_metrics("test", 62.0, None),), compressed=(broken,))))
+    assert "inf" in row(text, "test")
