@@ -1,0 +1,20 @@
+"""Allocators: which rank and how many nonzeros every layer gets. They see surfaces and a budget, never the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from allocators.knapsack import Knapsack
+from allocators.uniform import Uniform
+from globalopt import registry
+from globalopt.protocols import Allocator
+
+ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, Knapsack)}
+
+
+def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Allocator:
+    """The allocator called `name`, with options given as text; see `registry.build` for the errors."""
+    return registry.build("allocator", ALLOCATORS, name, options or {})
+
+
+__all__ = ["ALLOCATORS", "Knapsack", "Uniform", "get_allocator"]

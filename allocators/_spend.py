@@ -1,0 +1,79 @@
+"""Spend what a grid of options leaves of the budget: exact to less than one unit of what is free."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import replace
+
+from globalopt.types import ErrorSurface, Problem, Target
+
+
+def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Turn the slack of `targets` into nonzeros (into rank under a pattern), where it lowers the error fastest.
+
+    Each step goes at most to the next option of the same layer, so the predicted error stays an interpolation
+    between neighbouring options; the cheapest gain per unit of cost is taken first. Targets that exceed the budget
+    are returned as they are: `Problem.finish` refuses them.
+
+    Args:
+        problem: surfaces, budget, pattern.
+        targets: one per layer.
+    """
+    chosen = dict(targets)
+    slack = problem.budget.limit - problem.used(chosen)
+    surfaces = {surface.spec.name: surface for surface in problem.surfaces}
+    queue: list[tuple[float, str, Target]] = []
+
+    def offer(name: str) -> None:
+        surface = surfaces[name]
+        step = _step(surface, chosen[name], problem)
+        if step is not None:
+            cost = problem.budget.cost(step, surface.spec) - problem.budget.cost(chosen[name], surface.spec)
+            gain = surface.predict(chosen[name]) - surface.predict(step)
+            heapq.heappush(queue, (-gain / max(cost, 1), name, step))
+
+    for name in chosen:
+        offer(name)
+    while slack > 0 and queue:
+        _, name, step = heapq.heappop(queue)
+        spec = surfaces[name].spec
+        before = problem.budget.cost(chosen[name], spec)
+        reached = _furthest(chosen[name], step, before + slack, problem, surfaces[name])
+        slack -= problem.budget.cost(reached, spec) - before
+        moved = reached != chosen[name]
+        chosen[name] = reached
+        if moved and reached == step:
+            offer(name)
+    return chosen
+
+
+def _step(surface: ErrorSurface, target: Target, problem: Problem) -> Target | None:
+    """The layer's next larger option along its free axis, or None at the end; a dense layer cannot grow."""
+    axis = "rank" if problem.pattern is not None else "nnz"
+    here = getattr(target, axis)
+    others = {getattr(t, axis) for t in surface.targets if axis == "rank" or t.rank == target.rank}
+    if axis == "nnz" and len(others) < 2:
+        # The rank is between two options: any count up to the dense layer's cost will do.
+        others = {t.nnz for t in surface.targets}
+    larger = [v for v in others if v > here]
+    if not larger:
+        return None
+    step = replace(target, **{axis: min(larger)})
+    return step if step.params(surface.spec) <= surface.spec.numel else None
+
+
+def _furthest(start: Target, end: Target, limit: int, problem: Problem, surface: ErrorSurface) -> Target:
+    """The target between `start` and `end` (one axis differs) that is furthest and costs at most `limit`."""
+    axis = "rank" if start.rank != end.rank else "nnz"
+    low, high = getattr(start, axis), getattr(end, axis)
+    if problem.budget.cost(end, surface.spec) <= limit:
+        return end
+    # Costs grow with either axis below its end, so bisection finds the last affordable value.
+    while high - low > 1:
+        middle = (low + high) // 2
+        if problem.budget.cost(replace(start, **{axis: middle}), surface.spec) <= limit:
+            low = middle
+        else:
+            high = middle
+    return replace(start, **{axis: low})

@@ -1,0 +1,63 @@
+"""The same kept fraction and the same rank share for every layer: what the field does, and every search's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from allocators._spend import spend
+from globalopt.errors import UsageError
+from globalopt.protocols import Objective
+from globalopt.types import Allocation, ErrorSurface, Problem, Target
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Keep the same fraction of every layer, a fixed share of it as rank.
+
+    `rank = floor(rank_share * kept * d_out d_in / (d_out + d_in))`, the rest as nonzeros (OATS, arXiv:2409.13652;
+    HASSLE-free, arXiv:2502.00899, section on unstructured sparsity). Under an N:M pattern the nonzeros are fixed and
+    all the rest is rank. What rounding leaves of the budget is spent on the layers that gain most.
+    """
+
+    name: ClassVar[str] = "uniform"
+    paper: ClassVar[str] = "arXiv:2409.13652"
+    rank_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank_share <= 1:
+            raise UsageError(f"rank_share is a share of the kept parameters, in [0, 1]; got {self.rank_share:g}.")
+
+    def allocate(self, problem: Problem, objective: Objective) -> Allocation:
+        """Return the uniform allocation; the objective is not asked."""
+        targets = {surface.spec.name: self.target(problem, surface) for surface in problem.surfaces}
+        return problem.finish(spend(problem, targets), by=self.name)
+
+    def target(self, problem: Problem, surface: ErrorSurface) -> Target:
+        """The uniform target of one layer, never above its share of the budget nor the ranks its surface offers."""
+        budget, spec = problem.budget, surface.spec
+        most_rank = max(target.rank for target in surface.targets)
+        limit = budget.limit * budget.cost(Target.dense(spec), spec) // budget.total
+        per_rank = spec.d_out + spec.d_in
+        if budget.limit == budget.total and problem.pattern is None:
+            return Target.dense(spec)
+        if problem.pattern is not None:
+            nnz = problem.pattern.nnz(spec)
+            return Target(
+                _most(lambda r: budget.cost(Target(r, nnz, problem.pattern), spec) <= limit, most_rank),
+                nnz,
+                problem.pattern,
+            )
+        kept = limit / budget.cost(Target.dense(spec), spec)
+        rank = min(int(self.rank_share * kept * spec.numel / per_rank), most_rank)
+        return Target(rank, _most(lambda nnz: budget.cost(Target(rank, nnz), spec) <= limit, spec.numel - 1))
+
+
+def _most(fits: Callable[[int], bool], top: int) -> int:
+    """Largest integer in [0, top] that fits, 0 if none does; `fits` is true up to a point and false after it."""
+    low, high = 0, top + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

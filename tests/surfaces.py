@@ -1,0 +1,38 @@
+"""Synthetic problems for allocators: convex, non-convex, tied and N:M surfaces, without a model."""
+
+from __future__ import annotations
+
+import random
+
+from globalopt.types import NM, Budget, ErrorSurface, LayerSpec, Problem, Target
+
+SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
+
+
+def surface(name: str, d_out: int, d_in: int, importance: float, rng: random.Random, pattern: NM | None = None):
+    """A grid of ranks and counts; the error falls with both, with a seeded ripple that makes it non-convex."""
+    spec = LayerSpec(name, int(name.rsplit(".", 1)[-1]) // 4, name, "kind", d_out, d_in)
+    targets: list[Target] = []
+    errors: list[float] = []
+    for rank in range(4):
+        for step in range(9):
+            nnz = pattern.nnz(spec) if pattern else spec.numel * step // 8
+            target = Target(rank, nnz, pattern)
+            if (pattern and step) or (target.params(spec) > spec.numel and nnz < spec.numel):
+                continue
+            if rank and nnz == spec.numel:
+                continue
+            left = (1 - nnz / spec.numel) ** 2 * 0.8**rank
+            targets.append(target)
+            errors.append(importance * left * (1 + 0.2 * rng.random()) if nnz < spec.numel else 0.0)
+    return ErrorSurface(spec, tuple(targets), tuple(errors))
+
+
+def problem(kept: float, seed: int = 0, layers: int = 6, accounting: str = "params", pattern: NM | None = None) -> Problem:
+    """A problem of `layers` layers of mixed shapes whose importances differ by up to a hundredfold."""
+    rng = random.Random(seed)
+    surfaces = tuple(
+        surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], importance=10 ** rng.uniform(-1, 1), rng=rng, pattern=pattern)
+        for i in range(layers)
+    )
+    return Problem(surfaces, Budget.fraction(kept, [s.spec for s in surfaces], accounting), pattern, seed)

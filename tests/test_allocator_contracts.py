@@ -1,0 +1,88 @@
+"""Laws that every row of the allocator table obeys; a new row is tested at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from allocators import ALLOCATORS, get_allocator
+from globalopt.errors import BudgetError
+from globalopt.types import NM, Budget, Problem
+from tests.reference.knapsack import best_on_grid
+from tests.surfaces import problem
+
+CASES = [
+    pytest.param({"kept": kept, "accounting": accounting, "pattern": pattern}, id=f"{kept}-{accounting}-{pattern}")
+    for kept, accounting, pattern in [
+        (0.3, "params", None),
+        (0.5, "params", None),
+        (0.9, "params", None),
+        (0.5, "bytes", None),
+        (0.6, "params", NM(2, 4)),
+        (0.7, "bytes", NM(2, 4)),
+    ]
+]
+
+
+@pytest.fixture(params=sorted(ALLOCATORS))
+def allocator(request):
+    return get_allocator(request.param)
+
+
+def solve(allocator, case, seed=0):
+    p = problem(seed=seed, **case)
+    return p, allocator.allocate(p, p.predicted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_budget_is_met_and_never_exceeded(allocator, case):
+    p, found = solve(allocator, case)
+    assert p.used(found.targets) == found.used <= p.budget.limit
+    # What cannot be spent is less than the cheapest unit of what is free, for some layer that can still grow.
+    step = 1 if p.pattern is None else min(spec.d_out + spec.d_in for spec in p.specs)
+    unit = step * (2 if p.budget.accounting == "bytes" else 1)
+    grown = all(t.params(s) + step > s.numel for s in p.specs for t in [found.targets[s.name]])
+    assert p.budget.limit - found.used < (2 * unit if p.budget.accounting == "bytes" else unit) or grown or p.pattern
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_target_fits_its_layer_and_pattern(allocator, case):
+    p, found = solve(allocator, case)
+    assert list(found.targets) == [spec.name for spec in p.specs]
+    for spec in p.specs:
+        target = found.targets[spec.name].check(spec)
+        assert target.pattern == p.pattern
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_same_seed_same_answer(allocator, case):
+    assert solve(allocator, case)[1] == solve(allocator, case)[1]
+
+
+def test_order_of_layers_does_not_matter(allocator):
+    p, found = solve(allocator, {"kept": 0.4})
+    turned = replace(p, surfaces=p.surfaces[::-1])
+    again = allocator.allocate(turned, turned.predicted)
+    assert dict(again.targets) == dict(found.targets)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_not_better_than_the_best_there_is(allocator, seed):
+    """A miscounted cost shows as an error below the exact optimum of a slightly larger budget."""
+    p = problem(0.5, seed=seed)
+    found = allocator.allocate(p, p.predicted)
+    # Between options the error is interpolated, so the grid optimum with one option's slack bounds it.
+    slack = max(spec.numel // 8 + 1 for spec in p.specs)
+    roomy = Problem(p.surfaces, Budget(p.budget.limit + slack, p.budget.total), p.pattern, p.seed)
+    assert found.predicted >= best_on_grid(roomy) - 1e-12
+
+
+def test_budget_below_the_floor_raises(allocator):
+    with pytest.raises(BudgetError, match="Raise --budget to at least 0.5"):
+        problem(0.4, pattern=NM(2, 4))
+
+
+def test_whole_budget_keeps_everything(allocator):
+    p, found = solve(allocator, {"kept": 1.0})
+    assert found.predicted == 0.0
