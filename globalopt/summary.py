@@ -47,8 +47,9 @@ class LayerResult:
 
     Args:
         cost: parameters or bytes used, in the budget's accounting; `dense_cost` what the dense layer uses.
-        predicted: the surface's error at the target, in `Summary.error_unit`.
-        actual: the refined layer's error in the same unit: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
+        predicted: the surface's error at the target in `Summary.error_unit`, or None where the budget was priced in
+            another unit.
+        actual: the refined layer's error in that unit: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
         relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
         status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
     """
@@ -63,7 +64,7 @@ class LayerResult:
     pattern: str | None
     cost: int
     dense_cost: int
-    predicted: float
+    predicted: float | None
     actual: float
     relative: float
     status: str
@@ -117,8 +118,8 @@ class Summary:
         model: how the model was named by the user; `reference` when it is the bundled one.
         allocator, solver: their names; `allocator` as written in the budget file.
         accounting, asked, limit, used, total: the budget in its unit; `asked` as a fraction kept.
-        predicted, bound: of the allocation, in `error_unit`; bound None without a certificate.
-        error_unit: "nats per token" or "output error".
+        predicted, bound: of the allocation, in `budget_unit`; bound None without a certificate.
+        error_unit, budget_unit: "nats per token" or "output error", of the layers' errors and of the allocation.
         covered, block_params, skipped: coverage; `skipped` maps what is not covered to its parameters.
         dense, compressed: metrics of both on the same windows, one per split, in the same order.
         splits: how each split was made: source, hash, windows, seed.
@@ -138,6 +139,7 @@ class Summary:
     predicted: float
     bound: float | None
     error_unit: str
+    budget_unit: str
     covered: int
     block_params: int
     skipped: Mapping[str, int]

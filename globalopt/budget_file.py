@@ -1,0 +1,189 @@
+"""The budget file: an allocation that outlives the run, the solver and the machine that found it.
+
+It holds absolute ranks and counts per layer, the accounting, and what the model must look like, never a path or a
+date: the same search writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from globalopt.errors import ArtefactError, GlobalOptError
+from globalopt.store import read_json, write_json
+from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem, Target
+
+SCHEMA_VERSION = 1
+
+
+class LayerEntry(BaseModel):
+    """One layer: its shape, and what it may keep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    block: int = Field(ge=0)
+    kind: str
+    d_out: int = Field(ge=1)
+    d_in: int = Field(ge=1)
+    rank: int = Field(ge=0)
+    nnz: int = Field(ge=0)
+    pattern: str | None
+    cost: int = Field(ge=0)
+    predicted: float
+
+    @property
+    def spec(self) -> LayerSpec:
+        return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.rank, self.nnz, NM.parse(self.pattern) if self.pattern else None)
+
+
+class BudgetFile(BaseModel):
+    """A whole budget file; `read` also checks that it adds up.
+
+    `fingerprint` identifies the model by type and layer shapes. `asked` is the fraction kept that was asked for,
+    `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: Literal[1]
+    fingerprint: str
+    accounting: Literal["params", "bytes"]
+    asked: float
+    limit: int
+    used: int
+    total: int
+    covered: int
+    block_params: int
+    allocator: str
+    seed: int
+    error_unit: str
+    predicted: float
+    bound: float | None
+    layers: tuple[LayerEntry, ...]
+
+    @property
+    def allocation(self) -> Allocation:
+        """The allocation in the file."""
+        return Allocation(
+            {entry.name: entry.target for entry in self.layers},
+            Budget(self.limit, self.total, self.accounting),
+            self.used,
+            self.predicted,
+            self.allocator,
+            self.bound,
+        )
+
+    def check(self, source: Path) -> BudgetFile:
+        """Return self if counts, costs and the limit agree; `ArtefactError` naming the first that does not."""
+        try:
+            budget = Budget(self.limit, self.total, self.accounting)
+            costs = [budget.cost(entry.target.check(entry.spec), entry.spec) for entry in self.layers]
+        except GlobalOptError as cause:
+            raise ArtefactError(f"{source}: {cause}") from None
+        for entry, cost in zip(self.layers, costs, strict=True):
+            if cost != entry.cost:
+                raise ArtefactError(f"{source}: layer {entry.name} says cost {entry.cost}, its target costs {cost}.")
+        if len({entry.name for entry in self.layers}) != len(self.layers):
+            raise ArtefactError(f"{source}: a layer is listed twice.")
+        dense = sum(budget.cost(Target.dense(entry.spec), entry.spec) for entry in self.layers)
+        if dense != self.total:
+            raise ArtefactError(f"{source}: total says {self.total}, the listed layers have {dense}.")
+        if sum(costs) > self.limit:
+            raise ArtefactError(
+                f"{source} exceeds its budget: the layers use {sum(costs)} of {self.limit} {self.accounting}. "
+                "It was edited; lower some targets or search again."
+            )
+        if sum(costs) != self.used:
+            raise ArtefactError(f"{source}: used says {self.used}, the layers add up to {sum(costs)}.")
+        return self
+
+    def for_model(self, fingerprint: str, specs: tuple[LayerSpec, ...], source: Path) -> Allocation:
+        """The allocation, if the file belongs to the model with these layers; `ArtefactError` otherwise."""
+        mine = {(spec.name, spec.d_out, spec.d_in) for spec in specs}
+        listed = {(entry.name, entry.d_out, entry.d_in) for entry in self.layers}
+        if mine != listed:
+            name = min(mine ^ listed)[0]
+            raise ArtefactError(
+                f"{source} belongs to another model: it has {len(listed)} layers, this one {len(mine)}; "
+                f"they differ first at {name}."
+            )
+        if fingerprint != self.fingerprint:
+            raise ArtefactError(f"{source} belongs to another model: same layers, other type or vocabulary.")
+        return self.allocation
+
+
+def make(
+    allocation: Allocation,
+    problem: Problem,
+    fingerprint: str,
+    covered: int,
+    block_params: int,
+    asked: float,
+    error_unit: str,
+) -> BudgetFile:
+    """The budget file of an allocation."""
+    budget = allocation.budget
+    return BudgetFile(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=fingerprint,
+        accounting="bytes" if budget.accounting == "bytes" else "params",
+        asked=asked,
+        limit=budget.limit,
+        used=allocation.used,
+        total=budget.total,
+        covered=covered,
+        block_params=block_params,
+        allocator=allocation.by,
+        seed=problem.seed,
+        error_unit=error_unit,
+        predicted=allocation.predicted,
+        bound=allocation.bound,
+        layers=tuple(
+            LayerEntry(
+                name=spec.name,
+                block=spec.block,
+                kind=spec.kind,
+                d_out=spec.d_out,
+                d_in=spec.d_in,
+                rank=target.rank,
+                nnz=target.nnz,
+                pattern=str(target.pattern) if target.pattern else None,
+                cost=budget.cost(target, spec),
+                predicted=surface.predict(target),
+            )
+            for surface in problem.surfaces
+            for spec, target in [(surface.spec, allocation.targets[surface.spec.name])]
+        ),
+    )
+
+
+def write(path: Path, file: BudgetFile) -> None:
+    """Write atomically; the same file gives the same bytes."""
+    write_json(path, file.model_dump(mode="json"))
+
+
+def read(path: Path) -> BudgetFile:
+    """Read and check a budget file.
+
+    Raises:
+        ArtefactError: missing, truncated, of a newer schema, with unknown or bad fields, or not adding up.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
+        raise ArtefactError(f"{path} is not a budget file: it has no schema_version.")
+    if raw["schema_version"] > SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path} was written by a newer version (schema {raw['schema_version']}, this one reads {SCHEMA_VERSION}). "
+            "Upgrade globalopt."
+        )
+    try:
+        return BudgetFile.model_validate(raw).check(path)
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{path} is not a valid budget file: {where}: {first['msg']}.") from None

@@ -1,0 +1,151 @@
+"""How good a model is on held-out windows: perplexity, and its distance from the dense model in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from globalopt.calibration import LEAST_WINDOWS, Split
+from globalopt.errors import NumericalError, UsageError
+from globalopt.summary import Metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**28
+"""Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
+
+SOFTMAX_AT_ONCE = 2**24
+"""Logits turned into float32 log probabilities at once."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    split: Split,
+    dense: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    advance: Callable[[str], None] | None = None,
+) -> Metrics:
+    """Perplexity of a model on the windows of a split, and its KL divergence from the dense model.
+
+    With windows `x` of T tokens and `p(. | x_<t)` the model, `q` the dense one:
+
+        nll = mean over windows and 1 <= t < T of -log p(x_t | x_<t),   perplexity = exp(nll)
+        kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
+
+    Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
+    into evaluation mode; they may be on different devices.
+
+    Args:
+        split: at least 2 windows.
+        dense: the model before compression, with the same vocabulary; without it there is no KL.
+        batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
+        advance: called once per window with the perplexity so far.
+    Raises:
+        NumericalError: a logit is not finite, or the perplexity is too large for a float.
+        UsageError: fewer than 2 windows, `batch_size` below 1, or different vocabularies.
+    Source:
+        the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
+    """
+    count, seqlen = split.windows.shape
+    if count < LEAST_WINDOWS:
+        raise UsageError(
+            f"A standard error needs at least {LEAST_WINDOWS} windows; the {split.name} split has {count}."
+        )
+    if batch_size < 1:
+        raise UsageError(f"The evaluation batch must be at least 1 window; got {batch_size}.")
+    vocabulary = _vocabulary(model)
+    if dense is not None and _vocabulary(dense) != vocabulary:
+        raise UsageError(
+            f"The model has {vocabulary} logits and the dense model {_vocabulary(dense)}; KL needs the same."
+        )
+    model.eval()
+    if dense is not None:
+        dense.eval()
+
+    nll = torch.zeros(count, dtype=torch.float64)
+    kl = torch.zeros(count, dtype=torch.float64)
+    rows = max(1, min(batch_size, LOGITS_AT_ONCE // (seqlen * vocabulary)))
+    for first in range(0, count, rows):
+        windows = split.windows[first : first + rows]
+        logits = _logits(model, windows)
+        dense_logits = None if dense is None else _logits(dense, windows)
+        for i, window in enumerate(windows):
+            reference = None if dense_logits is None else dense_logits[i]
+            nll[first + i], kl[first + i] = _window_means(
+                logits[i], reference, window, f"{split.name} window {first + i}"
+            )
+            if advance is not None:
+                advance(f"perplexity {_perplexity(nll[: first + i + 1]):.2f}")
+
+    return Metrics(
+        split=split.name,
+        perplexity=_perplexity(nll),
+        nll=nll.mean().item(),
+        nll_stderr=_standard_error(nll),
+        kl=None if dense is None else kl.mean().item(),
+        kl_stderr=None if dense is None else _standard_error(kl),
+        windows=count,
+        seqlen=seqlen,
+        tokens=count * (seqlen - 1),
+        text_sha256=split.sha256,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Logits (n, T - 1, vocabulary) of the positions whose next token is in the window."""
+    return model(input_ids=windows.to(model.device), use_cache=False).logits[:, :-1]
+
+
+def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float]:
+    """Mean over positions of the negative log likelihood and of KL(dense || model) of one window (0 without dense).
+
+    Args:
+        logits, dense: (T - 1, vocabulary), on any device.
+        window: (T,) token ids.
+    """
+    labels = window[1:].to(logits.device)
+    nll = kl = 0.0
+    for positions in _chunks(len(logits), logits.shape[1]):
+        log_p = _log_softmax(logits[positions], where)
+        # Summed on the CPU: not every accelerator has float64.
+        nll -= log_p.gather(1, labels[positions, None]).cpu().double().sum().item()
+        if dense is not None:
+            log_q = _log_softmax(dense[positions], f"{where} of the dense model").to(log_p.device)
+            kl += (log_q.exp() * (log_q - log_p)).sum(1).cpu().double().sum().item()
+    return nll / len(logits), kl / len(logits)
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, SOFTMAX_AT_ONCE // vocabulary)
+    return (slice(first, first + step) for first in range(0, positions, step))
+
+
+def _log_softmax(logits: Tensor, where: str) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise NumericalError(f"The logits of {where} are not finite; a weight is broken, or --dtype is too narrow.")
+    return logits.float().log_softmax(1)
+
+
+def _perplexity(nll: Tensor) -> float:
+    mean = nll.mean().item()
+    try:
+        return math.exp(mean)
+    except OverflowError as error:
+        raise NumericalError(
+            f"A mean loss of {mean:.4g} nats per token has no perplexity; the model is broken."
+        ) from error
+
+
+def _standard_error(means: Tensor) -> float:
+    return means.std().item() / math.sqrt(len(means))

@@ -1,0 +1,452 @@
+"""The verbs: what `search`, `compress` and `eval` do, as short functions that call the stages in order."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from allocators import get_allocator
+from globalopt import budget_file
+from globalopt.budget_file import BudgetFile
+from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
+from globalopt.capture import Batch, BlockRunner, walk_blocks
+from globalopt.errors import ArtefactError, UsageError
+from globalopt.evaluate import evaluate
+from globalopt.layers import ModelLayers, check_finite, find_layers
+from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
+from globalopt.protocols import Progress, Solver
+from globalopt.refine import Refinement, refine
+from globalopt.resources import StageClock
+from globalopt.sensitivity import backward_sweep
+from globalopt.span import SCALINGS, compute_span
+from globalopt.store import Run, digest
+from globalopt.summary import LayerResult, Metrics, Summary
+from globalopt.surface import Options, gram_surface, sketches
+from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Metric, Problem
+from solvers import get_solver
+
+REFERENCE = "reference"
+SENSITIVITIES = ("fisher", "none")
+NATS = "nats per token"
+OUTPUT_ERROR = "output error"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded. `model` None is the bundled reference model."""
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_low_coverage: bool = False
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text, and how it is cut into windows. `calibration` None is the bundled text (reference model only)."""
+
+    calibration: str | None = None
+    eval_text: str | None = None
+    text_column: str | None = None
+    nsamples: int = 128
+    seqlen: int = 256
+    eval_windows: int = 128
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen", "eval_windows", "batch_size"):
+            least = 2 if name == "seqlen" else 1
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must be at least {least}; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What `search` is asked for; option texts are kept as typed until their table converts them."""
+
+    budget: float
+    accounting: str = "params"
+    pattern: str = "unstructured"
+    allocator: str = "knapsack"
+    allocator_options: Mapping[str, str] = field(default_factory=dict)
+    solver: str = "3basil"
+    solver_options: Mapping[str, str] = field(default_factory=dict)
+    sensitivity: str = "fisher"
+    scaling: str = "activation"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for value, known, option in (
+            (self.sensitivity, SENSITIVITIES, "sensitivity"),
+            (self.scaling, SCALINGS, "span-scaling"),
+        ):
+            if value not in known:
+                raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A loaded model with its layers and its windows, and where stages say how far they are."""
+
+    model_options: ModelOptions
+    text_options: TextOptions
+    loaded: LoadedModel
+    layers: ModelLayers
+    splits: Splits
+    progress: Progress
+    clock: StageClock
+
+    @property
+    def name(self) -> str:
+        return self.model_options.model or REFERENCE
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.layers)
+
+    def batches(self, split: Split) -> list[Batch]:
+        return [Batch(windows) for windows in split.windows.split(self.text_options.batch_size)]
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What decides results apart from the method: weights, windows, precision, seed."""
+        return {
+            "model": self.fingerprint,
+            "weights": weights_sha256(self.layers),
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "splits": {split.name: split.sha256 for split in self.splits},
+            "batch_size": self.text_options.batch_size,
+            "seed": seed,
+        }
+
+    def facts(self, command: str) -> dict[str, Any]:
+        """What is recorded beside the identity: how to make the same run, or evaluate it, again."""
+        return {
+            "command": command,
+            "model": self.name,
+            "model_options": asdict(self.model_options),
+            "text_options": asdict(self.text_options),
+            "splits": {split.name: split.record() for split in self.splits},
+            "versions": versions(),
+        }
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """A stage that is both shown and measured."""
+        with self.clock.stage(name), self.progress.stage(name, total, unit) as advance:
+            yield advance
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    packages = ("globalopt", "torch", "transformers", "scipy", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress, clock: StageClock) -> Bench:
+    """Load the model and cut the text into its splits.
+
+    Raises:
+        UsageError: a model of the user's without a text of the user's.
+        ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
+    """
+    with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
+        loaded, layers = _load(model)
+        advance("model")
+        splits = _splits(loaded, model, text, seed)
+        advance("text")
+    if model.model is None:
+        progress.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    return Bench(model, text, loaded, layers, splits, progress, clock)
+
+
+def _load(options: ModelOptions) -> tuple[LoadedModel, ModelLayers]:
+    loaded = load_model(
+        options.model or str(reference_folder()), options.dtype, options.device, options.trust_remote_code
+    )
+    layers = find_layers(loaded.model, options.allow_low_coverage)
+    check_finite(layers)
+    return loaded, layers
+
+
+def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    sizes: dict[str, Any] = {
+        "nsamples": text.nsamples,
+        "seqlen": text.seqlen,
+        "seed": seed,
+        "eval_windows": text.eval_windows,
+        "max_length": longest,
+    }
+    if text.calibration is None:
+        if model.model is not None:
+            raise UsageError(
+                "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
+                "folder saved by `datasets`, or a hub data set."
+            )
+        return reference_splits(loaded.tokenizer, **sizes)
+    calibration = read_text(text.calibration, text.text_column)
+    evaluation = read_text(text.eval_text, text.text_column) if text.eval_text else None
+    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes)
+
+
+def search(
+    bench: Bench, options: SearchOptions, folder: Path, command: str, fresh: bool = False
+) -> tuple[Summary, Run]:
+    """Span, allocate, refine, evaluate: the whole job, into `folder`. Running it again goes on where it stopped."""
+    solver = get_solver(options.solver, options.solver_options)
+    allocator = get_allocator(options.allocator, options.allocator_options)
+    pattern = NM.parse(options.pattern)
+    specs = bench.layers.specs
+    budget = Budget.fraction(options.budget, specs, options.accounting)
+    _check_pattern(pattern, specs, budget)
+
+    identity = {**bench.identity(options.seed), "search": asdict(options)}
+    run = Run.start(folder, identity, bench.facts(command), fresh)
+    if run.summary_path.exists():
+        bench.progress.note(f"{folder} is finished; nothing was computed again.")
+        return run.read_summary(), run
+
+    analyse(bench, options, run, pattern)
+    surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
+    problem = Problem(surfaces, budget, pattern, options.seed)
+    with bench.stage("allocate", 1, "budgets") as advance:
+        allocation = allocator.allocate(problem, problem.predicted)
+        advance(allocator.name)
+    unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
+    file = budget_file.make(
+        allocation,
+        problem,
+        bench.fingerprint,
+        bench.layers.coverage.covered,
+        bench.layers.coverage.block_params,
+        options.budget,
+        unit,
+    )
+    budget_file.write(run.budget_path, file)
+    return finish(bench, run, file, allocation, solver, command, options.seed, unit), run
+
+
+def compress(
+    bench: Bench,
+    source: Path,
+    file: BudgetFile,
+    solver_name: str,
+    solver_options: Mapping[str, str],
+    seed: int,
+    folder: Path,
+    command: str,
+    fresh: bool = False,
+) -> tuple[Summary, Run]:
+    """Refine a found budget with any solver, evaluate, and write the result into `folder`."""
+    solver = get_solver(solver_name, solver_options)
+    allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
+    identity = {
+        **bench.identity(seed),
+        "budget": digest(file.model_dump(mode="json")),
+        "solver": [solver_name, dict(solver_options)],
+    }
+    run = Run.start(folder, identity, bench.facts(command), fresh)
+    if run.summary_path.exists():
+        bench.progress.note(f"{folder} is finished; nothing was computed again.")
+        return run.read_summary(), run
+    budget_file.write(run.budget_path, file)
+    return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR), run
+
+
+def check_options(options: SearchOptions) -> None:
+    """Raise what is wrong with the options before a model is loaded: unknown names, budgets outside (0, 1]."""
+    get_solver(options.solver, options.solver_options)
+    get_allocator(options.allocator, options.allocator_options)
+    NM.parse(options.pattern)
+    Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
+
+
+def _check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
+    """Refuse a pattern that does not divide a layer or does not fit the budget, before anything is computed."""
+    if pattern is None:
+        return
+    surfaces = tuple(Options.of(spec, 0, pattern) for spec in specs)
+    Problem(tuple(options.surface([0.0] * len(options.targets)) for options in surfaces), budget, pattern)
+
+
+def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
+    """The part of a surface a solver can make: rank 0 only, where it has no low-rank part."""
+    if solver.low_rank:
+        return surface
+    kept = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.rank == 0]
+    return ErrorSurface(surface.spec, tuple(t for t, _ in kept), tuple(e for _, e in kept))
+
+
+def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
+    """Stage 1 and the sensitivity: one forward walk makes the spans, one backward sweep prices every option."""
+    layers = bench.layers
+    if all(run.sensitivity_path(spec).exists() for spec in layers.specs):
+        return
+    with_backward = options.sensitivity != "none"
+    runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
+    inputs: list[list[Tensor]] = []
+    with bench.stage("span", len(layers.specs), "layers") as advance:
+        for visit in walk_blocks(runner, bench.loaded.device):
+            grams = visit.grams()
+            for spec in visit.specs:
+                _span_layer(layers, options, run, spec, grams[spec.site], pattern, with_backward)
+                advance(spec.name)
+            if with_backward:
+                inputs.append(visit.inputs)
+                if visit.index + 1 == len(layers.blocks):
+                    inputs.append(visit.outputs())
+    if not with_backward:
+        return
+    choices = {spec.name: Options.of(spec, run.read_span(spec).max_rank, pattern) for spec in layers.specs}
+    with bench.stage("sensitivity", len(layers.blocks), "blocks") as advance:
+        sweep = backward_sweep(
+            runner,
+            inputs,
+            lambda spec: sketches(run.read_span(spec), choices[spec.name]),
+            options.seed,
+            advance,
+            bench.loaded.device,
+        )
+        for found in sweep:
+            run.write_sensitivity(choices[found.spec.name].surface(found.error), found.outputs)
+
+
+def _span_layer(
+    layers: ModelLayers,
+    options: SearchOptions,
+    run: Run,
+    spec: LayerSpec,
+    gram: Gram,
+    pattern: NM | None,
+    with_backward: bool,
+) -> None:
+    if not run.span_path(spec).exists():
+        run.write_span(spec, compute_span(layers.weight(spec.name), gram, options.scaling))
+    if not with_backward and not run.sensitivity_path(spec).exists():
+        span = run.read_span(spec)
+        surface = gram_surface(span, Options.of(spec, span.max_rank, pattern), Metric(gram))
+        run.write_sensitivity(surface, None)
+
+
+def finish(
+    bench: Bench,
+    run: Run,
+    file: BudgetFile,
+    allocation: Allocation,
+    solver: Solver,
+    command: str,
+    seed: int,
+    unit: str,
+) -> Summary:
+    """Refine to the allocation, save the model, evaluate what was saved, and write the summary."""
+    layers = bench.layers
+    dtype = bench.loaded.checkpoint_dtype
+    notes = list(_notes(allocation, layers, solver))
+    for note in notes:
+        bench.progress.note(note)
+    results: list[LayerResult] = []
+    predicted = {entry.name: entry.predicted if file.error_unit == unit else None for entry in file.layers}
+    plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted)
+
+    def outputs(spec: LayerSpec) -> Gram | None:
+        return run.read_sensitivity(spec)[1] if unit == NATS else None
+
+    with bench.stage("refine", len(layers.specs), "layers") as advance:
+        runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
+        results.extend(refine(runner, plan, run, outputs, bench.loaded.device, advance))
+    with bench.stage("save", 1, "models") as advance:
+        # A model folder appears whole or not at all, so one that is there is this run's.
+        if not run.model_folder.exists():
+            save_dense(bench.loaded.model, bench.loaded.tokenizer, run.model_folder, dtype)
+        advance(str(run.model_folder))
+    dense, compressed = _evaluate_both(bench, run.model_folder)
+    summary = Summary(
+        command=command,
+        model=bench.name,
+        allocator=file.allocator,
+        solver=solver.name,
+        seed=seed,
+        accounting=file.accounting,
+        asked=file.asked,
+        limit=file.limit,
+        used=sum(result.cost for result in results),
+        total=file.total,
+        predicted=file.predicted,
+        bound=file.bound,
+        error_unit=unit,
+        budget_unit=file.error_unit,
+        covered=layers.coverage.covered,
+        block_params=layers.coverage.block_params,
+        skipped=dict(layers.coverage.skipped),
+        layers=tuple(results),
+        dense=dense,
+        compressed=compressed,
+        stages=bench.clock.costs,
+        splits={split.name: split.record() for split in bench.splits},
+        versions=versions(),
+        notes=tuple(notes),
+    )
+    run.write_summary(summary)
+    return summary
+
+
+def _notes(allocation: Allocation, layers: ModelLayers, solver: Solver) -> Iterator[str]:
+    ranked = sum(1 for target in allocation.targets.values() if target.rank)
+    if ranked and not solver.low_rank:
+        yield (
+            f"Solver {solver.name} has no low-rank part: the rank of {ranked} layers is kept as nonzeros of the same "
+            f"cost in {allocation.budget.accounting}."
+        )
+
+
+def _evaluate_both(bench: Bench, folder: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
+    """Metrics of the dense model and of the saved one, reloaded, on validation and test windows."""
+    options = bench.model_options
+    splits = (bench.splits.validation, bench.splits.test)
+    windows = sum(len(split.windows) for split in splits)
+    with bench.stage("evaluate", 2 * windows, "windows") as advance:
+        original, _ = _load(options)
+        saved = load_model(str(folder), options.dtype, options.device, options.trust_remote_code)
+        size = bench.text_options.batch_size
+        dense = tuple(evaluate(original.model, split, None, size, advance) for split in splits)
+        compressed = tuple(evaluate(saved.model, split, original.model, size, advance) for split in splits)
+    return dense, compressed
+
+
+def evaluate_folder(bench: Bench, dense: str | None) -> tuple[Metrics, ...]:
+    """Metrics of the bench's model on its validation and test windows, with KL to the model `dense` if given."""
+    splits = (bench.splits.validation, bench.splits.test)
+    with bench.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
+        options = bench.model_options
+        against = None
+        if dense is not None:
+            source = str(reference_folder()) if dense == REFERENCE else dense
+            against = load_model(source, options.dtype, options.device, options.trust_remote_code).model
+        size = bench.text_options.batch_size
+        return tuple(evaluate(bench.loaded.model, split, against, size, advance) for split in splits)
+
+
+def run_command() -> str:
+    """What was typed, with the program's own path reduced to its name."""
+    return shlex.join(["globalopt", *sys.argv[1:]])
+
+
+def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
+    """A run with the model and text options it was made with; `ArtefactError` if the manifest lacks them."""
+    run = Run.open(folder)
+    facts = run.manifest.get("facts", {})
+    try:
+        return run, ModelOptions(**facts["model_options"]), TextOptions(**facts["text_options"])
+    except (KeyError, TypeError):
+        raise ArtefactError(f"{folder}: the manifest does not say which model and text it was made with.") from None

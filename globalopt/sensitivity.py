@@ -1,0 +1,132 @@
+"""How much the end loss minds an error in each layer: one backward sweep, labels sampled from the model.
+
+With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) = 1/2 dᵀ F d + O(|d|³)` and
+`F = E[grad log p(y) grad log p(y)ᵀ]`. For an option c of a layer that changes its weight by `D(c)`, and the gradient
+`G_n` of `sum over tokens log p(y)` of sequence n,
+
+    error(c) = sum_n <G_n, D(c)>² / (2 sum_n T_n)      nats per token
+
+estimates the loss of that option alone without bias (block Fisher; cross terms between layers are left out). One
+inner product per sequence prices an option, and the options of a layer share their sums (`kernels.sketch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from globalopt.capture import BlockRunner, resident
+from globalopt.errors import NumericalError
+from globalopt.kernels.sketch import DenseSketch, PrefixSketch
+from globalopt.surface import project
+from globalopt.types import Gram, LayerSpec
+
+Sketches = Sequence[PrefixSketch | DenseSketch]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSensitivity:
+    """One layer's answer: the output Gram `A`, and the predicted nats per token of every option asked about."""
+
+    spec: LayerSpec
+    outputs: Gram
+    error: tuple[float, ...]
+
+
+def backward_sweep(
+    runner: BlockRunner,
+    inputs: Sequence[Sequence[Tensor]],
+    sketches_of: Callable[[LayerSpec], Sketches],
+    seed: int,
+    advance: Callable[[str], None] = lambda detail: None,
+    device: torch.device | None = None,
+) -> Iterator[LayerSensitivity]:
+    """Walk the blocks from last to first, each recomputed with gradients; weights get no gradient of their own.
+
+    Memory: one block and its sketches, the stored inputs, and one gradient per sequence position.
+
+    Args:
+        runner: runs blocks and the model's tail on its batches.
+        inputs: hidden states per block and batch, then once more for the last block's output
+            (`blocks + 1` rows).
+        sketches_of: what the options of a layer drop; called once per layer, when its block is reached.
+        seed: of the sampled labels.
+        advance: called with the block's name after each block.
+        device: where a block is moved for its turn; None leaves it.
+    Raises:
+        NumericalError: the gradient at a layer is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [_label_gradient(runner, i, inputs[-1][i], generator) for i in range(len(runner.batches))]
+    layers = runner.layers
+    tokens = sum(batch.tokens for batch in runner.batches)
+    for index in reversed(range(len(layers.blocks))):
+        specs = layers.of_block(index)
+        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in specs}
+        with resident(layers.blocks[index], device):
+            hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
+            try:
+                for i, batch in enumerate(runner.batches):
+                    for tap in taps.values():
+                        tap.sequences = len(batch.input_ids)
+                    with torch.enable_grad():
+                        hidden = inputs[index][i].detach().requires_grad_()
+                        output = runner.run(index, i, hidden)
+                    torch.autograd.backward(output, upstream[i])
+                    if hidden.grad is None:
+                        raise NumericalError(f"Block {index} passes no gradient to its input; its layers have no price.")
+                    upstream[i] = hidden.grad
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for tap in reversed(taps.values()):
+            yield tap.finish(tokens)
+        advance(f"{layers.blocks_path}.{index}")
+
+
+def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of `sum over tokens log p(y)` at the last block's output, `y` sampled from p."""
+    batch = runner.batches[i]
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        log_p = runner.logits(i, hidden).float().log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().flatten(0, 1).exp().cpu(), 1, generator=generator)
+        picked = log_p.gather(-1, labels.view(*log_p.shape[:2], 1).to(log_p.device)).squeeze(-1)
+        if batch.attention_mask is not None:
+            picked = picked * batch.attention_mask.to(picked)
+    (gradient,) = torch.autograd.grad(picked.sum(), hidden)
+    return gradient
+
+
+class _Tap:
+    """Listens at one linear layer and sums, per sequence, what its gradient says of every option."""
+
+    def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
+        self.spec = spec
+        self.sketches = sketches
+        self.sequences = 0
+        self.squares: Tensor | None = None
+        self.second = torch.zeros(spec.d_out, spec.d_out)
+
+    def listen(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        output.register_hook(lambda gradient: self._take(x, gradient))
+
+    def _take(self, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.float().reshape(self.sequences, -1, self.spec.d_out)
+        if not bool(torch.isfinite(g).all()):
+            raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
+        per_sequence = g.mT @ x.float().reshape(self.sequences, -1, self.spec.d_in)
+        squares = project(self.sketches, per_sequence).square().sum(0)
+        self.squares = squares if self.squares is None else self.squares + squares
+        rows = g.flatten(0, 1)
+        self.second = self.second.to(rows.device) + rows.mT @ rows
+
+    def finish(self, tokens: int) -> LayerSensitivity:
+        if self.squares is None:
+            raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
+        error = (self.squares / (2 * tokens)).tolist()
+        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), tuple(error))

@@ -1,0 +1,263 @@
+"""Files: atomic writes, the run folder and its manifest. The only module that knows names of artefacts.
+
+JSON for what people read, safetensors for tensors, never pickle. A write goes to a temporary file beside its target
+and is renamed, so a reader never sees half a file and a full disk loses nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from globalopt.errors import ArtefactError
+from globalopt.summary import Summary
+from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Span, Target
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` on success, remove it on failure.
+
+    Works for files and for folders (an existing folder is replaced). A full or read-only disk becomes an
+    `ArtefactError` that says what to do.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as cause:
+        if isinstance(cause, ArtefactError):
+            raise
+        raise _write_error(path, cause) from cause
+    except SafetensorError as cause:
+        # safetensors wraps the system's error in its own; the text still names it.
+        raise ArtefactError(f"Cannot write {path}: {cause}. Free space and run the same command again.") from cause
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _write_error(path: Path, cause: OSError) -> ArtefactError:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ArtefactError(
+            f"Cannot write {path}: the disk is full. Free space and run the same command again; it goes on from the "
+            "last finished artefact."
+        )
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; the same value gives the same bytes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise ArtefactError(f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again.") from None
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write tensors and a JSON-able record of facts as one safetensors file, atomically."""
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"facts": json.dumps(dict(facts or {}), sort_keys=True)},
+        )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as cause:
+        raise ArtefactError(f"{path} is broken ({cause}). Delete it and run the same command again.") from None
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _key(spec: LayerSpec) -> dict[str, Any]:
+    return {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
+
+
+class Run:
+    """A run folder: artefacts by name, under a manifest that says what made them.
+
+    `fingerprint` covers everything that decides the results. A folder with the same fingerprint is gone on with;
+    one with another is refused.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = dict(manifest)
+
+    @classmethod
+    def start(cls, folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], fresh: bool = False) -> Run:
+        """Open `folder` for a run, making or resuming it.
+
+        Args:
+            identity: JSON-able; decides results (model, text, options, seed). Its digest is the fingerprint.
+            facts: JSON-able; recorded, but may differ on resume (versions, command line).
+            fresh: delete an earlier run in the folder first.
+        Raises:
+            ArtefactError: the folder holds another run, or files that are no run at all.
+        """
+        fingerprint = digest(identity)
+        path = folder / MANIFEST
+        if folder.exists() and not folder.is_dir():
+            raise ArtefactError(f"--out {folder} is a file. Choose a folder.")
+        if fresh and path.exists():
+            shutil.rmtree(folder)
+        if path.exists():
+            manifest = cls.read_manifest(folder)
+            if manifest["fingerprint"] != fingerprint:
+                changed = sorted(k for k in identity if manifest["identity"].get(k) != identity[k])
+                raise ArtefactError(
+                    f"{folder} holds another run (different {', '.join(changed) or 'options'}). "
+                    "Choose another --out, or --fresh to delete it and start over."
+                )
+            return cls(folder, manifest)
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise ArtefactError(f"{folder} is not empty and holds no run. Choose another --out.")
+        manifest = {"schema": SCHEMA, "fingerprint": fingerprint, "identity": dict(identity), "facts": dict(facts)}
+        write_json(path, manifest)
+        return cls(folder, manifest)
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Open an existing run for reading."""
+        if not (folder / MANIFEST).exists():
+            raise ArtefactError(f"{folder} holds no run (no {MANIFEST}). Give the folder that `globalopt search` wrote.")
+        return cls(folder, cls.read_manifest(folder))
+
+    @staticmethod
+    def read_manifest(folder: Path) -> dict[str, Any]:
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or not {"schema", "fingerprint", "identity"} <= manifest.keys():
+            raise ArtefactError(f"{folder / MANIFEST} is not a manifest of ours.")
+        if manifest["schema"] > SCHEMA:
+            raise ArtefactError(
+                f"{folder} was written by a newer version (schema {manifest['schema']}, this one reads {SCHEMA}). "
+                "Upgrade globalopt."
+            )
+        return manifest
+
+    @property
+    def budget_path(self) -> Path:
+        return self.folder / "budget.json"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.folder / "report"
+
+    def span_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "spans" / f"{spec.name}.safetensors"
+
+    def sensitivity_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "sensitivity" / f"{spec.name}.safetensors"
+
+    def layer_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "layers" / f"{spec.name}.safetensors"
+
+    def write_span(self, spec: LayerSpec, span: Span) -> None:
+        tensors = {"U": span.U, "s": span.s, "Vh": span.Vh, "S": span.S, "scale": span.scale}
+        write_tensors(self.span_path(spec), tensors, {**_key(spec), "stats": dict(span.stats)})
+
+    def read_span(self, spec: LayerSpec) -> Span:
+        tensors, facts = self._read(self.span_path(spec), spec)
+        return Span(**tensors, stats=facts["stats"])
+
+    def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None) -> None:
+        """The layer's options with their errors, and its output Gram `A` where one was collected."""
+        facts = {
+            **_key(surface.spec),
+            "tokens": outputs.tokens if outputs else 0,
+            "options": [
+                [t.rank, t.nnz, str(t.pattern) if t.pattern else None, error]
+                for t, error in zip(surface.targets, surface.error, strict=True)
+            ],
+        }
+        write_tensors(self.sensitivity_path(surface.spec), {"A": outputs.matrix} if outputs else {}, facts)
+
+    def read_sensitivity(self, spec: LayerSpec) -> tuple[ErrorSurface, Gram | None]:
+        tensors, facts = self._read(self.sensitivity_path(spec), spec)
+        targets = tuple(Target(rank, nnz, NM.parse(p) if p else None) for rank, nnz, p, _ in facts["options"])
+        surface = ErrorSurface(spec, targets, tuple(option[3] for option in facts["options"]))
+        return surface, Gram(tensors["A"], facts["tokens"]) if "A" in tensors else None
+
+    def write_layer(self, spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any]) -> None:
+        tensors = {"S": value.S, "U": value.U, "V": value.V}
+        if value.signs is not None:
+            tensors["signs"] = value.signs
+        write_tensors(self.layer_path(spec), tensors, {**_key(spec), **facts})
+
+    def read_layer(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
+        tensors, facts = self._read(self.layer_path(spec), spec)
+        return Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), facts
+
+    def _read(self, path: Path, spec: LayerSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = read_tensors(path)
+        found = {key: facts.get(key) for key in _key(spec)}
+        if found != _key(spec):
+            raise ArtefactError(f"{path} holds {found}, expected {_key(spec)}. Delete it and run the command again.")
+        return tensors, facts
+
+    def write_summary(self, summary: Summary) -> None:
+        write_json(self.summary_path, asdict(summary))
+
+    def read_summary(self) -> Summary:
+        """The finished run's summary; `ArtefactError` if the run has not finished or the file is broken."""
+        if not self.summary_path.exists():
+            raise ArtefactError(f"{self.folder} has no summary: the run did not finish. Run its command again to go on.")
+        try:
+            return TypeAdapter(Summary).validate_python(read_json(self.summary_path))
+        except ValidationError as cause:
+            first = cause.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtefactError(f"{self.summary_path} does not fit: {where}: {first['msg']}.") from None

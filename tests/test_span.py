@@ -1,0 +1,94 @@
+"""Spans are exact, and what is taken from them is what the options promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.errors import UnknownNameError
+from globalopt.span import compute_span, input_scale, take
+from globalopt.surface import Options, gram_surface, project, sketches
+from globalopt.types import NM, LayerSpec, Metric, Target, follows
+from tests.synthetic import layer
+
+SPEC = LayerSpec("a", 0, "a", "a", 24, 40)
+PATTERNS = [None, NM(2, 4)]
+
+
+@pytest.fixture(scope="module")
+def made():
+    W, gram = layer(24, 40, 200)
+    return W, gram, compute_span(W, gram)
+
+
+@pytest.mark.parametrize("scaling", ["activation", "none"])
+def test_everything_taken_gives_back_the_weight(scaling):
+    W, gram = layer(24, 40, 200)
+    span = compute_span(W, gram, scaling)
+    for rank in (0, span.max_rank // 2, span.max_rank):
+        torch.testing.assert_close(take(span, Target(rank, 24 * 40)).dense(), W, atol=1e-4, rtol=1e-4)
+
+
+def test_taken_counts_are_the_targets(made):
+    _, _, span = made
+    value = take(span, Target(3, 100))
+    assert (value.rank, value.nnz) == (3, 100)
+    value = take(span, Target(2, 480, NM(2, 4)))
+    assert value.nnz == 480
+    assert follows(value.S, NM(2, 4))
+
+
+def test_dead_inputs_keep_the_scaling_invertible():
+    W, gram = layer(24, 40, 200)
+    matrix = gram.matrix.clone()
+    matrix[5] = matrix[:, 5] = 0
+    dead = type(gram)(matrix, 200)
+    assert bool((input_scale(dead, 40) > 0).all())
+    assert torch.isfinite(take(compute_span(W, dead), Target(2, 50)).dense()).all()
+    with pytest.raises(UnknownNameError, match="activation"):
+        compute_span(W, gram, "activations")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sketches_are_inner_products_with_what_is_dropped(made, pattern):
+    """Against the slow twin: materialise every option and multiply."""
+    W, _, span = made
+    options = Options.of(SPEC, span.max_rank, pattern)
+    gradients = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    fast = project(sketches(span, options), gradients)
+    assert fast.shape == (3, len(options.targets))
+    for j, target in enumerate(options.targets):
+        dropped = W - take(span, target).dense()
+        slow = (gradients * dropped).flatten(1).double().sum(1)
+        torch.testing.assert_close(fast[:, j], slow, atol=1e-3, rtol=1e-3)
+
+
+def test_options_include_dense_and_zero_and_none_above_dense(made):
+    _, _, span = made
+    targets = Options.of(SPEC, span.max_rank).targets
+    assert Target.dense(SPEC) in targets
+    assert Target.zero() in targets
+    assert all(target.params(SPEC) <= SPEC.numel for target in targets)
+    assert len(set(targets)) == len(targets)
+    assert len({target.rank for target in targets}) > 1
+
+
+def test_under_a_pattern_only_the_rank_is_free(made):
+    _, _, span = made
+    targets = Options.of(SPEC, span.max_rank, NM(2, 4)).targets
+    assert {target.nnz for target in targets} == {480}
+    assert targets[0].rank == 0
+    assert all(target.params(SPEC) <= SPEC.numel for target in targets)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gram_surface_is_the_error_of_what_is_taken(made, pattern):
+    W, gram, span = made
+    metric = Metric(gram)
+    surface = gram_surface(span, Options.of(SPEC, span.max_rank, pattern), metric)
+    for target, error in zip(surface.targets, surface.error, strict=True):
+        expected = metric.error(W - take(span, target).dense())
+        assert error == pytest.approx(expected, rel=1e-3, abs=1e-6 * metric.error(W))
+    if pattern is None:
+        assert Target.dense(SPEC) in surface.targets
+        assert Target.zero() in surface.targets
