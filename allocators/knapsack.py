@@ -92,10 +92,10 @@ class _Table:
         self.cost = np.array([cost for frontier in frontiers for _, cost, _ in frontier], dtype=np.int64)
         self.error = np.array([error for frontier in frontiers for _, _, error in frontier])
         sizes = [len(frontier) for frontier in frontiers]
-        ends = np.cumsum(sizes)
+        ends = np.cumsum(sizes, dtype=np.intp)
         self.ranges = [(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
         self.layer = np.repeat(np.arange(len(sizes)), sizes)
-        self.starts = ends - sizes
+        self.starts = ends - np.array(sizes, dtype=np.intp)
 
     @property
     def size(self) -> int:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.store import read_json, write_json
+from globalopt.summary import LayerPlan
 from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem, Target
 
 SCHEMA_VERSION = 1
@@ -65,6 +66,15 @@ class BudgetFile(BaseModel):
     predicted: float
     bound: float | None
     layers: tuple[LayerEntry, ...]
+
+    @property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """The layers as reports show them."""
+        budget = Budget(self.limit, self.total, self.accounting)
+        return tuple(
+            LayerPlan(**entry.model_dump(), dense_cost=budget.cost(Target.dense(entry.spec), entry.spec))
+            for entry in self.layers
+        )
 
     @property
     def allocation(self) -> Allocation:

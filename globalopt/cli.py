@@ -76,7 +76,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tabl
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 Set = Annotated[
-    list[str] | None, typer.Option(help="Solver options NAME=VALUE, comma separated; may be repeated.", metavar="NAME=VALUE")
+    list[str] | None,
+    typer.Option(help="Solver options NAME=VALUE, comma separated; may be repeated.", metavar="NAME=VALUE"),
 ]
 
 
@@ -86,14 +87,17 @@ def search(
     model_option: ModelOption = None,
     budget: Annotated[float, typer.Option(help="Fraction kept of the compressible layers, in (0, 1].")] = 0.5,
     accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
-    pattern: Annotated[str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")] = "unstructured",
+    pattern: Annotated[
+        str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
+    ] = "unstructured",
     allocator: Annotated[str, typer.Option(help="uniform or knapsack.")] = "knapsack",
     allocator_set: Annotated[
         list[str] | None, typer.Option(help="Allocator options NAME=VALUE, comma separated.", metavar="NAME=VALUE")
     ] = None,
     solver: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, oats, hassle-free or 3basil.")] = "3basil",
     solver_set: Annotated[
-        list[str] | None, typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE"),
     ] = None,
     sensitivity: Annotated[
         str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
@@ -153,7 +157,8 @@ def compress(
     budget_path: Annotated[Path, typer.Option("--budget-file", help="A budget.json that `search` wrote.")] = ...,  # pyright: ignore[reportArgumentType]
     solver: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, oats, hassle-free or 3basil.")] = "3basil",
     solver_set: Annotated[
-        list[str] | None, typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE"),
     ] = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
@@ -195,9 +200,12 @@ def compress(
 
 @app.command(name="eval")
 def evaluate(
-    target: Annotated[str | None, typer.Argument(help="A model, or a run folder. Left out: the reference model.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A model, or a run folder. Left out: the reference model.")
+    ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Measure KL to this model. For a run: the model it compressed.", show_default=False)
+        str | None,
+        typer.Option(help="Measure KL to this model. For a run: the model it compressed.", show_default=False),
     ] = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
@@ -257,7 +265,7 @@ def report(
         elif len(opened) == 1:
             _report(summaries[0], opened[0], verbose)
         else:
-            reports.compare(dict(zip((str(folder) for folder in runs), summaries, strict=True)), out)
+            out.print(reports.comparison(summaries, [str(folder) for folder in runs]))
 
 
 @budget_app.command()
@@ -267,7 +275,7 @@ def show(path: Annotated[Path, typer.Argument(help="A budget.json.")]) -> None:
         import reports
         from globalopt import budget_file
 
-        reports.show_budget(budget_file.read(path), out)
+        out.print(reports.budget_file(budget_file.read(path)))
 
 
 @budget_app.command()
@@ -380,5 +388,7 @@ def _report(summary: Summary, run: Run, verbose: bool) -> None:
     for label, path in [*files.items(), *(("picture", path) for path in paths)]:
         out.print(f"{label:>8}  {path}", highlight=False, soft_wrap=True)
     out.print(
-        f"    next  globalopt compress --budget-file {run.budget_path} --solver hassle-free", highlight=False, soft_wrap=True
+        f"    next  globalopt compress --budget-file {run.budget_path} --solver hassle-free",
+        highlight=False,
+        soft_wrap=True,
     )

@@ -124,9 +124,7 @@ def stored(value: Decomposition, target: Target, dtype: torch.dtype) -> Decompos
     return cast
 
 
-def _result(
-    spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | str], plan: Refinement
-) -> LayerResult:
+def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | str], plan: Refinement) -> LayerResult:
     target = Target(value.rank, value.nnz)
     asked = plan.targets[spec.name]
     return LayerResult(

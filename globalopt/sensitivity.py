@@ -77,7 +77,9 @@ def backward_sweep(
                         output = runner.run(index, i, hidden)
                     torch.autograd.backward(output, upstream[i])
                     if hidden.grad is None:
-                        raise NumericalError(f"Block {index} passes no gradient to its input; its layers have no price.")
+                        raise NumericalError(
+                            f"Block {index} passes no gradient to its input; its layers have no price."
+                        )
                     upstream[i] = hidden.grad
             finally:
                 for hook in hooks:

@@ -82,7 +82,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtefactError(f"There is no file {path}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise ArtefactError(f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again.") from None
+        raise ArtefactError(
+            f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again."
+        ) from None
     except OSError as cause:
         raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
 
@@ -165,7 +167,9 @@ class Run:
     def open(cls, folder: Path) -> Run:
         """Open an existing run for reading."""
         if not (folder / MANIFEST).exists():
-            raise ArtefactError(f"{folder} holds no run (no {MANIFEST}). Give the folder that `globalopt search` wrote.")
+            raise ArtefactError(
+                f"{folder} holds no run (no {MANIFEST}). Give the folder that `globalopt search` wrote."
+            )
         return cls(folder, cls.read_manifest(folder))
 
     @staticmethod
@@ -254,7 +258,9 @@ class Run:
     def read_summary(self) -> Summary:
         """The finished run's summary; `ArtefactError` if the run has not finished or the file is broken."""
         if not self.summary_path.exists():
-            raise ArtefactError(f"{self.folder} has no summary: the run did not finish. Run its command again to go on.")
+            raise ArtefactError(
+                f"{self.folder} has no summary: the run did not finish. Run its command again to go on."
+            )
         try:
             return TypeAdapter(Summary).validate_python(read_json(self.summary_path))
         except ValidationError as cause:

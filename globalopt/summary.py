@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from globalopt.types import NM, LayerSpec
-
 
 @dataclass(frozen=True)
 class Metrics:
@@ -42,16 +40,13 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One layer of a run: what it was given and what came of it.
+class LayerPlan:
+    """One layer and what it is given.
 
     Args:
         cost: parameters or bytes used, in the budget's accounting; `dense_cost` what the dense layer uses.
-        predicted: the surface's error at the target in `Summary.error_unit`, or None where the budget was priced in
-            another unit.
-        actual: the refined layer's error in that unit: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
-        relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
-        status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
+        predicted: the surface's error at the target, in the unit of the layer errors, or None where the budget was
+            priced in another unit.
     """
 
     name: str
@@ -65,11 +60,6 @@ class LayerResult:
     cost: int
     dense_cost: int
     predicted: float | None
-    actual: float
-    relative: float
-    status: str
-    damping: float
-    seconds: float
 
     @property
     def kept(self) -> float:
@@ -91,13 +81,22 @@ class LayerResult:
         kept = self.rank_params + self.nnz
         return self.rank_params / kept if kept else 0.0
 
-    @property
-    def spec(self) -> LayerSpec:
-        return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
 
-    @property
-    def nm(self) -> NM | None:
-        return NM.parse(self.pattern) if self.pattern else None
+@dataclass(frozen=True)
+class LayerResult(LayerPlan):
+    """One refined layer: what it was given and what came of it.
+
+    Args:
+        actual: the refined layer's error in `Summary.error_unit`: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
+        relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
+        status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
+    """
+
+    actual: float
+    relative: float
+    status: str
+    damping: float
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ from globalopt.summary import Summary
 from reports.comparison import comparison
 from reports.heatmaps import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
-from reports.tables import render
+from reports.tables import budget_file, metrics_table, render
 
 __all__ = [
     "LineProgress",
     "LiveProgress",
     "QuietProgress",
+    "budget_file",
     "comparison",
     "make_progress",
+    "metrics_table",
     "render",
     "report",
     "write_figures",
@@ -31,7 +33,4 @@ def report(summary: Summary, folder: Path, console: Console, verbose: bool = Fal
         ArtefactError: a picture cannot be written.
     """
     render(summary, console, verbose)
-    paths = write_figures(summary, folder)
-    for path in paths:
-        console.out(f"wrote {path}", highlight=False)
-    return paths
+    return write_figures(summary, folder)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import LayerResult
+from globalopt.summary import LayerPlan, LayerResult
+
+P = TypeVar("P", bound=LayerPlan)
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Group:
         density: nonzeros over weights.
         rank: mean over the layers, weighted by their weights.
         rank_share: parameters in low-rank factors over parameters kept.
-        predicted, actual: sums over the layers; predicted is None where a layer has none.
-        relative: mean over the layers, weighted by their weights.
+        predicted, actual: sums over the layers; None where a layer has none.
+        relative: mean over the layers, weighted by their weights; None for layers that are only planned.
     """
 
     label: str
@@ -33,17 +36,19 @@ class Group:
     rank: float
     rank_share: float
     predicted: float | None
-    actual: float
-    relative: float
+    actual: float | None
+    relative: float | None
 
     @classmethod
-    def pool(cls, label: str, layers: Sequence[LayerResult]) -> Group:
+    def pool(cls, label: str, layers: Sequence[LayerPlan]) -> Group:
         """Pool at least one layer."""
         sizes = [layer.d_out * layer.d_in for layer in layers]
         weights = sum(sizes)
         nnz = sum(layer.nnz for layer in layers)
         low_rank = sum(layer.rank_params for layer in layers)
         predicted = [layer.predicted for layer in layers if layer.predicted is not None]
+        done = [layer for layer in layers if isinstance(layer, LayerResult)]
+        measured = len(done) == len(layers)
         return cls(
             label=label,
             layers=len(layers),
@@ -52,35 +57,37 @@ class Group:
             rank=sum(size * layer.rank for size, layer in zip(sizes, layers, strict=True)) / weights,
             rank_share=low_rank / (low_rank + nnz) if low_rank + nnz else 0.0,
             predicted=math.fsum(predicted) if len(predicted) == len(layers) else None,
-            actual=math.fsum(layer.actual for layer in layers),
-            relative=math.fsum(size * layer.relative for size, layer in zip(sizes, layers, strict=True)) / weights,
+            actual=math.fsum(layer.actual for layer in done) if measured else None,
+            relative=math.fsum(layer.d_out * layer.d_in * layer.relative for layer in done) / weights
+            if measured
+            else None,
         )
 
 
-def by_kind(layers: Sequence[LayerResult]) -> list[Group]:
+def by_kind(layers: Sequence[LayerPlan]) -> list[Group]:
     """One group per kind, in the order in which the model first shows them."""
     kinds = dict.fromkeys(layer.kind for layer in layers)
     return [Group.pool(kind, [layer for layer in layers if layer.kind == kind]) for kind in kinds]
 
 
-def by_block(layers: Sequence[LayerResult]) -> list[Group]:
+def by_block(layers: Sequence[LayerPlan]) -> list[Group]:
     """One group per block, ascending."""
     blocks = sorted({layer.block for layer in layers})
     return [Group.pool(str(block), [layer for layer in layers if layer.block == block]) for block in blocks]
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Generic[P]):
     """Layers by block (rows: every block from the first to the last) and kind (columns: model order)."""
 
     blocks: tuple[int, ...]
     kinds: tuple[str, ...]
-    cells: Mapping[tuple[int, str], LayerResult]
+    cells: Mapping[tuple[int, str], P]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerResult]) -> Grid:
+    def of(cls, layers: Sequence[P]) -> Grid[P]:
         """Lay out at least one layer; `ArtefactError` where two layers claim one place."""
-        cells: dict[tuple[int, str], LayerResult] = {}
+        cells: dict[tuple[int, str], P] = {}
         for layer in layers:
             other = cells.setdefault((layer.block, layer.kind), layer)
             if other is not layer:
@@ -92,7 +99,7 @@ class Grid:
         kinds = dict.fromkeys(layer.kind for layer in layers)
         return cls(tuple(range(min(blocks), max(blocks) + 1)), tuple(kinds), cells)
 
-    def values(self, value: Callable[[LayerResult], float]) -> NDArray[np.float64]:
+    def values(self, value: Callable[[P], float]) -> NDArray[np.float64]:
         """(blocks, kinds) of `value`, NaN where a block has no such layer."""
         return np.array(
             [

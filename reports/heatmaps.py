@@ -47,7 +47,7 @@ def allocation_figure(summary: Summary) -> Figure:
     figure = _figure(summary, 2 * width, 2 * height)
     axes = figure.subplots(2, 2)
     relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
-    heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit_name(summary)}")
+    heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit_name(summary.accounting)}")
     heatmap(axes[0, 1], grid, lambda layer: layer.density, "density: nonzeros of S / weights")
     heatmap(axes[1, 0], grid, lambda layer: layer.rank_share, "rank share: low-rank / kept parameters")
     heatmap(axes[1, 1], grid, lambda layer: layer.relative, relative, log=True)
@@ -72,7 +72,9 @@ def error_figure(summary: Summary) -> Figure:
     return figure
 
 
-def heatmap(axes: Axes, grid: Grid, value: Callable[[LayerResult], float], title: str, log: bool = False) -> None:
+def heatmap(
+    axes: Axes, grid: Grid[LayerResult], value: Callable[[LayerResult], float], title: str, log: bool = False
+) -> None:
     """Draw `value` of every layer, blocks down and kinds across; a place without a layer is hatched.
 
     Args:
@@ -153,11 +155,11 @@ def _figure(summary: Summary, width: float, height: float) -> Figure:
     used = summary.used / summary.total
     model = "reference model" if summary.model == "reference" else summary.model
     title = f"{model}: {summary.allocator} + {summary.solver}, asked {summary.asked:g}, used {used:.4f}"
-    figure.suptitle(f"{title} of the {unit_name(summary)}", fontsize=11, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(f"{title} of the {unit_name(summary.accounting)}", fontsize=11, x=0.01, ha="left", parse_math=False)
     return figure
 
 
-def _panel_size(grid: Grid) -> tuple[float, float]:
+def _panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
     """Inches: wide enough for the names of the kinds, high enough that a row stays visible."""
     return min(max(5.2, 0.55 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
 

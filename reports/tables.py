@@ -17,7 +17,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.summary import LayerResult, Metrics, Summary
+from globalopt.budget_file import BudgetFile
+from globalopt.summary import LayerPlan, LayerResult, Metrics, Summary
 from globalopt.types import Status
 from reports import formats
 from reports.groups import Grid, Group, by_block, by_kind
@@ -42,7 +43,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
         quality(summary, sign),
         by_kind_table(summary),
         by_block_table(summary),
-        kept_grid(summary),
+        kept_grid(summary.layers),
         stages(summary),
     ]
     if verbose:
@@ -61,14 +62,14 @@ def heading(summary: Summary) -> Text:
         (summary.command, "bold"),
         "\n",
         f"{model}: {len(summary.layers)} layers, {formats.count(summary.total)} "
-        f"dense {unit_name(summary)}, seed {summary.seed}",
+        f"dense {unit_name(summary.accounting)}, seed {summary.seed}",
         overflow="fold",
     )
 
 
 def budget(summary: Summary) -> Table:
     """Asked, limit, used, prediction, certificate and coverage, one per row."""
-    unit = unit_name(summary)
+    unit = unit_name(summary.accounting)
     rows = [
         ("asked", f"keep {summary.asked:g} of the compressible {unit}"),
         ("limit", f"{formats.count(summary.limit)} of {formats.count(summary.total)} {unit}"),
@@ -102,11 +103,7 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
     """
     if not summary.compressed:
         return Stack(Text("Quality: not evaluated", "bold"))
-    lines = [
-        f"{m.split}: {formats.count(m.windows)} windows of {formats.count(m.seqlen)} tokens, "
-        f"{formats.count(m.tokens)} predicted, {m.dtype}, text {m.text_sha256[:8]}"
-        for m in summary.compressed
-    ]
+    lines = [_windows(m) for m in summary.compressed]
     table = report_table(f"Quality ({sign} standard error over windows)")
     table.add_column("\nsplit")
     add_numbers(table, ("dense\nperplexity", "compressed\nperplexity", "\nchange", "KL to dense,\nnats per token"))
@@ -121,6 +118,23 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
     return footed(table, *lines)
 
 
+def metrics_table(metrics: Sequence[Metrics], sign: str = "±") -> Stack:
+    """Perplexity, and KL where it was measured, of one model per split."""
+    table = report_table(f"Quality ({sign} standard error over windows)")
+    table.add_column("\nsplit")
+    add_numbers(table, ("\nperplexity", "KL to dense,\nnats per token"))
+    for m in metrics:
+        table.add_row(Text(m.split), perplexity(m, sign), "-" if m.kl is None else divergence(m, sign))
+    return footed(table, *(_windows(m) for m in metrics))
+
+
+def _windows(m: Metrics) -> str:
+    return (
+        f"{m.split}: {formats.count(m.windows)} windows of {formats.count(m.seqlen)} tokens, "
+        f"{formats.count(m.tokens)} predicted, {m.dtype}, text {m.text_sha256[:8]}"
+    )
+
+
 def perplexity(metrics: Metrics, sign: str = "±") -> str:
     """Perplexity with its standard error, by the delta method from that of the mean negative log likelihood."""
     return formats.measured(metrics.perplexity, metrics.perplexity * metrics.nll_stderr, sign)
@@ -133,28 +147,28 @@ def divergence(metrics: Metrics, sign: str = "±") -> str:
 
 def by_kind_table(summary: Summary) -> Stack:
     """What each kind of layer got and lost, pooled as `Group` says, with a total row."""
-    return _group_table("Allocation by kind", "kind", by_kind(summary.layers), summary)
+    return _group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, _errors_unit(summary))
 
 
 def by_block_table(summary: Summary) -> Stack:
     """What each block got and lost, pooled as `Group` says, with a total row."""
-    return _group_table("Allocation by block", "block", by_block(summary.layers), summary)
+    return _group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, _errors_unit(summary))
 
 
-def _group_table(title: str, label: str, groups: Sequence[Group], summary: Summary) -> Stack:
-    rows = [*groups, Group.pool("all", summary.layers)]
-    # Without a prediction in the unit of the errors there is nothing to set beside them.
-    predictions = [row.predicted for row in rows if row.predicted is not None]
-    priced = len(predictions) == len(rows)
-    sums = "predicted, actual: sums" if priced else "actual: sum"
+def _group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
+    rows = [*groups, Group.pool("all", layers)]
+    errors: dict[str, list[float]] = {}
+    # A column with a hole has nothing to compare: predictions in another unit, results not there yet.
+    for name in ("predicted", "actual", "relative"):
+        values = [getattr(row, name) for row in rows]
+        if None not in values:
+            errors[name] = values
     table = report_table(title)
     table.add_column(f"\n{label}", overflow="fold")
     add_numbers(table, ("\nlayers", "\nkept", "\ndensity", "mean\nrank", "rank\nshare"))
-    add_numbers(table, (*(["predicted\nerror"] if priced else []), "actual\nerror", "relative\nerror"))
-    columns = [predictions] if priced else []
-    columns += [[row.actual for row in rows], [row.relative for row in rows]]
-    errors = zip(*map(formats.aligned, columns), strict=True)
-    for row, cells in zip(rows, errors, strict=True):
+    add_numbers(table, [f"{name}\nerror" for name in errors])
+    cells = list(zip(*map(formats.aligned, errors.values()), strict=True)) or [()] * len(rows)
+    for row, texts in zip(rows, cells, strict=True):
         last = row is rows[-1]
         if last:
             table.add_section()
@@ -165,18 +179,40 @@ def _group_table(title: str, label: str, groups: Sequence[Group], summary: Summa
             f"{row.density:.3f}",
             f"{row.rank:.1f}",
             f"{row.rank_share:.3f}",
-            *cells,
+            *texts,
             style="bold" if last else "",
         )
-    return footed(table, f"{sums} in {_errors_unit(summary)}; rank, relative: size-weighted means")
+    summed = [name for name in errors if name != "relative"]
+    means = ["rank", *(["relative"] if "relative" in errors else [])]
+    parts = [f"{', '.join(summed)}: sums in {unit}"] if summed else []
+    return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
 
 
-def kept_grid(summary: Summary, width: int = WIDTH) -> Stack:
+def budget_file(file: BudgetFile) -> Stack:
+    """What a budget file gives: its totals, the kinds, and the grid of kept fractions."""
+    plans = file.plans
+    table = report_table(f"Budget by {file.allocator}", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    rows = [
+        ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
+        ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
+        ("predicted", f"{formats.significant(file.predicted)} {file.error_unit}"),
+        ("certificate", formats.certificate(file.predicted, file.bound)),
+        ("seed", str(file.seed)),
+    ]
+    for key, text in rows:
+        table.add_row(key, Text(text))
+    kinds = _group_table("Allocation by kind", "kind", by_kind(plans), plans, file.error_unit)
+    return Stack(table, Text(), kinds, Text(), kept_grid(plans))
+
+
+def kept_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
     """Kept fraction of every layer, block by kind, coloured by value; as many tables as `width` asks for."""
-    grid = Grid.of(summary.layers)
+    grid = Grid.of(layers)
     values = grid.values(lambda layer: layer.kept)
     low, high = span(values)
-    pooled = {group.label: group.kept for group in by_block(summary.layers)}
+    pooled = {group.label: group.kept for group in by_block(layers)}
     lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
     tables = []
     for columns in _columns_that_fit(grid.kinds, width):
@@ -257,7 +293,7 @@ def stages(summary: Summary) -> Table:
 def layer_allocation(summary: Summary) -> Table:
     """What every layer was given: shape, rank, nonzeros, pattern, cost and dense cost."""
     patterns = any(layer.pattern for layer in summary.layers)
-    table = report_table(f"Layers: allocation (cost in {unit_name(summary)})", gap=1)
+    table = report_table(f"Layers: allocation (cost in {unit_name(summary.accounting)})", gap=1)
     table.add_column("\nblock", justify="right")
     table.add_column("\nkind", overflow="fold")
     add_numbers(table, ("d_out x\nd_in", "\nrank", "\nnnz", *(["\nN:M"] if patterns else []), "\ncost"))
@@ -355,9 +391,9 @@ def _errors_unit(summary: Summary) -> str:
     return "tr(E G E^T)" if summary.error_unit == "output error" else summary.error_unit
 
 
-def unit_name(summary: Summary) -> str:
-    """What the budget counts: parameters or bytes."""
-    return "parameters" if summary.accounting == "params" else summary.accounting
+def unit_name(accounting: str) -> str:
+    """What a budget counts: parameters or bytes."""
+    return "parameters" if accounting == "params" else accounting
 
 
 def report_table(title: str, show_header: bool = True, gap: int = GAP) -> Table:

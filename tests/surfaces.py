@@ -28,7 +28,9 @@ def surface(name: str, d_out: int, d_in: int, importance: float, rng: random.Ran
     return ErrorSurface(spec, tuple(targets), tuple(errors))
 
 
-def problem(kept: float, seed: int = 0, layers: int = 6, accounting: str = "params", pattern: NM | None = None) -> Problem:
+def problem(
+    kept: float, seed: int = 0, layers: int = 6, accounting: str = "params", pattern: NM | None = None
+) -> Problem:
     """A problem of `layers` layers of mixed shapes whose importances differ by up to a hundredfold."""
     rng = random.Random(seed)
     surfaces = tuple(

@@ -79,10 +79,10 @@ def test_not_better_than_the_best_there_is(allocator, seed):
 
 
 def test_budget_below_the_floor_raises(allocator):
-    with pytest.raises(BudgetError, match="Raise --budget to at least 0.5"):
+    with pytest.raises(BudgetError, match=r"Raise --budget to at least 0\.5"):
         problem(0.4, pattern=NM(2, 4))
 
 
 def test_whole_budget_keeps_everything(allocator):
-    p, found = solve(allocator, {"kept": 1.0})
+    _, found = solve(allocator, {"kept": 1.0})
     assert found.predicted == 0.0

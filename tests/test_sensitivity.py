@@ -66,6 +66,7 @@ def test_errors_equal_squared_inner_products_of_plain_gradients(kind):
             (picked * real).sum().backward()
             tokens += int(real.sum())
             for spec, parameter in zip(layers.specs, parameters, strict=True):
+                assert parameter.grad is not None
                 gradient = parameter.grad.mT if isinstance(layers.module(spec.name), Conv1D) else parameter.grad
                 squares[spec.name] += (dropped[spec.name] * gradient).flatten(1).double().sum(1).square()
                 parameter.requires_grad_(False)

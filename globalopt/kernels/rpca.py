@@ -68,7 +68,8 @@ def robust_pca(
     U, s, Vh = M.new_zeros(d_out, 0), M.new_zeros(0), M.new_zeros(0, d_in)
     residual = 1.0
     step = 0
-    for step in range(1, max_steps + 1):
+    while step < max_steps and residual >= tolerance:
+        step += 1
         U, s, Vh = singular_above(M - S + Y / mu, 1 / mu, basis)
         basis = Vh.mT
         s = s - 1 / mu
@@ -78,8 +79,6 @@ def robust_pca(
         Y = Y + mu * gap
         mu *= growth
         residual = float(torch.linalg.matrix_norm(gap)) / frobenius
-        if residual < tolerance:
-            break
     return RobustPCA(U, s, Vh, S, step, residual)
 
 

@@ -12,7 +12,9 @@ def best_on_grid(problem: Problem) -> float:
     limit = problem.budget.limit
     best = [0.0] * (limit + 1)
     for surface in problem.surfaces:
-        options = [(problem.budget.cost(t, surface.spec), e) for t, e in zip(surface.targets, surface.error, strict=True)]
+        options = [
+            (problem.budget.cost(t, surface.spec), e) for t, e in zip(surface.targets, surface.error, strict=True)
+        ]
         best = [
             min((best[room - cost] + error for cost, error in options if cost <= room), default=math.inf)
             for room in range(limit + 1)

@@ -124,4 +124,3 @@ def test_a_report_prints_and_returns_the_pictures(tmp_path: Path) -> None:
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
     assert "Allocation by kind" in text
-    assert f"wrote {paths[0]}" in text

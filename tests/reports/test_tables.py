@@ -95,7 +95,7 @@ def test_errors_without_prediction_leave_the_column_out() -> None:
 
 def test_the_grid_shows_every_kept_fraction_and_marks_the_missing_layer() -> None:
     summary = make_summary()
-    text = shown(kept_grid(summary))
+    text = shown(kept_grid(summary.layers))
     cells = Grid.of(summary.layers).cells
     kinds = list(dict.fromkeys(layer.kind for layer in summary.layers))
     for block in range(8):
@@ -106,7 +106,7 @@ def test_the_grid_shows_every_kept_fraction_and_marks_the_missing_layer() -> Non
 
 def test_the_grid_is_coloured_where_there_is_colour() -> None:
     console = Console(file=StringIO(), width=80, force_terminal=True, color_system="truecolor", no_color=False)
-    console.print(kept_grid(make_summary()))
+    console.print(kept_grid(make_summary().layers))
     assert isinstance(console.file, StringIO)
     assert "48;2;253;231;37m 1.000" in re.sub(r"m +1", "m 1", console.file.getvalue())
 
@@ -117,7 +117,7 @@ def test_a_model_with_many_kinds_gets_several_grids() -> None:
         for block in range(2)
         for j in range(12)
     )
-    text = shown(kept_grid(make_summary(layers=layers)))
+    text = shown(kept_grid(layers))
     assert sum(line.lstrip().startswith("block ") for line in text.splitlines()) == 4
     assert max(map(len, text.splitlines())) <= 80
 
