@@ -14,7 +14,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, Knapsack)
 
 def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Allocator:
     """The allocator called `name`, with options given as text; see `registry.build` for the errors."""
-    return registry.build("allocator", ALLOCATORS, name, options or {})
+    return registry.build("allocator", ALLOCATORS, name, options)
 
 
 __all__ = ["ALLOCATORS", "Knapsack", "Uniform", "get_allocator"]

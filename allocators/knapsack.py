@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 
 from allocators._spend import spend
 from globalopt.protocols import Objective
+from globalopt.registry import at_least
 from globalopt.types import Allocation, Problem, Target
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class Knapsack:
     exact: bool = True
     gap: float = 1e-6
     nodes: int = 2000
+
+    def __post_init__(self) -> None:
+        at_least(0, gap=self.gap)
+        at_least(1, nodes=self.nodes)
 
     def allocate(self, problem: Problem, objective: Objective) -> Allocation:
         """Return the best allocation found on the surfaces, with the proved bound; the objective is not asked."""

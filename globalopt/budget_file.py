@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 class LayerEntry(BaseModel):
     """One layer: its shape, and what it may keep."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str
     block: int = Field(ge=0)
     kind: str
@@ -50,16 +50,16 @@ class BudgetFile(BaseModel):
     `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     schema_version: Literal[1]
     fingerprint: str
     accounting: Literal["params", "bytes"]
-    asked: float
+    asked: float = Field(gt=0, le=1)
     limit: int
     used: int
     total: int
-    covered: int
-    block_params: int
+    covered: int = Field(ge=1)
+    block_params: int = Field(ge=1)
     allocator: str
     seed: int
     error_unit: str

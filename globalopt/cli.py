@@ -7,8 +7,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +23,11 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from globalopt.pipeline import Bench, ModelOptions, TextOptions
-    from globalopt.protocols import Progress
     from globalopt.store import Run
     from globalopt.summary import Summary
 
 app = typer.Typer(
     name="globalopt",
-    help="Compress a trained language model into sparse + low-rank layers under one global budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,6 +35,7 @@ app = typer.Typer(
 budget_app = typer.Typer(help="Look at budget files.", no_args_is_help=True)
 app.add_typer(budget_app, name="budget")
 
+FAILED = 1
 DONE_WITH_FALLBACKS = 4
 INTERRUPTED = 130
 
@@ -48,15 +51,22 @@ ModelOption = Annotated[
     typer.Option("--model", "--model-name-or-path", help="The same as the argument.", show_default=False),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: what the model computes in.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 LowCoverage = Annotated[
     bool, typer.Option("--allow-low-coverage", help="Go on where under half of the block parameters is compressible.")
 ]
+SolverName = Annotated[str, typer.Option("--solver", help="What fits the layers; `globalopt list` shows them all.")]
+SolverSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Solver options, comma separated; may be repeated.", metavar="NAME=VALUE"),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text: .txt, .jsonl or .parquet file, a folder saved by datasets, or a hub data set ID[@CONFIG][:SPLIT].",
+        # The backslash keeps rich from reading markup.
+        help=r"Text: .txt, .jsonl or .parquet file, a folder saved by datasets, hub data set ID\[@CONFIG][:SPLIT], or "
+        "`reference`: the bundled one.",
         show_default=False,
     ),
 ]
@@ -68,17 +78,34 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of the text in a ta
 Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
 EvalWindows = Annotated[int, typer.Option(help="Most windows of each evaluation split.")]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
-Seed = Annotated[int, typer.Option(help="Of windows, labels and search.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/NAME made from the options.")]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", max=2**20)]
+Seed = Annotated[int, typer.Option(help="Of windows, labels and search.", min=0, max=2**32 - 1)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run folder. Left out: runs/NAME, made from the options.", show_default=False),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in the folder and start over.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(help="Solver options NAME=VALUE, comma separated; may be repeated.", metavar="NAME=VALUE"),
-]
+BudgetPath = Annotated[Path, typer.Argument(help="A budget.json.", show_default=False)]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import globalopt
+
+        out.out(f"globalopt {globalopt.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compress a trained language model into sparse + low-rank layers under one global budget."""
 
 
 @app.command()
@@ -90,19 +117,22 @@ def search(
     pattern: Annotated[
         str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
     ] = "unstructured",
-    allocator: Annotated[str, typer.Option(help="uniform or knapsack.")] = "knapsack",
+    allocator: Annotated[
+        str, typer.Option(help="What divides the budget; `globalopt list` shows them all.")
+    ] = "knapsack",
     allocator_set: Annotated[
-        list[str] | None, typer.Option(help="Allocator options NAME=VALUE, comma separated.", metavar="NAME=VALUE")
-    ] = None,
-    solver: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, oats, hassle-free or 3basil.")] = "3basil",
-    solver_set: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE"),
+        typer.Option(help="Allocator options, comma separated; may be repeated.", metavar="NAME=VALUE"),
     ] = None,
+    solver: SolverName = "3basil",
+    solver_set: SolverSet = None,
     sensitivity: Annotated[
         str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
     ] = "fisher",
     span_scaling: Annotated[str, typer.Option(help="activation: split W D_x; none: split W.")] = "activation",
+    pricing: Annotated[
+        str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
+    ] = "fit",
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -115,7 +145,7 @@ def search(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     allow_low_coverage: LowCoverage = False,
-    folder: Annotated[Path | None, typer.Option("--out", help="Run folder; by default made from the options.")] = None,
+    folder: Out = None,
     fresh: Fresh = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -124,18 +154,20 @@ def search(
     """Span, allocate, refine, evaluate and report: the whole job."""
     with _errors():
         from globalopt import pipeline
+        from globalopt.store import Run
 
         options = pipeline.SearchOptions(
-            budget,
-            accounting,
-            pattern,
-            allocator,
-            _pairs(allocator_set, "--allocator-set"),
-            solver,
-            _pairs(solver_set, "--set"),
-            sensitivity,
-            span_scaling,
-            seed,
+            budget=budget,
+            accounting=accounting,
+            pattern=pattern,
+            allocator=allocator,
+            allocator_options=_pairs(allocator_set, "--allocator-set"),
+            solver=solver,
+            solver_options=_pairs(solver_set, "--set"),
+            sensitivity=sensitivity,
+            scaling=span_scaling,
+            pricing=pricing,
+            seed=seed,
         )
         pipeline.check_options(options)
         models = pipeline.ModelOptions(
@@ -145,7 +177,8 @@ def search(
         name = f"{budget:g}{'' if accounting == 'params' else '-bytes'}"
         name += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
         folder = folder or _default_folder(models, f"{name}-{allocator}-{solver}-seed{seed}")
-        bench = _bench(models, texts, seed, quiet, as_json)
+        Run.check_folder(folder)
+        bench = _bench(models, texts, seed, quiet)
         summary, run = pipeline.search(bench, options, folder, pipeline.run_command(), fresh)
         _show(summary, run, quiet, verbose, as_json)
 
@@ -154,12 +187,12 @@ def search(
 def compress(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    budget_path: Annotated[Path, typer.Option("--budget-file", help="A budget.json that `search` wrote.")] = ...,  # pyright: ignore[reportArgumentType]
-    solver: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, oats, hassle-free or 3basil.")] = "3basil",
-    solver_set: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Solver options NAME=VALUE, comma separated.", metavar="NAME=VALUE"),
-    ] = None,
+    *,
+    budget_path: Annotated[
+        Path, typer.Option("--budget-file", help="A budget.json that `search` wrote.", show_default=False)
+    ],
+    solver: SolverName = "3basil",
+    solver_set: SolverSet = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -172,7 +205,7 @@ def compress(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     allow_low_coverage: LowCoverage = False,
-    folder: Annotated[Path | None, typer.Option("--out", help="Run folder; by default made from the options.")] = None,
+    folder: Out = None,
     fresh: Fresh = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -181,6 +214,7 @@ def compress(
     """Refine a found budget with any solver."""
     with _errors():
         from globalopt import budget_file, pipeline
+        from globalopt.store import Run
         from solvers import get_solver
 
         file = budget_file.read(budget_path)
@@ -191,7 +225,8 @@ def compress(
         )
         texts = pipeline.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or _default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
-        bench = _bench(models, texts, seed, quiet, as_json)
+        Run.check_folder(folder)
+        bench = _bench(models, texts, seed, quiet)
         summary, run = pipeline.compress(
             bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh
         )
@@ -201,7 +236,8 @@ def compress(
 @app.command(name="eval")
 def evaluate(
     target: Annotated[
-        str | None, typer.Argument(help="A model, or a run folder. Left out: the reference model.")
+        str | None,
+        typer.Argument(help="A model, or a run folder. Left out: the reference model.", show_default=False),
     ] = None,
     dense: Annotated[
         str | None,
@@ -210,8 +246,12 @@ def evaluate(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
-    seqlen: Seqlen = 256,
-    eval_windows: EvalWindows = 128,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. Left out: the run's, else 256.", show_default=False)
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="Most windows of each split. Left out: the run's, else 128.", show_default=False)
+    ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -219,27 +259,39 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity on validation and test windows, and KL to the dense model."""
+    """Perplexity on validation and test windows, and KL to the dense model.
+
+    A run is measured on the windows it was made with, unless other ones are asked for.
+    """
     with _errors():
         from dataclasses import asdict, replace
 
         from globalopt import pipeline
+        from globalopt.store import MANIFEST
 
-        if target is not None and (Path(target) / "manifest.json").exists():
-            run, models, texts = pipeline.recorded(Path(target))
-            dense = dense or models.model or pipeline.REFERENCE
-            models = replace(models, model=str(run.model_folder), dtype=dtype, device=device)
-            texts = replace(texts, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
-            if calibration or eval_text:
-                texts = replace(texts, calibration=calibration or texts.calibration, eval_text=eval_text)
-        else:
-            models = pipeline.ModelOptions(target, dtype, device, trust_remote_code, True)
-            texts = pipeline.TextOptions(calibration, eval_text, text_column, 1, seqlen, eval_windows, batch_size)
-        bench = _bench(models, texts, 0, quiet, as_json)
-        metrics = pipeline.evaluate_folder(bench, dense)
+        models = pipeline.ModelOptions(_named(target), allow_low_coverage=True)
+        texts = pipeline.TextOptions(nsamples=1)
+        if target is not None and (Path(target) / MANIFEST).exists():
+            run, recorded, texts = pipeline.recorded(Path(target))
+            dense = dense or recorded.model or pipeline.REFERENCE
+            trust_remote_code = trust_remote_code or recorded.trust_remote_code
+            models = replace(models, model=str(run.saved_model))
+            if recorded.model is None and texts.calibration is None:
+                texts = replace(texts, calibration=pipeline.REFERENCE)
+        models = replace(models, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        given = {
+            "calibration": calibration,
+            "eval_text": eval_text,
+            "text_column": text_column,
+            "seqlen": seqlen,
+            "eval_windows": eval_windows,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        texts = replace(texts, batch_size=batch_size, **chosen)
+        metrics = pipeline.evaluate_folder(_bench(models, texts, 0, quiet), dense)
         if as_json:
-            out.print_json(json.dumps([asdict(m) for m in metrics]))
-        else:
+            _print_json([asdict(m) for m in metrics])
+        elif not quiet:
             from reports import metrics_table
 
             out.print(metrics_table(metrics))
@@ -247,7 +299,7 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", show_default=False)],
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -261,15 +313,37 @@ def report(
         opened = [Run.open(folder) for folder in runs]
         summaries = [run.read_summary() for run in opened]
         if as_json:
-            out.print_json(json.dumps([asdict(summary) for summary in summaries]))
+            _print_json([asdict(summary) for summary in summaries])
         elif len(opened) == 1:
             _report(summaries[0], opened[0], verbose)
         else:
             out.print(reports.comparison(summaries, [str(folder) for folder in runs]))
 
 
+@app.command(name="list")
+def list_methods() -> None:
+    """Print the solvers and allocators there are, with their papers and options."""
+    with _errors():
+        from rich.table import Table
+        from rich.text import Text
+
+        from allocators import ALLOCATORS
+        from solvers import SOLVERS
+
+        for kind, option, methods in (("solver", "--set", SOLVERS), ("allocator", "--allocator-set", ALLOCATORS)):
+            table = Table(box=None, pad_edge=False)
+            for heading in (f"--{kind}", "paper", f"what it does, and what {option} may change"):
+                table.add_column(heading, overflow="fold")
+            for name, method in methods.items():
+                what = (method.__doc__ or "").partition("\n")[0]
+                defaults = _defaults(method)
+                options = Text(f"\n{' '.join(f'{name}={value}' for name, value in defaults.items())}", "dim")
+                table.add_row(name, method.paper, Text.assemble(what, options if defaults else ""))
+            out.print(table, "", sep="")
+
+
 @budget_app.command()
-def show(path: Annotated[Path, typer.Argument(help="A budget.json.")]) -> None:
+def show(path: BudgetPath) -> None:
     """Print what a budget file gives to every layer."""
     with _errors():
         import reports
@@ -280,8 +354,11 @@ def show(path: Annotated[Path, typer.Argument(help="A budget.json.")]) -> None:
 
 @budget_app.command()
 def validate(
-    path: Annotated[Path, typer.Argument(help="A budget.json.")],
-    model: Annotated[str | None, typer.Option(help="Also check that it belongs to this model.")] = None,
+    path: BudgetPath,
+    model: Annotated[
+        str | None, typer.Option(help="Also check that it belongs to this model.", show_default=False)
+    ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Check that a budget file is whole and adds up."""
     with _errors():
@@ -292,41 +369,61 @@ def validate(
             from globalopt.layers import find_layers
             from globalopt.models import load_model, model_fingerprint, reference_folder
 
-            source = str(reference_folder()) if model == "reference" else model
-            layers = find_layers(load_model(source).model, allow_low_coverage=True)
+            source = _named(model) or str(reference_folder())
+            loaded = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+            layers = find_layers(loaded.model, allow_low_coverage=True)
             file.for_model(model_fingerprint(layers), layers.specs, path)
         share = file.used / file.limit
-        out.print(
-            f"{path}: valid. {len(file.layers)} layers, {file.used:,} of {file.limit:,} {file.accounting} ({share:.3%})."
+        out.out(
+            f"{path}: valid. {len(file.layers)} layers, {file.used:,} of {file.limit:,} {file.accounting} "
+            f"({share:.3%}).",
+            highlight=False,
         )
 
 
 def main() -> None:
     """Entry point of the `globalopt` command."""
+    # The hub's client reads it when it is imported; its retries would bury the one line that says what is wrong.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or file that has no letter for a sign must not lose the result of a long run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()
 
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Turn the error family and Ctrl-C into one line and an exit code."""
+    """Turn the error family, exhausted memory and Ctrl-C into one line and an exit code."""
     from globalopt.errors import GlobalOptError
 
-    # Library advice (deprecations, tokenizer hints) is for us, not for a user in the middle of a run.
-    warnings.filterwarnings("ignore")
     try:
-        yield
+        # Library advice (deprecations, tokenizer hints) is for us, not for a user in the middle of a run.
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except GlobalOptError as cause:
-        err.print(f"[bold red]error[/] {_plain(cause)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(cause.exit_code) from None
+        raise _exit(str(cause), cause.exit_code) from None
+    except _out_of_memory() as cause:
+        raise _exit(
+            f"Out of memory ({cause}). Lower --batch-size, --seqlen or --nsamples, or use --dtype bfloat16.", FAILED
+        ) from None
     except KeyboardInterrupt:
-        err.print("Interrupted. Run the same command again to go on from the last finished artefact.")
+        err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _plain(cause: Exception) -> str:
-    from rich.markup import escape
+def _exit(message: str, code: int) -> typer.Exit:
+    from rich.text import Text
 
-    return escape(re.sub(r"\s*\n\s*", " ", str(cause)))
+    line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
+    err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    return typer.Exit(code)
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    import torch
+
+    return MemoryError, torch.OutOfMemoryError
 
 
 def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
@@ -334,10 +431,10 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
 
     pairs: dict[str, str] = {}
     for text in (part for given in texts or () for part in given.split(",")):
-        name, equals, value = text.partition("=")
+        name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals and value):
             raise UsageError(f"{option} takes NAME=VALUE; got '{text}'.")
-        pairs[name.strip().replace("-", "_")] = value.strip()
+        pairs[name.replace("-", "_")] = value
     return pairs
 
 
@@ -346,34 +443,45 @@ def _one_model(argument: str | None, option: str | None) -> str | None:
 
     if argument and option and argument != option:
         raise UsageError(f"Two models were given: {argument} and --model {option}. Give one.")
-    return argument or option
+    return _named(argument or option)
+
+
+def _named(model: str | None) -> str | None:
+    """The model as the pipeline names it: None for the bundled one, which reports call `reference`."""
+    from globalopt import pipeline
+
+    return None if model == pipeline.REFERENCE else model
 
 
 def _default_folder(models: ModelOptions, name: str) -> Path:
-    base = Path(models.model).name if models.model else "reference"
-    return Path("runs") / f"{base}-{name}"
+    if models.model is None:
+        return Path("runs") / f"reference-{name}"
+    path = Path(models.model)
+    # Of "." and ".." only the resolved path has a name; of a hub id only its own.
+    base = path.resolve() if path.exists() else path
+    return Path("runs") / f"{base.name}-{name}"
 
 
-def _progress(quiet: bool) -> Progress:
-    from reports import make_progress
-
-    return make_progress(err, quiet)
-
-
-def _bench(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool, as_json: bool) -> Bench:
+def _bench(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:
     from globalopt import pipeline
     from globalopt.resources import StageClock
+    from reports import make_progress
 
-    return pipeline.set_up(models, texts, seed, _progress(quiet), StageClock())
+    return pipeline.set_up(models, texts, seed, make_progress(err, quiet), StageClock())
+
+
+def _print_json(value: object) -> None:
+    # Not print_json: whatever reads this must get the same on a terminal of any width.
+    out.out(json.dumps(value, indent=1, allow_nan=False), highlight=False)
 
 
 def _show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from globalopt.types import Status
 
     if as_json:
-        from dataclasses import asdict
-
-        out.print_json(json.dumps(asdict(summary)))
+        _print_json(asdict(summary))
     elif not quiet:
         _report(summary, run, verbose)
     if any(layer.status == Status.FALLBACK.value for layer in summary.layers):
@@ -383,12 +491,31 @@ def _show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool)
 def _report(summary: Summary, run: Run, verbose: bool) -> None:
     import reports
 
-    paths = reports.report(summary, run.report_folder, out, verbose)
-    files: dict[str, Any] = {"budget": run.budget_path, "model": run.model_folder}
-    for label, path in [*files.items(), *(("picture", path) for path in paths)]:
-        out.print(f"{label:>8}  {path}", highlight=False, soft_wrap=True)
-    out.print(
-        f"    next  globalopt compress --budget-file {run.budget_path} --solver hassle-free",
-        highlight=False,
-        soft_wrap=True,
-    )
+    pictures = reports.report(summary, run.report_folder, out, verbose)
+    lines: list[tuple[str, object]] = [("budget", run.budget_path), ("model", run.model_folder)]
+    lines += [*(("picture", path) for path in pictures), ("next", _next_command(run))]
+    for label, text in lines:
+        out.out(f"{label:>8}  {text}", highlight=False)
+
+
+def _next_command(run: Run) -> str:
+    """What refines the run's budget with another solver, on the same model and text."""
+    from globalopt import pipeline
+
+    _, models, texts = pipeline.recorded(run.folder)
+    words = ["globalopt", "compress", *([models.model] if models.model else [])]
+    words += ["--budget-file", str(run.budget_path), "--solver", "hassle-free"]
+    for options in (models, texts):
+        for name, default in _defaults(type(options)).items():
+            value = getattr(options, name)
+            if name != "model" and value != default:
+                words.append("--" + name.replace("_", "-"))
+                words += [] if value is True else [str(value)]
+    return shlex.join(words)
+
+
+def _defaults(cls: Any) -> dict[str, object]:
+    """The fields of a dataclass and their defaults."""
+    from dataclasses import fields
+
+    return {field.name: field.default for field in fields(cls)}

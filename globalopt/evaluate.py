@@ -23,7 +23,6 @@ SOFTMAX_AT_ONCE = 2**24
 """Logits turned into float32 log probabilities at once."""
 
 
-@torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
     split: Split,
@@ -52,10 +51,34 @@ def evaluate(
     Source:
         the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
     """
+    return _measure(model, dense, split, batch_size, advance)[0]
+
+
+def evaluate_both(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    split: Split,
+    batch_size: int = 8,
+    advance: Callable[[str], None] | None = None,
+) -> tuple[Metrics, Metrics]:
+    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`."""
+    measured, reference = _measure(model, dense, split, batch_size, advance)
+    assert reference is not None
+    return reference, measured
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    split: Split,
+    batch_size: int,
+    advance: Callable[[str], None] | None,
+) -> tuple[Metrics, Metrics | None]:
     count, seqlen = split.windows.shape
-    if count < LEAST_WINDOWS:
+    if count < 2:
         raise UsageError(
-            f"A standard error needs at least {LEAST_WINDOWS} windows; the {split.name} split has {count}."
+            f"Evaluation needs at least 2 windows, or there is no standard error; {split.name} has {count}."
         )
     if batch_size < 1:
         raise UsageError(f"The evaluation batch must be at least 1 window; got {batch_size}.")
@@ -68,28 +91,31 @@ def evaluate(
     if dense is not None:
         dense.eval()
 
-    nll = torch.zeros(count, dtype=torch.float64)
-    kl = torch.zeros(count, dtype=torch.float64)
+    nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     rows = max(1, min(batch_size, LOGITS_AT_ONCE // (seqlen * vocabulary)))
     for first in range(0, count, rows):
         windows = split.windows[first : first + rows]
         logits = _logits(model, windows)
         dense_logits = None if dense is None else _logits(dense, windows)
-        for i, window in enumerate(windows):
-            reference = None if dense_logits is None else dense_logits[i]
-            nll[first + i], kl[first + i] = _window_means(
-                logits[i], reference, window, f"{split.name} window {first + i}"
-            )
+        for i, window in enumerate(windows, first):
+            reference = None if dense_logits is None else dense_logits[i - first]
+            where = f"{split.name} window {i}"
+            nll[i], dense_nll[i], kl[i] = _window_means(logits[i - first], reference, window, where)
             if advance is not None:
-                advance(f"perplexity {_perplexity(nll[: first + i + 1]):.2f}")
+                advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
+    measured = _metrics(model, split, nll, None if dense is None else kl)
+    return measured, None if dense is None else _metrics(dense, split, dense_nll, None)
 
+
+def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | None) -> Metrics:
+    count, seqlen = split.windows.shape
     return Metrics(
         split=split.name,
         perplexity=_perplexity(nll),
         nll=nll.mean().item(),
         nll_stderr=_standard_error(nll),
-        kl=None if dense is None else kl.mean().item(),
-        kl_stderr=None if dense is None else _standard_error(kl),
+        kl=None if kl is None else kl.mean().item(),
+        kl_stderr=None if kl is None else _standard_error(kl),
         windows=count,
         seqlen=seqlen,
         tokens=count * (seqlen - 1),
@@ -107,23 +133,25 @@ def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return model(input_ids=windows.to(model.device), use_cache=False).logits[:, :-1]
 
 
-def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float]:
-    """Mean over positions of the negative log likelihood and of KL(dense || model) of one window (0 without dense).
+def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:
+    """Means over positions of one window: loss of the model, loss of dense, KL(dense || model); 0 without dense.
 
     Args:
         logits, dense: (T - 1, vocabulary), on any device.
         window: (T,) token ids.
     """
     labels = window[1:].to(logits.device)
-    nll = kl = 0.0
+    nll = dense_nll = kl = 0.0
     for positions in _chunks(len(logits), logits.shape[1]):
         log_p = _log_softmax(logits[positions], where)
+        at = labels[positions, None]
         # Summed on the CPU: not every accelerator has float64.
-        nll -= log_p.gather(1, labels[positions, None]).cpu().double().sum().item()
+        nll -= log_p.gather(1, at).cpu().double().sum().item()
         if dense is not None:
             log_q = _log_softmax(dense[positions], f"{where} of the dense model").to(log_p.device)
+            dense_nll -= log_q.gather(1, at).cpu().double().sum().item()
             kl += (log_q.exp() * (log_q - log_p)).sum(1).cpu().double().sum().item()
-    return nll / len(logits), kl / len(logits)
+    return nll / len(logits), dense_nll / len(logits), kl / len(logits)
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:

@@ -20,22 +20,27 @@ from globalopt.budget_file import BudgetFile
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
 from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import ArtefactError, UsageError
-from globalopt.evaluate import evaluate
+from globalopt.evaluate import evaluate, evaluate_both
+from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers, check_finite, find_layers
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
 from globalopt.protocols import Progress, Solver
-from globalopt.refine import Refinement, refine
+from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
 from globalopt.sensitivity import backward_sweep
 from globalopt.span import SCALINGS, compute_span
 from globalopt.store import Run, digest
 from globalopt.summary import LayerResult, Metrics, Summary
-from globalopt.surface import Options, gram_surface, sketches
-from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Metric, Problem
+from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
+from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Metric, Problem, Target
 from solvers import get_solver
 
 REFERENCE = "reference"
 SENSITIVITIES = ("fisher", "none")
+PRICINGS = ("fit", "span")
+PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "40", "check_every": "2"})
+"""The quick solver whose fits calibrate the surfaces; a budget is meant for any solver, so it is always this one."""
+
 NATS = "nats per token"
 OUTPUT_ERROR = "output error"
 
@@ -85,11 +90,13 @@ class SearchOptions:
     sensitivity: str = "fisher"
     scaling: str = "activation"
     seed: int = 0
+    pricing: str = "fit"
 
     def __post_init__(self) -> None:
         for value, known, option in (
             (self.sensitivity, SENSITIVITIES, "sensitivity"),
             (self.scaling, SCALINGS, "span-scaling"),
+            (self.pricing, PRICINGS, "pricing"),
         ):
             if value not in known:
                 raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
@@ -188,8 +195,8 @@ def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: i
         "eval_windows": text.eval_windows,
         "max_length": longest,
     }
-    if text.calibration is None:
-        if model.model is not None:
+    if text.calibration in (None, REFERENCE):
+        if model.model is not None and text.calibration is None:
             raise UsageError(
                 "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
                 "folder saved by `datasets`, or a hub data set."
@@ -251,6 +258,8 @@ def compress(
     """Refine a found budget with any solver, evaluate, and write the result into `folder`."""
     solver = get_solver(solver_name, solver_options)
     allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
+    for spec in bench.layers.specs:
+        for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
     identity = {
         **bench.identity(seed),
         "budget": digest(file.model_dump(mode="json")),
@@ -276,8 +285,8 @@ def _check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Bud
     """Refuse a pattern that does not divide a layer or does not fit the budget, before anything is computed."""
     if pattern is None:
         return
-    surfaces = tuple(Options.of(spec, 0, pattern) for spec in specs)
-    Problem(tuple(options.surface([0.0] * len(options.targets)) for options in surfaces), budget, pattern)
+    surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
+    Problem(surfaces, budget, pattern)
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
@@ -289,54 +298,83 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 
 
 def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
-    """Stage 1 and the sensitivity: one forward walk makes the spans, one backward sweep prices every option."""
-    layers = bench.layers
+    """Stage 1 and the sensitivity: a forward walk makes Grams and spans, a backward sweep prices every option."""
+    layers, device = bench.layers, bench.loaded.device
     if all(run.sensitivity_path(spec).exists() for spec in layers.specs):
         return
-    with_backward = options.sensitivity != "none"
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     inputs: list[list[Tensor]] = []
     with bench.stage("span", len(layers.specs), "layers") as advance:
-        for visit in walk_blocks(runner, bench.loaded.device):
-            grams = visit.grams()
+        for visit in walk_blocks(runner, device):
+            for site, gram in visit.grams().items():
+                run.write_gram(site, gram)
             for spec in visit.specs:
-                _span_layer(layers, options, run, spec, grams[spec.site], pattern, with_backward)
+                if not run.span_path(spec).exists():
+                    span = compute_span(layers.weight(spec.name), run.read_gram(spec.site), options.scaling)
+                    run.write_span(spec, span)
                 advance(spec.name)
-            if with_backward:
+            if options.sensitivity != "none":
                 inputs.append(visit.inputs)
                 if visit.index + 1 == len(layers.blocks):
                     inputs.append(visit.outputs())
-    if not with_backward:
-        return
-    choices = {spec.name: Options.of(spec, run.read_span(spec).max_rank, pattern) for spec in layers.specs}
-    with bench.stage("sensitivity", len(layers.blocks), "blocks") as advance:
-        sweep = backward_sweep(
-            runner,
-            inputs,
-            lambda spec: sketches(run.read_span(spec), choices[spec.name]),
-            options.seed,
-            advance,
-            bench.loaded.device,
-        )
-        for found in sweep:
-            run.write_sensitivity(choices[found.spec.name].surface(found.error), found.outputs)
+
+    pricing = get_solver(*PRICING) if options.pricing == "fit" else None
+    price = _price_by_gradients if options.sensitivity != "none" else _price_by_grams
+    with bench.stage("price", len(layers.specs), "layers") as advance:
+        for surface, outputs in price(bench, runner, inputs, run, pattern, pricing, options.seed):
+            run.write_sensitivity(surface, outputs)
+            advance(surface.spec.name)
 
 
-def _span_layer(
-    layers: ModelLayers,
-    options: SearchOptions,
+Priced = Iterator[tuple[ErrorSurface, Gram | None]]
+
+
+def _price_by_gradients(
+    bench: Bench,
+    runner: BlockRunner,
+    inputs: list[list[Tensor]],
     run: Run,
-    spec: LayerSpec,
-    gram: Gram,
     pattern: NM | None,
-    with_backward: bool,
-) -> None:
-    if not run.span_path(spec).exists():
-        run.write_span(spec, compute_span(layers.weight(spec.name), gram, options.scaling))
-    if not with_backward and not run.sensitivity_path(spec).exists():
+    pricing: Solver | None,
+    seed: int,
+) -> Priced:
+    """Surfaces in nats per token, with the output Grams, last block first."""
+    layers = bench.layers
+    grid: dict[str, Options] = {}
+
+    def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
         span = run.read_span(spec)
-        surface = gram_surface(span, Options.of(spec, span.max_rank, pattern), Metric(gram))
-        run.write_sensitivity(surface, None)
+        grid[spec.name] = Options.of(spec, span.max_rank, pattern)
+        made = sketches(span, grid[spec.name])
+        if pricing is not None:
+            metric = Metric(run.read_gram(spec.site))
+            lost = fit_anchors(layers.weight(spec.name), metric, span, grid[spec.name], pricing)
+            made.append(DenseSketch(lost))
+        return made
+
+    for found in backward_sweep(runner, inputs, sketches_of, seed, bench.loaded.device):
+        options = grid.pop(found.spec.name)
+        count = len(options.targets)
+        metric = Metric(run.read_gram(found.spec.site), found.outputs)
+        whole = metric.error(layers.weight(found.spec.name)) / 2
+        yield priced(options, found.error[:count], found.error[count:], whole), found.outputs
+
+
+def _price_by_grams(
+    bench: Bench,
+    runner: BlockRunner,
+    inputs: list[list[Tensor]],
+    run: Run,
+    pattern: NM | None,
+    pricing: Solver | None,
+    seed: int,
+) -> Priced:
+    """Surfaces in output error `tr(E G Eᵀ)`, without a backward pass."""
+    for spec in bench.layers.specs:
+        weight, metric, span = bench.layers.weight(spec.name), Metric(run.read_gram(spec.site)), run.read_span(spec)
+        options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
+        lost = fit_anchors(weight, metric, span, options, pricing) if pricing is not None else ()
+        yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None
 
 
 def finish(
@@ -415,13 +453,12 @@ def _evaluate_both(bench: Bench, folder: Path) -> tuple[tuple[Metrics, ...], tup
     options = bench.model_options
     splits = (bench.splits.validation, bench.splits.test)
     windows = sum(len(split.windows) for split in splits)
-    with bench.stage("evaluate", 2 * windows, "windows") as advance:
+    with bench.stage("evaluate", windows, "windows") as advance:
         original, _ = _load(options)
         saved = load_model(str(folder), options.dtype, options.device, options.trust_remote_code)
         size = bench.text_options.batch_size
-        dense = tuple(evaluate(original.model, split, None, size, advance) for split in splits)
-        compressed = tuple(evaluate(saved.model, split, original.model, size, advance) for split in splits)
-    return dense, compressed
+        pairs = [evaluate_both(saved.model, original.model, split, size, advance) for split in splits]
+    return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 
 def evaluate_folder(bench: Bench, dense: str | None) -> tuple[Metrics, ...]:

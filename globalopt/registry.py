@@ -1,52 +1,76 @@
-"""Make a solver or allocator from its table by name, with its options given as text."""
+"""Make a solver or an allocator from its table by name, with its hyper-parameters given as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from globalopt.errors import UnknownNameError, UsageError
 
 T = TypeVar("T")
 
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+SWITCH = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
 
 
-def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[str, str]) -> T:
-    """An instance of `table[name]` with `options` converted by the types of its fields.
+def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[str, str] | None = None) -> T:
+    """An instance of `table[name]`, e.g. `build("solver", SOLVERS, "3basil", {"steps": "300"})`.
 
     Args:
-        kind: "solver" or "allocator", for messages.
-        options: field name to text.
+        kind: what the table holds, for messages: "solver", "allocator".
+        table: dataclasses of hyper-parameters by name.
+        options: field name to text; other fields keep their defaults.
     Raises:
-        UnknownNameError: no such name, or no such field.
-        UsageError: a text does not convert, or the value is refused.
+        UnknownNameError: no such name or option, with the closest one.
+        UsageError: a text its field cannot read, or a value out of its range.
     """
     if name not in table:
         raise UnknownNameError(kind, name, table)
-    known: dict[str, Any] = {f.name: f.type for f in fields(table[name])}  # pyright: ignore[reportArgumentType]
+    return table[name](**read_options(table[name], f"{kind} '{name}'", options or {}))
+
+
+def read_options(cls: type, owner: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Convert texts to the types of the fields of the dataclass `cls`.
+
+    Args:
+        owner: how messages call it, "solver 'oats'".
+    Raises:
+        UnknownNameError: no such field.
+        UsageError: a text its field cannot read.
+    """
+    kinds = get_type_hints(cls)
+    known = [field.name for field in fields(cls)]
     values: dict[str, Any] = {}
     for option, text in options.items():
+        if not known:
+            raise UsageError(f"There are no options of {owner}; got {option}={text}.")
         if option not in known:
-            raise UnknownNameError(f"option of {kind} {name} called", option, known or ("(none)",))
-        values[option] = _convert(text, known[option], f"{kind} {name} option {option}")
-    return table[name](**values)
+            raise UnknownNameError(f"option of {owner}", option, known)
+        read, expected = READERS[kinds[option]]
+        try:
+            values[option] = read(text)
+        except ValueError:
+            raise UsageError(f"Option {option} of {owner} must be {expected}; got '{text}'.") from None
+    return values
 
 
-def _convert(text: str, annotation: Any, what: str) -> Any:
-    # Fields are annotated with plain names; postponed evaluation leaves these as strings.
-    kinds = {part.strip() for part in str(getattr(annotation, "__name__", annotation)).split("|")}
-    if "None" in kinds and text.lower() == "none":
-        return None
-    for convert in (int, float):
-        if convert.__name__ in kinds:
-            try:
-                return convert(text)
-            except ValueError:
-                continue
-    if "bool" in kinds and text.lower() in BOOLEANS:
-        return BOOLEANS[text.lower()]
-    if "str" in kinds:
-        return text
-    raise UsageError(f"{what} must be {' or '.join(sorted(kinds))}; got '{text}'.")
+def at_least(least: float, **values: float) -> None:
+    """`UsageError` for the first option that is below `least` or not finite."""
+    for option, value in values.items():
+        if not (math.isfinite(value) and value >= least):
+            raise UsageError(f"Option {option} must be finite and at least {least:g}; got {value:g}.")
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in SWITCH:
+        raise ValueError(text)
+    return SWITCH[text.lower()]
+
+
+READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (_switch, "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a word"),
+}

@@ -41,7 +41,6 @@ def backward_sweep(
     inputs: Sequence[Sequence[Tensor]],
     sketches_of: Callable[[LayerSpec], Sketches],
     seed: int,
-    advance: Callable[[str], None] = lambda detail: None,
     device: torch.device | None = None,
 ) -> Iterator[LayerSensitivity]:
     """Walk the blocks from last to first, each recomputed with gradients; weights get no gradient of their own.
@@ -54,7 +53,6 @@ def backward_sweep(
             (`blocks + 1` rows).
         sketches_of: what the options of a layer drop; called once per layer, when its block is reached.
         seed: of the sampled labels.
-        advance: called with the block's name after each block.
         device: where a block is moved for its turn; None leaves it.
     Raises:
         NumericalError: the gradient at a layer is not finite.
@@ -86,7 +84,6 @@ def backward_sweep(
                     hook.remove()
         for tap in reversed(taps.values()):
             yield tap.finish(tokens)
-        advance(f"{layers.blocks_path}.{index}")
 
 
 def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:

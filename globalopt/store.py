@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Sp
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+FILES = ("summary.json", "budget.json", MANIFEST)
+FOLDERS = ("report", "model", "layers", "sensitivity", "spans", "grams")
 
 
 @contextlib.contextmanager
@@ -81,7 +83,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"There is no file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+    # ValueError: also a whole number of thousands of digits; RecursionError: brackets as deep.
+    except (ValueError, RecursionError) as cause:
         raise ArtefactError(
             f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again."
         ) from None
@@ -107,7 +110,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise ArtefactError(f"There is no file {path}.") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as cause:
+    except (SafetensorError, ValueError, OSError) as cause:
         raise ArtefactError(f"{path} is broken ({cause}). Delete it and run the same command again.") from None
 
 
@@ -118,6 +121,18 @@ def digest(value: Any) -> str:
 
 def _key(spec: LayerSpec) -> dict[str, Any]:
     return {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
+
+
+def _read(
+    path: Path, key: Mapping[str, Any], tensor_names: Iterable[str], fact_names: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, facts = read_tensors(path)
+    found = {name: facts.get(name) for name in key}
+    if found != key:
+        raise ArtefactError(f"{path} holds {found}, expected {dict(key)}. Delete it and run the command again.")
+    if missing := [*(set(tensor_names) - tensors.keys()), *(set(fact_names) - facts.keys())]:
+        raise ArtefactError(f"{path} lacks {', '.join(sorted(missing))}. Delete it and run the command again.")
+    return tensors, facts
 
 
 class Run:
@@ -144,10 +159,9 @@ class Run:
         """
         fingerprint = digest(identity)
         path = folder / MANIFEST
-        if folder.exists() and not folder.is_dir():
-            raise ArtefactError(f"--out {folder} is a file. Choose a folder.")
+        cls.check_folder(folder)
         if fresh and path.exists():
-            shutil.rmtree(folder)
+            cls(folder, {}).delete()
         if path.exists():
             manifest = cls.read_manifest(folder)
             if manifest["fingerprint"] != fingerprint:
@@ -157,11 +171,21 @@ class Run:
                     "Choose another --out, or --fresh to delete it and start over."
                 )
             return cls(folder, manifest)
-        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise ArtefactError(f"{folder} is not empty and holds no run. Choose another --out.")
         manifest = {"schema": SCHEMA, "fingerprint": fingerprint, "identity": dict(identity), "facts": dict(facts)}
         write_json(path, manifest)
         return cls(folder, manifest)
+
+    @classmethod
+    def check_folder(cls, folder: Path) -> None:
+        """`ArtefactError` if no run can be in `folder`: it is a file, or holds files that are not a run's."""
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise ArtefactError(f"--out {folder} is a file. Choose a folder.")
+        if (folder / MANIFEST).exists():
+            cls.read_manifest(folder)
+        elif any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ArtefactError(f"{folder} is not empty and holds no run. Choose another --out.")
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -175,14 +199,27 @@ class Run:
     @staticmethod
     def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or not {"schema", "fingerprint", "identity"} <= manifest.keys():
-            raise ArtefactError(f"{folder / MANIFEST} is not a manifest of ours.")
+        kinds = {"schema": int, "fingerprint": str, "identity": dict}
+        if not isinstance(manifest, dict) or any(not isinstance(manifest.get(k), kind) for k, kind in kinds.items()):
+            raise ArtefactError(f"{folder / MANIFEST} is no manifest of a run. Choose another folder.")
         if manifest["schema"] > SCHEMA:
             raise ArtefactError(
                 f"{folder} was written by a newer version (schema {manifest['schema']}, this one reads {SCHEMA}). "
                 "Upgrade globalopt."
             )
         return manifest
+
+    def delete(self) -> None:
+        """Remove the run's artefacts, the manifest last; files that are not ours stay."""
+        try:
+            for name in (*FOLDERS, *FILES):
+                path = self.folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as cause:
+            raise ArtefactError(f"Cannot delete the run in {self.folder}: {cause.strerror or cause}.") from cause
 
     @property
     def budget_path(self) -> Path:
@@ -191,6 +228,13 @@ class Run:
     @property
     def model_folder(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def saved_model(self) -> Path:
+        """The compressed model; `ArtefactError` if the run has not come that far."""
+        if not self.model_folder.is_dir():
+            raise ArtefactError(f"{self.folder} has no model yet: the run did not finish. Run its command again.")
+        return self.model_folder
 
     @property
     def summary_path(self) -> Path:
@@ -203,6 +247,9 @@ class Run:
     def span_path(self, spec: LayerSpec) -> Path:
         return self.folder / "spans" / f"{spec.name}.safetensors"
 
+    def gram_path(self, site: str) -> Path:
+        return self.folder / "grams" / f"{site}.safetensors"
+
     def sensitivity_path(self, spec: LayerSpec) -> Path:
         return self.folder / "sensitivity" / f"{spec.name}.safetensors"
 
@@ -214,8 +261,15 @@ class Run:
         write_tensors(self.span_path(spec), tensors, {**_key(spec), "stats": dict(span.stats)})
 
     def read_span(self, spec: LayerSpec) -> Span:
-        tensors, facts = self._read(self.span_path(spec), spec)
+        tensors, facts = _read(self.span_path(spec), _key(spec), ("U", "s", "Vh", "S", "scale"), ("stats",))
         return Span(**tensors, stats=facts["stats"])
+
+    def write_gram(self, site: str, gram: Gram) -> None:
+        write_tensors(self.gram_path(site), {"G": gram.matrix}, {"site": site, "tokens": gram.tokens})
+
+    def read_gram(self, site: str) -> Gram:
+        tensors, facts = _read(self.gram_path(site), {"site": site}, ("G",), ("tokens",))
+        return Gram(tensors["G"], facts["tokens"])
 
     def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None) -> None:
         """The layer's options with their errors, and its output Gram `A` where one was collected."""
@@ -230,7 +284,7 @@ class Run:
         write_tensors(self.sensitivity_path(surface.spec), {"A": outputs.matrix} if outputs else {}, facts)
 
     def read_sensitivity(self, spec: LayerSpec) -> tuple[ErrorSurface, Gram | None]:
-        tensors, facts = self._read(self.sensitivity_path(spec), spec)
+        tensors, facts = _read(self.sensitivity_path(spec), _key(spec), (), ("tokens", "options"))
         targets = tuple(Target(rank, nnz, NM.parse(p) if p else None) for rank, nnz, p, _ in facts["options"])
         surface = ErrorSurface(spec, targets, tuple(option[3] for option in facts["options"]))
         return surface, Gram(tensors["A"], facts["tokens"]) if "A" in tensors else None
@@ -242,15 +296,8 @@ class Run:
         write_tensors(self.layer_path(spec), tensors, {**_key(spec), **facts})
 
     def read_layer(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
-        tensors, facts = self._read(self.layer_path(spec), spec)
+        tensors, facts = _read(self.layer_path(spec), _key(spec), ("S", "U", "V"))
         return Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), facts
-
-    def _read(self, path: Path, spec: LayerSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, facts = read_tensors(path)
-        found = {key: facts.get(key) for key in _key(spec)}
-        if found != _key(spec):
-            raise ArtefactError(f"{path} holds {found}, expected {_key(spec)}. Delete it and run the command again.")
-        return tensors, facts
 
     def write_summary(self, summary: Summary) -> None:
         write_json(self.summary_path, asdict(summary))

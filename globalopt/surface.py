@@ -1,26 +1,37 @@
-"""The options of a layer, and what each is predicted to cost: spans in, error surfaces out."""
+"""The options of a layer and what each is predicted to cost: spans and a few fits in, error surfaces out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from globalopt.errors import UsageError
 from globalopt.kernels.projection import keep_nm
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
-from globalopt.types import NM, ErrorSurface, LayerSpec, Metric, Span, Target
+from globalopt.protocols import Solver
+from globalopt.span import take
+from globalopt.types import NM, ErrorSurface, LayerSpec, Metric, Span, Target, interpolate
 
-RANK_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45)
-"""Ranks offered beside free nonzeros, as fractions of the rank at which factors cost as much as the dense layer."""
+RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.28)
+"""Ranks offered beside free nonzeros, as fractions of the rank whose factors cost as much as the dense layer."""
 
-LEVELS = 64
-"""Nonzero counts offered per rank: multiples of `numel / LEVELS`."""
+NNZ_LEVELS = 64
+"""Nonzero counts offered per rank: multiples of `numel / NNZ_LEVELS`."""
 
 PATTERN_LEVELS = 24
 """Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
+
+ANCHOR_KEPT = (0.08, 0.2, 0.4, 0.7)
+ANCHOR_SHARES = (0.0, 0.25)
+"""Kept fractions and rank shares at which a layer is really fitted to calibrate its surface."""
+
+LEAST_KEPT = 0.05
+LARGEST_SHARE = 0.3
+"""Where the calibration still holds; of what lies outside, only the dense and the zero option are offered."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +63,44 @@ class Options:
             most = min(max_rank, (spec.numel - nnz) // per_rank)
             ranks = sorted({round(most * i / PATTERN_LEVELS) for i in range(PATTERN_LEVELS + 1)})
             return cls(spec, pattern, tuple((rank, (nnz,)) for rank in ranks), nnz)
-        bucket = -(-spec.numel // LEVELS)
+        bucket = -(-spec.numel // NNZ_LEVELS)
         counts = [*range(0, spec.numel, bucket), spec.numel]
         even = spec.numel / per_rank
-        ranks = sorted({min(max_rank, round(share * even)) for share in RANK_SHARES})
-        rows = tuple(
-            (rank, tuple(n for n in counts if rank * per_rank + n <= spec.numel))
-            for rank in ranks
-            if rank * per_rank <= spec.numel
-        )
-        return cls(spec, None, rows, bucket)
+        ranks = sorted({min(max_rank, round(level * even)) for level in RANK_LEVELS})
+        rows = ((rank, tuple(n for n in counts if _offered(Target(rank, n), spec))) for rank in ranks)
+        return cls(spec, None, tuple((rank, row) for rank, row in rows if row), bucket)
 
     @property
     def targets(self) -> tuple[Target, ...]:
         return tuple(Target(rank, nnz, self.pattern) for rank, counts in self.rows for nnz in counts)
 
-    def surface(self, error: Iterable[float]) -> ErrorSurface:
-        """The surface with `error` in the order of `targets`."""
-        return ErrorSurface(self.spec, self.targets, tuple(float(e) for e in error))
+    @property
+    def anchors(self) -> tuple[tuple[Target, ...], ...]:
+        """Targets worth a real fit, in rows of equal rank share, ascending in what they keep."""
+        if self.pattern is not None:
+            ranks = [rank for rank, _ in self.rows]
+            picked = sorted({ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)})
+            return (tuple(Target(rank, self.rows[0][1][0], self.pattern) for rank in picked),)
+        per_rank = self.spec.d_out + self.spec.d_in
+        most = self.rows[-1][0]
+        rows = []
+        for share in ANCHOR_SHARES:
+            row = []
+            for kept in ANCHOR_KEPT:
+                rank = min(most, int(share * kept * self.spec.numel / per_rank))
+                if rank or not share:
+                    row.append(Target(rank, int(kept * self.spec.numel) - rank * per_rank))
+            if row:
+                rows.append(tuple(row))
+        return tuple(rows)
+
+
+def _offered(target: Target, spec: LayerSpec) -> bool:
+    params = target.params(spec)
+    if target in (Target.dense(spec), Target.zero()):
+        return True
+    low_rank = params - target.nnz
+    return LEAST_KEPT * spec.numel <= params < spec.numel and low_rank <= LARGEST_SHARE * params
 
 
 def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
@@ -80,7 +111,8 @@ def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
     concatenated, are in the order of `options.targets`.
     """
     if options.pattern is not None:
-        return [DenseSketch(torch.stack([_dropped_by_pattern(span, rank, options) for rank, _ in options.rows]))]
+        dropped = [_dropped_by_pattern(span, rank, options.pattern) for rank, _ in options.rows]
+        return [DenseSketch(torch.stack(dropped))]
     made: list[PrefixSketch | DenseSketch] = []
     for rank, counts in options.rows:
         residual = span.residual(rank)
@@ -88,12 +120,9 @@ def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
     return made
 
 
-def _dropped_by_pattern(span: Span, rank: int, options: Options) -> Tensor:
-    if options.pattern is None:
-        raise UsageError("A pattern is needed to drop by one.")
+def _dropped_by_pattern(span: Span, rank: int, pattern: NM) -> Tensor:
     residual = span.residual(rank)
-    kept = keep_nm(residual.abs(), options.pattern)
-    return torch.where(kept, 0.0, residual) / span.scale
+    return residual.masked_fill(keep_nm(residual.abs(), pattern), 0.0) / span.scale
 
 
 def project(made: Sequence[PrefixSketch | DenseSketch], gradients: Tensor) -> Tensor:
@@ -101,23 +130,101 @@ def project(made: Sequence[PrefixSketch | DenseSketch], gradients: Tensor) -> Te
     return torch.cat([sketch.project(gradients) for sketch in made], dim=1)
 
 
-def gram_surface(span: Span, options: Options, metric: Metric, levels: int = 16) -> ErrorSurface:
-    """Surface of `tr(E G Eᵀ)`, `E` what an option drops: the error to use where no backward pass is possible.
+def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, list[float]]:
+    """`metric.error` of what the options of a span drop: the price where no backward pass is possible.
 
-    Every option costs one product with G, so only about `levels` counts per rank are measured.
+    Every option costs a product with G, so only every fourth count is kept; the thinned options are returned too.
     """
-    stride = max(1, LEVELS // levels)
-    thinned = tuple((rank, tuple(sorted({*counts[::stride], counts[-1]}))) for rank, counts in options.rows)
-    coarse = Options(options.spec, options.pattern, thinned, options.bucket)
+    rows = tuple((rank, tuple(sorted({*counts[::4], counts[-1]}))) for rank, counts in options.rows)
+    coarse = Options(options.spec, options.pattern, rows, options.bucket)
     errors: list[float] = []
     for rank, counts in coarse.rows:
         if coarse.pattern is not None:
-            errors.append(metric.error(_dropped_by_pattern(span, rank, coarse)))
+            errors.append(metric.error(_dropped_by_pattern(span, rank, coarse.pattern)))
             continue
         residual = span.residual(rank)
         order = residual.abs().flatten().argsort(descending=True, stable=True)
+        dropped = (residual / span.scale).flatten()
+        start = 0
         for nnz in counts:
-            dropped = (residual / span.scale).flatten()
-            dropped[order[:nnz]] = 0.0
+            dropped[order[start:nnz]] = 0.0
+            start = nnz
             errors.append(metric.error(dropped.view_as(residual)))
-    return coarse.surface(errors)
+    return coarse, errors
+
+
+def fit_anchors(weight: Tensor, metric: Metric, span: Span, options: Options, solver: Solver) -> Tensor:
+    """(anchors, d_out, d_in): what real fits at `options.anchors` lose of the weight, one preparation for all.
+
+    A fit starts at what the span offers, so it loses no more than that in `metric.inputs`.
+    """
+    state: Any = solver.prepare(weight, metric)
+    targets = [target for row in options.anchors for target in row]
+    fits = (solver.solve(state, target, take(span, target)) for target in targets)
+    return torch.stack([weight - fit.value.dense() for fit in fits])
+
+
+def priced(
+    options: Options, span_error: Sequence[float], anchor_error: Sequence[float], zero_error: float
+) -> ErrorSurface:
+    """The surface of a layer: the span's errors for the shape, the anchors' for the level.
+
+    `error(c) = span(c) * exp(h(c))`, where `h = log(anchor / span)` at the anchors, linear in the kept fraction
+    along a row of anchors (constant outside it) and linear in the rank share between rows. A solver that moves the
+    weights it keeps gains up to fortyfold on what a span merely drops, and far more where inputs are correlated (gate,
+    q) than where they are not (down); without this the allocation pays for losses that no solver leaves.
+
+    Along a row the span's errors are made monotone first: dropping more of nested parts cannot cost less, though a
+    second-order price may say so (scaling a query up or down is free to first order, dropping it is not). For the
+    same reason the zero option costs at least `zero_error`.
+
+    Args:
+        span_error: one per option of `options.targets`.
+        anchor_error: one per anchor, row by row, in the same unit; empty leaves the span's errors as they are.
+        zero_error: a second estimate for the layer dropped whole, in the same unit.
+    """
+    base = ErrorSurface(options.spec, options.targets, tuple(_monotone(options, span_error)))
+    correction = _correction(options, base, anchor_error) if anchor_error else lambda target: 0.0
+    errors = []
+    for target, error in zip(base.targets, base.error, strict=True):
+        if target == Target.zero():
+            errors.append(max(error, zero_error))
+        else:
+            errors.append(error * math.exp(correction(target)))
+    return ErrorSurface(options.spec, base.targets, tuple(errors))
+
+
+def _monotone(options: Options, error: Sequence[float]) -> list[float]:
+    made: list[float] = []
+    start = 0
+    for _, counts in options.rows:
+        row = list(error[start : start + len(counts)])
+        start += len(counts)
+        for i in reversed(range(len(row) - 1)):
+            row[i] = max(row[i], row[i + 1])
+        made += row
+    return made
+
+
+def _correction(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
+    spec = options.spec
+    # Below this a logarithm compares rounding errors.
+    floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
+    errors = iter(anchor_error)
+    rows: list[tuple[float, list[float], list[float]]] = []
+    for row in options.anchors:
+        kept = [target.params(spec) / spec.numel for target in row]
+        ratio = [math.log(max(next(errors), floor) / max(base.predict(target), floor)) for target in row]
+        rows.append((max(_share(target, spec) for target in row), kept, ratio))
+
+    def correction(target: Target) -> float:
+        kept = target.params(spec) / spec.numel
+        values = [interpolate(xs, ys, kept) for _, xs, ys in rows]
+        return interpolate([share for share, _, _ in rows], values, _share(target, spec))
+
+    return correction
+
+
+def _share(target: Target, spec: LayerSpec) -> float:
+    params = target.params(spec)
+    return (params - target.nnz) / params if params else 0.0

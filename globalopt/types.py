@@ -419,8 +419,8 @@ class ErrorSurface:
     def predict(self, target: Target) -> float:
         """Error of any target, linear between the nearest options in nnz, then in rank; constant outside them."""
         ranks, rows = self._rows
-        at = [_interpolate(nnz, error, target.nnz) for nnz, error in rows]
-        return _interpolate(ranks, at, target.rank)
+        at = [interpolate(nnz, error, target.nnz) for nnz, error in rows]
+        return interpolate(ranks, at, target.rank)
 
     def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
         """Undominated options as `(target, cost, error)`: cost strictly up, error strictly down."""
@@ -435,7 +435,8 @@ class ErrorSurface:
         return tuple(kept)
 
 
-def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through the points `(xs, ys)`, `xs` ascending; constant outside them."""
     right = bisect.bisect_left(xs, x)
     if right == 0:
         return ys[0]

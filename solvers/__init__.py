@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from globalopt.errors import UnknownNameError
+from globalopt import registry
 from globalopt.protocols import Solver
-from solvers._options import read_options
 from solvers.hassle_free import HassleFree
 from solvers.magnitude import Magnitude
 from solvers.oats import OATS
@@ -29,12 +28,5 @@ SOLVERS: dict[str, type[Solver]] = {
 
 
 def get_solver(name: str, options: Mapping[str, str] | None = None) -> Solver:
-    """The solver `name` with `options` set, e.g. `get_solver("3basil", {"damping": "0.02", "steps": "300"})`.
-
-    Raises:
-        UnknownNameError: no such solver or option, with the closest name. UsageError: a bad value.
-    """
-    if name not in SOLVERS:
-        raise UnknownNameError("solver", name, SOLVERS)
-    cls = SOLVERS[name]
-    return cls(**read_options(cls, f"solver '{name}'", options or {}))
+    """The solver `name` with `options` given as text; see `registry.build` for the errors."""
+    return registry.build("solver", SOLVERS, name, options)

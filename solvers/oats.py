@@ -9,10 +9,10 @@ from torch import Tensor
 
 from globalopt.kernels.projection import keep_weights
 from globalopt.protocols import Needs
+from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
 from solvers._alternating import Alternating, TrackedSubspace
 from solvers._layer import Layer
-from solvers._options import at_least
 
 
 @dataclass(frozen=True, eq=False)

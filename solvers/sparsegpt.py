@@ -10,9 +10,9 @@ from torch import Tensor
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
 from globalopt.protocols import Needs
+from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
 from solvers._layer import Layer
-from solvers._options import at_least
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from globalopt.kernels.low_rank import leading_subspace
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import ridge_admm
 from globalopt.protocols import Needs
+from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
 from solvers._layer import Layer
-from solvers._options import at_least
 
 
 @dataclass(frozen=True, eq=False)

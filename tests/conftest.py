@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -15,6 +16,8 @@ import torch
 import transformers
 
 from globalopt.models import reference_folder
+from tests.command import WINDOWS, done, write_text
+from tests.tiny_models import save_tiny
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -26,3 +29,30 @@ datasets.disable_progress_bars()
 def reference_tokenizer() -> transformers.PreTrainedTokenizerBase:
     """The bundled model's tokenizer: byte-level, adds no special tokens."""
     return transformers.AutoTokenizer.from_pretrained(reference_folder())
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """Folder of a tiny Llama: 2 blocks, 14 layers, 128 tokens of context."""
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A text file of about 3000 tokens of the tiny tokenizer."""
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="session")
+def tiny_search(tiny_llama, tiny_text) -> tuple[str, ...]:
+    """A quick `search` of the tiny Llama, all but its `--out`."""
+    options = ("--solver", "oats", "--set", "steps=5", "--calibration", str(tiny_text))
+    return ("search", str(tiny_llama), *options, *WINDOWS)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_search, tmp_path_factory) -> Path:
+    """The folder of that search, finished; not to be changed."""
+    folder = tmp_path_factory.mktemp("run") / "half"
+    done(*tiny_search, "--out", folder, "-q")
+    return folder

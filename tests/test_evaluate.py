@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from globalopt import evaluate as evaluation
 from globalopt.calibration import Split, reference_splits
 from globalopt.errors import NumericalError, UsageError
-from globalopt.evaluate import evaluate
+from globalopt.evaluate import evaluate, evaluate_both
 from globalopt.models import load_model, reference_folder
 
 VOCABULARY = 50
@@ -116,6 +116,7 @@ def test_a_model_has_no_distance_from_itself_and_no_kl_without_a_dense_model():
 
 def test_kl_is_of_the_dense_model_against_the_compressed_one():
     one, other, split = tiny_llama(0), tiny_llama(1), random_windows()
+    assert evaluate_both(one, other, split) == (evaluate(other, split), evaluate(one, split, other))
     assert evaluate(one, split, other).kl != pytest.approx(evaluate(other, split, one).kl, rel=1e-3)
 
 

@@ -11,6 +11,7 @@ from globalopt.layers import find_layers
 from globalopt.sensitivity import backward_sweep
 from globalopt.span import compute_span, take
 from globalopt.surface import Options, sketches
+from globalopt.types import ErrorSurface
 from tests.tiny_models import tiny_model
 
 SEED = 3
@@ -98,7 +99,7 @@ def test_dense_costs_nothing_and_the_model_is_left_alone():
     spans = {s.name: compute_span(layers.weight(s.name), None, "none") for s in layers.specs}
     options = {s.name: Options.of(s, spans[s.name].max_rank) for s in layers.specs}
     for name, sensitivity in swept(layers, spans, options).items():
-        surface = options[name].surface(sensitivity.error)
+        surface = ErrorSurface(sensitivity.spec, options[name].targets, sensitivity.error)
         dense = surface.targets.index(type(surface.targets[0]).dense(surface.spec))
         zero = surface.targets.index(type(surface.targets[0]).zero())
         assert surface.error[dense] < 1e-6 * surface.error[zero]

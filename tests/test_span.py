@@ -7,8 +7,9 @@ import torch
 
 from globalopt.errors import UnknownNameError
 from globalopt.span import compute_span, input_scale, take
-from globalopt.surface import Options, gram_surface, project, sketches
+from globalopt.surface import LARGEST_SHARE, Options, fit_anchors, gram_errors, priced, project, sketches
 from globalopt.types import NM, LayerSpec, Metric, Target, follows
+from solvers import get_solver
 from tests.synthetic import layer
 
 SPEC = LayerSpec("a", 0, "a", "a", 24, 40)
@@ -69,6 +70,7 @@ def test_options_include_dense_and_zero_and_none_above_dense(made):
     assert Target.dense(SPEC) in targets
     assert Target.zero() in targets
     assert all(target.params(SPEC) <= SPEC.numel for target in targets)
+    assert all(target.rank * 64 <= LARGEST_SHARE * target.params(SPEC) for target in targets)
     assert len(set(targets)) == len(targets)
     assert len({target.rank for target in targets}) > 1
 
@@ -82,13 +84,37 @@ def test_under_a_pattern_only_the_rank_is_free(made):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_gram_surface_is_the_error_of_what_is_taken(made, pattern):
+def test_gram_errors_are_those_of_what_is_taken(made, pattern):
     W, gram, span = made
     metric = Metric(gram)
-    surface = gram_surface(span, Options.of(SPEC, span.max_rank, pattern), metric)
-    for target, error in zip(surface.targets, surface.error, strict=True):
+    options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
+    for target, error in zip(options.targets, errors, strict=True):
         expected = metric.error(W - take(span, target).dense())
         assert error == pytest.approx(expected, rel=1e-3, abs=1e-6 * metric.error(W))
     if pattern is None:
-        assert Target.dense(SPEC) in surface.targets
-        assert Target.zero() in surface.targets
+        assert Target.dense(SPEC) in options.targets
+        assert Target.zero() in options.targets
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_priced_surface_passes_through_its_anchors(made, pattern):
+    W, gram, span = made
+    metric = Metric(gram)
+    options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
+    targets = [target for row in options.anchors for target in row]
+    lost = fit_anchors(W, metric, span, options, get_solver("3basil"))
+    fitted = [metric.error(E) for E in lost]
+    assert len(fitted) == len(targets)
+    surface = priced(options, errors, fitted, metric.error(W))
+    plain = priced(options, errors, (), metric.error(W))
+    for target, error in zip(targets, fitted, strict=True):
+        if target in surface.targets:
+            assert surface.predict(target) == pytest.approx(error, rel=1e-6)
+        assert surface.predict(target) < plain.predict(target)
+
+
+def test_prices_are_monotone_and_zero_has_a_floor():
+    options = Options(SPEC, None, ((0, (0, 480, 960)),), 480)
+    surface = priced(options, [0.1, 0.5, 0.0], (), zero_error=2.0)
+    assert surface.error == (2.0, 0.5, 0.0)
+    assert priced(options, [0.1, 0.5, 0.0], (), zero_error=0.0).error == (0.5, 0.5, 0.0)

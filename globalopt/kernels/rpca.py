@@ -36,7 +36,8 @@ def robust_pca(
 
     `min ||L||_* + weight ||S||_1` subject to `L + S = M`, by
 
-        L <- SVT_{1/mu}(M - S + Y/mu),  S <- shrink_{weight/mu}(M - L + Y/mu),  Y <- Y + mu (M - L - S),  mu <- growth mu
+        L <- SVT_{1/mu}(M - S + Y/mu),  S <- shrink_{weight/mu}(M - L + Y/mu),  Y <- Y + mu (M - L - S),
+        mu <- growth mu
 
     with `Y_0 = M / max(||M||_2, ||M||_inf / weight)` and `mu_0 = 1.25 / ||M||_2` (Lin, Chen, Ma 2010,
     arXiv:1009.5055, algorithm 5). Only the singular values above `1/mu` are computed: a warm-started subspace

@@ -39,9 +39,12 @@ class PrefixSketch:
 
     def project(self, gradients: Tensor) -> Tensor:
         """(b, d_out, d_in) gradients -> (b, options) inner products with the dropped parts, float64."""
-        flat = gradients.flatten(1)[:, self.order] * self.values
-        short = -flat.shape[1] % self.bucket
-        buckets = torch.nn.functional.pad(flat, (0, short)).unflatten(1, (-1, self.bucket)).sum(-1).double()
+        ordered = gradients.flatten(1).index_select(1, self.order)
+        short = -ordered.shape[1] % self.bucket
+        # (buckets, b, bucket) x (buckets, bucket, 1): multiplies and sums in one pass.
+        parts = torch.nn.functional.pad(ordered, (0, short)).unflatten(1, (-1, self.bucket)).transpose(0, 1)
+        weights = torch.nn.functional.pad(self.values, (0, short)).view(-1, self.bucket, 1)
+        buckets = torch.bmm(parts, weights).squeeze(2).mT.double()
         suffix = buckets.flip(1).cumsum(1).flip(1)
         suffix = torch.nn.functional.pad(suffix, (0, 1))
         at = torch.tensor([-(-count // self.bucket) for count in self.counts], device=suffix.device)

@@ -1,0 +1,174 @@
+"""What the benchmarks share: their options, one analysis for many cells, and a cell that leaves the model as it was.
+
+A cell is one compression in a run folder of its own. A finished cell is read back, an unfinished one goes on where it
+stopped, and a folder made from other options is refused (`globalopt.store.Run`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from globalopt import pipeline
+from globalopt.errors import GlobalOptError, UsageError
+from globalopt.pipeline import Bench, ModelOptions, SearchOptions, TextOptions
+from globalopt.resources import StageClock
+from globalopt.store import Run, read_json, write_json
+from globalopt.summary import Metrics, Summary
+from globalopt.types import NM
+from reports import formats, make_progress
+from reports.tables import divergence
+
+err = Console(stderr=True)
+
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options every benchmark has: model, text and folder."""
+    text = TextOptions()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id; the bundled reference model if left out")
+    parser.add_argument("--calibration", help="text for a model of your own")
+    parser.add_argument("--nsamples", type=int, default=text.nsamples, help="calibration windows (%(default)s)")
+    parser.add_argument("--seqlen", type=int, default=text.seqlen, help="tokens per window (%(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=text.eval_windows, help="per split, at most (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all cells; the same command resumes")
+    return parser
+
+
+def option_pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE of a command line, apart."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE; got '{text}'")
+    return name.replace("-", "_"), value
+
+
+def run_script(
+    work: Callable[[argparse.Namespace, str], None], parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> int:
+    """Parse, work, and turn an error of the family into one line and its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        work(parser.parse_args(given), shlex.join([parser.prog, *given]))
+    except GlobalOptError as cause:
+        err.print(f"error: {cause}", markup=False, highlight=False, soft_wrap=True)
+        return cause.exit_code
+    return 0
+
+
+def set_up(options: argparse.Namespace, seed: int) -> Bench:
+    """The bench of a seed: the model, dense, and its windows. Progress is shown on a terminal only."""
+    text = TextOptions(
+        calibration=options.calibration,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen,
+        eval_windows=options.eval_windows,
+    )
+    progress = make_progress(err, quiet=not err.is_terminal)
+    return pipeline.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
+
+
+def analysed(bench: Bench, pattern: str, seed: int, folder: Path) -> Run:
+    """The finished analysis of a seed, which depends on neither budget nor allocator nor solver."""
+    options = SearchOptions(budget=1.0, pattern=pattern, seed=seed)
+    run = Run.start(folder, {**bench.identity(seed), "analysis": asdict(options)}, bench.facts("analysis"))
+    timed = replace(bench, clock=StageClock())
+    pipeline.analyse(timed, options, run, NM.parse(pattern))
+    if timed.clock.costs:
+        write_json(_seconds_path(run), sum(stage.seconds for stage in timed.clock.costs))
+    return run
+
+
+def analysis_seconds(run: Run) -> float:
+    """Seconds the analysis took; after an interruption, those of its last part."""
+    return float(read_json(_seconds_path(run)))
+
+
+def _seconds_path(run: Run) -> Path:
+    return run.folder / "seconds.json"
+
+
+def search(bench: Bench, options: SearchOptions, analysis: Run, folder: Path, command: str) -> Summary:
+    """`pipeline.search` of one cell on an analysis that is there already."""
+    identity = {**bench.identity(options.seed), "search": asdict(options)}
+    run = Run.start(folder, identity, bench.facts(command))
+    for spec in bench.layers.specs:
+        path = run.sensitivity_path(spec)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(analysis.sensitivity_path(spec), path)
+    with dense_after(bench) as fresh:
+        return pipeline.search(fresh, options, folder, command)[0]
+
+
+@contextlib.contextmanager
+def dense_after(bench: Bench) -> Iterator[Bench]:
+    """The bench with a clock of its own; its model, which refinement changes in place, is dense again afterwards."""
+    model = bench.loaded.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        yield replace(bench, clock=StageClock())
+    finally:
+        model.load_state_dict(before)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Quality of one cell on one split: distance from the dense model, and both perplexities."""
+
+    dense: Metrics
+    compressed: Metrics
+
+    @property
+    def kl(self) -> float:
+        if self.compressed.kl is None:
+            raise UsageError("A cell was not compared with its dense model; delete its folder and run again.")
+        return self.compressed.kl
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "kl": self.kl,
+            "kl_stderr": self.compressed.kl_stderr,
+            "perplexity": self.compressed.perplexity,
+            "dense_perplexity": self.dense.perplexity,
+            "windows": self.compressed.windows,
+            "text_sha256": self.compressed.text_sha256,
+        }
+
+
+def figures(summary: Summary) -> dict[str, Figures]:
+    """The figures of a run by split, validation first."""
+    pairs = zip(summary.dense, summary.compressed, strict=True)
+    return {compressed.split: Figures(dense, compressed) for dense, compressed in pairs}
+
+
+def seconds(summary: Summary) -> float:
+    """Seconds of all stages of a cell; the shared analysis is none of them."""
+    return sum(stage.seconds for stage in summary.stages)
+
+
+def ratios(summary: Summary, baseline: Mapping[str, Figures]) -> dict[str, float | None]:
+    """KL of a run over that of the baseline, by split; None where the baseline loses nothing."""
+    return {
+        split: found.kl / baseline[split].kl if baseline[split].kl > 0 else None
+        for split, found in figures(summary).items()
+    }
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def say(done: int, total: int, what: str, summary: Summary) -> None:
+    """One line for a finished cell."""
+    kl = divergence(figures(summary)["validation"].compressed)
+    err.print(f"{done}/{total}  {what}  KL {kl}  {formats.duration(seconds(summary))}", markup=False, highlight=False)

@@ -1,0 +1,260 @@
+"""The benchmark scripts, end to end on a tiny model; and the llama2.c tokenizer against the loop it stands for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import AutoTokenizer
+
+from globalopt import pipeline
+from tests.tiny_models import save_tiny
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SIZES = ["--nsamples", "4", "--seqlen", "16", "--eval-windows", "3"]
+
+
+@pytest.fixture(autouse=True)
+def scripts_importable(monkeypatch):
+    # Scripts find each other beside themselves.
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("allocation", "cells", "llama2c_tokenizer", "reuse"):
+        sys.modules.pop(name, None)
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> list[str]:
+    """A tiny model and a text for it, as options."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw = random.Random(0)
+    text = folder / "text.txt"
+    text.write_text(" ".join(draw.choice(["one", "red", "fox", "ran", "to", "a", "den."]) for _ in range(400)))
+    return ["--model", str(save_tiny(folder / "model")), "--calibration", str(text), *SIZES]
+
+
+def never(*args, **kwargs):
+    raise AssertionError("a finished cell was computed again")
+
+
+def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_path, monkeypatch, capsys):
+    allocation = script("allocation")
+    out = tmp_path / "out"
+    command = ["--out", str(out), *tiny, "--budgets", "0.5", "0.3", "--seeds", "0", "--solver", "oats"]
+    command += ["--set", "steps=2"]
+    assert allocation.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Allocation on validation" in printed
+    assert "Allocation on test" in printed
+    assert "Mean ratio of KL to the best uniform" in printed
+
+    result = json.loads((out / "allocation.json").read_text())
+    labels = ["uniform 0", "uniform 0.1", "knapsack"]
+    cells = result["cells"]
+    assert [(c["budget"], c["label"]) for c in cells] == [(b, label) for b in (0.5, 0.3) for label in labels]
+    assert cells[0]["validation"]["kl"] < cells[3]["validation"]["kl"]
+    for budget in (0.5, 0.3):
+        sparse, ranked, knapsack = (c for c in cells if c["budget"] == budget)
+        best = min(sparse, ranked, key=lambda c: c["validation"]["kl"])
+        for split in ("validation", "test"):
+            assert best[split]["ratio"] == 1
+            assert knapsack[split]["kl"] > 0
+            assert knapsack[split]["ratio"] == pytest.approx(knapsack[split]["kl"] / best[split]["kl"])
+            (mean,) = (m for m in result["mean_ratios"] if m["budget"] == budget)
+            assert mean[split] == pytest.approx(knapsack[split]["ratio"])
+        for cell in (sparse, ranked, knapsack):
+            assert 0.99 * budget < cell["used"] / cell["total"] <= budget
+
+    monkeypatch.setattr(pipeline, "finish", never)
+    monkeypatch.setattr(pipeline, "walk_blocks", never)
+    assert allocation.main(command) == 0
+    assert json.loads((out / "allocation.json").read_text()) == result
+    assert allocation.main([*command, "--seqlen", "12"]) == 1
+    assert "holds another run" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_cell_is_what_search_finds_by_itself(tiny, tmp_path):
+    allocation, cells = script("allocation"), script("cells")
+    command = ["--out", str(tmp_path / "out"), *tiny, "--budgets", "0.4", "--seeds", "1", "--solver", "wanda"]
+    assert allocation.main(command) == 0
+    # The last of two cells: it would be compressed twice, were the model not dense again after the first.
+    *_, cell = json.loads((tmp_path / "out" / "allocation.json").read_text())["cells"]
+    assert cell["allocator"] == "knapsack"
+    options = cells.option_parser("").parse_args([*tiny, "--out", "unused"])
+    asked = pipeline.SearchOptions(budget=0.4, solver="wanda", seed=1)
+    summary, _ = pipeline.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
+    assert cell["validation"]["kl"] == pytest.approx(summary.compressed[0].kl, rel=1e-6)
+
+
+def test_uniform_is_measured_once_where_its_rank_share_changes_nothing(tmp_path):
+    contenders = script("allocation").contenders
+    assert [c.label for c in contenders(["knapsack"], "wanda", "unstructured")] == ["uniform", "knapsack"]
+    assert [c.label for c in contenders(["knapsack"], "oats", "2:4")] == ["uniform", "knapsack"]
+    assert len(contenders(["knapsack"], "oats", "unstructured")) == 3
+
+
+def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "set_up", never)
+    assert script("allocation").main(["--out", str(tmp_path / "out"), *tiny, "--budgets", "0.5", "1.5"]) == 2
+    assert "1.5" in capsys.readouterr().err
+
+
+ROWS_OF_REUSE = [
+    ("oats", "uniform 0"),
+    ("oats", "uniform 0.1"),
+    ("oats", "knapsack"),
+    ("wanda", "uniform 0"),
+    ("wanda", "knapsack"),
+]
+
+
+def test_reuse_refines_one_budget_with_every_solver(tiny, tmp_path, monkeypatch, capsys):
+    reuse = script("reuse")
+    out = tmp_path / "out"
+    solvers = ["--solvers", "oats", "wanda"]
+    command = ["--out", str(out), *tiny, "--budgets", "0.4", *solvers]
+    assert reuse.main(command) == 0
+    assert "One budget, several solvers, on validation" in capsys.readouterr().out
+    result = json.loads((out / "reuse.json").read_text())
+    rows = [(c["solver"], c["budget"]) for c in result["cells"]]
+    assert rows == ROWS_OF_REUSE
+    for solver in ("oats", "wanda"):
+        *uniform, own = (c for c in result["cells"] if c["solver"] == solver)
+        best = min(uniform, key=lambda c: c["validation"]["kl"])
+        for split in ("validation", "test"):
+            assert own[split]["ratio"] == pytest.approx(own[split]["kl"] / best[split]["kl"])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "finish", never)
+        assert reuse.main(command) == 0
+    assert json.loads((out / "reuse.json").read_text()) == result
+
+    # The file that was made, given: the same figures.
+    given = ["--out", str(tmp_path / "given"), str(out / "budgets" / "0.4.json"), *tiny, *solvers[:2]]
+    assert reuse.main(given) == 0
+    again = json.loads((tmp_path / "given" / "reuse.json").read_text())["cells"]
+    first = [c for c in result["cells"] if c["solver"] == "oats"]
+    assert [c["test"]["kl"] for c in again] == [c["test"]["kl"] for c in first]
+
+
+def test_reuse_refuses_a_solver_that_cannot_meet_a_file_before_anything_is_computed(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    pattern = ["--pattern", "2:4", "--budgets", "0.7", "--seeds", "0", "--solver", "oats"]
+    assert script("allocation").main(["--out", str(out), *tiny, *pattern]) == 0
+    cells = json.loads((out / "allocation.json").read_text())["cells"]
+    assert [c["label"] for c in cells] == ["uniform", "knapsack"]
+    file = out / "seed0" / "0.7" / "knapsack" / "budget.json"
+    capsys.readouterr()
+    monkeypatch.setattr(pipeline, "analyse", never)
+    assert script("reuse").main(["--out", str(tmp_path / "reuse"), str(file), *tiny, "--solvers", "oats", "wanda"]) == 2
+    assert "wanda has no low-rank part" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- llama2.c
+
+
+def vocabulary() -> list[tuple[str, float]]:
+    """A small llama2.c vocabulary: specials, bytes, entries learned in the order of their scores, characters."""
+    learned = [" t", "he", " the", "an", " a", "and", " and", "re", "ed", "in", "ing", " th", "the", "there", "\u00e9e"]
+    characters = [*" abcdefghijklmnopqrstuvwxyzT.,", "\u00e9", "\u20ac"]
+    special = [("<unk>", 0.0), ("\n<s>\n", 0.0), ("\n</s>\n", 0.0)]
+    pieces = [(text, float(-rank)) for rank, text in enumerate([*learned, *characters])]
+    return [*special, *((f"<0x{byte:02X}>", 0.0) for byte in range(256)), *pieces]
+
+
+def write_vocabulary(path: Path, entries: Sequence[tuple[str, float]]) -> Path:
+    data = struct.pack("<i", max(len(text.encode()) for text, _ in entries))
+    for text, score in entries:
+        data += struct.pack("<fi", score, len(text.encode())) + text.encode()
+    path.write_bytes(data)
+    return path
+
+
+def encode_slowly(entries: Sequence[tuple[str, float]], text: str) -> list[int]:
+    """llama2.c's loop: merge the neighbours that make the entry with the best score, the leftmost first."""
+    ids = {entry: index for index, (entry, _) in enumerate(entries)}
+    tokens = [ids[" "]] if text else []
+    for character in text:
+        tokens += [ids[character]] if character in ids else [byte + 3 for byte in character.encode()]
+    while True:
+        best, at, merged = -1e10, -1, -1
+        for i in range(len(tokens) - 1):
+            found = ids.get(entries[tokens[i]][0] + entries[tokens[i + 1]][0])
+            if found is not None and entries[found][1] > best:
+                best, at, merged = entries[found][1], i, found
+        if at < 0:
+            return [1, *tokens]
+        tokens[at : at + 2] = [merged]
+
+
+TEXTS = [
+    "",
+    " ",
+    "the end and the there, inthere",
+    "  two  spaces before, and after  ",
+    "Tim ran.\n\nThe end\n",
+    "caf\u00e9 and th\u00e9\u00e9e for 5 \u20ac \u65e5\u672c \U0001f642",
+    "<s> is text, and so are </s>, <unk> and <0x0A>",
+]
+
+
+def test_the_tokenizer_encodes_as_llama2c_and_decodes_back(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    write_vocabulary(tmp_path / "model" / "tokenizer.bin", vocabulary())
+    assert script("llama2c_tokenizer").main([str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, len(vocabulary()))
+    draw = random.Random(0)
+    drawn = ["".join(draw.choice("theand ring\u00e9\u00fc\n") for _ in range(60)) for _ in range(200)]
+    longest = 0
+    for text in [*TEXTS, *drawn]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encode_slowly(vocabulary(), text)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        longest = max([longest, *(len(vocabulary()[index][0]) for index in ids if index >= 259)])
+    assert longest == len("there")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([("he", -99.0)], "lists 'he' twice"),
+        ([("on", -1.0)], "share the score"),
+        ([("aa", -50.0), ("aaa", -51.0)], "overlapping"),
+    ],
+)
+def test_a_vocabulary_whose_order_bpe_cannot_keep_is_refused(tmp_path, extra, message):
+    tokenizer = script("llama2c_tokenizer")
+    path = write_vocabulary(tmp_path / "tokenizer.bin", [*vocabulary(), *extra])
+    with pytest.raises(ValueError, match=message):
+        tokenizer.convert(tokenizer.read_vocabulary(path))
+
+
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+    read = script("llama2c_tokenizer").read_vocabulary
+    path = write_vocabulary(tmp_path / "tokenizer.bin", vocabulary())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="broken: entry"):
+        read(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match="cut short"):
+        read(path)
+    write_vocabulary(path, vocabulary()[1:])
+    with pytest.raises(ValueError, match=r"no llama2\.c vocabulary"):
+        read(path)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from allocators import get_allocator
+from globalopt import budget_file
+from globalopt.budget_file import BudgetFile
+from globalopt.errors import ArtefactError
+from globalopt.types import NM, LayerSpec, Problem
+from tests.surfaces import problem
+
+PROBLEMS = {
+    "params": lambda: problem(0.5),
+    "bytes": lambda: problem(0.4, accounting="bytes"),
+    "2:4": lambda: problem(0.7, pattern=NM(2, 4)),
+    "all": lambda: problem(1.0),
+}
+
+
+def made(at: Problem) -> BudgetFile:
+    allocation = get_allocator("knapsack").allocate(at, at.predicted)
+    total = sum(spec.numel for spec in at.specs)
+    return budget_file.make(allocation, at, "f" * 64, total, total + 10, at.budget.kept, "output error")
+
+
+@pytest.fixture(params=PROBLEMS)
+def at(request) -> Problem:
+    return PROBLEMS[request.param]()
+
+
+def test_round_trip_is_exact(at, tmp_path):
+    file = made(at)
+    path = tmp_path / "budget.json"
+    budget_file.write(path, file)
+    read = budget_file.read(path)
+    assert read == file
+    budget_file.write(tmp_path / "again.json", read)
+    assert path.read_bytes() == (tmp_path / "again.json").read_bytes()
+
+
+def test_the_allocation_comes_back(at, tmp_path):
+    allocation = get_allocator("knapsack").allocate(at, at.predicted)
+    budget_file.write(tmp_path / "budget.json", made(at))
+    read = budget_file.read(tmp_path / "budget.json")
+    assert read.for_model("f" * 64, at.specs, tmp_path) == allocation
+    assert list(read.allocation.targets) == [spec.name for spec in at.specs]
+    assert at.predicted(read.allocation.targets) == pytest.approx(read.predicted)
+
+
+def test_plans_add_up(at):
+    file = made(at)
+    assert sum(plan.cost for plan in file.plans) == file.used <= file.limit
+    assert sum(plan.dense_cost for plan in file.plans) == file.total
+    assert all(0 <= plan.kept <= 1.01 for plan in file.plans)
+
+
+def test_nothing_of_this_machine_is_in_the_file(tmp_path):
+    budget_file.write(tmp_path / "budget.json", made(problem(0.5)))
+    text = (tmp_path / "budget.json").read_text()
+    assert str(tmp_path) not in text
+    assert "/" not in text
+
+
+def test_other_models_are_refused(tmp_path):
+    at = problem(0.5)
+    file = made(at)
+    with pytest.raises(ArtefactError, match="other type or vocabulary"):
+        file.for_model("0" * 64, at.specs, tmp_path)
+    first = at.specs[0]
+    wider = LayerSpec(first.name, first.block, first.site, first.kind, first.d_out + 1, first.d_in)
+    for specs in (at.specs[1:], (wider, *at.specs[1:])):
+        with pytest.raises(ArtefactError, match=r"differ first at layer\.0"):
+            file.for_model("f" * 64, specs, tmp_path)
+
+
+@pytest.mark.parametrize("field", list(BudgetFile.model_fields))
+def test_every_field_is_needed(tmp_path, field):
+    path = tmp_path / "budget.json"
+    budget_file.write(path, made(problem(0.5)))
+    raw = json.loads(path.read_text())
+    del raw[field]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtefactError, match=field):
+        budget_file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rank", 1.5), ("nnz", -1), ("d_in", 0), ("cost", "many"), ("pattern", 4), ("predicted", None)]
+)
+def test_bad_values_are_named(tmp_path, field, value):
+    path = tmp_path / "budget.json"
+    budget_file.write(path, made(problem(0.5)))
+    raw = json.loads(path.read_text())
+    raw["layers"][1][field] = value
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtefactError, match=rf"layers\.1\.{field}"):
+        budget_file.read(path)

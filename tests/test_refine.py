@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from globalopt.capture import Batch, BlockRunner
+from globalopt.errors import NumericalError, UsageError
+from globalopt.layers import ModelLayers, find_layers
+from globalopt.protocols import Needs
+from globalopt.refine import Refinement, for_solver, refine, stored
+from globalopt.store import Run
+from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
+from solvers import get_solver
+from tests.tiny_models import tiny_ids, tiny_model
+
+SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 24, 16)
+
+
+# ------------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("accounting", ["params", "bytes"])
+@pytest.mark.parametrize("target", [Target(1, 0), Target(3, 40), Target(2, 200), Target(1, 340)])
+def test_rank_becomes_as_many_nonzeros_as_it_costs(accounting, target):
+    budget = Budget(10**6, 10**6, accounting)
+    folded = for_solver(target, SPEC, get_solver("wanda"), budget)
+    assert folded.rank == 0
+    assert target.nnz < folded.nnz < SPEC.numel
+    limit = budget.cost(target, SPEC)
+    assert budget.cost(folded, SPEC) <= limit
+    one_more = budget.cost(replace(folded, nnz=folded.nnz + 1), SPEC)
+    assert one_more > limit or folded.nnz + 1 == SPEC.numel
+
+
+def test_targets_that_need_no_change():
+    budget = Budget(10**6, 10**6)
+    ranked = Target(2, 192, NM(2, 4))
+    assert for_solver(ranked, SPEC, get_solver("oats"), budget) is ranked
+    assert for_solver(Target(0, 7), SPEC, get_solver("wanda"), budget) == Target(0, 7)
+
+
+def test_rank_beside_a_pattern_cannot_become_nonzeros():
+    with pytest.raises(UsageError, match=r"block\.0\.up"):
+        for_solver(Target(2, 192, NM(2, 4)), SPEC, get_solver("wanda"), Budget(10**6, 10**6))
+
+
+def test_what_is_stored_must_keep_its_target():
+    S = torch.zeros(4, 8)
+    S[:, :2] = 1.0
+    value = Decomposition(S, torch.ones(4, 1), torch.ones(1, 8))
+    half = stored(value, Target(1, 8, NM(2, 4)), torch.bfloat16)
+    assert half.S.dtype == half.U.dtype == torch.bfloat16
+    for target in (Target(0, 8), Target(1, 7), Target(1, 4, NM(1, 4))):
+        with pytest.raises(NumericalError, match="keeps rank 1 and 8 nonzeros"):
+            stored(value, target, torch.float32)
+
+
+def test_what_overflows_its_type_is_refused():
+    value = Decomposition(torch.full((4, 8), 1e6), torch.ones(4, 0), torch.ones(0, 8))
+    with pytest.raises(NumericalError, match="not finite"):
+        stored(value, Target(0, 32), torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------- refinement
+
+
+def setting(tmp_path, solver, target=None, dtype=torch.float32) -> tuple[ModelLayers, BlockRunner, Refinement, Run]:
+    layers = find_layers(tiny_model("llama"))
+    targets = {spec.name: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
+    total = sum(spec.numel for spec in layers.specs)
+    plan = Refinement(targets, solver, Budget(total, total), dtype, dict.fromkeys(targets))
+    runner = BlockRunner(layers, [Batch(tiny_ids(4, 12)), Batch(tiny_ids(4, 12, seed=1))])
+    return layers, runner, plan, Run.start(tmp_path / "run", {"n": 1}, {})
+
+
+def no_outputs(spec: LayerSpec) -> Gram | None:
+    return None
+
+
+def test_the_model_becomes_what_was_saved(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, get_solver("oats", {"steps": "3"}), dtype=torch.bfloat16)
+    seen: list[str] = []
+    results = list(refine(runner, plan, run, no_outputs, advance=seen.append))
+    assert seen == [result.name for result in results] == [spec.name for spec in layers.specs]
+    for spec, result in zip(layers.specs, results, strict=True):
+        value, _ = run.read_layer(spec)
+        assert value.S.dtype == torch.bfloat16
+        assert torch.equal(layers.weight(spec.name), value.dense())
+        assert (result.rank, result.nnz) == (value.rank, value.nnz) == (1, spec.numel // 3)
+        assert result.cost == spec.numel // 3 + spec.d_out + spec.d_in
+        assert 0 < result.relative < 1
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Keeps the layer as it is, up to the count, and the Grams it was given."""
+
+    grams: list[Gram]
+
+    name: ClassVar[str] = "recording"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[Needs] = Needs.GRAM
+    low_rank: ClassVar[bool] = True
+    patterns: ClassVar[bool] = True
+
+    def prepare(self, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
+        self.grams.append(metric.inputs)
+        return weight
+
+    def solve(self, state: torch.Tensor, target: Target, start: Decomposition | None = None) -> Solution:
+        S = torch.zeros_like(state)
+        S.view(-1)[: target.nnz] = state.reshape(-1)[: target.nnz]
+        return Solution(Decomposition(S, S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1])), 0.0, Status.CONVERGED)
+
+
+def test_later_blocks_see_the_compressed_ones(tmp_path):
+    def grams(folder, target) -> list[Gram]:
+        solver = Recording([])
+        _, runner, plan, run = setting(tmp_path / folder, solver, target)
+        list(refine(runner, plan, run, no_outputs))
+        return solver.grams
+
+    some = grams("some", lambda spec: Target(0, spec.numel // 4))
+    most = grams("most", lambda spec: Target(0, spec.numel - 1))
+    second_block = len(some) // 2
+    assert torch.equal(some[0].matrix, most[0].matrix)
+    assert not torch.allclose(some[second_block].matrix, most[second_block].matrix, rtol=0.05)
+
+
+def test_a_layer_that_is_saved_is_not_solved_again(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, get_solver("wanda"))
+    first = list(refine(runner, plan, run, no_outputs))
+    weights = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    run.layer_path(layers.specs[3]).unlink()
+
+    solver = Recording([])
+    layers, runner, plan, run = setting(tmp_path, solver)
+    second = list(refine(runner, plan, run, no_outputs))
+    assert len(solver.grams) == 1
+    assert second[:3] == first[:3]
+    assert all(torch.equal(layers.weight(spec.name), weights[spec.name]) for spec in layers.specs[:3])
+
+
+def test_a_target_that_keeps_everything_needs_no_solver(tmp_path):
+    solver = Recording([])
+    layers, runner, plan, run = setting(tmp_path, solver, target=Target.dense)
+    before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    results = list(refine(runner, plan, run, no_outputs))
+    assert solver.grams == []
+    assert all(result.actual == result.relative == 0 for result in results)
+    assert all(torch.equal(layers.weight(name), before[name]) for name in before)
+
+
+@dataclass(frozen=True)
+class Broken(Recording):
+    """Returns more nonzeros than asked."""
+
+    def solve(self, state: torch.Tensor, target: Target, start: Decomposition | None = None) -> Solution:
+        return super().solve(state, Target(0, target.nnz + 1))
+
+
+def test_a_broken_solution_names_its_layer_and_is_not_saved(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, Broken([]))
+    with pytest.raises(NumericalError, match=f"Layer {layers.specs[0].name}: the solution keeps"):
+        list(refine(runner, plan, run, no_outputs))
+    assert not run.layer_path(layers.specs[0]).exists()
+
+
+def test_with_output_grams_errors_are_in_nats(tmp_path):
+    def outputs(spec: LayerSpec) -> Gram | None:
+        return Gram(torch.eye(spec.d_out) * 0.5, 1)
+
+    _, runner, plan, run = setting(tmp_path / "a", get_solver("wanda"))
+    plain = list(refine(runner, plan, run, no_outputs))
+    _, runner, plan, run = setting(tmp_path / "b", get_solver("wanda"))
+    nats = list(refine(runner, plan, run, outputs))
+    # tr(A E G Eᵀ) / 2 with A = I / 2 is a quarter of tr(E G Eᵀ).
+    assert [result.actual for result in nats] == pytest.approx([result.actual / 4 for result in plain], rel=1e-5)
+    assert [result.relative for result in nats] == pytest.approx([result.relative for result in plain], rel=1e-6)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from allocators import ALLOCATORS, get_allocator
+from globalopt.errors import UnknownNameError, UsageError
+from globalopt.registry import READERS, at_least, build, read_options
+
+
+@dataclass(frozen=True)
+class Method:
+    steps: int = 3
+    damping: float = 0.5
+    exact: bool = True
+    order: str = "up"
+
+    name: ClassVar[str] = "method"
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps)
+
+
+TABLE = {"method": Method}
+
+
+def test_texts_become_the_types_of_their_fields():
+    made = build("method", TABLE, "method", {"steps": "7", "damping": "1e-3", "exact": "No", "order": "down"})
+    assert made == Method(7, 1e-3, False, "down")
+    assert [type(value) for value in vars(made).values()] == [int, float, bool, str]
+
+
+def test_defaults_stay():
+    assert build("method", TABLE, "method") == build("method", TABLE, "method", {}) == Method()
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("ON", True), ("1", True), ("off", False), ("0", False)])
+def test_switches(text, value):
+    assert read_options(Method, "it", {"exact": text}) == {"exact": value}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "3.5"}, "Option steps of thing 'method' must be a whole number; got '3.5'"),
+        ({"damping": "much"}, "Option damping of thing 'method' must be a number; got 'much'"),
+        ({"exact": "maybe"}, "Option exact of thing 'method' must be true or false; got 'maybe'"),
+        ({"steps": "0"}, "Option steps must be finite and at least 1; got 0"),
+    ],
+)
+def test_bad_values_say_what_was_expected(options, message):
+    with pytest.raises(UsageError, match=message):
+        build("thing", TABLE, "method", options)
+
+
+def test_unknown_names_come_with_the_closest_known():
+    with pytest.raises(UnknownNameError, match="No thing 'methd'; did you mean 'method'"):
+        build("thing", TABLE, "methd")
+    with pytest.raises(UnknownNameError, match="No option of thing 'method' 'stesp'; did you mean 'steps'"):
+        build("thing", TABLE, "method", {"stesp": "1"})
+    with pytest.raises(UnknownNameError, match="'name'"):
+        build("thing", TABLE, "method", {"name": "other"})
+
+
+@pytest.mark.parametrize("value", [0.9, float("nan"), float("inf"), -float("inf")])
+def test_at_least(value):
+    at_least(1, steps=1, most=1e9)
+    with pytest.raises(UsageError, match="most"):
+        at_least(1, steps=2, most=value)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_every_allocator_can_be_made_by_name(name):
+    assert get_allocator(name).name == name
+
+
+def test_every_kind_of_field_has_a_reader():
+    assert set(READERS) == {bool, int, float, str}
