@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from globalopt.calibration import LEAST_WINDOWS, Split
+from globalopt.calibration import Split
 from globalopt.errors import NumericalError, UsageError
 from globalopt.summary import Metrics
 
