@@ -12,27 +12,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from allocators import get_allocator
 from globalopt import budget_file
+from globalopt.analysis import price_by_gradients, price_by_grams, span_layers
 from globalopt.budget_file import BudgetFile
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
-from globalopt.capture import Batch, BlockRunner, walk_blocks
+from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.evaluate import evaluate, evaluate_both
-from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers, check_finite, find_layers
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
 from globalopt.protocols import Progress, Solver
 from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
-from globalopt.sensitivity import backward_sweep
-from globalopt.span import SCALINGS, compute_span
+from globalopt.span import SCALINGS
 from globalopt.store import Run, digest
 from globalopt.summary import LayerResult, Metrics, Summary
-from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
-from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Metric, Problem, Target
+from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem, Target
 from solvers import get_solver
 
 REFERENCE = "reference"
@@ -298,83 +294,23 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 
 
 def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
-    """Stage 1 and the sensitivity: a forward walk makes Grams and spans, a backward sweep prices every option."""
+    """Stage 1 and the sensitivity: a forward walk makes Grams and spans, then every option is priced."""
     layers, device = bench.layers, bench.loaded.device
-    if all(run.sensitivity_path(spec).exists() for spec in layers.specs):
+    todo = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
+    if not todo:
         return
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
-    inputs: list[list[Tensor]] = []
     with bench.stage("span", len(layers.specs), "layers") as advance:
-        for visit in walk_blocks(runner, device):
-            for site, gram in visit.grams().items():
-                run.write_gram(site, gram)
-            for spec in visit.specs:
-                if not run.span_path(spec).exists():
-                    span = compute_span(layers.weight(spec.name), run.read_gram(spec.site), options.scaling)
-                    run.write_span(spec, span)
-                advance(spec.name)
-            if options.sensitivity != "none":
-                inputs.append(visit.inputs)
-                if visit.index + 1 == len(layers.blocks):
-                    inputs.append(visit.outputs())
-
+        inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
     pricing = get_solver(*PRICING) if options.pricing == "fit" else None
-    price = _price_by_gradients if options.sensitivity != "none" else _price_by_grams
-    with bench.stage("price", len(layers.specs), "layers") as advance:
-        for surface, outputs in price(bench, runner, inputs, run, pattern, pricing, options.seed):
+    with bench.stage("price", len(todo), "layers") as advance:
+        if options.sensitivity == "none":
+            found = price_by_grams(layers, todo, run, pattern, pricing)
+        else:
+            found = price_by_gradients(runner, inputs, todo, run, pattern, pricing, options.seed, device)
+        for surface, outputs in found:
             run.write_sensitivity(surface, outputs)
             advance(surface.spec.name)
-
-
-Priced = Iterator[tuple[ErrorSurface, Gram | None]]
-
-
-def _price_by_gradients(
-    bench: Bench,
-    runner: BlockRunner,
-    inputs: list[list[Tensor]],
-    run: Run,
-    pattern: NM | None,
-    pricing: Solver | None,
-    seed: int,
-) -> Priced:
-    """Surfaces in nats per token, with the output Grams, last block first."""
-    layers = bench.layers
-    grid: dict[str, Options] = {}
-
-    def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
-        span = run.read_span(spec)
-        grid[spec.name] = Options.of(spec, span.max_rank, pattern)
-        made = sketches(span, grid[spec.name])
-        if pricing is not None:
-            metric = Metric(run.read_gram(spec.site))
-            lost = fit_anchors(layers.weight(spec.name), metric, span, grid[spec.name], pricing)
-            made.append(DenseSketch(lost))
-        return made
-
-    for found in backward_sweep(runner, inputs, sketches_of, seed, bench.loaded.device):
-        options = grid.pop(found.spec.name)
-        count = len(options.targets)
-        metric = Metric(run.read_gram(found.spec.site), found.outputs)
-        whole = metric.error(layers.weight(found.spec.name)) / 2
-        yield priced(options, found.error[:count], found.error[count:], whole), found.outputs
-
-
-def _price_by_grams(
-    bench: Bench,
-    runner: BlockRunner,
-    inputs: list[list[Tensor]],
-    run: Run,
-    pattern: NM | None,
-    pricing: Solver | None,
-    seed: int,
-) -> Priced:
-    """Surfaces in output error `tr(E G Eᵀ)`, without a backward pass."""
-    for spec in bench.layers.specs:
-        weight, metric, span = bench.layers.weight(spec.name), Metric(run.read_gram(spec.site)), run.read_span(spec)
-        options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
-        lost = fit_anchors(weight, metric, span, options, pricing) if pricing is not None else ()
-        yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None
 
 
 def finish(
@@ -387,7 +323,10 @@ def finish(
     seed: int,
     unit: str,
 ) -> Summary:
-    """Refine to the allocation, save the model, evaluate what was saved, and write the summary."""
+    """Refine to the allocation, save the model, evaluate what was saved, and write the summary.
+
+    The bench's model is changed in place: a bench serves one refinement.
+    """
     layers = bench.layers
     dtype = bench.loaded.checkpoint_dtype
     notes = list(_notes(allocation, layers, solver))

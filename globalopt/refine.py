@@ -11,7 +11,7 @@ from torch import Tensor
 
 from globalopt.capture import BlockRunner, walk_blocks
 from globalopt.errors import GlobalOptError, NumericalError, UsageError
-from globalopt.protocols import Needs, Solver
+from globalopt.protocols import Solver
 from globalopt.store import Run
 from globalopt.summary import LayerResult
 from globalopt.types import Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
@@ -77,8 +77,9 @@ def refine(
         for spec in visit.specs:
             if spec in todo:
                 target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-                metric = Metric(grams[spec.site], outputs(spec))
-                value, facts = _fit(layers.weight(spec.name), metric, target, spec, plan)
+                weight, found = layers.weight(spec.name), outputs(spec)
+                metric = Metric(grams[spec.site], found and found.to(weight.device))
+                value, facts = _fit(weight, metric, target, spec, plan)
                 run.write_layer(spec, value, facts)
             value, facts = run.read_layer(spec)
             layers.set_weight(spec.name, value.dense())
@@ -145,8 +146,3 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | s
         damping=float(facts["damping"]),
         seconds=float(facts["seconds"]),
     )
-
-
-def reads_gram(solver: Solver) -> bool:
-    """Whether the solver looks at the inputs at all."""
-    return solver.needs is not Needs.NOTHING

@@ -51,7 +51,8 @@ def backward_sweep(
         runner: runs blocks and the model's tail on its batches.
         inputs: hidden states per block and batch, then once more for the last block's output
             (`blocks + 1` rows).
-        sketches_of: what the options of a layer drop; called once per layer, when its block is reached.
+        sketches_of: what the options of a layer drop; called once per layer, when its block is reached; a layer
+            with none is passed over.
         seed: of the sampled labels.
         device: where a block is moved for its turn; None leaves it.
     Raises:
@@ -62,8 +63,8 @@ def backward_sweep(
     layers = runner.layers
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
-        specs = layers.of_block(index)
-        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in specs}
+        asked = {spec: sketches_of(spec) for spec in layers.of_block(index)}
+        taps = {spec.name: _Tap(spec, made) for spec, made in asked.items() if made}
         with resident(layers.blocks[index], device):
             hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
             try:

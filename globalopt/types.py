@@ -226,6 +226,10 @@ class Gram:
         """(d,) root mean square of each coordinate, Wanda's `||x_j||` up to the number of tokens."""
         return self.diagonal.sqrt()
 
+    def to(self, device: torch.device) -> Gram:
+        """The same Gram on `device`."""
+        return self if self.matrix.device == device else Gram(self.matrix.to(device), self.tokens)
+
     def damped(self, damping: float) -> Gram:
         """A new Gram with `damping * mean(diagonal)` added to the diagonal."""
         ridge = damping * float(self.diagonal.double().mean())
@@ -371,6 +375,13 @@ class Span:
     @property
     def max_rank(self) -> int:
         return len(self.s)
+
+    def to(self, device: torch.device) -> Span:
+        """The same span on `device`."""
+        if self.S.device == device:
+            return self
+        parts = (part.to(device) for part in (self.U, self.s, self.Vh, self.S, self.scale))
+        return Span(*parts, stats=self.stats)
 
     def residual(self, rank: int) -> Tensor:
         """(d_out, d_in) in scaled coordinates: what the first `rank` directions leave of `W D`."""

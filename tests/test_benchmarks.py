@@ -77,7 +77,7 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
             assert 0.99 * budget < cell["used"] / cell["total"] <= budget
 
     monkeypatch.setattr(pipeline, "finish", never)
-    monkeypatch.setattr(pipeline, "walk_blocks", never)
+    monkeypatch.setattr(pipeline, "span_layers", never)
     assert allocation.main(command) == 0
     assert json.loads((out / "allocation.json").read_text()) == result
     assert allocation.main([*command, "--seqlen", "12"]) == 1

@@ -1,0 +1,105 @@
+"""What a search needs to know of a model: Grams and spans by a forward walk, prices of all options after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from globalopt.capture import BlockRunner, walk_blocks
+from globalopt.kernels.sketch import DenseSketch, PrefixSketch
+from globalopt.layers import ModelLayers
+from globalopt.protocols import Solver
+from globalopt.sensitivity import backward_sweep
+from globalopt.span import compute_span
+from globalopt.store import Run
+from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
+from globalopt.types import NM, ErrorSurface, Gram, LayerSpec, Metric
+
+Priced = Iterator[tuple[ErrorSurface, Gram | None]]
+
+
+def span_layers(
+    runner: BlockRunner,
+    run: Run,
+    scaling: str,
+    keep_inputs: bool,
+    device: torch.device | None = None,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> list[list[Tensor]]:
+    """Write the Gram of every site and the span of every layer that is not there yet.
+
+    Returns:
+        With `keep_inputs`: hidden states per block and batch, and once more behind the last block, what
+        `backward_sweep` starts from. Else nothing is held.
+    """
+    layers = runner.layers
+    inputs: list[list[Tensor]] = []
+    for visit in walk_blocks(runner, device):
+        grams = visit.grams()
+        for site, gram in grams.items():
+            run.write_gram(site, gram)
+        for spec in visit.specs:
+            if not run.span_path(spec).exists():
+                run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling))
+            advance(spec.name)
+        if not keep_inputs:
+            continue
+        inputs.append(visit.inputs)
+        if visit.index + 1 == len(layers.blocks):
+            inputs.append(visit.outputs())
+    return inputs
+
+
+def price_by_gradients(
+    runner: BlockRunner,
+    inputs: Sequence[Sequence[Tensor]],
+    todo: Sequence[LayerSpec],
+    run: Run,
+    pattern: NM | None,
+    pricing: Solver | None,
+    seed: int,
+    device: torch.device | None = None,
+) -> Priced:
+    """Surfaces in nats per token with the output Grams of the layers `todo`, last block first.
+
+    Args:
+        pricing: fits the anchors that set the level; None takes the spans' errors as they are.
+        seed: of the labels.
+    """
+    layers = runner.layers
+    grid: dict[str, Options] = {}
+
+    def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
+        if spec not in todo:
+            return []
+        weight = layers.weight(spec.name)
+        span = run.read_span(spec).to(weight.device)
+        grid[spec.name] = Options.of(spec, span.max_rank, pattern)
+        made = sketches(span, grid[spec.name])
+        if pricing is not None:
+            metric = Metric(run.read_gram(spec.site).to(weight.device))
+            made.append(DenseSketch(fit_anchors(weight, metric, span, grid[spec.name], pricing)))
+        return made
+
+    for found in backward_sweep(runner, inputs, sketches_of, seed, device):
+        options = grid.pop(found.spec.name)
+        count = len(options.targets)
+        weight = layers.weight(found.spec.name)
+        gram = run.read_gram(found.spec.site).to(weight.device)
+        whole = Metric(gram, found.outputs.to(weight.device)).error(weight) / 2
+        yield priced(options, found.error[:count], found.error[count:], whole), found.outputs
+
+
+def price_by_grams(
+    layers: ModelLayers, todo: Sequence[LayerSpec], run: Run, pattern: NM | None, pricing: Solver | None
+) -> Priced:
+    """Surfaces in output error `tr(E G Eᵀ)` of the layers `todo`, without a backward pass."""
+    for spec in todo:
+        weight = layers.weight(spec.name)
+        metric = Metric(run.read_gram(spec.site).to(weight.device))
+        span = run.read_span(spec).to(weight.device)
+        options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
+        lost = fit_anchors(weight, metric, span, options, pricing) if pricing is not None else ()
+        yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None
