@@ -86,7 +86,7 @@ def heatmap(
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")
     image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(which="both", labelsize=7)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40 if len(grid.kinds) <= WRITTEN else 90, fontsize=7)
     if len(grid.kinds) <= WRITTEN:
