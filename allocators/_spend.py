@@ -20,6 +20,8 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
         problem: surfaces, budget, pattern.
         targets: one per layer.
     """
+    # Under a pattern the count is fixed, and only the rank can grow.
+    axis = "rank" if problem.pattern is not None else "nnz"
     chosen = dict(targets)
     slack = problem.budget.limit - problem.used(chosen)
     surfaces = {surface.spec.name: surface for surface in problem.surfaces}
@@ -27,7 +29,7 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
 
     def offer(name: str) -> None:
         surface = surfaces[name]
-        step = _step(surface, chosen[name], problem)
+        step = _step(surface, chosen[name], axis)
         if step is not None:
             cost = problem.budget.cost(step, surface.spec) - problem.budget.cost(chosen[name], surface.spec)
             gain = surface.predict(chosen[name]) - surface.predict(step)
@@ -39,7 +41,7 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
         _, name, step = heapq.heappop(queue)
         spec = surfaces[name].spec
         before = problem.budget.cost(chosen[name], spec)
-        reached = _furthest(chosen[name], step, before + slack, problem, surfaces[name])
+        reached = problem.budget.grow(chosen[name], spec, axis, getattr(step, axis), before + slack)
         slack -= problem.budget.cost(reached, spec) - before
         moved = reached != chosen[name]
         chosen[name] = reached
@@ -48,9 +50,8 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
     return chosen
 
 
-def _step(surface: ErrorSurface, target: Target, problem: Problem) -> Target | None:
+def _step(surface: ErrorSurface, target: Target, axis: str) -> Target | None:
     """The layer's next larger option along its free axis, or None at the end; a dense layer cannot grow."""
-    axis = "rank" if problem.pattern is not None else "nnz"
     here = getattr(target, axis)
     others = {getattr(t, axis) for t in surface.targets if axis == "rank" or t.rank == target.rank}
     if axis == "nnz" and len(others) < 2:
@@ -61,19 +62,3 @@ def _step(surface: ErrorSurface, target: Target, problem: Problem) -> Target | N
         return None
     step = replace(target, **{axis: min(larger)})
     return step if step.params(surface.spec) <= surface.spec.numel else None
-
-
-def _furthest(start: Target, end: Target, limit: int, problem: Problem, surface: ErrorSurface) -> Target:
-    """The target between `start` and `end` (one axis differs) that is furthest and costs at most `limit`."""
-    axis = "rank" if start.rank != end.rank else "nnz"
-    low, high = getattr(start, axis), getattr(end, axis)
-    if problem.budget.cost(end, surface.spec) <= limit:
-        return end
-    # Costs grow with either axis below its end, so bisection finds the last affordable value.
-    while high - low > 1:
-        middle = (low + high) // 2
-        if problem.budget.cost(replace(start, **{axis: middle}), surface.spec) <= limit:
-            low = middle
-        else:
-            high = middle
-    return replace(start, **{axis: low})

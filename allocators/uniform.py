@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,21 +42,8 @@ class Uniform:
         if budget.limit == budget.total and problem.pattern is None:
             return Target.dense(spec)
         if problem.pattern is not None:
-            nnz = problem.pattern.nnz(spec)
-            return Target(
-                _most(lambda r: budget.cost(Target(r, nnz, problem.pattern), spec) <= limit, most_rank),
-                nnz,
-                problem.pattern,
-            )
+            least = Target(0, problem.pattern.nnz(spec), problem.pattern)
+            return budget.grow(least, spec, "rank", most_rank, limit)
         kept = limit / budget.cost(Target.dense(spec), spec)
         rank = min(int(self.rank_share * kept * spec.numel / per_rank), most_rank)
-        return Target(rank, _most(lambda nnz: budget.cost(Target(rank, nnz), spec) <= limit, spec.numel - 1))
-
-
-def _most(fits: Callable[[int], bool], top: int) -> int:
-    """Largest integer in [0, top] that fits, 0 if none does; `fits` is true up to a point and false after it."""
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        return budget.grow(Target(rank, 0), spec, "nnz", spec.numel - 1, limit)

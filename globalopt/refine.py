@@ -30,13 +30,7 @@ def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) 
             f"Solver {solver.name} has no low-rank part, and pattern {target.pattern} leaves no room to keep rank "
             f"{target.rank} of layer {spec.name} as nonzeros. Use a solver with low rank."
         )
-    limit = budget.cost(target, spec)
-    low, high = target.nnz, spec.numel
-    # Cost grows with nnz below numel: bisect for the last count that costs no more.
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if budget.cost(Target(0, middle), spec) <= limit else (low, middle)
-    return replace(target, rank=0, nnz=low)
+    return budget.grow(replace(target, rank=0), spec, "nnz", spec.numel - 1, budget.cost(target, spec))
 
 
 @dataclass(frozen=True)

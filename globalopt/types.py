@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
@@ -193,6 +193,24 @@ class Budget:
     def cost(self, target: Target, spec: LayerSpec) -> int:
         """What `target` uses of this budget."""
         return target.params(spec) if self.accounting == "params" else target.bytes(spec)
+
+    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int) -> Target:
+        """`target` with its `axis` ("rank" or "nnz") raised as far as a cost of `limit` allows, at most to `top`.
+
+        By bisection: a cost grows along either axis, except that a full `S` may be cheaper than a nearly full one.
+        A target that costs more than `limit` already is returned as it is.
+        """
+        end = replace(target, **{axis: top})
+        if self.cost(end, spec) <= limit:
+            return end
+        low, high = getattr(target, axis), top
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.cost(replace(target, **{axis: middle}), spec) <= limit:
+                low = middle
+            else:
+                high = middle
+        return replace(target, **{axis: low})
 
 
 @dataclass(frozen=True, eq=False)

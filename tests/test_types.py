@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,6 +80,18 @@ def test_budget_in_bytes():
     assert budget.cost(Target(0, 10), SPEC) == Target(0, 10).bytes(SPEC)
     with pytest.raises(UnknownNameError):
         Budget.fraction(0.5, [SPEC], "bits")
+
+
+@pytest.mark.parametrize("accounting", ["params", "bytes"])
+@pytest.mark.parametrize("limit", [0, 1, 40, 97, 128, 200, 256])
+def test_growing_takes_the_last_affordable_value(accounting, limit):
+    """Against trying every value."""
+    budget = Budget(128, 256, accounting)
+    for axis, start in (("nnz", Target(0, 0)), ("nnz", Target(1, 0)), ("rank", Target(0, 10))):
+        top = 127 if axis == "nnz" else 8
+        tried = [replace(start, **{axis: value}) for value in range(top + 1)]
+        affordable = [target for target in tried if budget.cost(target, SPEC) <= limit]
+        assert budget.grow(start, SPEC, axis, top, limit) == (affordable or [start])[-1]
 
 
 @pytest.mark.parametrize(
