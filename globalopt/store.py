@@ -119,6 +119,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of `new` whose values differ in `old`; of nested records the inner keys."""
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from _differences(before, value)
+        elif before != value:
+            yield key
+
+
 def _key(spec: LayerSpec) -> dict[str, Any]:
     return {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
 
@@ -165,9 +175,9 @@ class Run:
         if path.exists():
             manifest = cls.read_manifest(folder)
             if manifest["fingerprint"] != fingerprint:
-                changed = sorted(k for k in identity if manifest["identity"].get(k) != identity[k])
+                changed = ", ".join(sorted(_differences(manifest["identity"], identity))) or "options"
                 raise ArtefactError(
-                    f"{folder} holds another run (different {', '.join(changed) or 'options'}). "
+                    f"{folder} holds another run (different {changed}). "
                     "Choose another --out, or --fresh to delete it and start over."
                 )
             return cls(folder, manifest)

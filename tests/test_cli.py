@@ -117,6 +117,7 @@ def test_another_seed_in_the_same_folder_is_refused(tiny_search, tiny_run):
     assert "holds another run" in message
     assert "seed" in message
     assert "--fresh" in message
+    assert "(different budget)" in refused(1, *tiny_search, "--out", tiny_run, "--budget", 0.41, "-q")
     assert contents(tiny_run) == before
 
 
