@@ -55,14 +55,14 @@ def span_layers(
 def price_by_gradients(
     runner: BlockRunner,
     inputs: Sequence[Sequence[Tensor]],
-    todo: Sequence[LayerSpec],
+    unpriced: Sequence[LayerSpec],
     run: Run,
     pattern: NM | None,
     pricing: Solver | None,
     seed: int,
     device: torch.device | None = None,
 ) -> Priced:
-    """Surfaces in nats per token with the output Grams of the layers `todo`, last block first.
+    """Surfaces in nats per token with the output Grams of the layers `unpriced`, last block first.
 
     Args:
         pricing: fits the anchors that set the level; None takes the spans' errors as they are.
@@ -72,7 +72,7 @@ def price_by_gradients(
     grid: dict[str, Options] = {}
 
     def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
-        if spec not in todo:
+        if spec not in unpriced:
             return []
         weight = layers.weight(spec.name)
         span = run.read_span(spec).to(weight.device)
@@ -93,10 +93,10 @@ def price_by_gradients(
 
 
 def price_by_grams(
-    layers: ModelLayers, todo: Sequence[LayerSpec], run: Run, pattern: NM | None, pricing: Solver | None
+    layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None, pricing: Solver | None
 ) -> Priced:
-    """Surfaces in output error `tr(E G Eᵀ)` of the layers `todo`, without a backward pass."""
-    for spec in todo:
+    """Surfaces in output error `tr(E G Eᵀ)` of the layers `unpriced`, without a backward pass."""
+    for spec in unpriced:
         weight = layers.weight(spec.name)
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)

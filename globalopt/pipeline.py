@@ -296,18 +296,18 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
     """Stage 1 and the sensitivity: a forward walk makes Grams and spans, then every option is priced."""
     layers, device = bench.layers, bench.loaded.device
-    todo = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
-    if not todo:
+    unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
+    if not unpriced:
         return
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
     pricing = get_solver(*PRICING) if options.pricing == "fit" else None
-    with bench.stage("price", len(todo), "layers") as advance:
+    with bench.stage("price", len(unpriced), "layers") as advance:
         if options.sensitivity == "none":
-            found = price_by_grams(layers, todo, run, pattern, pricing)
+            found = price_by_grams(layers, unpriced, run, pattern, pricing)
         else:
-            found = price_by_gradients(runner, inputs, todo, run, pattern, pricing, options.seed, device)
+            found = price_by_gradients(runner, inputs, unpriced, run, pattern, pricing, options.seed, device)
         for surface, outputs in found:
             run.write_sensitivity(surface, outputs)
             advance(surface.spec.name)

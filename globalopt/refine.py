@@ -66,10 +66,10 @@ def refine(
     """
     layers = runner.layers
     for visit in walk_blocks(runner, device):
-        todo = [spec for spec in visit.specs if not run.layer_path(spec).exists()]
-        grams = visit.grams() if todo else {}
+        unsolved = [spec for spec in visit.specs if not run.layer_path(spec).exists()]
+        grams = visit.grams() if unsolved else {}
         for spec in visit.specs:
-            if spec in todo:
+            if spec in unsolved:
                 target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
                 weight, found = layers.weight(spec.name), outputs(spec)
                 metric = Metric(grams[spec.site], found and found.to(weight.device))
