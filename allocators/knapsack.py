@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,17 +69,18 @@ class Knapsack:
         """HiGHS' choice per layer, or None where it found no better feasible one (said in the log)."""
         choose = csr_array((np.ones(table.size), (table.layer, np.arange(table.size))))
         scale = max(float(table.error.max()), 1e-30)
-        result = milp(
-            table.error / scale,
-            integrality=np.ones(table.size),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(choose, 1, 1),
-                # Costs are whole: half a unit of slack admits no other choice, and absorbs HiGHS' tolerance.
-                LinearConstraint(csr_array(table.cost[None, :].astype(float)), -np.inf, table.limit + 0.5),
-            ],
-            options={"mip_rel_gap": self.gap, "node_limit": self.nodes},
-        )
+        with _silent():
+            result = milp(
+                table.error / scale,
+                integrality=np.ones(table.size),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(choose, 1, 1),
+                    # Costs are whole: half a unit of slack admits no other choice, and absorbs HiGHS' tolerance.
+                    LinearConstraint(csr_array(table.cost[None, :].astype(float)), -np.inf, table.limit + 0.5),
+                ],
+                options={"mip_rel_gap": self.gap, "node_limit": self.nodes},
+            )
         if result.x is None:
             log.warning("HiGHS found no allocation (%s); the Lagrangian one is used.", result.message)
             return None
@@ -84,6 +89,20 @@ class Knapsack:
             log.warning("HiGHS' allocation exceeds the budget by rounding; the Lagrangian one is used.")
             return None
         return chosen
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what HiGHS writes past Python to the standard output, whatever its options say, out of ours."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class _Table:

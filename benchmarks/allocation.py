@@ -159,14 +159,13 @@ def table(made: Sequence[Cell], split: str) -> Stack:
     rows = report_table(f"Allocation on {split}")
     add_numbers(rows, ("budget", "seed"))
     rows.add_column("allocator", no_wrap=True)
-    add_numbers(rows, ("used", "KL to dense", "perplexity", "ratio", "time"))
+    add_numbers(rows, ("KL to dense", "perplexity", "ratio", "time"))
     for cell in made:
         found = cells.figures(cell.summary)[split]
         rows.add_row(
             f"{cell.budget:g}",
             str(cell.seed),
             Text(cell.contender.label),
-            f"{cell.summary.used / cell.summary.total:.4f}",
             divergence(found.compressed),
             formats.significant(found.compressed.perplexity),
             cells.shown(cell.ratios[split]),
@@ -176,7 +175,8 @@ def table(made: Sequence[Cell], split: str) -> Stack:
     dense = cells.figures(made[0].summary)[split].dense
     return footed(
         rows,
-        f"dense perplexity {formats.significant(dense.perplexity)}; used: of the dense size; KL: nats per token",
+        f"dense perplexity {formats.significant(dense.perplexity)}; KL: nats per token",
+        f"every cell uses at least {min(cell.summary.used / cell.summary.limit for cell in made):.4%} of its budget",
         "ratio: of KL to the best uniform by validation KL",
         f"time: without the analysis that the cells of a seed share, {analysis}",
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from scipy.optimize import milp
 
 from allocators import Knapsack, Uniform
 from globalopt.types import NM
@@ -41,3 +44,17 @@ def test_integer_search_is_never_worse_than_the_relaxation(seed):
 def test_beats_uniform_where_layers_differ():
     p = problem(0.4, layers=12)
     assert Knapsack().allocate(p, p.predicted).predicted < 0.7 * Uniform().allocate(p, p.predicted).predicted
+
+
+def test_nothing_is_printed_past_python(capfd, monkeypatch):
+    """HiGHS writes remarks of its own to the process's standard output, which `--json` needs for itself."""
+
+    def chatty(*arguments, **options):
+        os.write(1, b"a remark")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr("allocators.knapsack.milp", chatty)
+    p = problem(0.4)
+    Knapsack().allocate(p, p.predicted)
+    os.write(1, b"ours")
+    assert capfd.readouterr().out == "ours"
