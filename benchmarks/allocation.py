@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     for seed in options.seeds:
         folder: Path = options.out / f"seed{seed}"
         bench = cells.set_up(options, seed)
-        analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis")
+        analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis", options.solver)
         for budget in options.budgets:
             measured = {}
             for contender in field_of:

@@ -22,7 +22,7 @@ from globalopt.errors import ArtefactError, UsageError
 from globalopt.evaluate import evaluate, evaluate_both
 from globalopt.layers import ModelLayers, check_finite, find_layers
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
-from globalopt.protocols import Progress, Solver
+from globalopt.protocols import Needs, Progress, Solver
 from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
 from globalopt.span import SCALINGS
@@ -35,7 +35,7 @@ REFERENCE = "reference"
 SENSITIVITIES = ("fisher", "none")
 PRICINGS = ("fit", "span")
 PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "40", "check_every": "2"})
-"""The quick solver whose fits calibrate the surfaces; a budget is meant for any solver, so it is always this one."""
+"""The quick solver whose fits calibrate the surfaces for every solver that moves the weights it keeps."""
 
 NATS = "nats per token"
 OUTPUT_ERROR = "output error"
@@ -302,7 +302,9 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    pricing = get_solver(*PRICING) if options.pricing == "fit" else None
+    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
+    moves = get_solver(options.solver, options.solver_options).needs is Needs.GRAM
+    pricing = get_solver(*PRICING) if options.pricing == "fit" and moves else None
     with bench.stage("price", len(unpriced), "layers") as advance:
         if options.sensitivity == "none":
             found = price_by_grams(layers, unpriced, run, pattern, pricing)
