@@ -36,7 +36,9 @@ def process(*arguments: object, **environment: str) -> subprocess.CompletedProce
     """The command in a process of its own, as users start it."""
     command = [sys.executable, "-m", "globalopt", *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, encoding="utf-8")
+    # Sums in another number of threads round differently; the tests in this process use one.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the start
