@@ -35,10 +35,10 @@ def saved(folder) -> dict[str, Decomposition]:
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as users start it."""
     command = [sys.executable, "-m", "globalopt", *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     # Sums in another number of threads round differently; the tests in this process use one.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, encoding="utf-8")
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**threads, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the start
