@@ -55,17 +55,17 @@ class Knapsack:
     def allocate(self, problem: Problem, objective: Objective) -> Allocation:
         """Return the best allocation found on the surfaces, with the proved bound; the objective is not asked."""
         table = _Table(problem)
-        price, chosen, bound = table.relax()
+        chosen, bound = table.relax()
         candidates = [table.targets(chosen)]
         if self.exact:
-            solved = self._integer(table, price)
+            solved = self._integer(table)
             if solved is not None:
                 candidates.append(table.targets(solved))
         filled = [spend(problem, targets) for targets in candidates]
         best = min(filled, key=problem.predicted)
         return problem.finish(best, by=self.name, bound=bound)
 
-    def _integer(self, table: _Table, price: float) -> NDArray[np.intp] | None:
+    def _integer(self, table: _Table) -> NDArray[np.intp] | None:
         """HiGHS' choice per layer, or None where it found no better feasible one (said in the log)."""
         choose = csr_array((np.ones(table.size), (table.layer, np.arange(table.size))))
         scale = max(float(table.error.max()), 1e-30)
@@ -128,11 +128,11 @@ class _Table:
     def targets(self, chosen: NDArray[np.intp]) -> dict[str, Target]:
         return {name: self.options[i] for name, i in zip(self.names, chosen, strict=True)}
 
-    def relax(self) -> tuple[float, NDArray[np.intp], float]:
-        """Bisect the price of a unit of budget: (price, feasible choice at it, best dual bound)."""
+    def relax(self) -> tuple[NDArray[np.intp], float]:
+        """Bisect the price of a unit of budget: (feasible choice, best dual bound)."""
         chosen = self._at(0.0)
         if self.cost[chosen].sum() <= self.limit:
-            return 0.0, chosen, float(self.error[chosen].sum())
+            return chosen, float(self.error[chosen].sum())
         low = 0.0
         high = float(self.error.max()) + 1e-30
         bound = 0.0
@@ -146,7 +146,7 @@ class _Table:
                 high = price
             else:
                 low = price
-        return high, self._at(high), bound
+        return self._at(high), bound
 
     def _at(self, price: float) -> NDArray[np.intp]:
         """Per layer the option with the least `error + price * cost`; the cheaper one on ties."""

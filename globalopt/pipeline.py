@@ -27,7 +27,7 @@ from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
 from globalopt.span import SCALINGS
 from globalopt.store import Run, digest
-from globalopt.summary import LayerResult, Metrics, Summary
+from globalopt.summary import Metrics, Summary
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem, Target
 from solvers import get_solver
 
@@ -331,10 +331,9 @@ def finish(
     """
     layers = bench.layers
     dtype = bench.loaded.checkpoint_dtype
-    notes = list(_notes(allocation, layers, solver))
+    notes = list(_notes(allocation, solver))
     for note in notes:
         bench.progress.note(note)
-    results: list[LayerResult] = []
     predicted = {entry.name: entry.predicted if file.error_unit == unit else None for entry in file.layers}
     plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted)
 
@@ -343,7 +342,7 @@ def finish(
 
     with bench.stage("refine", len(layers.specs), "layers") as advance:
         runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
-        results.extend(refine(runner, plan, run, outputs, bench.loaded.device, advance))
+        results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance))
     with bench.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.
         if not run.model_folder.exists():
@@ -380,7 +379,7 @@ def finish(
     return summary
 
 
-def _notes(allocation: Allocation, layers: ModelLayers, solver: Solver) -> Iterator[str]:
+def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
     ranked = sum(1 for target in allocation.targets.values() if target.rank)
     if ranked and not solver.low_rank:
         yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globalopt.errors import UnknownNameError
+from globalopt.errors import UnknownNameError, UsageError
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.rpca import robust_pca
 from globalopt.types import Decomposition, Gram, Span, Target
@@ -20,8 +20,10 @@ def input_scale(gram: Gram | None, d_in: int, scaling: str = "activation") -> Te
     """
     if scaling not in SCALINGS:
         raise UnknownNameError("span scaling", scaling, SCALINGS)
-    if scaling == "none" or gram is None:
+    if scaling == "none":
         return torch.ones(d_in)
+    if gram is None:
+        raise UsageError("Scaling by the activations needs the Gram of the inputs; give it, or use scaling 'none'.")
     norms = gram.norms
     live = norms[norms > 0]
     return norms.clamp_min(float(live.min())) if len(live) else torch.ones_like(norms)
@@ -48,6 +50,7 @@ def compute_span(
         tolerance, max_steps: of `robust_pca`.
     Raises:
         NumericalError: the weight is not finite.
+        UsageError: scaling by the activations without a Gram.
     """
     scale = input_scale(gram, weight.shape[1], scaling).to(weight.device)
     scaled = weight.float() * scale

@@ -171,8 +171,8 @@ def priced(
 
     `error(c) = span(c) * exp(h(c))`, where `h = log(anchor / span)` at the anchors, linear in the kept fraction
     along a row of anchors (constant outside it) and linear in the rank share between rows. A solver that moves the
-    weights it keeps gains up to fortyfold on what a span merely drops, and far more where inputs are correlated (gate,
-    q) than where they are not (down); without this the allocation pays for losses that no solver leaves.
+    weights it keeps recovers much of what a span merely drops, far more where inputs are correlated than where they
+    are not; without this the allocation pays for losses that no solver leaves.
 
     Along a row the span's errors are made monotone first: dropping more of nested parts cannot cost less, though a
     second-order price may say so (scaling a query up or down is free to first order, dropping it is not). For the

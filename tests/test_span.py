@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.errors import UnknownNameError
+from globalopt.errors import UnknownNameError, UsageError
 from globalopt.span import compute_span, input_scale, take
 from globalopt.surface import LARGEST_SHARE, Options, fit_anchors, gram_errors, priced, project, sketches
 from globalopt.types import NM, LayerSpec, Metric, Target, follows
@@ -48,6 +48,8 @@ def test_dead_inputs_keep_the_scaling_invertible():
     assert torch.isfinite(take(compute_span(W, dead), Target(2, 50)).dense()).all()
     with pytest.raises(UnknownNameError, match="activation"):
         compute_span(W, gram, "activations")
+    with pytest.raises(UsageError, match="needs the Gram"):
+        compute_span(W)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
