@@ -6,9 +6,9 @@ it; the contract tests run over the tables by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -24,6 +24,14 @@ class Needs(IntEnum):
     GRAM = 2
 
 
+class Outputs(StrEnum):
+    """How much of the output Gram `A` a solver weights its error by: nothing, its diagonal (rows), or all of it."""
+
+    NONE = "none"
+    ROWS = "rows"
+    FULL = "full"
+
+
 class Solver(Protocol):
     """Fits `S + L` to one weight. A frozen dataclass of hyper-parameters; it keeps no state of its own.
 
@@ -34,15 +42,30 @@ class Solver(Protocol):
     name: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[Needs]
+    sparse: ClassVar[bool]
     low_rank: ClassVar[bool]
     patterns: ClassVar[bool]
+    signs: ClassVar[bool]
+
+    @property
+    def outputs(self) -> Outputs:
+        """What it does with `Metric.outputs`, where there are any."""
+        ...
 
     def prepare(self, weight: Tensor, metric: Metric) -> Any:
         """Return the state shared by all targets of `weight` (d_out, d_in); inputs are not modified."""
         ...
 
     def solve(self, state: Any, target: Target, start: Decomposition | None = None) -> Solution:
-        """Fit `target`; with a feasible `start` the result's error is never above the start's."""
+        """Fit `target`; with a feasible `start` the result's error, in the whole metric, is never above the start's."""
+        ...
+
+    def solve_site(self, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
+        """Fit layers that share their inputs, `(weight, metric, target)` each; where a solver can, as one problem."""
+        ...
+
+    def solve_path(self, state: Any, targets: Sequence[Target]) -> list[Solution]:
+        """Fit all `targets`, given in any order; where a solver can, each from its neighbour at a lower cost."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,19 +18,41 @@ from globalopt.types import Budget, Decomposition, Gram, LayerSpec, Metric, Solu
 
 
 def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
-    """The target as `solver` can meet it: a solver without low rank gets the rank's cost as nonzeros.
+    """The target as `solver` can meet it, at no higher cost: what it lacks becomes what it has.
+
+    Without low rank the rank becomes nonzeros, without a sparse part the nonzeros become rank, and a solver with a sign
+    plane gets one, of rank 1, for as many nonzeros as the plane costs. A layer kept or dropped whole stays so.
 
     Raises:
-        UsageError: the rank cannot become nonzeros, because the pattern fixes their number.
+        UsageError: the cost cannot be spent in that way.
     """
-    if target.rank == 0 or solver.low_rank:
+    if target.nnz == spec.numel or target == Target.zero():
         return target
-    if target.pattern is not None:
+    cost = budget.cost(target, spec)
+    if solver.signs and not target.signs:
+        return _with_signs(target, spec, solver, budget)
+    if target.nnz and not solver.sparse:
+        return budget.grow(Target(target.rank, 0), spec, "rank", spec.max_rank, cost)
+    if target.rank and not solver.low_rank:
+        if target.pattern is not None:
+            raise UsageError(
+                f"Solver {solver.name} has no low-rank part, and pattern {target.pattern} leaves no room to keep rank "
+                f"{target.rank} of layer {spec.name} as nonzeros. Use a solver with low rank."
+            )
+        return budget.grow(replace(target, rank=0), spec, "nnz", spec.numel - 1, cost)
+    return target
+
+
+def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
+    cost = budget.cost(target, spec)
+    plane = Target(1, target.nnz if target.pattern else 0, target.pattern, signs=True)
+    least = budget.cost(plane, spec)
+    if least > cost:
         raise UsageError(
-            f"Solver {solver.name} has no low-rank part, and pattern {target.pattern} leaves no room to keep rank "
-            f"{target.rank} of layer {spec.name} as nonzeros. Use a solver with low rank."
+            f"Solver {solver.name} needs a sign plane: at least {least} {budget.accounting} for layer {spec.name}, whose "
+            f"target costs {cost}. Use a larger budget or another solver."
         )
-    return budget.grow(replace(target, rank=0), spec, "nnz", spec.numel - 1, budget.cost(target, spec))
+    return plane if target.pattern else budget.grow(plane, spec, "nnz", spec.numel - 1, cost)
 
 
 @dataclass(frozen=True)
@@ -68,13 +90,16 @@ def refine(
     for visit in walk_blocks(runner, device):
         unsolved = [spec for spec in visit.specs if not run.layer_path(spec).exists()]
         grams = visit.grams() if unsolved else {}
+        for site in dict.fromkeys(spec.site for spec in unsolved):
+            jobs = []
+            for spec in unsolved:
+                if spec.site == site:
+                    weight, found = layers.weight(spec.name), outputs(spec)
+                    target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
+                    jobs.append(Job(spec, weight, Metric(grams[site], found and found.to(weight.device)), target))
+            for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
+                run.write_layer(job.spec, value, facts)
         for spec in visit.specs:
-            if spec in unsolved:
-                target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-                weight, found = layers.weight(spec.name), outputs(spec)
-                metric = Metric(grams[spec.site], found and found.to(weight.device))
-                value, facts = _fit(weight, metric, target, spec, plan)
-                run.write_layer(spec, value, facts)
             value, facts = run.read_layer(spec)
             layers.set_weight(spec.name, value.dense())
             yield _result(spec, value, facts, plan)
@@ -82,29 +107,58 @@ def refine(
         visit.replaced()
 
 
-def _fit(
-    weight: Tensor, metric: Metric, target: Target, spec: LayerSpec, plan: Refinement
-) -> tuple[Decomposition, dict[str, float | str]]:
-    started = time.perf_counter()
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One layer to fit."""
+
+    spec: LayerSpec
+    weight: Tensor
+    metric: Metric
+    target: Target
+
+
+Saved = tuple[Decomposition, dict[str, float | str]]
+
+
+def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
+    """Fit the layers of one site together; their time is shared out by size."""
+    searched = [job for job in jobs if job.target.nnz < job.spec.numel and job.target != Target.zero()]
+    made = {job.spec: _checked(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
+    if searched:
+        started = time.perf_counter()
+        try:
+            solutions = plan.solver.solve_site([(job.weight, job.metric, job.target) for job in searched])
+        except GlobalOptError as cause:
+            cause.args = (f"Layer {', '.join(job.spec.name for job in searched)}: {cause}",)
+            raise
+        seconds = (time.perf_counter() - started) / sum(job.spec.numel for job in searched)
+        for job, solution in zip(searched, solutions, strict=True):
+            made[job.spec] = _checked(job, solution, plan, seconds * job.spec.numel)
+    return [made[job.spec] for job in jobs]
+
+
+def _whole(job: Job) -> Solution:
+    """A layer kept or dropped as a whole, which needs no solver."""
+    S = job.weight if job.target.nnz else torch.zeros_like(job.weight)
+    value = Decomposition(S, S.new_zeros(job.spec.d_out, 0), S.new_zeros(0, job.spec.d_in))
+    return Solution(value, job.metric.error(job.weight - value.dense()))
+
+
+def _checked(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Saved:
     try:
-        if target.nnz == spec.numel:
-            value = Decomposition(weight, weight.new_zeros(spec.d_out, 0), weight.new_zeros(0, spec.d_in))
-            solution = Solution(value, 0.0)
-        else:
-            solution = plan.solver.solve(plan.solver.prepare(weight, metric), target)
-        value = stored(solution.value, target, plan.dtype)
+        value = stored(solution.value, job.target, plan.dtype)
     except GlobalOptError as cause:
-        cause.args = (f"Layer {spec.name}: {cause}",)
+        cause.args = (f"Layer {job.spec.name}: {cause}",)
         raise
-    E = weight - value.dense()
-    plain = Metric(metric.inputs)
-    energy = plain.error(weight)
+    E = job.weight - value.dense()
+    plain = Metric(job.metric.inputs)
+    energy = plain.error(job.weight)
     return value, {
-        "actual": metric.error(E) / 2 if metric.outputs is not None else plain.error(E),
+        "actual": job.metric.error(E) / 2 if job.metric.outputs is not None else plain.error(E),
         "relative": plain.error(E) / energy if energy > 0 else 0.0,
         "status": solution.status.value,
         "damping": float(solution.stats.get("damping", 0.0)),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
@@ -120,7 +174,7 @@ def stored(value: Decomposition, target: Target, dtype: torch.dtype) -> Decompos
 
 
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | str], plan: Refinement) -> LayerResult:
-    target = Target(value.rank, value.nnz)
+    target = Target(value.rank, value.nnz, signs=value.signs is not None)
     asked = plan.targets[spec.name]
     return LayerResult(
         name=spec.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from enum import StrEnum
 from typing import Any, TypeVar, get_type_hints
 
 from globalopt.errors import UnknownNameError, UsageError
@@ -47,7 +48,7 @@ def read_options(cls: type, owner: str, options: Mapping[str, str]) -> dict[str,
             raise UsageError(f"There are no options of {owner}; got {option}={text}.")
         if option not in known:
             raise UnknownNameError(f"option of {owner}", option, known)
-        read, expected = READERS[kinds[option]]
+        read, expected = _reader(kinds[option])
         try:
             values[option] = read(text)
         except ValueError:
@@ -66,6 +67,12 @@ def _switch(text: str) -> bool:
     if text.lower() not in SWITCH:
         raise ValueError(text)
     return SWITCH[text.lower()]
+
+
+def _reader(kind: type) -> tuple[Callable[[str], Any], str]:
+    if issubclass(kind, StrEnum):
+        return kind, "one of " + ", ".join(kind)
+    return READERS[kind]
 
 
 READERS: dict[type, tuple[Callable[[str], Any], str]] = {

@@ -266,8 +266,9 @@ class Metric:
 
     def error(self, residual: Tensor) -> float:
         """`tr(A E G Eᵀ)` for the residual `E` (d_out, d_in), undamped, summed in float64."""
-        EG = residual.float() @ self.inputs.matrix
-        AE = residual.float() if self.outputs is None else self.outputs.matrix @ residual.float()
+        residual = residual.to(self.inputs.matrix.dtype)
+        EG = residual @ self.inputs.matrix
+        AE = residual if self.outputs is None else self.outputs.matrix.to(residual.dtype) @ residual
         # Rounding can push an exact zero below it.
         return max(0.0, float((EG.double() * AE.double()).sum()))
 
@@ -308,11 +309,12 @@ class Decomposition:
         return int(torch.count_nonzero(self.S))
 
     def dense(self) -> Tensor:
-        """(d_out, d_in) float32: the matrix this stands for."""
-        L = self.U.float() @ self.V.float()
+        """(d_out, d_in) float32, or float64 if the parts are: the matrix this stands for."""
+        dtype = torch.promote_types(self.S.dtype, torch.float32)
+        L = self.U.to(dtype) @ self.V.to(dtype)
         if self.signs is not None:
             L = L * self.signs
-        return self.S.float() + L
+        return self.S.to(dtype) + L
 
     def matvec(self, x: Tensor) -> Tensor:
         """Apply to inputs `x` (..., d_in) -> (..., d_out), without forming the low-rank product where possible."""

@@ -1,7 +1,7 @@
 """Layer solvers: fit `S + L` to one weight at one target.
 
-Every solver here minimises in the input metric `tr(E G Eᵀ)` and reports that error, undamped, even where the given
-`Metric` has an output side.
+Every solver reports its error in the metric it was given, `tr(A E G Eᵀ)`, undamped; its option `outputs` says how much
+of `A` it minimises in.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from collections.abc import Mapping
 
 from globalopt import registry
 from globalopt.protocols import Solver
+from solvers.alps import ALPS
+from solvers.eora import EoRA
 from solvers.hassle_free import HassleFree
 from solvers.magnitude import Magnitude
 from solvers.oats import OATS
+from solvers.slab import SLaB
 from solvers.sparsegpt import SparseGPT
+from solvers.svd import SVD
 from solvers.three_basil import ThreeBASiL
 from solvers.wanda import Wanda
 
@@ -21,9 +25,13 @@ SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "svd": SVD,
+    "eora": EoRA,
     "oats": OATS,
+    "alps": ALPS,
     "hassle-free": HassleFree,
     "3basil": ThreeBASiL,
+    "slab": SLaB,
 }
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from globalopt.kernels.low_rank import leading_subspace, subspace_step
+from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
+from globalopt.kernels.norm import Norm
 
 
 class Fit(NamedTuple):
@@ -24,62 +25,57 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrackedSubspace:
-    """Low-rank step: the exact leading subspace at first, one step of subspace iteration afterwards.
+    """Low-rank step: the exact leading subspace at first, one step of subspace iteration afterwards."""
 
-    `F` (d_in, d_in) is a factor of the metric, `F Fᵀ = G`; None for the plain norm.
-    """
-
-    F: Tensor | None
+    norm: Norm
     rank: int
 
-    def __call__(self, M: Tensor, MG: Tensor, previous: Tensor | None) -> Tensor:
+    def __call__(self, M: Tensor, N: Tensor, previous: Subspace | None) -> Subspace:
         if previous is None:
-            return leading_subspace(M, MG, self.F, self.rank)
-        return subspace_step(M, MG, previous)
+            return leading_subspace(M, N, self.norm, self.rank)
+        return subspace_step(M, N, self.norm, previous)
 
 
 @dataclass(frozen=True, eq=False)
 class Alternating:
-    """`min tr((W - S - L) G (W - S - L)ᵀ)` by `S <- sparse_step(W - L)`, `L <- U Uᵀ (W - S)`, keeping the best pair.
+    """`min ||W - S - L||²` by `S <- sparse_step(W - L)`, `L <- U (A U)ᵀ (W - S)`, keeping the best pair.
 
     Args:
-        sparse_step: (d_out, d_in) -> its sparse approximation.
-        low_rank_step: `(M, M G, previous U or None)` -> orthonormal `U` (d_out, rank).
-        G: (d_in, d_in) positive definite, or None for the plain norm.
+        sparse_step: `(W - L, previous S)`, both (d_out, d_in) -> the next S. The first previous S is 0.
+        low_rank_step: `(M, A M G, previous subspace or None)` -> subspace.
+        norm: in which errors are measured.
         steps: most rounds, >= 1.
         tolerance: relative change of the error in one round below which it has settled.
         low_rank_first: begin with `L` of `W` instead of `L = 0`.
     """
 
-    sparse_step: Callable[[Tensor], Tensor]
-    low_rank_step: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    G: Tensor | None
+    sparse_step: Callable[[Tensor, Tensor], Tensor]
+    low_rank_step: Callable[[Tensor, Tensor, Subspace | None], Subspace]
+    norm: Norm
     steps: int
     tolerance: float
     low_rank_first: bool = False
 
     def run(self, W: Tensor) -> Fit:
         """Fit `W` (d_out, d_in), which is not modified."""
-        U = self.low_rank_step(W, self._times_G(W), None) if self.low_rank_first else None
-        L = torch.zeros_like(W) if U is None else U @ (U.mT @ W)
-        best, best_error, previous, settled, taken = torch.zeros_like(W), float("inf"), float("inf"), False, 0
+        subspace = self.low_rank_step(W, self.norm.times(W), None) if self.low_rank_first else None
+        L = torch.zeros_like(W) if subspace is None else subspace.U @ subspace.factor(W)
+        S = best = torch.zeros_like(W)
+        best_error, previous, settled, taken = float("inf"), float("inf"), False, 0
         while taken < self.steps and not settled:
             taken += 1
-            S = self.sparse_step(W - L)
+            S = self.sparse_step(W - L, S)
             M = W - S
-            MG = self._times_G(M)
-            U = self.low_rank_step(M, MG, U)
-            UM = U.mT @ M
-            L = U @ UM
+            N = self.norm.times(M)
+            subspace = self.low_rank_step(M, N, subspace)
+            V = subspace.factor(M)
+            L = subspace.U @ V
             # L is a projection of M, so Pythagoras gives the error of the pair.
-            error = float((M * MG).sum(dtype=torch.float64) - (UM * (U.mT @ MG)).sum(dtype=torch.float64))
+            error = float((M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64))
             if error < best_error:
                 best, best_error = S, error
-            settled = U.shape[1] == 0 or abs(previous - error) <= self.tolerance * error
+            settled = subspace.rank == 0 or abs(previous - error) <= self.tolerance * error
             previous = error
         M = W - best
-        U = self.low_rank_step(M, self._times_G(M), None)
-        return Fit(best, U, U.mT @ M, taken, settled)
-
-    def _times_G(self, M: Tensor) -> Tensor:
-        return M if self.G is None else M @ self.G
+        subspace = self.low_rank_step(M, self.norm.times(M), None)
+        return Fit(best, subspace.U, subspace.factor(M), taken, settled)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
-from globalopt.protocols import Needs
+from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
-from solvers._layer import Layer
+from solvers._layer import Layer, OneByOne, at_most_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class SweepState:
 
 
 @dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(OneByOne):
     """`min tr((W - S) G (W - S)ᵀ)` by `obs_prune` (Frantar and Alistarh 2023, arXiv:2301.00774).
 
     Args:
@@ -33,24 +33,29 @@ class SparseGPT:
         column_block: columns whose weights are chosen together.
         layer_wide: let column blocks compete for the nonzeros instead of giving each the same share, as published;
             lower error wherever a few inputs carry most of the energy.
+        outputs: weight rows by the output Gram, or not, as published.
     """
 
     damping: float = 0.01
     column_block: int = 128
     layer_wide: bool = False
+    outputs: Outputs = Outputs.NONE
 
     name: ClassVar[str] = "sparsegpt"
     paper: ClassVar[str] = "arXiv:2301.00774"
     needs: ClassVar[Needs] = Needs.GRAM
+    sparse: ClassVar[bool] = True
     low_rank: ClassVar[bool] = False
     patterns: ClassVar[bool] = True
+    signs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping)
         at_least(1, column_block=self.column_block)
+        at_most_rows(self)
 
     def prepare(self, weight: Tensor, metric: Metric) -> SweepState:
-        layer = Layer.read(weight, metric)
+        layer = Layer.read(weight, metric, self.outputs)
         reversed_gram = damped_cholesky(layer.G.flip(0, 1), self.damping)
         return SweepState(layer, obs_factor(reversed_gram.factor), reversed_gram.damping)
 

@@ -8,32 +8,39 @@ from typing import ClassVar
 from torch import Tensor
 
 from globalopt.kernels.projection import keep_weights
-from globalopt.protocols import Needs
+from globalopt.protocols import Needs, Outputs
 from globalopt.types import Decomposition, Metric, Solution, Target
-from solvers._layer import Layer
+from solvers._layer import Layer, OneByOne, at_most_rows
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(OneByOne):
     """`S` = the entries of `W` of largest `|w_ij| ||x_j||`, values unchanged (Sun et al. 2023, arXiv:2306.11695).
 
     Args:
         per_row: compare within each output row, as published; otherwise within the layer.
+        outputs: weight rows by the output Gram, or not, as published; felt only where rows compete.
     """
 
     per_row: bool = True
+    outputs: Outputs = Outputs.NONE
 
     name: ClassVar[str] = "wanda"
     paper: ClassVar[str] = "arXiv:2306.11695"
     needs: ClassVar[Needs] = Needs.DIAGONAL
+    sparse: ClassVar[bool] = True
     low_rank: ClassVar[bool] = False
     patterns: ClassVar[bool] = True
+    signs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_most_rows(self)
 
     def prepare(self, weight: Tensor, metric: Metric) -> Layer:
-        return Layer.read(weight, metric)
+        return Layer.read(weight, metric, self.outputs)
 
     def solve(self, state: Layer, target: Target, start: Decomposition | None = None) -> Solution:
         state.check(target, self)
-        scores = state.weight.abs() * state.metric.inputs.norms
+        scores = (state.weight * state.rows).abs() * state.metric.inputs.norms
         keep = keep_weights(scores, target.nnz, target.pattern, self.per_row)
-        return state.solution(state.sparse(state.weight.masked_fill(~keep, 0.0)), target, start)
+        return state.solution(state.kept(keep), target, start)

@@ -81,12 +81,15 @@ def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
     """
     # Members of a group in separate planes, so that each comparison runs over contiguous memory.
     planes = scores.reshape(scores.shape[0], -1, pattern.of).permute(2, 0, 1).contiguous()
-    before = torch.zeros_like(planes, dtype=torch.int16)
+    # How many come before a member: all later ones, less those it is not below, plus the earlier ones not below it.
+    before = torch.empty_like(planes, dtype=torch.uint8)
+    for member in range(pattern.of):
+        before[member] = pattern.of - 1 - member
     for left in range(pattern.of):
         for right in range(left + 1, pattern.of):
-            left_first = planes[left] >= planes[right]
+            left_first = (planes[left] >= planes[right]).view(torch.uint8)
             before[right] += left_first
-            before[left] += ~left_first
+            before[left] -= left_first
     return (before < pattern.keep).permute(1, 2, 0).reshape(scores.shape)
 
 

@@ -2,102 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from globalopt.kernels.cholesky import ridge_inverse
-from globalopt.kernels.low_rank import leading_subspace, subspace_step
+from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
+from globalopt.kernels.norm import Norm, Side, ridge
+from globalopt.kernels.precision import fast_products
 
-# Share of the support that changed since the last check, and the growth of the penalty above it.
-RARELY = 0.005
-GROWTH = ((0.1, 1.1), (RARELY, 1.05), (0.0, 1.02))
-LARGEST_PENALTY = 1e6
-SMALLEST_PENALTY = 1e-6
-RESTART = 5.0  # divides a penalty so large that the first support hardly moves
-SETTLED = 3e-4  # share of the support below which the iteration stops,
-EARLIEST = 100  # but not before this step
+BEND = 1.3
+EXACT_FROM = 0.8  # share of the steps after which an accelerator's products are in full precision
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the penalty rises from `start` to `end` and the support grows to its full size, in `steps` steps.
+
+        penalty(t) = start (end / start)^(t^1.3)
+        size(t) = grown + (1 - grown) min(1, t / full)        of the final count
+
+    where `t` is the share of the steps done. A penalty that rises slowly is a search for the support. Entries that are
+    admitted one after the other, each for what the others and `L` cannot explain, make a far better support than
+    entries removed from the weight's largest: inputs are correlated, and of two that say the same one is enough.
+
+    Args:
+        hold: steps between changes of the penalty.
+        begun: share of the penalty's rise that is skipped, in [0, 1): for a warm start.
+        grown: share of the final count that is there at first.
+        full: share of the steps after which the rest is.
+    """
+
+    start: float
+    end: float
+    steps: int
+    hold: int
+    begun: float = 0.0
+    grown: float = 0.0
+    full: float = 0.4
+
+    def penalty(self, step: int) -> float:
+        """The penalty of `step`, 0 <= step < steps."""
+        share = self.begun + (1 - self.begun) * step / self.steps
+        return self.start * (self.end / self.start) ** (share**BEND)
+
+    def size(self, step: int) -> float:
+        """Share of the final count that `step` keeps, 0 <= step < steps."""
+        return min(1.0, self.grown + (1 - self.grown) * (step + 1) / (self.full * self.steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One layer's rows of a stacked problem.
+
+    Args:
+        rows: its rows.
+        outputs: its `A` (d_out, d_out), or None for the identity.
+        rank: 0 <= rank <= min(d_out, d_in).
+        keep: magnitudes (d_out, d_in) and a share in (0, 1] -> mask of so many of the entries to keep in the end,
+            the largest; at least one.
+    """
+
+    rows: slice
+    outputs: Side | None
+    rank: int
+    keep: Callable[[Tensor, float], Tensor]
+
+
+class Fit(NamedTuple):
+    """Sparse `S` (d_out, d_in), and the subspace of the low-rank part, of one layer."""
+
+    S: Tensor
+    subspace: Subspace
 
 
 class RidgeADMM(NamedTuple):
-    """Sparse `S` and low-rank `U V`, the steps taken, whether the support settled, and the last penalty."""
+    """A fit per part, the steps taken, and the share of the support that changed at the last change of the penalty."""
 
-    S: Tensor
-    U: Tensor
-    V: Tensor
+    fits: tuple[Fit, ...]
     steps: int
-    settled: bool
-    penalty: float
+    moved: float
 
 
 def ridge_admm(
-    W: Tensor,
-    G: Tensor,
-    F: Tensor,
-    rank: int,
-    keep: Callable[[Tensor], Tensor],
-    *,
-    penalty: float = 0.1,
-    check_every: int = 10,
-    max_steps: int = 2000,
+    W: Tensor, inputs: Side, parts: Sequence[Part], schedule: Schedule, start: Sequence[Fit] | None = None
 ) -> RidgeADMM:
-    """Minimise `tr((W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`.
+    """Minimise `tr(A (W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`.
 
     With a copy `Z` of `S` that carries the constraint, a dual `Y` and the penalty p, one step is
 
-        R = (W - L) G - Y + p Z
-        S <- R (G + p I)^-1
+        R = A (W - L) G - Y + p Z
+        S <- the solution of A S G + p S = R
         Z <- the kept entries of S + Y / p
         Y <- Y + p (S - Z)
-        L <- U Uᵀ M,  U <- orth((M G)(Mᵀ U)),  M = W - S
+        L <- U (A U)ᵀ M,  U <- orth_A(M (A M G)ᵀ U),  M = W - S
 
-    The linear system hands over `S G = R - p S`, so `M G = W G - R + p S` costs nothing and a step has a single product
-    with a (d_in, d_in) matrix. The penalty grows slowly while the support moves: that search is where the quality is.
-    The last `L` is the exact optimum for the final `Z`.
+    The linear system hands over `A S G = R - p S`, so `A M G = A W G - R + p S` costs nothing: without `A` a step has a
+    single product with a (d_in, d_in) matrix. The support starts empty, and `schedule` says how it grows; the published
+    method starts from the largest entries at full count.
+
+    Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
+    `A`, count and rank.
 
     Args:
-        W: (d_out, d_in). G: (d_in, d_in) positive definite, best with a unit diagonal, which makes `penalty` free of
-            scale. F: any factor with `F Fᵀ = G`. None is modified.
-        rank: 0 <= rank <= min(d_out, d_in).
-        keep: magnitudes (d_out, d_in) -> mask of the entries to keep; keeps the same number every time, at least one.
-        penalty: p at the start; the most sensitive setting, too large freezes the first support.
-        check_every: steps between looks at the support, each of which moves the penalty (`GROWTH`).
-        max_steps: most steps, >= 1.
+        W: (rows of all parts, d_in), not modified.
+        inputs: G (d_in, d_in), best with a unit diagonal (`A` too), which makes the penalty free of scale.
+        parts: in the order of their rows, covering all.
+        start: for every part a fit of a neighbouring target; without it both parts start from zero.
     """
-    WG = W @ G
-    first = keep(W.abs())
-    Z, Y, LG = W.masked_fill(~first, 0.0), torch.zeros_like(W), torch.zeros_like(W)
-    nnz = int(first.sum())
-    seen, grown, settled, step = first, False, False, 0
-    inverse = ridge_inverse(G, penalty)
-    U: Tensor | None = None
-    for step in range(1, max_steps + 1):
-        R = torch.add(WG, Z, alpha=penalty).sub_(LG).sub_(Y)
-        S = R @ inverse
-        proposal = torch.add(S, Y, alpha=1 / penalty)
-        support = keep(proposal.abs())
-        Z = proposal.masked_fill(~support, 0.0)
-        Y = (proposal - Z).mul_(penalty)
-        if rank:
-            M, MG = W - S, torch.add(WG, S, alpha=penalty).sub_(R)
-            U = leading_subspace(M, MG, F, rank) if U is None else subspace_step(M, MG, U)
-            LG = U @ (U.mT @ MG)
-        if step % check_every:
-            continue
-        moved = int((support != seen).sum()) / nnz
-        seen = support
-        settled = (grown and moved == 0) or (step >= EARLIEST and moved < SETTLED)
-        if settled:
-            break
-        if not grown and moved <= RARELY:
-            penalty = max(penalty / RESTART, SMALLEST_PENALTY)
-            Z, Y, seen = W.masked_fill(~first, 0.0), torch.zeros_like(W), first
-        else:
-            grown = True
-            penalty = min(penalty * next(factor for above, factor in GROWTH if moved > above), LARGEST_PENALTY)
-        inverse = ridge_inverse(G, penalty)
-    M = W - Z
-    U = leading_subspace(M, M @ G, F, rank)
-    return RidgeADMM(Z, U, U.mT @ M, step, settled, penalty)
+    outputs = [(part.rows, part.outputs) for part in parts if part.outputs is not None]
+    norms = [Norm(inputs, part.outputs) for part in parts]
+
+    def times(E: Tensor) -> Tensor:
+        return torch.cat([norm.times(E[part.rows]) for part, norm in zip(parts, norms, strict=True)])
+
+    def keep(magnitudes: Tensor, size: float) -> Tensor:
+        return torch.cat([part.keep(magnitudes[part.rows], size) for part in parts])
+
+    AWG = times(W)
+    Z, Y, ALG = torch.zeros_like(W), torch.zeros_like(W), torch.zeros_like(W)
+    subspaces: list[Subspace | None] = [None] * len(parts)
+    if start is not None:
+        Z = torch.cat([fit.S for fit in start])
+        L = torch.cat(
+            [fit.subspace.U @ fit.subspace.factor(W[p.rows] - fit.S) for fit, p in zip(start, parts, strict=True)]
+        )
+        ALG = times(L)
+        Y = (AWG - times(Z) - ALG).masked_fill_(Z != 0, 0.0)
+    support, moved, step = Z != 0, 1.0, 0
+    with fast_products(W) as exact_from_here:
+        while step < schedule.steps and moved > 0:
+            if step >= EXACT_FROM * schedule.steps:
+                exact_from_here()
+            penalty = schedule.penalty(step)
+            solve = ridge(inputs, outputs, penalty)
+            seen = support
+            for _ in range(min(schedule.hold, schedule.steps - step)):
+                R = torch.add(AWG, Z, alpha=penalty).sub_(ALG).sub_(Y)
+                S = solve(R)
+                proposal = torch.add(S, Y, alpha=1 / penalty)
+                support = keep(proposal.abs(), schedule.size(step))
+                Z = proposal.masked_fill(~support, 0.0)
+                Y = (proposal - Z).mul_(penalty)
+                M, N = W - S, torch.add(AWG, S, alpha=penalty).sub_(R)
+                for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
+                    if part.rank:
+                        subspace, m, n = subspaces[i], M[part.rows], N[part.rows]
+                        subspace = (
+                            leading_subspace(m, n, norm, part.rank)
+                            if subspace is None
+                            else subspace_step(m, n, norm, subspace)
+                        )
+                        torch.matmul(subspace.AU, subspace.U.mT @ n, out=ALG[part.rows])
+                        subspaces[i] = subspace
+                step += 1
+            if schedule.size(step - 1) == 1:
+                moved = int((support != seen).sum()) / int(support.sum())
+    fits = []
+    for part, subspace in zip(parts, subspaces, strict=True):
+        empty = W[part.rows, :0]
+        fits.append(Fit(Z[part.rows], Subspace(empty, empty) if subspace is None else subspace))
+    return RidgeADMM(tuple(fits), step, moved)

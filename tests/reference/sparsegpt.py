@@ -1,4 +1,4 @@
-"""SparseGPT with the inverse of what is left formed anew at every column, in float64."""
+"""SparseGPT twice: the inverse of what is left formed anew at every column, in float64; and the published sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from globalopt.types import NM
+from tests.reference.penalty_loop import damped
 
 
 def prune(
@@ -35,3 +36,50 @@ def prune(
         pruned = torch.where(keep[:, j], 0.0, W[:, j])
         W[:, j:] -= torch.outer(pruned / remaining[j][0, 0], remaining[j][0])
     return W * keep
+
+
+def inverse_factor(H: Tensor) -> Tensor:
+    """Upper triangular `R` with `Rᵀ R = H^-1`, by inverting first, as published."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+
+def sweep(W: Tensor, R: Tensor, nnz: int, pattern: NM | None = None, column_block: int = 128) -> Tensor:
+    """The published sweep over `R = inverse_factor(H)`: (d_out, d_in) with the same share kept in every column block.
+
+    The threshold of a block is itself pruned, so that a block keeps at least one weight fewer than its share.
+    """
+    W, pruned_share = W.clone(), 1 - nnz / W.numel()
+    d_in = W.shape[1]
+    S = torch.zeros_like(W)
+    for begin in range(0, d_in, column_block):
+        end = min(begin + column_block, d_in)
+        columns, local = W[:, begin:end].clone(), R[begin:end, begin:end]
+        pivots = local.diagonal()
+        prune = torch.zeros_like(columns, dtype=torch.bool)
+        if pattern is None:
+            prices = (columns / pivots) ** 2
+            prune = prices <= prices.flatten().sort().values[int(prices.numel() * pruned_share)]
+        errors = torch.zeros_like(columns)
+        for j in range(end - begin):
+            if pattern is not None and j % pattern.of == 0:
+                group = slice(j, j + pattern.of)
+                cheapest = ((columns[:, group] / pivots[group]) ** 2).topk(pattern.of - pattern.keep, largest=False)
+                prune[:, group] = prune[:, group].scatter(1, cheapest.indices, True)
+            S[:, begin + j] = columns[:, j].masked_fill(prune[:, j], 0.0)
+            errors[:, j] = (columns[:, j] - S[:, begin + j]) / local[j, j]
+            columns[:, j:] -= torch.outer(errors[:, j], local[j, j:])
+        W[:, end:] -= errors @ R[begin:end, end:]
+    return S
+
+
+def fit(
+    W: Tensor,
+    G: Tensor,
+    nnz: int,
+    pattern: NM | None = None,
+    *,
+    damping: float = 0.01,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`sweep` for a Gram damped by `damping` of its mean diagonal."""
+    return sweep(W.to(dtype), inverse_factor(damped(G.to(dtype), damping, 0.0)), nnz, pattern)

@@ -1,0 +1,55 @@
+"""Least squares on a fixed support, by masked conjugate gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from globalopt.kernels.low_rank import Subspace, subspace_step
+from globalopt.kernels.norm import Norm
+
+
+def fit_support(target: Tensor, S: Tensor, norm: Norm, steps: int) -> Tensor:
+    """Lower `||target - S||²` over the nonzeros of `S`, from where they are, by `steps` of conjugate gradients.
+
+    The gradient is masked, not the unknown, so that the system is the Gram's principal submatrix. Without an output
+    side every row is a system of its own, with its own step length. Unit diagonals make this its Jacobi-preconditioned
+    form.
+
+    Args:
+        target, S: (d_out, d_in), not modified.
+    """
+    support = S != 0
+    rows = norm.outputs is None
+
+    def dot(X: Tensor, Y: Tensor) -> Tensor:
+        return (X * Y).sum(1, keepdim=True) if rows else (X * Y).sum()
+
+    tiny = torch.finfo(S.dtype).tiny
+    R = norm.times(target - S) * support
+    D = R
+    squared = dot(R, R)
+    for _ in range(steps):
+        ND = norm.times(D) * support
+        length = squared / dot(D, ND).clamp_min(tiny)
+        S = S + length * D
+        R = R - length * ND
+        before, squared = squared, dot(R, R)
+        D = R + squared / before.clamp_min(tiny) * D
+    return S
+
+
+def refit(W: Tensor, S: Tensor, subspace: Subspace, norm: Norm, rounds: int, steps: int) -> tuple[Tensor, Subspace]:
+    """Lower `||W - S - L||²` on the support of `S`, by turns: `fit_support` of `W - L`, a subspace step of `W - S`.
+
+    Args:
+        W, S: (d_out, d_in), not modified.
+        rounds: turns, >= 0. steps: of conjugate gradients in each.
+    """
+    for _ in range(rounds):
+        L = subspace.U @ subspace.factor(W - S)
+        S = fit_support(W - L, S, norm, steps)
+        if subspace.rank:
+            M = W - S
+            subspace = subspace_step(M, norm.times(M), norm, subspace)
+    return S, subspace

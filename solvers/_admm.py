@@ -1,0 +1,118 @@
+"""The search for a support by ADMM, with or without a low-rank part: the method behind 3BASiL and ALPS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from globalopt.kernels.norm import Norm
+from globalopt.kernels.projection import keep_weights
+from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
+from globalopt.kernels.support_refit import refit
+from globalopt.types import Target
+
+# The penalty runs from FIRST[0] g^FIRST[1] to LAST[0] g^LAST[1], where g is the geometric mean of the eigenvalues of
+# the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and want a smaller penalty.
+FIRST = (0.12, 0.75)
+LAST = (0.9, 0.6)
+HOLD = 8  # steps between changes of the penalty, each of which costs a factorisation
+LEVELS = 12  # and the fewest changes that still are a slow rise
+SETTLED = 0.01  # share of the support that changed at the end, below which more steps promise little
+
+
+class Found(NamedTuple):
+    """A fit per layer, the steps taken, and whether the supports had settled."""
+
+    fits: tuple[Fit, ...]
+    steps: int
+    settled: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long to search, and how much to polish.
+
+    Args:
+        steps: of ADMM, >= 1.
+        begun: share of the penalty's rise that is skipped, for a warm start.
+        full: share of the steps after which the support has its full size.
+        rounds: of refitting the values on the support that was found, `S` and `L` by turns.
+        conjugate: conjugate-gradient steps per round.
+    """
+
+    steps: int
+    begun: float = 0.0
+    full: float = 0.4
+    rounds: int = 2
+    conjugate: int = 4
+
+    def run(
+        self,
+        weights: Sequence[Tensor],
+        norms: Sequence[Norm],
+        targets: Sequence[Target],
+        start: Sequence[Fit] | None = None,
+    ) -> Found:
+        """Fit every weight (d_out, d_in) to its target, all in one problem.
+
+        Args:
+            norms: with unit diagonals; they share their inputs.
+            targets: with at least one nonzero each.
+            start: fits of neighbouring targets.
+        """
+        inputs = norms[0].inputs
+        if inputs is None:
+            raise ValueError("The search needs an input Gram.")
+        parts, begin = [], 0
+        for weight, norm, target in zip(weights, norms, targets, strict=True):
+            end = begin + len(weight)
+            parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target)))
+            begin = end
+        mean = inputs.geometric_mean * _mean_outputs(norms)
+        hold = max(1, min(HOLD, self.steps // LEVELS))
+        schedule = Schedule(
+            FIRST[0] * mean ** FIRST[1],
+            LAST[0] * mean ** LAST[1],
+            self.steps,
+            hold,
+            self.begun,
+            grown=_grown(start, targets),
+            full=self.full,
+        )
+        found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start)
+        fits = tuple(
+            Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
+            for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
+        )
+        return Found(fits, found.steps, found.moved <= SETTLED)
+
+
+def _keeper(target: Target) -> Callable[[Tensor, float], Tensor]:
+    def keep(magnitudes: Tensor, size: float) -> Tensor:
+        nnz = math.ceil(size * target.nnz)
+        if target.pattern is None:
+            return keep_weights(magnitudes, nnz)
+        allowed = keep_weights(magnitudes, target.nnz, target.pattern)
+        if nnz == target.nnz:
+            return allowed
+        return allowed & keep_weights(magnitudes.masked_fill(~allowed, 0.0), nnz)
+
+    return keep
+
+
+def _grown(start: Sequence[Fit] | None, targets: Sequence[Target]) -> float:
+    """The share of the targets' entries that a start has; all of them, where it has more."""
+    if start is None:
+        return 0.0
+    there = sum(int(torch.count_nonzero(fit.S)) for fit in start)
+    return min(1.0, there / sum(target.nnz for target in targets))
+
+
+def _mean_outputs(norms: Sequence[Norm]) -> float:
+    means = [norm.outputs.geometric_mean for norm in norms if norm.outputs is not None]
+    return sum(means) / len(means) if means else 1.0

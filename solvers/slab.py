@@ -1,0 +1,130 @@
+"""SLaB: a sparse part beside a low-rank one with a plane of signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from globalopt.kernels.low_rank import Subspace
+from globalopt.kernels.projection import keep_weights
+from globalopt.kernels.ridge_admm import Fit
+from globalopt.kernels.sign_plane import SignPlane, SparseAndSigns, alternate, fit_factors, sign_sweep
+from globalopt.kernels.support_refit import fit_support
+from globalopt.protocols import Needs, Outputs
+from globalopt.registry import at_least
+from globalopt.types import Decomposition, Metric, Solution, Target
+from solvers._admm import Search
+from solvers._layer import OneByOne
+from solvers._unit_diagonal import Damping, Sweepable, UnitDiagonal
+
+BEGUN = 0.5  # share of the penalty's rise that the support of the rounds before saves
+
+
+@dataclass(frozen=True)
+class SLaB(OneByOne):
+    """`min tr(A E G Eᵀ)`, `E = W - S - (U V) * B`, `B` of +-1 (arXiv:2604.04493), published for rank 1.
+
+    The published rounds are `kernels.sign_plane.alternate`: `S` by Wanda's score of what `L` leaves, `B` and `L` from
+    the rest. They are followed by `refit` rounds in the whole Gram: `sign_sweep` chooses `S` and `B` anew at the
+    magnitudes `|U V|`, then the values of `S` and the factors are refitted in turn. In the end the search of `ALPS`,
+    begun at the support there is, fits `S` to what the plane leaves. The best of all rounds is kept.
+
+    Departures: the published rounds fit `L` in the norm of `diag(G)`, in which they score, instead of unweighted (on
+    most layers the same error, on some a lower one; and at rank 1 no round is worse than the one before), and the best
+    of them is kept instead of the last; with `refit = 0, search = 0` these are the only ones.
+
+    Args:
+        steps: published rounds; 20 as published.
+        per_row: threshold within each output row in these, as published; otherwise within the layer.
+        refit: most rounds in the whole Gram; stops at the first that does not help.
+        conjugate: conjugate-gradient steps for the values of `S` in each of those.
+        search: steps of ADMM for `S` in the end; 0 as published.
+        damping: fraction of the mean of G's diagonal added to it.
+        diagonal_damping: fraction of each diagonal entry added to it.
+        output_damping: fraction of each diagonal entry of A added to it.
+        outputs: how much of A counts. The published rounds and the sweep know only the rows; the refits know all of it.
+    """
+
+    steps: int = 20
+    per_row: bool = True
+    refit: int = 4
+    conjugate: int = 16
+    search: int = 40
+    damping: float = 0.005
+    diagonal_damping: float = 0.005
+    output_damping: float = 0.1
+    outputs: Outputs = Outputs.FULL
+
+    name: ClassVar[str] = "slab"
+    paper: ClassVar[str] = "arXiv:2604.04493"
+    needs: ClassVar[Needs] = Needs.GRAM
+    sparse: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = True
+    patterns: ClassVar[bool] = True
+    signs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps)
+        at_least(0, refit=self.refit, conjugate=self.conjugate, search=self.search)
+        at_least(0, damping=self.damping, diagonal_damping=self.diagonal_damping, output_damping=self.output_damping)
+
+    def prepare(self, weight: Tensor, metric: Metric) -> Sweepable:
+        damping = Damping(self.damping, self.diagonal_damping, self.output_damping)
+        return Sweepable.of(UnitDiagonal.read(weight, metric, damping, self.outputs))
+
+    def solve(self, state: Sweepable, target: Target, start: Decomposition | None = None) -> Solution:
+        unit = state.unit
+        layer, W = unit.layer, unit.W
+        layer.check(target, self)
+        if target.nnz == W.numel():
+            everything = layer.kept(torch.ones_like(W, dtype=torch.bool))
+            return layer.solution(replace(everything, signs=torch.ones_like(W)), target, start)
+
+        def squared(residual: Tensor) -> float:
+            return float((unit.norm.times(residual) * residual).sum(dtype=torch.float64))
+
+        def error(fit: SparseAndSigns) -> float:
+            return squared(W - fit.S - fit.plane.dense())
+
+        def keep(magnitudes: Tensor) -> Tensor:
+            return keep_weights(magnitudes, target.nnz, target.pattern, self.per_row)
+
+        best = alternate(W, keep, target.rank, self.steps, squared)
+        taken, settled = 0, self.refit == 0
+        while taken < self.refit and not settled:
+            taken += 1
+            swept = self._swept(state, best.plane, target)
+            settled = error(swept) >= error(best)
+            best = best if settled else swept
+        if self.search and target.nnz:
+            taken += self.search
+            best = min(best, self._searched(unit, best, target), key=error)
+        value = replace(unit.restored(best.S, best.plane.U, best.plane.V), signs=best.plane.B)
+        return layer.solution(
+            value,
+            target,
+            start,
+            asked=self.damping,
+            damping=state.damping,
+            steps=self.steps + taken,
+            settled=settled,
+        )
+
+    def _swept(self, state: Sweepable, plane: SignPlane, target: Target) -> SparseAndSigns:
+        """`S` and the signs by a sweep at the magnitudes of `plane`, then values on that support, then the factors."""
+        W, norm = state.unit.W, state.unit.norm
+        S, plane = sign_sweep(W, state.R, plane, target.nnz, target.pattern)
+        S = fit_support(W - plane.dense(), S, norm, self.conjugate)
+        return SparseAndSigns(S, fit_factors(W - S, plane, norm))
+
+    def _searched(self, unit: UnitDiagonal, fit: SparseAndSigns, target: Target) -> SparseAndSigns:
+        """`S` by ADMM on what the plane leaves, from the support there is, then the factors."""
+        empty = unit.W[:, :0]
+        sparse = Fit(fit.S, Subspace(empty, empty))
+        pruning = Target(0, target.nnz, target.pattern)
+        found = Search(self.search, begun=BEGUN).run([unit.W - fit.plane.dense()], [unit.norm], [pruning], [sparse])
+        S = found.fits[0].S
+        return SparseAndSigns(S, fit_factors(unit.W - S, fit.plane, unit.norm))

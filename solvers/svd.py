@@ -1,0 +1,56 @@
+"""Whitened SVD: the best low-rank approximation of a weight on its inputs, and no sparse part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from globalopt.protocols import Needs, Outputs
+from globalopt.registry import at_least
+from globalopt.types import Decomposition, Metric, Solution, Target
+from solvers._layer import OneByOne
+from solvers._unit_diagonal import Damping, UnitDiagonal
+
+
+@dataclass(frozen=True)
+class SVD(OneByOne):
+    """`min tr(A (W - L) G (W - L)ᵀ)` over `L` of the target's rank, exactly (SVD-LLM, arXiv:2403.07378, section 3.1).
+
+    As published, a truncated SVD of `W C` with `C Cᵀ = G`, mapped back; it has no update of `U` on the activations of
+    the compressed model. It fits no `S`: a target keeps no nonzeros, or all of them.
+
+    Departures: `G` is always damped, where the public code shifts it only if its factorisation fails; and the error may
+    weight outputs by `A`, for which the optimum is as exact.
+
+    Args:
+        damping: fraction of the mean of G's diagonal added to it.
+        output_damping: fraction of each diagonal entry of A added to it.
+        outputs: how much of A counts.
+    """
+
+    damping: float = 0.001
+    output_damping: float = 0.1
+    outputs: Outputs = Outputs.FULL
+
+    name: ClassVar[str] = "svd"
+    paper: ClassVar[str] = "arXiv:2403.07378"
+    needs: ClassVar[Needs] = Needs.GRAM
+    sparse: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = True
+    patterns: ClassVar[bool] = False
+    signs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least(0, damping=self.damping, output_damping=self.output_damping)
+
+    def prepare(self, weight: Tensor, metric: Metric) -> UnitDiagonal:
+        return UnitDiagonal.read(weight, metric, Damping(self.damping, 0.0, self.output_damping), self.outputs)
+
+    def solve(self, state: UnitDiagonal, target: Target, start: Decomposition | None = None) -> Solution:
+        layer = state.layer
+        layer.check(target, self)
+        value = state.without_search(target)
+        assert value is not None, "a solver without a sparse part was handed a support to choose"
+        return layer.solution(value, target, start, asked=self.damping, damping=state.damping)
