@@ -77,9 +77,7 @@ def set_up(options: argparse.Namespace, seed: int) -> Bench:
     return pipeline.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
 
 
-def analysed(
-    bench: Bench, pattern: str, seed: int, folder: Path, solver: str = "3basil", pricing: str = "fit"
-) -> Run:
+def analysed(bench: Bench, pattern: str, seed: int, folder: Path, solver: str = "3basil", pricing: str = "fit") -> Run:
     """The finished analysis of a seed, which depends on neither budget nor allocator."""
     options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing)
     run = Run.start(folder, {**bench.identity(seed), "analysis": asdict(options)}, bench.facts("analysis"))

@@ -71,25 +71,42 @@ def price_by_gradients(
     layers = runner.layers
     grid: dict[str, Options] = {}
 
-    def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
-        if spec not in unpriced:
-            return []
+    def sketches_of(spec: LayerSpec, outputs: Gram) -> list[PrefixSketch | DenseSketch]:
         weight = layers.weight(spec.name)
         span = run.read_span(spec).to(weight.device)
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
         made = sketches(span, grid[spec.name])
         if pricing is not None:
-            metric = Metric(run.read_gram(spec.site).to(weight.device))
-            made.append(DenseSketch(fit_anchors(weight, metric, span, grid[spec.name], pricing)))
+            metric = Metric(run.read_gram(spec.site).to(weight.device), outputs.to(weight.device))
+            made.append(DenseSketch(fit_anchors(weight, metric, grid[spec.name], pricing)))
         return made
 
-    for found in backward_sweep(runner, inputs, sketches_of, seed, device):
+    for found in backward_sweep(runner, inputs, unpriced, sketches_of, seed, device):
         options = grid.pop(found.spec.name)
         count = len(options.targets)
         weight = layers.weight(found.spec.name)
         gram = run.read_gram(found.spec.site).to(weight.device)
         whole = Metric(gram, found.outputs.to(weight.device)).error(weight) / 2
         yield priced(options, found.error[:count], found.error[count:], whole), found.outputs
+
+
+def output_grams(
+    runner: BlockRunner,
+    run: Run,
+    specs: Sequence[LayerSpec],
+    seed: int,
+    device: torch.device | None = None,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Write the output Gram `A` of the layers `specs`, without spans and prices; `seed` is of the labels."""
+    inputs: list[list[Tensor]] = []
+    for visit in walk_blocks(runner, device):
+        inputs.append(visit.inputs)
+        if visit.index + 1 == len(runner.layers.blocks):
+            inputs.append(visit.outputs())
+    for found in backward_sweep(runner, inputs, specs, lambda spec, outputs: (), seed, device):
+        run.write_outputs(found.spec, found.outputs)
+        advance(found.spec.name)
 
 
 def price_by_grams(
@@ -101,5 +118,5 @@ def price_by_grams(
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
         options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
-        lost = fit_anchors(weight, metric, span, options, pricing) if pricing is not None else ()
+        lost = fit_anchors(weight, metric, options, pricing) if pricing is not None else ()
         yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None

@@ -193,6 +193,9 @@ def compress(
     ],
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="fisher: a backward sweep weights outputs, for solvers that can; none: inputs only.")
+    ] = "fisher",
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -228,7 +231,7 @@ def compress(
         Run.check_folder(folder)
         bench = _bench(models, texts, seed, quiet)
         summary, run = pipeline.compress(
-            bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh
+            bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh, sensitivity
         )
         _show(summary, run, quiet, verbose, as_json)
 

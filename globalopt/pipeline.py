@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from allocators import get_allocator
 from globalopt import budget_file
-from globalopt.analysis import price_by_gradients, price_by_grams, span_layers
+from globalopt.analysis import output_grams, price_by_gradients, price_by_grams, span_layers
 from globalopt.budget_file import BudgetFile
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
 from globalopt.capture import Batch, BlockRunner
@@ -22,7 +22,7 @@ from globalopt.errors import ArtefactError, UsageError
 from globalopt.evaluate import evaluate, evaluate_both
 from globalopt.layers import ModelLayers, check_finite, find_layers
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
-from globalopt.protocols import Needs, Progress, Solver
+from globalopt.protocols import Needs, Outputs, Progress, Solver
 from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
 from globalopt.span import SCALINGS
@@ -34,7 +34,7 @@ from solvers import get_solver
 REFERENCE = "reference"
 SENSITIVITIES = ("fisher", "none")
 PRICINGS = ("fit", "span")
-PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "40", "check_every": "2"})
+PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "80"})
 """The quick solver whose fits calibrate the surfaces for every solver that moves the weights it keeps."""
 
 NATS = "nats per token"
@@ -89,13 +89,14 @@ class SearchOptions:
     pricing: str = "fit"
 
     def __post_init__(self) -> None:
-        for value, known, option in (
-            (self.sensitivity, SENSITIVITIES, "sensitivity"),
-            (self.scaling, SCALINGS, "span-scaling"),
-            (self.pricing, PRICINGS, "pricing"),
-        ):
-            if value not in known:
-                raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
+        _check_word("sensitivity", self.sensitivity, SENSITIVITIES)
+        _check_word("span-scaling", self.scaling, SCALINGS)
+        _check_word("pricing", self.pricing, PRICINGS)
+
+
+def _check_word(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +238,9 @@ def search(
         unit,
     )
     budget_file.write(run.budget_path, file)
-    return finish(bench, run, file, allocation, solver, command, options.seed, unit), run
+    return finish(
+        bench, run, file, allocation, solver, command, options.seed, unit, lambda spec: run.read_sensitivity(spec)[1]
+    ), run
 
 
 def compress(
@@ -250,8 +253,10 @@ def compress(
     folder: Path,
     command: str,
     fresh: bool = False,
+    sensitivity: str = "fisher",
 ) -> tuple[Summary, Run]:
     """Refine a found budget with any solver, evaluate, and write the result into `folder`."""
+    _check_word("sensitivity", sensitivity, SENSITIVITIES)
     solver = get_solver(solver_name, solver_options)
     allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
     for spec in bench.layers.specs:
@@ -260,13 +265,21 @@ def compress(
         **bench.identity(seed),
         "budget": digest(file.model_dump(mode="json")),
         "solver": [solver_name, dict(solver_options)],
+        "sensitivity": sensitivity,
     }
     run = Run.start(folder, identity, bench.facts(command), fresh)
     if run.summary_path.exists():
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
         return run.read_summary(), run
     budget_file.write(run.budget_path, file)
-    return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR), run
+    if sensitivity == "none" or solver.outputs is Outputs.NONE:
+        return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR, lambda spec: None), run
+    unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]
+    if unmeasured:
+        runner = BlockRunner(bench.layers, bench.batches(bench.splits.calibration))
+        with bench.stage("outputs", len(unmeasured), "layers") as advance:
+            output_grams(runner, run, unmeasured, seed, bench.loaded.device, advance)
+    return finish(bench, run, file, allocation, solver, command, seed, NATS, run.read_outputs), run
 
 
 def check_options(options: SearchOptions) -> None:
@@ -324,6 +337,7 @@ def finish(
     command: str,
     seed: int,
     unit: str,
+    outputs: Callable[[LayerSpec], Gram | None],
 ) -> Summary:
     """Refine to the allocation, save the model, evaluate what was saved, and write the summary.
 
@@ -336,9 +350,6 @@ def finish(
         bench.progress.note(note)
     predicted = {entry.name: entry.predicted if file.error_unit == unit else None for entry in file.layers}
     plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted)
-
-    def outputs(spec: LayerSpec) -> Gram | None:
-        return run.read_sensitivity(spec)[1] if unit == NATS else None
 
     with bench.stage("refine", len(layers.specs), "layers") as advance:
         runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
@@ -386,6 +397,10 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
             f"Solver {solver.name} has no low-rank part: the rank of {ranked} layers is kept as nonzeros of the same "
             f"cost in {allocation.budget.accounting}."
         )
+    if not solver.sparse:
+        yield f"Solver {solver.name} has no sparse part: nonzeros are kept as rank of at most the same cost."
+    if solver.signs:
+        yield f"Solver {solver.name} keeps a sign plane of rank 1 in every layer, paid for with other parts of it."
 
 
 def _evaluate_both(bench: Bench, folder: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:

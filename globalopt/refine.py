@@ -49,7 +49,7 @@ def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget)
     least = budget.cost(plane, spec)
     if least > cost:
         raise UsageError(
-            f"Solver {solver.name} needs a sign plane: at least {least} {budget.accounting} for layer {spec.name}, whose "
+            f"Solver {solver.name} needs a sign plane: {least} {budget.accounting} or more for layer {spec.name}, whose "
             f"target costs {cost}. Use a larger budget or another solver."
         )
     return plane if target.pattern else budget.grow(plane, spec, "nnz", spec.numel - 1, cost)

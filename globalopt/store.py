@@ -29,7 +29,7 @@ from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Sp
 SCHEMA = 1
 MANIFEST = "manifest.json"
 FILES = ("summary.json", "budget.json", MANIFEST)
-FOLDERS = ("report", "model", "layers", "sensitivity", "spans", "grams")
+FOLDERS = ("report", "model", "layers", "outputs", "sensitivity", "spans", "grams")
 
 
 @contextlib.contextmanager
@@ -263,6 +263,9 @@ class Run:
     def sensitivity_path(self, spec: LayerSpec) -> Path:
         return self.folder / "sensitivity" / f"{spec.name}.safetensors"
 
+    def outputs_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "outputs" / f"{spec.name}.safetensors"
+
     def layer_path(self, spec: LayerSpec) -> Path:
         return self.folder / "layers" / f"{spec.name}.safetensors"
 
@@ -280,6 +283,14 @@ class Run:
     def read_gram(self, site: str) -> Gram:
         tensors, facts = _read(self.gram_path(site), {"site": site}, ("G",), ("tokens",))
         return Gram(tensors["G"], facts["tokens"])
+
+    def write_outputs(self, spec: LayerSpec, outputs: Gram) -> None:
+        """The layer's output Gram `A`."""
+        write_tensors(self.outputs_path(spec), {"A": outputs.matrix}, {**_key(spec), "tokens": outputs.tokens})
+
+    def read_outputs(self, spec: LayerSpec) -> Gram:
+        tensors, facts = _read(self.outputs_path(spec), _key(spec), ("A",), ("tokens",))
+        return Gram(tensors["A"], facts["tokens"])
 
     def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None) -> None:
         """The layer's options with their errors, and its output Gram `A` where one was collected."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from globalopt.kernels.projection import keep_nm
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.protocols import Solver
-from globalopt.span import take
 from globalopt.types import NM, ErrorSurface, LayerSpec, Metric, Span, Target, interpolate
 
 RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.28)
@@ -153,14 +151,10 @@ def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, 
     return coarse, errors
 
 
-def fit_anchors(weight: Tensor, metric: Metric, span: Span, options: Options, solver: Solver) -> Tensor:
-    """(anchors, d_out, d_in): what real fits at `options.anchors` lose of the weight, one preparation for all.
-
-    A fit starts at what the span offers, so it loses no more than that in `metric.inputs`.
-    """
-    state: Any = solver.prepare(weight, metric)
+def fit_anchors(weight: Tensor, metric: Metric, options: Options, solver: Solver) -> Tensor:
+    """(anchors, d_out, d_in): what real fits at `options.anchors` lose of the weight, as one path of targets."""
     targets = [target for row in options.anchors for target in row]
-    fits = (solver.solve(state, target, take(span, target)) for target in targets)
+    fits = solver.solve_path(solver.prepare(weight, metric), targets)
     return torch.stack([weight - fit.value.dense() for fit in fits])
 
 

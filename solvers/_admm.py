@@ -20,6 +20,8 @@ from globalopt.types import Target
 # the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and want a smaller penalty.
 FIRST = (0.12, 0.75)
 LAST = (0.9, 0.6)
+# With an output side the system's eigenvalues are products, and spread about so much further up.
+TWO_SIDED = 1.67
 HOLD = 8  # steps between changes of the penalty, each of which costs a factorisation
 LEVELS = 12  # and the fewest changes that still are a slow rise
 SETTLED = 0.01  # share of the support that changed at the end, below which more steps promise little
@@ -74,10 +76,11 @@ class Search:
             parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target)))
             begin = end
         mean = inputs.geometric_mean * _mean_outputs(norms)
+        scale = 1.0 if norms[0].outputs is None else TWO_SIDED
         hold = max(1, min(HOLD, self.steps // LEVELS))
         schedule = Schedule(
-            FIRST[0] * mean ** FIRST[1],
-            LAST[0] * mean ** LAST[1],
+            scale * FIRST[0] * mean ** FIRST[1],
+            scale * LAST[0] * mean ** LAST[1],
             self.steps,
             hold,
             self.begun,

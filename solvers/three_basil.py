@@ -88,12 +88,20 @@ class ThreeBASiL:
         return [solution for solution, _ in fits]
 
     def solve_path(self, state: UnitDiagonal, targets: Sequence[Target]) -> list[Solution]:
-        """In the order of their nonzeros: a support that is there grows to the next, at a fraction of the steps."""
+        """Upwards: what is there grows to the next target, at a fraction of the steps.
+
+        Every target starts from the largest one before it that keeps no more, in rank and in nonzeros: what an `L` has
+        taken over, a support without it would have to learn anew.
+        """
         found: dict[int, Solution] = {}
-        neighbour: Fit | None = None
-        for i in sorted(range(len(targets)), key=lambda i: targets[i].nnz):
-            ((found[i], fit),) = self._fit([state], [targets[i]], [None], neighbour)
-            neighbour = neighbour if fit is None else fit
+        fits: dict[Target, Fit] = {}
+        for i in sorted(range(len(targets)), key=lambda i: (targets[i].nnz, targets[i].rank)):
+            target = targets[i]
+            below = [other for other in fits if other.nnz <= target.nnz and other.rank <= target.rank]
+            nearest = max(below, key=lambda other: other.nnz + other.rank * sum(state.W.shape), default=None)
+            ((found[i], fit),) = self._fit([state], [target], [None], nearest and fits[nearest])
+            if fit is not None:
+                fits[target] = fit
         return [found[i] for i in range(len(targets))]
 
     def _fit(

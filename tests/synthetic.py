@@ -16,7 +16,9 @@ def layer(d_out: int, d_in: int, tokens: int, seed: int = 0) -> tuple[Tensor, Gr
     X = torch.randn(tokens, factors, generator=generator) @ mixing / factors**0.5
     X += 0.5 * torch.randn(tokens, d_in, generator=generator)
     X[:, ::16] *= 8
-    heavy = torch.randn(d_out, d_in, generator=generator) * torch.rand(d_out, d_in, generator=generator).pow(-0.4)
+    heavy = torch.randn(d_out, d_in, generator=generator)
+    # One draw in 2^24 is exactly 0, and its negative power infinite.
+    heavy *= torch.rand(d_out, d_in, generator=generator).clamp_min(2**-24).pow(-0.4)
     k = max(1, min(d_out, d_in) // 12)
     W = heavy + 2 * torch.randn(d_out, k, generator=generator) @ torch.randn(k, d_in, generator=generator) / k**0.5
     W /= d_in**0.5

@@ -53,7 +53,7 @@ def moe(tmp_path_factory) -> Path:
         (["--set", "stepz=1"], USAGE, "did you mean 'steps'?"),
         (["--set", "steps=many"], USAGE, "a whole number; got 'many'"),
         (["--set", "steps"], USAGE, "--set takes NAME=VALUE; got 'steps'"),
-        (["--solver", "magnitude"], USAGE, "no options of solver 'magnitude'"),
+        (["--solver", "magnitude"], USAGE, "No option of solver 'magnitude'"),
         (["--accounting", "param"], USAGE, "did you mean 'params'?"),
         (["--sensitivity", "fischer"], USAGE, "fisher, none; got 'fischer'"),
         (["--span-scaling", "all"], USAGE, "activation, none; got 'all'"),

@@ -139,7 +139,7 @@ def test_fresh_replaces_a_run_and_spares_other_files(tiny_search, tiny_run, tmp_
         ["--pattern", "2:4", "--budget", "0.7", "--accounting", "bytes", "--sensitivity", "none"],
         ["--accounting", "bytes", "--allocator", "uniform", "--allocator-set", "rank_share=0.2"],
         ["--sensitivity", "none", "--span-scaling", "none", "--pricing", "span", "--budget", "0.3"],
-        ["--solver", "3basil", "--set", "steps=30,check-every=5", "--budget", "0.9"],
+        ["--solver", "3basil", "--set", "steps=30,output-damping=0.2", "--budget", "0.9"],
         ["--solver", "magnitude", "--budget", "1", "--pricing", "span"],
     ],
     ids=" ".join,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,7 +11,7 @@ import torch
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import NumericalError, UsageError
 from globalopt.layers import ModelLayers, find_layers
-from globalopt.protocols import Needs
+from globalopt.protocols import Needs, Outputs
 from globalopt.refine import Refinement, for_solver, refine, stored
 from globalopt.store import Run
 from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
@@ -40,11 +42,59 @@ def test_targets_that_need_no_change():
     ranked = Target(2, 192, NM(2, 4))
     assert for_solver(ranked, SPEC, get_solver("oats"), budget) is ranked
     assert for_solver(Target(0, 7), SPEC, get_solver("wanda"), budget) == Target(0, 7)
+    assert for_solver(Target(5, 0), SPEC, get_solver("svd"), budget) == Target(5, 0)
 
 
 def test_rank_beside_a_pattern_cannot_become_nonzeros():
     with pytest.raises(UsageError, match=r"block\.0\.up"):
         for_solver(Target(2, 192, NM(2, 4)), SPEC, get_solver("wanda"), Budget(10**6, 10**6))
+
+
+@pytest.mark.parametrize("accounting", ["params", "bytes"])
+@pytest.mark.parametrize("target", [Target(2, 20), Target(0, 100), Target(5, 0), Target(3, 300)])
+def test_a_sign_plane_is_paid_for_with_rank_and_nonzeros(accounting, target):
+    budget = Budget(10**6, 10**6, accounting)
+    signed = for_solver(target, SPEC, get_solver("slab"), budget)
+    assert (signed.rank, signed.signs, signed.pattern) == (1, True, None)
+    limit = budget.cost(target, SPEC)
+    assert budget.cost(signed, SPEC) <= limit
+    one_more = budget.cost(replace(signed, nnz=signed.nnz + 1), SPEC)
+    assert one_more > limit or signed.nnz + 1 == SPEC.numel
+
+
+def test_a_sign_plane_beside_a_pattern():
+    budget, slab = Budget(10**6, 10**6), get_solver("slab")
+    signed = for_solver(Target(2, 192, NM(2, 4)), SPEC, slab, budget)
+    assert signed == Target(1, 192, NM(2, 4), signs=True)
+    assert for_solver(signed, SPEC, slab, budget) is signed
+    with pytest.raises(UsageError, match=r"at least 256 params for layer block\.0\.up, whose target costs 192"):
+        for_solver(Target(0, 192, NM(2, 4)), SPEC, slab, budget)
+
+
+def test_a_sign_plane_that_costs_more_than_the_target():
+    with pytest.raises(UsageError, match=r"at least 64 params for layer block\.0\.up, whose target costs 63"):
+        for_solver(Target(1, 23), SPEC, get_solver("slab"), Budget(10**6, 10**6))
+    assert for_solver(Target(1, 24), SPEC, get_solver("slab"), Budget(10**6, 10**6)) == Target(1, 0, signs=True)
+
+
+@pytest.mark.parametrize("accounting", ["params", "bytes"])
+@pytest.mark.parametrize("target", [Target(3, 40), Target(0, 100), Target(2, 192, NM(2, 4)), Target(0, 20)])
+def test_nonzeros_become_as_much_rank_as_they_cost(accounting, target):
+    budget = Budget(10**6, 10**6, accounting)
+    folded = for_solver(target, SPEC, get_solver("svd"), budget)
+    assert folded == Target(folded.rank, 0)
+    limit = budget.cost(target, SPEC)
+    assert budget.cost(folded, SPEC) <= limit < budget.cost(replace(folded, rank=folded.rank + 1), SPEC)
+
+
+def test_rank_ends_at_the_smaller_side():
+    assert for_solver(Target(16, 300), SPEC, get_solver("svd"), Budget(10**6, 10**6)) == Target(16, 0)
+
+
+@pytest.mark.parametrize("name", ["wanda", "svd", "slab"])
+@pytest.mark.parametrize("target", [Target.dense(SPEC), Target.zero()])
+def test_a_layer_kept_or_dropped_whole_stays_so(name, target):
+    assert for_solver(target, SPEC, get_solver(name), Budget(10**6, 10**6)) is target
 
 
 def test_what_is_stored_must_keep_its_target():
@@ -94,20 +144,25 @@ def test_the_model_becomes_what_was_saved(tmp_path):
         assert 0 < result.relative < 1
 
 
+Handed = tuple[torch.Tensor, Metric, Target]
+
+
 @dataclass(frozen=True)
 class Recording:
-    """Keeps the layer as it is, up to the count, and the Grams it was given."""
+    """Keeps the layers as they are, up to the count, and what it was handed: a list per site."""
 
-    grams: list[Gram]
+    sites: list[list[Handed]]
+    outputs: Outputs = Outputs.NONE
 
     name: ClassVar[str] = "recording"
     paper: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs.GRAM
+    sparse: ClassVar[bool] = True
     low_rank: ClassVar[bool] = True
     patterns: ClassVar[bool] = True
+    signs: ClassVar[bool] = False
 
     def prepare(self, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
-        self.grams.append(metric.inputs)
         return weight
 
     def solve(self, state: torch.Tensor, target: Target, start: Decomposition | None = None) -> Solution:
@@ -115,13 +170,84 @@ class Recording:
         S.view(-1)[: target.nnz] = state.reshape(-1)[: target.nnz]
         return Solution(Decomposition(S, S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1])), 0.0, Status.CONVERGED)
 
+    def solve_site(self, layers: Sequence[Handed]) -> list[Solution]:
+        self.sites.append(list(layers))
+        return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
+
+    def solve_path(self, state: torch.Tensor, targets: Sequence[Target]) -> list[Solution]:
+        return [self.solve(state, target) for target in targets]
+
+
+def by_site(layers: ModelLayers) -> list[list[LayerSpec]]:
+    sites = dict.fromkeys(spec.site for spec in layers.specs)
+    return [[spec for spec in layers.specs if spec.site == site] for site in sites]
+
+
+def test_layers_on_the_same_inputs_are_handed_over_together(tmp_path):
+    solver = Recording([])
+    layers, runner, plan, run = setting(tmp_path, solver)
+    before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    results = list(refine(runner, plan, run, no_outputs))
+    sites = by_site(layers)
+    # q, k and v; o; gate and up; down: in both blocks.
+    assert [len(handed) for handed in solver.sites] == [3, 1, 2, 1] * 2 == [len(specs) for specs in sites]
+    for specs, handed in zip(sites, solver.sites, strict=True):
+        for spec, (weight, metric, target) in zip(specs, handed, strict=True):
+            assert torch.equal(weight, before[spec.name])
+            assert metric.inputs is handed[0][1].inputs
+            assert target == plan.targets[spec.name]
+    # What a site took is shared out by size.
+    cost = {result.name: result.seconds for result in results}
+    for specs in sites:
+        rates = [cost[spec.name] / spec.numel for spec in specs]
+        assert rates == pytest.approx([rates[0]] * len(rates))
+
+
+def test_a_layer_kept_or_dropped_whole_is_not_handed_over(tmp_path):
+    whole = {"q_proj": Target.dense, "up_proj": lambda spec: Target.zero(), "down_proj": Target.dense}
+
+    def target(spec: LayerSpec) -> Target:
+        return whole.get(spec.kind, lambda spec: Target(1, spec.numel // 3))(spec)
+
+    solver = Recording([])
+    layers, runner, plan, run = setting(tmp_path, solver, target)
+    before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    results = list(refine(runner, plan, run, no_outputs))
+    assert [len(handed) for handed in solver.sites] == [2, 1, 1] * 2
+    for spec, result in zip(layers.specs, results, strict=True):
+        assert (result.rank, result.nnz) == (0, plan.targets[spec.name].nnz)
+        kept = before[spec.name].flatten()[: result.nnz]
+        assert torch.equal(layers.weight(spec.name).flatten()[: result.nnz], kept)
+        assert not layers.weight(spec.name).flatten()[result.nnz :].any()
+        if spec.kind in whole:
+            assert result.relative == (1.0 if spec.kind == "up_proj" else 0.0)
+            assert result.seconds == 0
+
+
+@dataclass(frozen=True)
+class Failing(Recording):
+    """Cannot fit a site of several layers."""
+
+    def solve_site(self, layers: Sequence[Handed]) -> list[Solution]:
+        if len(layers) > 1:
+            raise NumericalError("no rung held.")
+        return super().solve_site(layers)
+
+
+def test_an_error_names_the_layers_of_its_site(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, Failing([]))
+    names = ", ".join(spec.name for spec in by_site(layers)[0])
+    with pytest.raises(NumericalError, match=re.escape(f"Layer {names}: no rung held.")):
+        list(refine(runner, plan, run, no_outputs))
+    assert not any(run.layer_path(spec).exists() for spec in layers.specs)
+
 
 def test_later_blocks_see_the_compressed_ones(tmp_path):
     def grams(folder, target) -> list[Gram]:
         solver = Recording([])
         _, runner, plan, run = setting(tmp_path / folder, solver, target)
         list(refine(runner, plan, run, no_outputs))
-        return solver.grams
+        return [metric.inputs for handed in solver.sites for _, metric, _ in handed]
 
     some = grams("some", lambda spec: Target(0, spec.numel // 4))
     most = grams("most", lambda spec: Target(0, spec.numel - 1))
@@ -139,7 +265,7 @@ def test_a_layer_that_is_saved_is_not_solved_again(tmp_path):
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver)
     second = list(refine(runner, plan, run, no_outputs))
-    assert len(solver.grams) == 1
+    assert [len(handed) for handed in solver.sites] == [1]
     assert second[:3] == first[:3]
     assert all(torch.equal(layers.weight(spec.name), weights[spec.name]) for spec in layers.specs[:3])
 
@@ -149,7 +275,7 @@ def test_a_target_that_keeps_everything_needs_no_solver(tmp_path):
     layers, runner, plan, run = setting(tmp_path, solver, target=Target.dense)
     before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
     results = list(refine(runner, plan, run, no_outputs))
-    assert solver.grams == []
+    assert solver.sites == []
     assert all(result.actual == result.relative == 0 for result in results)
     assert all(torch.equal(layers.weight(name), before[name]) for name in before)
 

@@ -1,9 +1,10 @@
-"""Laws every solver of the table obeys."""
+"""Laws every solver of the table obeys, and what its options turn it into."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,9 +13,33 @@ from globalopt.errors import CalibrationError, NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
 from globalopt.types import NM, Decomposition, Gram, Metric, Status, Target, follows
 from solvers import SOLVERS
+from solvers.alps import ALPS
+from solvers.eora import EoRA, Pruning
+from solvers.hassle_free import HassleFree, SparseStep
+from solvers.magnitude import Magnitude
+from solvers.oats import OATS
+from solvers.slab import SLaB
+from solvers.sparsegpt import SparseGPT
+from solvers.three_basil import Preset, ThreeBASiL
+from solvers.wanda import Wanda
 from tests.synthetic import metric
 
-pytestmark = pytest.mark.parametrize("solver", [cls() for cls in SOLVERS.values()], ids=list(SOLVERS))
+VARIANTS: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()} | {
+    "magnitude, rows": Magnitude(outputs=Outputs.ROWS),
+    "wanda, layer": Wanda(per_row=False, outputs=Outputs.ROWS),
+    "sparsegpt, layer": SparseGPT(column_block=8, layer_wide=True, outputs=Outputs.ROWS),
+    "eora, magnitude": EoRA(Pruning.MAGNITUDE),
+    "eora, wanda": EoRA(Pruning.WANDA, outputs=Outputs.ROWS),
+    "oats, layer": OATS(per_row=False, outputs=Outputs.ROWS),
+    "alps, full": ALPS(outputs=Outputs.FULL),
+    "hassle-free, alps": HassleFree(SparseStep.ALPS, steps=10, sparse_steps=20),
+    "hassle-free, rows": HassleFree(column_block=8, layer_wide=False, outputs=Outputs.ROWS),
+    "3basil, fast": ThreeBASiL(Preset.FAST),
+    "3basil, rows": ThreeBASiL(outputs=Outputs.ROWS),
+    "slab, published": SLaB(refit=0, search=0),
+}
+
+pytestmark = pytest.mark.parametrize("solver", VARIANTS.values(), ids=VARIANTS.keys())
 
 D_OUT, D_IN = 16, 24
 NUMEL = D_OUT * D_IN
@@ -98,14 +123,19 @@ def test_budget_is_used(solver):
     assert value.rank == middle(solver).rank
 
 
-def test_inputs_are_not_modified(solver):
+@pytest.mark.parametrize("outputs", [False, True], ids=["G", "A,G"])
+def test_inputs_are_not_modified(solver, outputs):
     W, norm = metric(D_OUT, D_IN, 300)
-    G = norm.inputs.matrix
-    before = W.clone(), G.clone()
+    norm = weighted(norm) if outputs else norm
+    start = fit(solver, W, norm, middle(solver)).value
+    given = [W, norm.inputs.matrix, start.S, start.U, start.V]
+    given += [] if norm.outputs is None else [norm.outputs.matrix]
+    before = [tensor.clone() for tensor in given]
     state = solver.prepare(W, norm)
     first = solver.solve(state, middle(solver))
-    assert torch.equal(W, before[0])
-    assert torch.equal(G, before[1])
+    solver.solve(state, middle(solver), start)
+    solver.solve_site([(W, norm, middle(solver)), (W, norm, middle(solver))])
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, before, strict=True))
     # Nor is the state: another target in between changes nothing.
     solver.solve(state, target_of(solver, 1 if solver.low_rank else 0, 40 if solver.sparse else 0))
     again = solver.solve(state, middle(solver))
@@ -152,15 +182,20 @@ def test_permuting_outputs_permutes_the_answer(solver):
         torch.testing.assert_close(permuted.value.dense(), straight.value.dense()[order])
 
 
-def test_never_worse_than_a_feasible_start(solver):
+@pytest.mark.parametrize("outputs", [False, True], ids=["G", "A,G"])
+def test_never_worse_than_a_feasible_start(solver, outputs):
     W, norm = metric(D_OUT, D_IN, 300)
+    norm = weighted(norm) if outputs else norm
     target = middle(solver)
     own = fit(solver, W, norm, target)
     # A start no solver can beat: the weight is made so that it fits exactly.
-    made = W + own.value.dense() - W
-    exact = own.value
-    solution = fit(solver, made, norm, target, exact)
-    assert solution.error <= norm.error(made - exact.dense())
+    solution = fit(solver, own.value.dense(), norm, target, own.value)
+    assert solution.error == 0
+    assert solution.value is own.value
+    # One that a solver without outputs, or in a hurry, cannot beat is better only in the whole metric.
+    better = fit(ThreeBASiL(Preset.BEST), W, norm, Target(target.rank, target.nnz)).value
+    better = replace(better, signs=torch.ones_like(W)) if solver.signs else better
+    assert fit(solver, W, norm, target, better).error <= norm.error(W - better.dense())
     nothing = fit(solver, W, norm, zero(solver)).value
     assert fit(solver, W, norm, target, nothing).error == own.error
     # More nonzeros than the target allows: not a start.
@@ -183,6 +218,46 @@ def test_dead_inputs_cost_no_budget(solver):
     if solver_needs_inputs and solver.sparse:
         full = fit(solver, W, Metric(Gram(G, 300)), target_of(solver, 0, NUMEL - 1))
         assert full.error <= 1e-6 * norm.error(W)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (40, 8)], ids=str)
+def test_more_outputs_than_inputs(solver, shape):
+    W, norm = metric(*shape, 300)
+    state = solver.prepare(W, norm)
+    nnz = W.numel() // 3 if solver.sparse else 0
+    for rank in (0, 3, min(shape)) if solver.low_rank else (0,):
+        target = target_of(solver, rank, nnz)
+        solution = solver.solve(state, target)
+        assert (solution.value.rank, solution.value.nnz) == (rank, nnz)
+        assert solution.error == pytest.approx(undamped(W, norm, solution.value), rel=1e-4, abs=1e-6 * norm.error(W))
+        # As many directions as there are leave nothing, but for SLaB, whose signs they carry too.
+        if rank == min(shape) and not solver.signs:
+            assert solution.error <= 1e-6 * norm.error(W)
+
+
+@pytest.mark.parametrize("outputs", [False, True], ids=["G", "A,G"])
+def test_more_budget_means_less_error(solver, outputs):
+    W, norm = metric(D_OUT, D_IN, 300)
+    norm = weighted(norm) if outputs and solver.outputs is not Outputs.NONE else norm
+    state = solver.prepare(W, norm)
+    grown = [(0, 40), (0, 100), (0, 200), (0, NUMEL - 1)] if solver.sparse else [(1, 0), (4, 0), (9, 0), (D_OUT, 0)]
+    errors = [solver.solve(state, target_of(solver, rank, nnz)).error for rank, nnz in grown]
+    assert all(after < 0.9 * before for before, after in pairwise(errors))
+    assert errors[-1] <= 0.01 * norm.error(W)
+    if solver.low_rank and solver.sparse:
+        ranked = [solver.solve(state, target_of(solver, rank, 100)).error for rank in (0, 1, 4)]
+        assert ranked[1] < 0.9 * ranked[0]
+        # A second pair of factors shares its signs with the first.
+        assert solver.signs or ranked[2] < 0.9 * ranked[1]
+
+
+def test_a_parameter_that_is_a_view(solver):
+    W, norm = metric(D_OUT, D_IN, 300)
+    view = W.mT.clone().mT.requires_grad_()
+    assert not view.is_contiguous()
+    solution, plain = fit(solver, view, norm, middle(solver)), fit(solver, W, norm, middle(solver))
+    assert solution.error == pytest.approx(plain.error, rel=CHAOS)
+    assert not any(part.requires_grad for part in (solution.value.S, solution.value.U, solution.value.V))
 
 
 def test_fewer_tokens_than_inputs(solver):
@@ -283,6 +358,24 @@ def test_single_precision_is_enough(solver):
     assert single.error == pytest.approx(double.error, rel=CHAOS)
 
 
+@pytest.mark.parametrize("outputs", [False, True], ids=["G", "A,G"])
+def test_a_site_is_fitted_layer_by_layer(solver, outputs):
+    W, norm = metric(D_OUT, D_IN, 300)
+    counts = (60, 150, 0, NUMEL) if solver.sparse else (0, NUMEL, 0, NUMEL)
+    layers = []
+    for i, nnz in enumerate(counts):
+        metrics = weighted(norm, seed=i) if outputs else norm
+        layers.append((W * (i + 1), metrics, target_of(solver, 2 if solver.low_rank else 0, nnz)))
+    found = solver.solve_site(layers)
+    assert len(found) == len(layers)
+    for (weight, metrics, target), solution in zip(layers, found, strict=True):
+        alone = fit(solver, weight, metrics, target)
+        assert (solution.value.rank, solution.value.nnz) == (alone.value.rank, alone.value.nnz)
+        energy = metrics.error(weight)
+        assert solution.error == pytest.approx(undamped(weight, metrics, solution.value), rel=1e-4, abs=1e-6 * energy)
+        assert solution.error == pytest.approx(alone.error, rel=3 * CHAOS, abs=1e-6 * energy)
+
+
 def test_a_path_fits_every_target(solver):
     W, norm = metric(D_OUT, D_IN, 300)
     state = solver.prepare(W, norm)
@@ -302,11 +395,12 @@ def test_a_singular_gram_reports_its_damping(solver):
     constant = Metric(Gram(torch.outer(x, x), 300))
     undamped_options = {name: 0.0 for name in ("damping", "diagonal_damping") if hasattr(solver, name)}
     bare = replace(solver, **undamped_options)
-    solution = fit(bare, W, constant, middle(solver))
-    assert math.isfinite(solution.error)
-    if undamped_options:
-        assert solution.stats["damping"] > 0
-        assert solution.status is Status.FALLBACK
+    for target in (middle(solver), target_of(solver, middle(solver).rank, 0)):
+        solution = fit(bare, W, constant, target)
+        assert math.isfinite(solution.error)
+        if undamped_options:
+            assert solution.stats["damping"] > 0, target
+            assert solution.status is Status.FALLBACK, target
 
 
 def test_refuses_what_it_cannot_do(solver):

@@ -104,7 +104,7 @@ def test_a_priced_surface_passes_through_its_anchors(made, pattern):
     metric = Metric(gram)
     options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
     targets = [target for row in options.anchors for target in row]
-    lost = fit_anchors(W, metric, span, options, get_solver("3basil"))
+    lost = fit_anchors(W, metric, options, get_solver("3basil"))
     fitted = [metric.error(E) for E in lost]
     assert len(fitted) == len(targets)
     surface = priced(options, errors, fitted, metric.error(W))

@@ -6,7 +6,7 @@ import torch
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
 from globalopt.types import NM, follows
-from tests.reference import sparsegpt
+from tests.reference import slab, sparsegpt
 from tests.synthetic import layer
 
 
@@ -42,3 +42,47 @@ def test_zero_columns_use_no_budget():
     S = obs_prune(W, R, 60, column_block=5)
     assert int(S.count_nonzero()) == 60
     assert not S[:, 5:15].any()
+
+
+def error(W, S, G):
+    return float((((W - S) @ G) * (W - S)).sum())
+
+
+@pytest.mark.parametrize("layer_wide", [False, True])
+@pytest.mark.parametrize(("nnz", "pattern"), [(0, None), (77, None), (240, None), (120, NM(2, 4)), (60, NM(1, 4))])
+def test_what_is_not_kept_falls_to_the_floor(nnz, pattern, layer_wide):
+    W, G, R = problem()
+    floor = 0.5 * W.abs().mean() * torch.rand(12, 20, generator=torch.Generator().manual_seed(1)).double()
+    before = floor.clone()
+    S = obs_prune(W, R, nnz, pattern, column_block=32, layer_wide=layer_wide, floor=floor)
+    kept, B = slab.sweep(W, G, floor, nnz, pattern, column_block=32)
+    torch.testing.assert_close(S, kept + floor * B)
+    assert torch.equal(floor, before)
+    off = S.abs() != floor
+    assert int(off.sum()) == nnz
+    assert pattern is None or follows(off, pattern)
+
+
+@pytest.mark.parametrize("layer_wide", [False, True])
+@pytest.mark.parametrize("column_block", [1, 6])
+def test_blocks_share_the_count_above_a_floor(column_block, layer_wide):
+    W, G, R = problem()
+    floor = (0.5 * W.abs().mean()).expand(12, 20)
+    S = obs_prune(W, R, 77, column_block=column_block, layer_wide=layer_wide, floor=floor)
+    assert int((S.abs() != floor).sum()) == 77
+    # The error of a column is fed forward: each weight at its own side of the floor is worse.
+    kept = torch.where(S.abs() != floor, W, torch.copysign(floor, W))
+    assert error(W, S, G) < error(W, kept, G)
+
+
+def test_a_floor_of_zero_is_none():
+    W, _, R = problem()
+    torch.testing.assert_close(obs_prune(W, R, 77, floor=torch.zeros_like(W)), obs_prune(W, R, 77))
+
+
+def test_the_layer_is_not_modified():
+    W, _, R = problem()
+    before = W.clone(), R.clone()
+    obs_prune(W, R, 77, column_block=6)
+    assert torch.equal(W, before[0])
+    assert torch.equal(R, before[1])

@@ -1,55 +1,245 @@
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
+import pytest
 import torch
 
+from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
-from globalopt.kernels.ridge_admm import ridge_admm
+from globalopt.kernels.ridge_admm import Part, Schedule, ridge_admm
+from globalopt.types import NM, follows
+from tests.kernels.norms import best_low_rank, correlated, matrices, problem, root, side, squared, unit
+
+BOTH = pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
+RISE = Schedule(0.05, 0.8, steps=60, hold=4)
 
 
-def unit_gram(d: int) -> torch.Tensor:
-    mixing = torch.randn(200, d, generator=torch.Generator().manual_seed(1))
-    mixing[:, 1:] += 0.7 * mixing[:, :-1]
-    G = mixing.mT @ mixing / 200
-    scale = G.diagonal().sqrt()
-    return G / scale / scale[:, None]
+def keeper(nnz, pattern=None):
+    return lambda magnitudes, size: keep_weights(magnitudes, math.ceil(size * nnz), pattern)
 
 
-def test_white_inputs_and_rank_zero_keep_nearly_the_largest_weights():
-    W = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    fit = ridge_admm(W, torch.eye(10), torch.eye(10), 0, lambda scores: keep_weights(scores, 20))
-    best = W.masked_fill(~keep_weights(W.abs(), 20), 0.0)
-    assert fit.settled
-    assert float((W - fit.S).norm()) <= 1.02 * float((W - best).norm())
+def alone(W, norm, rank, nnz, schedule=RISE, start=None, pattern=None):
+    """The fit of a single layer, and the run it came from."""
+    part = Part(slice(0, len(W)), norm.outputs, rank, keeper(nnz, pattern))
+    found = ridge_admm(W, norm.inputs, [part], schedule, None if start is None else [start])
+    return found.fits[0], found
 
 
-def test_a_frozen_support_lowers_the_penalty():
-    W = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
-    G = unit_gram(20)
-    frozen = ridge_admm(W, G, torch.linalg.cholesky(G), 0, lambda scores: keep_weights(scores, 80), penalty=1e4)
-    assert frozen.settled
-    assert frozen.penalty < 10
-    magnitude = W * keep_weights(W.abs(), 80)
-
-    def error(S):
-        return float((((W - S) @ G) * (W - S)).sum())
-
-    assert error(frozen.S) < 0.9 * error(magnitude)
+def residual(W, fit):
+    return W - fit.S - fit.subspace.U @ fit.subspace.factor(W - fit.S)
 
 
-def test_recovers_a_sparse_plus_low_rank_matrix():
+def literal(W, norm, rank, nnz, schedule, start=None):
+    """The loop of the docstring with every product written out: dense systems, roots of `A` and of `G`."""
+    A, G = matrices(norm, W.shape)
+    half = root(A)
+    U, L = None, torch.zeros_like(W)
+    Z = Y = torch.zeros_like(W)
+    if start is not None:
+        Z, L = start.S, start.subspace.U @ start.subspace.U.mT @ A @ (W - start.S)
+        Y = torch.where(Z == 0, A @ (W - Z - L) @ G, 0.0)
+    step, changed = 0, True
+    support = Z != 0
+    while step < schedule.steps and changed:
+        penalty, seen = schedule.penalty(step), support
+        for _ in range(min(schedule.hold, schedule.steps - step)):
+            R = A @ (W - L) @ G - Y + penalty * Z
+            system = torch.kron(A, G) + penalty * torch.eye(W.numel()).double()
+            S = torch.linalg.solve(system, R.flatten()).view_as(W)
+            proposal = S + Y / penalty
+            count = math.ceil(schedule.size(step) * nnz)
+            support = torch.zeros(W.numel(), dtype=torch.bool)
+            support[proposal.abs().flatten().argsort(descending=True)[:count]] = True
+            support = support.view_as(W)
+            Z = torch.where(support, proposal, 0.0)
+            Y = Y + penalty * (S - Z)
+            M = W - S
+            if rank and U is None:
+                U = torch.linalg.svd(half @ M @ root(G)).U[:, :rank]
+            elif U is not None:
+                U = torch.linalg.qr(half @ M @ G @ M.mT @ half @ U).Q
+            if U is not None:
+                L = torch.linalg.solve(half, U @ U.mT @ half @ M)
+            step += 1
+        if schedule.size(step - 1) == 1:
+            changed = not torch.equal(support, seen)
+    return Z, L if U is None else torch.linalg.solve(half, U @ U.mT @ half @ (W - Z)), step
+
+
+@BOTH
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 22])
+def test_every_step_is_the_formulas(weighted, rank, steps):
+    W, norm = problem(6, 9, weighted)
+    schedule = Schedule(0.05, 0.8, steps, hold=3)
+    fit, found = alone(W, norm, rank, 20, schedule)
+    S, L, taken = literal(W, norm, rank, 20, schedule)
+    torch.testing.assert_close(fit.S, S)
+    torch.testing.assert_close(W - fit.S - residual(W, fit), L)
+    assert (found.steps, fit.subspace.rank) == (taken, rank)
+
+
+@BOTH
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("steps", [1, 2, 14])
+def test_every_step_of_a_warm_start_is_the_formulas(weighted, rank, steps):
+    W, norm = problem(6, 9, weighted)
+    neighbour, _ = alone(W, norm, rank, 12)
+    schedule = Schedule(0.05, 0.8, steps, hold=3, begun=0.3, grown=0.6)
+    fit, found = alone(W, norm, rank, 20, schedule, neighbour)
+    S, L, taken = literal(W, norm, rank, 20, schedule, neighbour)
+    torch.testing.assert_close(fit.S, S)
+    torch.testing.assert_close(W - fit.S - residual(W, fit), L)
+    assert found.steps == taken
+
+
+@BOTH
+def test_stacked_layers_are_solved_as_if_alone(weighted):
+    sizes, ranks, counts = (6, 4, 7), (2, 0, 1), (20, 9, 30)
+    W, norm = problem(sum(sizes), 9, False)
+    assert norm.inputs is not None
+    schedule = Schedule(0.05, 0.8, steps=20, hold=4)
+    parts, expected, begin = [], [], 0
+    for seed, (size, rank, nnz) in enumerate(zip(sizes, ranks, counts, strict=True)):
+        rows = slice(begin, begin + size)
+        outputs = side(unit(correlated(size, seed))) if weighted else None
+        parts.append(Part(rows, outputs, rank, keeper(nnz)))
+        expected.append(literal(W[rows], Norm(norm.inputs, outputs), rank, nnz, schedule))
+        begin += size
+    before = W.clone()
+    found = ridge_admm(W, norm.inputs, parts, schedule)
+    assert torch.equal(W, before)
+    # They end together; alone none of them ends before.
+    assert {found.steps, *(steps for _, _, steps in expected)} == {20}
+    for part, fit, (S, L, _) in zip(parts, found.fits, expected, strict=True):
+        torch.testing.assert_close(fit.S, S)
+        torch.testing.assert_close(fit.subspace.U @ fit.subspace.factor(W[part.rows] - fit.S), L)
+
+
+def test_a_warm_start_of_stacked_layers_keeps_them_apart():
+    W, norm = problem(10, 9, False)
+    assert norm.inputs is not None
+    rows, ranks, counts = (slice(0, 6), slice(6, 10)), (2, 1), (20, 9)
+    outputs = [side(unit(correlated(part.stop - part.start, part.start))) for part in rows]
+    parts = [Part(*part, keeper(nnz)) for *part, nnz in zip(rows, outputs, ranks, counts, strict=True)]
+    starts = ridge_admm(W, norm.inputs, parts, RISE).fits
+    schedule = Schedule(0.05, 0.8, steps=6, hold=6, begun=0.5, grown=0.8)
+    found = ridge_admm(W, norm.inputs, parts, schedule, starts)
+    for part, fit, start, nnz in zip(parts, found.fits, starts, counts, strict=True):
+        S, _, _ = literal(W[part.rows], Norm(norm.inputs, part.outputs), part.rank, nnz, schedule, start)
+        torch.testing.assert_close(fit.S, S)
+
+
+# ------------------------------------------------------------------------------------------------- schedules
+
+
+def test_the_penalty_rises_along_its_formula():
+    schedule = Schedule(0.02, 5.0, steps=50, hold=1)
+    penalties = [schedule.penalty(step) for step in range(50)]
+    assert penalties[0] == 0.02
+    assert all(before < after < 5.0 for before, after in pairwise(penalties))
+    assert penalties[20] == pytest.approx(0.02 * 250 ** (0.4**1.3))
+
+
+def test_a_warm_start_skips_a_share_of_the_rise():
+    cold, warm = Schedule(0.02, 5.0, steps=50, hold=1), Schedule(0.02, 5.0, steps=50, hold=1, begun=0.4)
+    assert warm.penalty(0) == pytest.approx(cold.penalty(20))
+    assert warm.penalty(25) == pytest.approx(cold.penalty(35))
+
+
+def test_the_support_grows_to_its_full_size():
+    schedule = Schedule(1.0, 2.0, steps=50, hold=1, grown=0.2, full=0.5)
+    sizes = [schedule.size(step) for step in range(50)]
+    assert sizes[0] == pytest.approx(0.2 + 0.8 / 25)
+    assert sizes[9] == pytest.approx(0.2 + 0.8 * 10 / 25)
+    assert all(before < after for before, after in pairwise(sizes[:25]))
+    assert all(size == 1 for size in sizes[25:])
+    assert Schedule(1.0, 2.0, steps=50, hold=1, grown=1.0).size(0) == 1
+
+
+@BOTH
+def test_the_support_starts_empty_and_grows_to_its_count(weighted):
+    W, norm = problem(12, 20, weighted)
+    asked = []
+
+    def keep(magnitudes, size):
+        asked.append(size)
+        return keep_weights(magnitudes, math.ceil(size * 80))
+
+    schedule = Schedule(0.05, 0.8, steps=40, hold=4)
+    found = ridge_admm(W, norm.inputs, [Part(slice(0, 12), norm.outputs, 2, keep)], schedule)  # pyright: ignore[reportArgumentType]
+    assert asked == [schedule.size(step) for step in range(found.steps)]
+    assert asked[0] < 0.1
+    assert int(found.fits[0].S.count_nonzero()) == 80
+
+
+# ------------------------------------------------------------------------------------------------- what it finds
+
+
+@BOTH
+def test_patterns_hold_at_the_end(weighted):
+    W, norm = problem(12, 20, weighted)
+    fit, _ = alone(W, norm, 2, 120, pattern=NM(2, 4))
+    assert follows(fit.S, NM(2, 4))
+    assert int(fit.S.count_nonzero()) == 120
+
+
+@BOTH
+def test_a_warm_start_from_its_own_solution_stays_there(weighted):
+    W, norm = problem(24, 32, weighted)
+    fit, _ = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=120, hold=8))
+    again, _ = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=24, hold=8, begun=0.9, grown=1.0), fit)
+    stayed = (again.S != 0) & (fit.S != 0)
+    assert int(stayed.sum()) >= 190
+    assert squared(norm, residual(W, again)) <= 1.01 * squared(norm, residual(W, fit))
+
+
+def test_white_inputs_and_rank_zero_keep_the_largest_weights():
+    W = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).double()
+    fit, _ = alone(W, Norm(side(torch.eye(10).double())), 0, 20, Schedule(0.5, 5.0, steps=200, hold=4))
+    torch.testing.assert_close(fit.S, W * keep_weights(W.abs(), 20), rtol=0, atol=1e-3)
+
+
+@BOTH
+def test_a_search_beats_the_largest_entries(weighted):
+    W, norm = problem(24, 32, weighted)
+    fit, _ = alone(W, norm, 0, 200)
+    assert squared(norm, residual(W, fit)) < 0.7 * squared(norm, W * ~keep_weights(W.abs(), 200))
+    low_rank = best_low_rank(W, norm, 2)
+    largest = W * keep_weights((W - low_rank).abs(), 200)
+    fit, _ = alone(W, norm, 2, 200)
+    M = W - largest
+    assert squared(norm, residual(W, fit)) < 0.7 * squared(norm, M - best_low_rank(M, norm, 2))
+
+
+@BOTH
+def test_recovers_a_sparse_plus_low_rank_matrix(weighted):
     generator = torch.Generator().manual_seed(0)
+    _, norm = problem(30, 40, weighted)
     L = torch.randn(30, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     S = torch.zeros(1200)
     S[torch.randperm(1200, generator=generator)[:60]] = 10.0
-    W = L + S.view(30, 40)
-    G = unit_gram(40)
-    fit = ridge_admm(W, G, torch.linalg.cholesky(G), 2, lambda scores: keep_weights(scores, 60))
-    assert torch.equal(fit.S != 0, S.view(30, 40) != 0)
-    # The iteration ends when the support does; its values are then near, not at, their optimum.
-    assert float((W - fit.S - fit.U @ fit.V).norm() / W.norm()) < 0.03
+    S = S.view(30, 40)
+    fit, found = alone((S + L).double(), norm, 2, 60, Schedule(0.01, 5.0, steps=400, hold=8))
+    assert torch.equal(fit.S != 0, S != 0)
+    assert found.steps < 400
+    assert found.moved == 0
+    # It ends with the support; its values are then near, not at, their optimum.
+    assert float(residual((S + L).double(), fit).norm() / (S + L).norm()) < 0.05
 
 
-def test_step_limit_is_not_settled():
-    W = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    fit = ridge_admm(W, torch.eye(10), torch.eye(10), 1, lambda scores: keep_weights(scores, 20), max_steps=7)
-    assert (fit.steps, fit.settled) == (7, False)
+def test_the_share_that_moved_is_of_the_last_change_of_the_penalty():
+    W, norm = problem(24, 32, False)
+    supports = []
+
+    def keep(magnitudes, size):
+        supports.append(keep_weights(magnitudes, math.ceil(size * 200)))
+        return supports[-1]
+
+    found = ridge_admm(W, norm.inputs, [Part(slice(0, 24), None, 2, keep)], RISE)  # pyright: ignore[reportArgumentType]
+    assert found.steps == len(supports) == 60
+    assert found.moved == int((supports[-1] != supports[-5]).sum()) / 200
+    unsettled = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=3, hold=1, full=1.0))[1]
+    assert unsettled.moved > 0

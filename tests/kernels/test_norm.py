@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.kernels.norm import Norm, ridge
+from tests.kernels.norms import correlated, matrices, problem, side, squared
+
+
+def kronecker_solve(A, G, penalty, R):
+    """`S` of `A S G + penalty S = R` from one dense system of all entries."""
+    system = torch.kron(A, G) + penalty * torch.eye(R.numel()).double()
+    return torch.linalg.solve(system, R.flatten()).view_as(R)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 0.4, 50.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ridge_solves_its_system(weighted, penalty):
+    R, norm = problem(5, 8, weighted)
+    assert norm.inputs is not None
+    outputs = [] if norm.outputs is None else [(slice(0, 5), norm.outputs)]
+    A, G = matrices(norm, R.shape)
+    before = R.clone()
+    torch.testing.assert_close(ridge(norm.inputs, outputs, penalty)(R), kronecker_solve(A, G, penalty, R))
+    assert torch.equal(R, before)
+
+
+def test_stacked_layers_have_their_own_outputs():
+    R, norm = problem(9, 8, False)
+    assert norm.inputs is not None
+    upper, lower = correlated(4, seed=1), correlated(5, seed=2)
+    solved = ridge(norm.inputs, [(slice(0, 4), side(upper)), (slice(4, 9), side(lower))], 0.3)(R)
+    G = norm.inputs.matrix
+    torch.testing.assert_close(solved[:4], kronecker_solve(upper, G, 0.3, R[:4]))
+    torch.testing.assert_close(solved[4:], kronecker_solve(lower, G, 0.3, R[4:]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_times_is_the_gradient_of_half_the_square(weighted):
+    E, norm = problem(5, 8, weighted)
+    A, G = matrices(norm, E.shape)
+    torch.testing.assert_close(norm.times(E), A @ E @ G)
+    assert float((norm.times(E) * E).sum()) == pytest.approx(squared(norm, E))
+    assert torch.equal(Norm(None).times(E), E)
+
+
+def test_figures_of_a_side():
+    matrix = correlated(6)
+    values, vectors = side(matrix).eigen
+    torch.testing.assert_close(vectors * values @ vectors.mT, matrix)
+    # The product of the eigenvalues is the determinant.
+    assert side(matrix).geometric_mean == pytest.approx(float(torch.linalg.det(matrix)) ** (1 / 6))
+    assert Norm(side(matrix)).factor is not None
+    assert Norm(None, side(matrix)).factor is None

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from globalopt.kernels.low_rank import Subspace
+from globalopt.kernels.norm import Norm
+from globalopt.kernels.ridge_admm import Fit
+from globalopt.types import NM, Target, follows
+from solvers import _admm
+from solvers._admm import Search
+from tests.kernels.norms import problem, squared
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The schedule and the masks of every run of ADMM: `(schedule, [(magnitudes, share, mask), ...])`."""
+    seen, original = [], _admm.ridge_admm
+
+    def recording(W, inputs, parts, schedule, start=None):
+        masks = []
+        seen.append((schedule, masks))
+
+        def watch(keep):
+            def watched(magnitudes, share):
+                mask = keep(magnitudes, share)
+                masks.append((magnitudes.clone(), share, mask))
+                return mask
+
+            return watched
+
+        watched = [type(part)(part.rows, part.outputs, part.rank, watch(part.keep)) for part in parts]
+        return original(W, inputs, watched, schedule, start)
+
+    monkeypatch.setattr(_admm, "ridge_admm", recording)
+    return seen
+
+
+@pytest.mark.parametrize("target", [Target(2, 101), Target(0, 96, NM(2, 4)), Target(1, 48, NM(1, 4))])
+def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
+    W, norm = problem(8, 24, False)
+    found = Search(steps=20).run([W], [norm], [target])
+    masks = runs[0][1]
+    assert len(masks) == found.steps
+    for magnitudes, share, mask in masks:
+        assert int(mask.sum()) == math.ceil(share * target.nnz)
+        allowed = torch.ones_like(mask)
+        if target.pattern is not None:
+            assert follows(mask, target.pattern)
+            groups = magnitudes.view(8, -1, target.pattern.of)
+            allowed = groups >= groups.sort(descending=True).values[..., target.pattern.keep - 1 : target.pattern.keep]
+            allowed = allowed.view(8, 24)
+        # Nothing that could have been kept is larger than what was.
+        assert float(magnitudes[allowed & ~mask].max()) <= float(magnitudes[mask].min()) if share < 1 else True
+    assert masks[0][1] < 0.2
+    assert masks[-1][1] == 1
+    assert int(found.fits[0].S.count_nonzero()) == target.nnz
+
+
+def test_a_start_is_grown_from_the_share_it_has(runs):
+    W, norm = problem(8, 24, False)
+    small = Search(steps=20).run([W], [norm], [Target(1, 40)]).fits
+    large = Search(steps=20).run([W], [norm], [Target(1, 140)]).fits
+    runs.clear()
+    for start in (small, large):
+        Search(steps=10, begun=0.3, full=0.7).run([W], [norm], [Target(1, 100)], start)
+    (first, _), (second, _) = runs
+    assert (first.grown, first.begun, first.full, first.steps) == (0.4, 0.3, 0.7, 10)
+    assert second.grown == 1
+
+
+def test_the_penalty_is_smaller_for_correlated_coordinates(runs):
+    W, norm = problem(8, 24, False)
+    white = Norm(type(norm.inputs)(torch.eye(24).double(), torch.eye(24).double()))  # pyright: ignore[reportOptionalCall, reportCallIssue]
+    for given in (norm, white):
+        Search(steps=20).run([W], [given], [Target(0, 40)])
+    (correlated, _), (plain, _) = runs
+    assert correlated.start < plain.start
+    assert correlated.end < plain.end
+    assert correlated.start < correlated.end
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
+def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
+    W, norm = problem(24, 32, weighted)
+
+    def error(fit):
+        return squared(norm, W - fit.S - fit.subspace.U @ fit.subspace.factor(W - fit.S))
+
+    fits = [Search(steps=30, rounds=rounds).run([W], [norm], [Target(2, 200)]).fits[0] for rounds in (0, 1, 4)]
+    assert all(torch.equal(fit.S != 0, fits[0].S != 0) for fit in fits)
+    assert error(fits[2]) < error(fits[1]) < error(fits[0])
+
+
+def test_a_start_saves_steps():
+    W, norm = problem(24, 32, False)
+    target = Target(0, 200)
+    neighbour = Search(steps=200).run([W], [norm], [Target(0, 170)]).fits
+
+    def error(found):
+        return squared(norm, W - found.fits[0].S)
+
+    warm = Search(steps=30, begun=0.5).run([W], [norm], [target], neighbour)
+    cold = Search(steps=30).run([W], [norm], [target])
+    assert error(warm) < error(cold)
+    other = Fit(torch.zeros_like(W), Subspace(W[:, :0], W[:, :0]))
+    empty = Search(steps=30).run([W], [norm], [target], [other])
+    torch.testing.assert_close(error(empty), error(cold), rtol=0.02, atol=0)
+
+
+def test_needs_an_input_gram():
+    W, _ = problem(8, 24, False)
+    with pytest.raises(ValueError, match="input Gram"):
+        Search(steps=5).run([W], [Norm(None)], [Target(0, 40)])
