@@ -12,6 +12,7 @@ from torch import Tensor
 from globalopt.capture import BlockRunner, walk_blocks
 from globalopt.errors import GlobalOptError, NumericalError, UsageError
 from globalopt.protocols import Solver
+from globalopt.rounding import rounded
 from globalopt.store import Run
 from globalopt.summary import LayerResult
 from globalopt.types import Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
@@ -49,7 +50,7 @@ def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget)
     least = budget.cost(plane, spec)
     if least > cost:
         raise UsageError(
-            f"Solver {solver.name} needs a sign plane: {least} {budget.accounting} or more for layer {spec.name}, whose "
+            f"Solver {solver.name} needs a sign plane, {least} {budget.accounting} or more for layer {spec.name}; its "
             f"target costs {cost}. Use a larger budget or another solver."
         )
     return plane if target.pattern else budget.grow(plane, spec, "nnz", spec.numel - 1, cost)
@@ -123,7 +124,7 @@ Saved = tuple[Decomposition, dict[str, float | str]]
 def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
     """Fit the layers of one site together; their time is shared out by size."""
     searched = [job for job in jobs if job.target.nnz < job.spec.numel and job.target != Target.zero()]
-    made = {job.spec: _checked(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
+    made = {job.spec: _saved(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
     if searched:
         started = time.perf_counter()
         try:
@@ -133,7 +134,7 @@ def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
             raise
         seconds = (time.perf_counter() - started) / sum(job.spec.numel for job in searched)
         for job, solution in zip(searched, solutions, strict=True):
-            made[job.spec] = _checked(job, solution, plan, seconds * job.spec.numel)
+            made[job.spec] = _saved(job, solution, plan, seconds * job.spec.numel)
     return [made[job.spec] for job in jobs]
 
 
@@ -144,9 +145,9 @@ def _whole(job: Job) -> Solution:
     return Solution(value, job.metric.error(job.weight - value.dense()))
 
 
-def _checked(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Saved:
+def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Saved:
     try:
-        value = stored(solution.value, job.target, plan.dtype)
+        value = checked(rounded(solution.value, job.weight, job.metric, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
         raise
@@ -162,15 +163,14 @@ def _checked(job: Job, solution: Solution, plan: Refinement, seconds: float) -> 
     }
 
 
-def stored(value: Decomposition, target: Target, dtype: torch.dtype) -> Decomposition:
-    """The decomposition as it is saved, in `dtype`; `NumericalError` if it then breaks its target."""
-    cast = Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs)
-    if not cast.fits(target):
+def checked(value: Decomposition, target: Target) -> Decomposition:
+    """The decomposition as it is saved; `NumericalError` if it breaks its target."""
+    if not value.fits(target):
         raise NumericalError(
-            f"the solution keeps rank {cast.rank} and {cast.nnz} nonzeros; the target is rank {target.rank}, "
+            f"the solution keeps rank {value.rank} and {value.nnz} nonzeros; the target is rank {target.rank}, "
             f"{target.nnz} nonzeros, pattern {target.pattern or 'unstructured'}."
         )
-    return cast
+    return value
 
 
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | str], plan: Refinement) -> LayerResult:

@@ -29,7 +29,7 @@ STEPS = {Preset.FAST: 80, Preset.DEFAULT: 220, Preset.BEST: 800}
 
 # A target with a solved neighbour takes a share of the steps, begins later in the penalty's rise, and grows nearly to
 # the end: the fewer new entries at a time, the better each is chosen.
-PATH_STEPS = 0.28
+PATH_STEPS = 0.25
 PATH_BEGUN = 0.2
 PATH_FULL = 0.8
 

@@ -28,14 +28,14 @@ VARIANTS: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()} | {
     "magnitude, rows": Magnitude(outputs=Outputs.ROWS),
     "wanda, layer": Wanda(per_row=False, outputs=Outputs.ROWS),
     "sparsegpt, layer": SparseGPT(column_block=8, layer_wide=True, outputs=Outputs.ROWS),
-    "eora, magnitude": EoRA(Pruning.MAGNITUDE),
+    "eora, magnitude": EoRA(Pruning.MAGNITUDE, outputs=Outputs.ROWS),
     "eora, wanda": EoRA(Pruning.WANDA, outputs=Outputs.ROWS),
-    "oats, layer": OATS(per_row=False, outputs=Outputs.ROWS),
+    "oats, layer": OATS(steps=20, per_row=False, outputs=Outputs.ROWS),
     "alps, full": ALPS(outputs=Outputs.FULL),
-    "hassle-free, alps": HassleFree(SparseStep.ALPS, steps=10, sparse_steps=20),
-    "hassle-free, rows": HassleFree(column_block=8, layer_wide=False, outputs=Outputs.ROWS),
+    "hassle-free, alps": HassleFree(SparseStep.ALPS, steps=5, sparse_steps=20),
+    "hassle-free, rows": HassleFree(steps=10, column_block=8, layer_wide=False, outputs=Outputs.ROWS),
     "3basil, fast": ThreeBASiL(Preset.FAST),
-    "3basil, rows": ThreeBASiL(outputs=Outputs.ROWS),
+    "3basil, rows": ThreeBASiL(Preset.FAST, outputs=Outputs.ROWS),
     "slab, published": SLaB(refit=0, search=0),
 }
 
@@ -191,7 +191,6 @@ def test_never_worse_than_a_feasible_start(solver, outputs):
     # A start no solver can beat: the weight is made so that it fits exactly.
     solution = fit(solver, own.value.dense(), norm, target, own.value)
     assert solution.error == 0
-    assert solution.value is own.value
     # One that a solver without outputs, or in a hurry, cannot beat is better only in the whole metric.
     better = fit(ThreeBASiL(Preset.BEST), W, norm, Target(target.rank, target.nnz)).value
     better = replace(better, signs=torch.ones_like(W)) if solver.signs else better
@@ -222,7 +221,7 @@ def test_dead_inputs_cost_no_budget(solver):
 
 @pytest.mark.parametrize("shape", [(24, 16), (40, 8)], ids=str)
 def test_more_outputs_than_inputs(solver, shape):
-    W, norm = metric(*shape, 300)
+    W, norm = metric(shape[0], shape[1], 300)
     state = solver.prepare(W, norm)
     nnz = W.numel() // 3 if solver.sparse else 0
     for rank in (0, 3, min(shape)) if solver.low_rank else (0,):
@@ -253,7 +252,7 @@ def test_more_budget_means_less_error(solver, outputs):
 
 def test_a_parameter_that_is_a_view(solver):
     W, norm = metric(D_OUT, D_IN, 300)
-    view = W.mT.clone().mT.requires_grad_()
+    view = W.mT.contiguous().mT.requires_grad_()
     assert not view.is_contiguous()
     solution, plain = fit(solver, view, norm, middle(solver)), fit(solver, W, norm, middle(solver))
     assert solution.error == pytest.approx(plain.error, rel=CHAOS)

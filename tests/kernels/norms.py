@@ -27,11 +27,11 @@ def correlated(d: int, seed: int = 0) -> Tensor:
     return X.mT @ X / len(X)
 
 
-def problem(d_out: int, d_in: int, outputs: bool, seed: int = 0) -> tuple[Tensor, Norm]:
-    """A weight (d_out, d_in) with its inputs' Gram at unit diagonal, and an `A` likewise if asked; float64."""
-    W, gram = layer(d_out, d_in, 300, seed)
+def problem(shape: tuple[int, int], outputs: bool, seed: int = 0) -> tuple[Tensor, Norm]:
+    """A weight of `shape` (d_out, d_in) with its inputs' Gram at unit diagonal, and an `A` likewise if asked; float64."""
+    W, gram = layer(*shape, 300, seed)
     G = gram.damped(0.01).matrix.double()
-    A = unit(correlated(d_out, seed)) if outputs else None
+    A = unit(correlated(shape[0], seed)) if outputs else None
     return W.double() * G.diagonal().sqrt(), Norm(side(unit(G)), None if A is None else side(A))
 
 

@@ -23,7 +23,7 @@ def assert_orthonormal(subspace, norm):
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 @pytest.mark.parametrize("rank", [0, 1, 5, 12])
 def test_leading_subspace_is_the_best_of_its_rank(shape, weighted, rank):
-    M, norm = problem(*shape, weighted)
+    M, norm = problem(shape, weighted)
     subspace = leading_subspace(M, norm.times(M), norm, rank)
     assert subspace.rank == rank
     assert_orthonormal(subspace, norm)
@@ -33,7 +33,7 @@ def test_leading_subspace_is_the_best_of_its_rank(shape, weighted, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["I", "A"])
 def test_without_an_input_gram(shape, weighted):
-    M, norm = problem(*shape, weighted)
+    M, norm = problem(shape, weighted)
     norm = Norm(None, norm.outputs)
     subspace = leading_subspace(M, norm.times(M), norm, 3)
     torch.testing.assert_close(subspace.U @ subspace.factor(M), best_low_rank(M, norm, 3))
@@ -42,7 +42,7 @@ def test_without_an_input_gram(shape, weighted):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_single_precision_finds_the_same_subspace(shape, weighted):
-    M, norm = problem(*shape, weighted)
+    M, norm = problem(shape, weighted)
     sides = [s and Side(s.matrix.float(), s.factor.float()) for s in (norm.inputs, norm.outputs)]
     single = Norm(*sides)
     subspace = leading_subspace(M.float(), single.times(M.float()), single, 4)
@@ -55,7 +55,7 @@ def test_single_precision_finds_the_same_subspace(shape, weighted):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_rank_beyond_the_matrix_stays_orthonormal(shape, weighted):
-    _, norm = problem(*shape, weighted)
+    _, norm = problem(shape, weighted)
     M = torch.outer(torch.arange(shape[0]) + 1.0, torch.ones(shape[1])).double()
     subspace = leading_subspace(M, norm.times(M), norm, 4)
     assert_orthonormal(subspace, norm)
@@ -65,7 +65,7 @@ def test_rank_beyond_the_matrix_stays_orthonormal(shape, weighted):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_subspace_steps_reach_the_optimum(shape, weighted, monkeypatch):
-    M, norm = problem(*shape, weighted)
+    M, norm = problem(shape, weighted)
     A, _ = matrices(norm, M.shape)
     U = torch.randn(shape[0], 3, generator=torch.Generator().manual_seed(0)).double()
     subspace = Subspace(U, A @ U)
@@ -79,7 +79,7 @@ def test_subspace_steps_reach_the_optimum(shape, weighted, monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_one_subspace_step_spans_the_product(weighted):
-    M, norm = problem(12, 20, weighted)
+    M, norm = problem((12, 20), weighted)
     A, G = matrices(norm, M.shape)
     U = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)).double()
     subspace = subspace_step(M, norm.times(M), norm, Subspace(U, A @ U))
@@ -90,7 +90,7 @@ def test_one_subspace_step_spans_the_product(weighted):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_a_step_completes_directions_that_vanish(weighted):
-    _, norm = problem(12, 20, weighted)
+    _, norm = problem((12, 20), weighted)
     M = torch.outer(torch.arange(12) + 1.0, torch.ones(20)).double()
     start = leading_subspace(M, norm.times(M), norm, 4)
     for matrix in (M, torch.zeros_like(M)):
@@ -101,8 +101,8 @@ def test_a_step_completes_directions_that_vanish(weighted):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_factor_is_the_least_squares_fit_in_a_subspace(weighted):
-    M, norm = problem(12, 20, weighted)
-    other, _ = problem(12, 20, False, seed=1)
+    M, norm = problem((12, 20), weighted)
+    other, _ = problem((12, 20), False, seed=1)
     subspace = leading_subspace(other, norm.times(other), norm, 3)
     A, _ = matrices(norm, M.shape)
     U = subspace.U

@@ -16,7 +16,7 @@ def kronecker_solve(A, G, penalty, R):
 @pytest.mark.parametrize("penalty", [1e-3, 0.4, 50.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ridge_solves_its_system(weighted, penalty):
-    R, norm = problem(5, 8, weighted)
+    R, norm = problem((5, 8), weighted)
     assert norm.inputs is not None
     outputs = [] if norm.outputs is None else [(slice(0, 5), norm.outputs)]
     A, G = matrices(norm, R.shape)
@@ -26,7 +26,7 @@ def test_ridge_solves_its_system(weighted, penalty):
 
 
 def test_stacked_layers_have_their_own_outputs():
-    R, norm = problem(9, 8, False)
+    R, norm = problem((9, 8), False)
     assert norm.inputs is not None
     upper, lower = correlated(4, seed=1), correlated(5, seed=2)
     solved = ridge(norm.inputs, [(slice(0, 4), side(upper)), (slice(4, 9), side(lower))], 0.3)(R)
@@ -37,7 +37,7 @@ def test_stacked_layers_have_their_own_outputs():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_times_is_the_gradient_of_half_the_square(weighted):
-    E, norm = problem(5, 8, weighted)
+    E, norm = problem((5, 8), weighted)
     A, G = matrices(norm, E.shape)
     torch.testing.assert_close(norm.times(E), A @ E @ G)
     assert float((norm.times(E) * E).sum()) == pytest.approx(squared(norm, E))

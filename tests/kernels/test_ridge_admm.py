@@ -72,7 +72,7 @@ def literal(W, norm, rank, nnz, schedule, start=None):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("steps", [1, 2, 3, 22])
 def test_every_step_is_the_formulas(weighted, rank, steps):
-    W, norm = problem(6, 9, weighted)
+    W, norm = problem((6, 9), weighted)
     schedule = Schedule(0.05, 0.8, steps, hold=3)
     fit, found = alone(W, norm, rank, 20, schedule)
     S, L, taken = literal(W, norm, rank, 20, schedule)
@@ -85,7 +85,7 @@ def test_every_step_is_the_formulas(weighted, rank, steps):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("steps", [1, 2, 14])
 def test_every_step_of_a_warm_start_is_the_formulas(weighted, rank, steps):
-    W, norm = problem(6, 9, weighted)
+    W, norm = problem((6, 9), weighted)
     neighbour, _ = alone(W, norm, rank, 12)
     schedule = Schedule(0.05, 0.8, steps, hold=3, begun=0.3, grown=0.6)
     fit, found = alone(W, norm, rank, 20, schedule, neighbour)
@@ -98,7 +98,7 @@ def test_every_step_of_a_warm_start_is_the_formulas(weighted, rank, steps):
 @BOTH
 def test_stacked_layers_are_solved_as_if_alone(weighted):
     sizes, ranks, counts = (6, 4, 7), (2, 0, 1), (20, 9, 30)
-    W, norm = problem(sum(sizes), 9, False)
+    W, norm = problem((sum(sizes), 9), False)
     assert norm.inputs is not None
     schedule = Schedule(0.05, 0.8, steps=20, hold=4)
     parts, expected, begin = [], [], 0
@@ -119,11 +119,11 @@ def test_stacked_layers_are_solved_as_if_alone(weighted):
 
 
 def test_a_warm_start_of_stacked_layers_keeps_them_apart():
-    W, norm = problem(10, 9, False)
+    W, norm = problem((10, 9), False)
     assert norm.inputs is not None
     rows, ranks, counts = (slice(0, 6), slice(6, 10)), (2, 1), (20, 9)
     outputs = [side(unit(correlated(part.stop - part.start, part.start))) for part in rows]
-    parts = [Part(*part, keeper(nnz)) for *part, nnz in zip(rows, outputs, ranks, counts, strict=True)]
+    parts = [Part(r, A, rank, keeper(nnz)) for r, A, rank, nnz in zip(rows, outputs, ranks, counts, strict=True)]
     starts = ridge_admm(W, norm.inputs, parts, RISE).fits
     schedule = Schedule(0.05, 0.8, steps=6, hold=6, begun=0.5, grown=0.8)
     found = ridge_admm(W, norm.inputs, parts, schedule, starts)
@@ -161,7 +161,7 @@ def test_the_support_grows_to_its_full_size():
 
 @BOTH
 def test_the_support_starts_empty_and_grows_to_its_count(weighted):
-    W, norm = problem(12, 20, weighted)
+    W, norm = problem((12, 20), weighted)
     asked = []
 
     def keep(magnitudes, size):
@@ -180,7 +180,7 @@ def test_the_support_starts_empty_and_grows_to_its_count(weighted):
 
 @BOTH
 def test_patterns_hold_at_the_end(weighted):
-    W, norm = problem(12, 20, weighted)
+    W, norm = problem((12, 20), weighted)
     fit, _ = alone(W, norm, 2, 120, pattern=NM(2, 4))
     assert follows(fit.S, NM(2, 4))
     assert int(fit.S.count_nonzero()) == 120
@@ -188,7 +188,7 @@ def test_patterns_hold_at_the_end(weighted):
 
 @BOTH
 def test_a_warm_start_from_its_own_solution_stays_there(weighted):
-    W, norm = problem(24, 32, weighted)
+    W, norm = problem((24, 32), weighted)
     fit, _ = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=120, hold=8))
     again, _ = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=24, hold=8, begun=0.9, grown=1.0), fit)
     stayed = (again.S != 0) & (fit.S != 0)
@@ -204,7 +204,7 @@ def test_white_inputs_and_rank_zero_keep_the_largest_weights():
 
 @BOTH
 def test_a_search_beats_the_largest_entries(weighted):
-    W, norm = problem(24, 32, weighted)
+    W, norm = problem((24, 32), weighted)
     fit, _ = alone(W, norm, 0, 200)
     assert squared(norm, residual(W, fit)) < 0.7 * squared(norm, W * ~keep_weights(W.abs(), 200))
     low_rank = best_low_rank(W, norm, 2)
@@ -217,7 +217,7 @@ def test_a_search_beats_the_largest_entries(weighted):
 @BOTH
 def test_recovers_a_sparse_plus_low_rank_matrix(weighted):
     generator = torch.Generator().manual_seed(0)
-    _, norm = problem(30, 40, weighted)
+    _, norm = problem((30, 40), weighted)
     L = torch.randn(30, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     S = torch.zeros(1200)
     S[torch.randperm(1200, generator=generator)[:60]] = 10.0
@@ -231,7 +231,7 @@ def test_recovers_a_sparse_plus_low_rank_matrix(weighted):
 
 
 def test_the_share_that_moved_is_of_the_last_change_of_the_penalty():
-    W, norm = problem(24, 32, False)
+    W, norm = problem((24, 32), False)
     supports = []
 
     def keep(magnitudes, size):

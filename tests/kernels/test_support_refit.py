@@ -15,7 +15,7 @@ BOTH = pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 
 def started(weighted, shape=(8, 14), nnz=50):
     """A target, a norm, and the largest entries of the target, off by a little."""
-    target, norm = problem(*shape, weighted)
+    target, norm = problem(shape, weighted)
     return target, norm, 0.8 * target * keep_weights(target.abs(), nnz)
 
 

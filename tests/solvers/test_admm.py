@@ -40,7 +40,7 @@ def runs(monkeypatch):
 
 @pytest.mark.parametrize("target", [Target(2, 101), Target(0, 96, NM(2, 4)), Target(1, 48, NM(1, 4))])
 def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
-    W, norm = problem(8, 24, False)
+    W, norm = problem((8, 24), False)
     found = Search(steps=20).run([W], [norm], [target])
     masks = runs[0][1]
     assert len(masks) == found.steps
@@ -60,7 +60,7 @@ def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
 
 
 def test_a_start_is_grown_from_the_share_it_has(runs):
-    W, norm = problem(8, 24, False)
+    W, norm = problem((8, 24), False)
     small = Search(steps=20).run([W], [norm], [Target(1, 40)]).fits
     large = Search(steps=20).run([W], [norm], [Target(1, 140)]).fits
     runs.clear()
@@ -72,7 +72,7 @@ def test_a_start_is_grown_from_the_share_it_has(runs):
 
 
 def test_the_penalty_is_smaller_for_correlated_coordinates(runs):
-    W, norm = problem(8, 24, False)
+    W, norm = problem((8, 24), False)
     white = Norm(type(norm.inputs)(torch.eye(24).double(), torch.eye(24).double()))  # pyright: ignore[reportOptionalCall, reportCallIssue]
     for given in (norm, white):
         Search(steps=20).run([W], [given], [Target(0, 40)])
@@ -84,7 +84,7 @@ def test_the_penalty_is_smaller_for_correlated_coordinates(runs):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
-    W, norm = problem(24, 32, weighted)
+    W, norm = problem((24, 32), weighted)
 
     def error(fit):
         return squared(norm, W - fit.S - fit.subspace.U @ fit.subspace.factor(W - fit.S))
@@ -95,7 +95,7 @@ def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
 
 
 def test_a_start_saves_steps():
-    W, norm = problem(24, 32, False)
+    W, norm = problem((24, 32), False)
     target = Target(0, 200)
     neighbour = Search(steps=200).run([W], [norm], [Target(0, 170)]).fits
 
@@ -111,6 +111,6 @@ def test_a_start_saves_steps():
 
 
 def test_needs_an_input_gram():
-    W, _ = problem(8, 24, False)
+    W, _ = problem((8, 24), False)
     with pytest.raises(ValueError, match="input Gram"):
         Search(steps=5).run([W], [Norm(None)], [Target(0, 40)])
