@@ -76,7 +76,7 @@ class Search:
             parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target)))
             begin = end
         mean = inputs.geometric_mean * _mean_outputs(norms)
-        scale = 1.0 if norms[0].outputs is None else TWO_SIDED
+        scale = 1.0 if all(norm.outputs is None for norm in norms) else TWO_SIDED
         hold = max(1, min(HOLD, self.steps // LEVELS))
         schedule = Schedule(
             scale * FIRST[0] * mean ** FIRST[1],

@@ -91,7 +91,7 @@ class HassleFree(OneByOne):
         unit = state.unit
         unit.layer.check(target, self)
         if (simple := unit.without_search(target)) is not None:
-            return unit.layer.solution(simple, target, start)
+            return unit.layer.solution(simple, target, start, asked=self.damping, damping=state.damping)
         fit = Alternating(
             self._sweep(state, target) if self.sparse_step is SparseStep.SPARSEGPT else self._alps(state, target),
             TrackedSubspace(unit.norm, target.rank),

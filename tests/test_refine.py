@@ -12,7 +12,7 @@ from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import NumericalError, UsageError
 from globalopt.layers import ModelLayers, find_layers
 from globalopt.protocols import Needs, Outputs
-from globalopt.refine import Refinement, for_solver, refine, stored
+from globalopt.refine import Refinement, checked, for_solver, refine
 from globalopt.store import Run
 from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
 from solvers import get_solver
@@ -67,12 +67,12 @@ def test_a_sign_plane_beside_a_pattern():
     signed = for_solver(Target(2, 192, NM(2, 4)), SPEC, slab, budget)
     assert signed == Target(1, 192, NM(2, 4), signs=True)
     assert for_solver(signed, SPEC, slab, budget) is signed
-    with pytest.raises(UsageError, match=r"at least 256 params for layer block\.0\.up, whose target costs 192"):
+    with pytest.raises(UsageError, match=r"256 params or more for layer block\.0\.up; its target costs 192"):
         for_solver(Target(0, 192, NM(2, 4)), SPEC, slab, budget)
 
 
 def test_a_sign_plane_that_costs_more_than_the_target():
-    with pytest.raises(UsageError, match=r"at least 64 params for layer block\.0\.up, whose target costs 63"):
+    with pytest.raises(UsageError, match=r"64 params or more for layer block\.0\.up; its target costs 63"):
         for_solver(Target(1, 23), SPEC, get_solver("slab"), Budget(10**6, 10**6))
     assert for_solver(Target(1, 24), SPEC, get_solver("slab"), Budget(10**6, 10**6)) == Target(1, 0, signs=True)
 
@@ -101,17 +101,10 @@ def test_what_is_stored_must_keep_its_target():
     S = torch.zeros(4, 8)
     S[:, :2] = 1.0
     value = Decomposition(S, torch.ones(4, 1), torch.ones(1, 8))
-    half = stored(value, Target(1, 8, NM(2, 4)), torch.bfloat16)
-    assert half.S.dtype == half.U.dtype == torch.bfloat16
-    for target in (Target(0, 8), Target(1, 7), Target(1, 4, NM(1, 4))):
+    assert checked(value, Target(1, 8, NM(2, 4))) is value
+    for target in (Target(0, 8), Target(1, 7), Target(1, 4, NM(1, 4)), Target(1, 8, signs=True)):
         with pytest.raises(NumericalError, match="keeps rank 1 and 8 nonzeros"):
-            stored(value, target, torch.float32)
-
-
-def test_what_overflows_its_type_is_refused():
-    value = Decomposition(torch.full((4, 8), 1e6), torch.ones(4, 0), torch.ones(0, 8))
-    with pytest.raises(NumericalError, match="not finite"):
-        stored(value, Target(0, 32), torch.float16)
+            checked(value, target)
 
 
 # ------------------------------------------------------------------------------------------------- refinement
@@ -291,6 +284,21 @@ class Broken(Recording):
 def test_a_broken_solution_names_its_layer_and_is_not_saved(tmp_path):
     layers, runner, plan, run = setting(tmp_path, Broken([]))
     with pytest.raises(NumericalError, match=f"Layer {layers.specs[0].name}: the solution keeps"):
+        list(refine(runner, plan, run, no_outputs))
+    assert not run.layer_path(layers.specs[0]).exists()
+
+
+@dataclass(frozen=True)
+class Overflowing(Recording):
+    """Returns values beyond the range of half precision."""
+
+    def solve(self, state: torch.Tensor, target: Target, start: Decomposition | None = None) -> Solution:
+        return super().solve(state * 1e9, target)
+
+
+def test_what_overflows_its_type_is_refused(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, Overflowing([]), dtype=torch.float16)
+    with pytest.raises(NumericalError, match=f"Layer {layers.specs[0].name}: S of the decomposition is not finite"):
         list(refine(runner, plan, run, no_outputs))
     assert not run.layer_path(layers.specs[0]).exists()
 

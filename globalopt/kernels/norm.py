@@ -53,7 +53,7 @@ Ridge = Callable[[Tensor], Tensor]
 """Solves one ridge problem: `R` (d_out, d_in) -> the `S` with `A S G + penalty S = R`."""
 
 
-def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side]], penalty: float) -> Ridge:
+def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: float) -> Ridge:
     """The ridge problem at `penalty`, where the rows of a layer, or of several on the same inputs, have their own `A`.
 
     Without `A` that is a product with `(G + penalty I)^-1`; with it, in the eigenbases `A = P diag(a) Pᵀ` and
@@ -62,9 +62,9 @@ def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side]], penalty: float) -
         S = P [(Pᵀ R Q) / (a bᵀ + penalty)] Qᵀ.
 
     Args:
-        outputs: `A` by rows, covering all of them; empty for the identity.
+        outputs: `A` by rows, covering all of them; None for the identity.
     """
-    if not outputs:
+    if all(side is None for _, side in outputs):
         inverse = ridge_inverse(inputs.matrix, penalty)
         return lambda R: R @ inverse
 
@@ -73,6 +73,9 @@ def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side]], penalty: float) -
     def solve(R: Tensor) -> Tensor:
         RQ = R @ Q
         for rows, side in outputs:
+            if side is None:
+                RQ[rows] /= b + penalty
+                continue
             a, P = side.eigen
             RQ[rows] = P @ ((P.mT @ RQ[rows]) / torch.addcmul(b.new_tensor(penalty), a[:, None], b))
         return RQ @ Q.mT

@@ -112,7 +112,7 @@ def ridge_admm(
         parts: in the order of their rows, covering all.
         start: for every part a fit of a neighbouring target; without it both parts start from zero.
     """
-    outputs = [(part.rows, part.outputs) for part in parts if part.outputs is not None]
+    outputs = [(part.rows, part.outputs) for part in parts]
     norms = [Norm(inputs, part.outputs) for part in parts]
 
     def times(E: Tensor) -> Tensor:

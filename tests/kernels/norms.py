@@ -28,7 +28,7 @@ def correlated(d: int, seed: int = 0) -> Tensor:
 
 
 def problem(shape: tuple[int, int], outputs: bool, seed: int = 0) -> tuple[Tensor, Norm]:
-    """A weight of `shape` (d_out, d_in) with its inputs' Gram at unit diagonal, and an `A` likewise if asked; float64."""
+    """A weight of `shape` (d_out, d_in) with the Gram at unit diagonal, and an `A` likewise if asked; float64."""
     W, gram = layer(*shape, 300, seed)
     G = gram.damped(0.01).matrix.double()
     A = unit(correlated(shape[0], seed)) if outputs else None

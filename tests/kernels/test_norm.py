@@ -18,21 +18,23 @@ def kronecker_solve(A, G, penalty, R):
 def test_ridge_solves_its_system(weighted, penalty):
     R, norm = problem((5, 8), weighted)
     assert norm.inputs is not None
-    outputs = [] if norm.outputs is None else [(slice(0, 5), norm.outputs)]
     A, G = matrices(norm, R.shape)
     before = R.clone()
-    torch.testing.assert_close(ridge(norm.inputs, outputs, penalty)(R), kronecker_solve(A, G, penalty, R))
+    torch.testing.assert_close(
+        ridge(norm.inputs, [(slice(0, 5), norm.outputs)], penalty)(R), kronecker_solve(A, G, penalty, R)
+    )
     assert torch.equal(R, before)
 
 
 def test_stacked_layers_have_their_own_outputs():
-    R, norm = problem((9, 8), False)
+    R, norm = problem((12, 8), False)
     assert norm.inputs is not None
     upper, lower = correlated(4, seed=1), correlated(5, seed=2)
-    solved = ridge(norm.inputs, [(slice(0, 4), side(upper)), (slice(4, 9), side(lower))], 0.3)(R)
-    G = norm.inputs.matrix
+    outputs = [(slice(0, 4), side(upper)), (slice(4, 7), None), (slice(7, 12), side(lower))]
+    solved, G = ridge(norm.inputs, outputs, 0.3)(R), norm.inputs.matrix
     torch.testing.assert_close(solved[:4], kronecker_solve(upper, G, 0.3, R[:4]))
-    torch.testing.assert_close(solved[4:], kronecker_solve(lower, G, 0.3, R[4:]))
+    torch.testing.assert_close(solved[4:7], kronecker_solve(torch.eye(3).double(), G, 0.3, R[4:7]))
+    torch.testing.assert_close(solved[7:], kronecker_solve(lower, G, 0.3, R[7:]))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.types import Target
+from globalopt.types import NM, Target
+from solvers.alps import ALPS
+from solvers.hassle_free import HassleFree, SparseStep
 from solvers.oats import OATS
 from solvers.sparsegpt import SparseGPT
 from solvers.three_basil import ThreeBASiL
 from solvers.wanda import Wanda
-from tests.reference import oats, sparsegpt, three_basil
+from tests.reference import alps, hassle_free, oats, sparsegpt, three_basil
 from tests.synthetic import metric
 
 NNZ = 48 * 20  # of 48 x 64
@@ -23,6 +25,25 @@ def test_three_basil_reaches_the_published_loop(seed):
     solution = solver.solve(solver.prepare(W, norm), Target(4, NNZ))
     S, L = three_basil.fit(W, norm.inputs.matrix, 4, NNZ)
     assert solution.error <= 1.03 * norm.error(W - S.float() - L.float())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)])
+def test_alps_reaches_the_published_loop(seed, pattern):
+    W, norm = metric(48, 64, 400, seed)
+    nnz = NNZ if pattern is None else W.numel() // 2
+    solution = ALPS().solve(ALPS().prepare(W, norm), Target(0, nnz, pattern))
+    S = alps.fit(W, norm.inputs.matrix, nnz, pattern)
+    assert solution.error <= 1.01 * norm.error((W - S).float())
+
+
+@pytest.mark.parametrize("sparse_step", SparseStep)
+def test_hassle_free_reaches_the_published_loop(sparse_step):
+    W, norm = metric(48, 64, 400)
+    solver = HassleFree(sparse_step)
+    solution = solver.solve(solver.prepare(W, norm), Target(6, NNZ))
+    S, L = hassle_free.fit(W, norm.inputs.matrix, 6, NNZ, sparse_step=sparse_step, rounds=20)
+    assert solution.error <= 1.03 * norm.error((W - S - L).float())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
