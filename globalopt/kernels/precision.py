@@ -19,12 +19,12 @@ def fast_products(tensor: Tensor) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     backend = torch.backends.cuda.matmul
-    before = backend.allow_tf32
+    before = backend.fp32_precision
 
     def exact() -> None:
-        backend.allow_tf32 = before
+        backend.fp32_precision = before
 
-    backend.allow_tf32 = True
+    backend.fp32_precision = "tf32"
     try:
         yield exact
     finally:
