@@ -63,10 +63,6 @@ class Cell:
     analysis_seconds: float
 
     def record(self) -> dict[str, Any]:
-        splits = {
-            split: {**found.record(), "ratio": self.ratios[split]}
-            for split, found in cells.figures(self.summary).items()
-        }
         return {
             "budget": self.budget,
             "seed": self.seed,
@@ -76,7 +72,7 @@ class Cell:
             "total": self.summary.total,
             "seconds": cells.seconds(self.summary),
             "analysis_seconds": self.analysis_seconds,
-            **splits,
+            **cells.split_records(self.summary, self.ratios),
         }
 
 

@@ -164,6 +164,11 @@ def ratios(summary: Summary, baseline: Mapping[str, Figures]) -> dict[str, float
     }
 
 
+def split_records(summary: Summary, ratios: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
+    """Figures and ratio of a run by split, for a JSON file."""
+    return {split: {**found.record(), "ratio": ratios[split]} for split, found in figures(summary).items()}
+
+
 def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 

@@ -56,10 +56,6 @@ class Cell:
         return sum(layer.actual for layer in self.summary.layers)
 
     def record(self) -> dict[str, Any]:
-        splits = {
-            split: {**found.record(), "ratio": self.ratios[split]}
-            for split, found in cells.figures(self.summary).items()
-        }
         return {
             "budget": self.budget,
             "seed": self.seed,
@@ -68,7 +64,7 @@ class Cell:
             "total": self.summary.total,
             "refine_seconds": self.refine_seconds,
             "layer_error": self.predicted,
-            **splits,
+            **cells.split_records(self.summary, self.ratios),
         }
 
 

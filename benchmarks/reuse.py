@@ -51,10 +51,6 @@ class Cell:
     ratios: Mapping[str, float | None]
 
     def record(self) -> dict[str, Any]:
-        splits = {
-            split: {**found.record(), "ratio": self.ratios[split]}
-            for split, found in cells.figures(self.summary).items()
-        }
         return {
             "file": self.file,
             "budget": self.budget,
@@ -62,7 +58,7 @@ class Cell:
             "used": self.summary.used,
             "total": self.summary.total,
             "seconds": cells.seconds(self.summary),
-            **splits,
+            **cells.split_records(self.summary, self.ratios),
         }
 
 

@@ -33,7 +33,13 @@ def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) 
     if solver.signs and not target.signs:
         return _with_signs(target, spec, solver, budget)
     if target.nnz and not solver.sparse:
-        return budget.grow(Target(target.rank, 0), spec, "rank", spec.max_rank, cost)
+        folded = budget.grow(Target(target.rank, 0), spec, "rank", spec.max_rank, cost)
+        if not folded.rank:
+            raise UsageError(
+                f"Solver {solver.name} has no sparse part, and the {target.nnz} nonzeros of layer {spec.name} do not "
+                "buy one rank. Use a larger budget or another solver."
+            )
+        return folded
     if target.rank and not solver.low_rank:
         if target.pattern is not None:
             raise UsageError(

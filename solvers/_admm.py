@@ -24,7 +24,7 @@ LAST = (0.9, 0.6)
 TWO_SIDED = 1.67
 HOLD = 8  # steps between changes of the penalty, each of which costs a factorisation
 LEVELS = 12  # and the fewest changes that still are a slow rise
-SETTLED = 0.01  # share of the support that changed at the end, below which more steps promise little
+SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps promise little
 
 
 class Found(NamedTuple):
@@ -92,7 +92,7 @@ class Search:
             Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
-        return Found(fits, found.steps, found.moved <= SETTLED)
+        return Found(fits, found.steps, found.moved <= SETTLED * hold)
 
 
 def _keeper(target: Target) -> Callable[[Tensor, float], Tensor]:

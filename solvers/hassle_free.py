@@ -60,7 +60,7 @@ class HassleFree(OneByOne):
 
     sparse_step: SparseStep = SparseStep.SPARSEGPT
     steps: int = 40
-    sparse_steps: int = 40
+    sparse_steps: int = 20
     polish: int = 8
     column_block: int = 128
     layer_wide: bool = True

@@ -90,14 +90,15 @@ class ThreeBASiL:
     def solve_path(self, state: UnitDiagonal, targets: Sequence[Target]) -> list[Solution]:
         """Upwards: what is there grows to the next target, at a fraction of the steps.
 
-        Every target starts from the largest one before it that keeps no more, in rank and in nonzeros: what an `L` has
-        taken over, a support without it would have to learn anew.
+        Every target starts from the largest one before it, of the same pattern, that keeps no more in rank and in
+        nonzeros: what an `L` has taken over, a support without it would have to learn anew.
         """
         found: dict[int, Solution] = {}
         fits: dict[Target, Fit] = {}
         for i in sorted(range(len(targets)), key=lambda i: (targets[i].nnz, targets[i].rank)):
             target = targets[i]
-            below = [other for other in fits if other.nnz <= target.nnz and other.rank <= target.rank]
+            alike = (other for other in fits if other.pattern == target.pattern)
+            below = [other for other in alike if other.nnz <= target.nnz and other.rank <= target.rank]
             nearest = max(below, key=lambda other: other.nnz + other.rank * sum(state.W.shape), default=None)
             ((found[i], fit),) = self._fit([state], [target], [None], nearest and fits[nearest])
             if fit is not None:

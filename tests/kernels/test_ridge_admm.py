@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from itertools import pairwise
 
 import pytest
 import torch
 
+from globalopt.kernels import ridge_admm as kernel
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import Part, Schedule, ridge_admm
@@ -174,6 +176,26 @@ def test_the_support_starts_empty_and_grows_to_its_count(weighted):
     assert asked == [schedule.size(step) for step in range(found.steps)]
     assert asked[0] < 0.1
     assert int(found.fits[0].S.count_nonzero()) == 80
+
+
+def test_products_are_exact_for_the_last_steps(monkeypatch):
+    W, norm = problem((12, 20), False)
+    assert norm.inputs is not None
+    done, exact = [], []
+
+    def keep(magnitudes, size):
+        done.append(size)
+        return keep_weights(magnitudes, math.ceil(size * 80))
+
+    @contextlib.contextmanager
+    def watched(tensor):
+        yield lambda: exact.append(len(done))
+
+    monkeypatch.setattr(kernel, "fast_products", watched)
+    schedule = Schedule(0.05, 0.8, steps=40, hold=4)
+    found = ridge_admm(W, norm.inputs, [Part(slice(0, 12), None, 2, keep)], schedule)
+    assert found.steps == 40
+    assert exact[0] == 32
 
 
 # ------------------------------------------------------------------------------------------------- what it finds

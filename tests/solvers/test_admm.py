@@ -83,6 +83,17 @@ def test_the_penalty_is_smaller_for_correlated_coordinates(runs):
     assert correlated.start < correlated.end
 
 
+def test_the_penalty_is_larger_with_an_output_side(runs):
+    W, norm = problem((8, 24), False)
+    # One with the same spectrum as none at all, so that only its presence counts.
+    both = Norm(norm.inputs, side(torch.eye(8).double()))
+    for norms in ([norm, norm], [both, both], [norm, both], [both, norm]):
+        Search(steps=20).run([W, W], norms, [Target(0, 40)] * 2)
+    plain, *sided = (schedule for schedule, _ in runs)
+    assert all(schedule.start > 1.2 * plain.start for schedule in sided)
+    assert all(schedule.end > 1.2 * plain.end for schedule in sided)
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
     W, norm = problem((24, 32), weighted)

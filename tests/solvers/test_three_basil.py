@@ -10,6 +10,7 @@ import torch
 from globalopt.errors import UsageError
 from globalopt.protocols import Outputs
 from globalopt.types import NM, Gram, Metric, Solution, Status, Target
+from solvers import three_basil
 from solvers.alps import ALPS
 from solvers.three_basil import STEPS, Preset, ThreeBASiL
 from tests.synthetic import metric
@@ -169,6 +170,22 @@ def test_a_path_does_not_depend_on_the_order_it_is_asked_in(targets):
         assert torch.equal(found.value.dense(), other.value.dense()), target
         assert found.error == other.error
     assert solver.solve_path(state, []) == []
+
+
+def test_a_target_of_a_path_starts_from_the_largest_that_keeps_no_more(monkeypatch):
+    starts = {}
+
+    class Recording(three_basil.Search):
+        def run(self, weights, norms, targets, start=None):
+            kept = start and (start[0].subspace.rank, int(start[0].S.count_nonzero()))
+            starts[targets[0].rank, targets[0].nnz] = kept
+            return super().run(weights, norms, targets, start)
+
+    monkeypatch.setattr(three_basil, "Search", Recording)
+    W, norm = metric(16, 24, 300)
+    solver = ThreeBASiL(steps=20)
+    solver.solve_path(solver.prepare(W, norm), [Target(*sizes) for sizes in ((6, 200), (2, 200), (6, 100), (2, 60))])
+    assert starts == {(2, 60): None, (6, 100): (2, 60), (2, 200): (2, 60), (6, 200): (6, 100)}
 
 
 @pytest.mark.parametrize("outputs", [False, True], ids=["G", "A,G"])
