@@ -38,9 +38,10 @@ PATH_FULL = 0.8
 class ThreeBASiL:
     """`min tr(A (W - S - L) G (W - S - L)ᵀ)` by `ridge_admm` (Makni et al. 2025, arXiv:2603.01376).
 
-    Departures: the penalty follows a fixed rise fitted to the layer's spectrum instead of the support's changes, which
-    reaches the published errors in fewer steps and lower ones in as many; the error may weight outputs by `A`; and the
-    values are refitted on the support that was found. Damping is the public repository's.
+    Departures: the support starts empty and grows, where the published one starts from the largest entries at full
+    count, which is most of the gain in error; the penalty follows a fixed rise fitted to the layer's spectrum instead of
+    the support's changes; the values are refitted on the support that was found; and the error may weight outputs by
+    `A`. Damping is the public repository's.
 
     Args:
         preset: fast, default or best: how long to search.
