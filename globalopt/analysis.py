@@ -77,7 +77,8 @@ def price_by_gradients(
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
         made = sketches(span, grid[spec.name])
         if pricing is not None:
-            metric = Metric(run.read_gram(spec.site).to(weight.device), outputs.to(weight.device))
+            # Without the output Gram: fits that minimise in these gradients look too good when priced by them.
+            metric = Metric(run.read_gram(spec.site).to(weight.device))
             made.append(DenseSketch(fit_anchors(weight, metric, grid[spec.name], pricing)))
         return made
 
