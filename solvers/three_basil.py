@@ -39,8 +39,8 @@ class ThreeBASiL:
     """`min tr(A (W - S - L) G (W - S - L)ᵀ)` by `ridge_admm` (Makni et al. 2025, arXiv:2603.01376).
 
     Departures: the support starts empty and grows, where the published one starts from the largest entries at full
-    count, which is most of the gain in error; the penalty follows a fixed rise fitted to the layer's spectrum instead of
-    the support's changes; the values are refitted on the support that was found; and the error may weight outputs by
+    count; that is most of the gain in error. The penalty follows a fixed rise fitted to the layer's spectrum instead of
+    the support's changes. The values are refitted on the support that was found, and the error may weight outputs by
     `A`. Damping is the public repository's.
 
     Args:
