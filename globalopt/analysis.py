@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from globalopt.capture import BlockRunner, walk_blocks
+from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers
 from globalopt.protocols import Solver
@@ -44,12 +44,15 @@ def span_layers(
             if not run.span_path(spec).exists():
                 run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling))
             advance(spec.name)
-        if not keep_inputs:
-            continue
-        inputs.append(visit.inputs)
-        if visit.index + 1 == len(layers.blocks):
-            inputs.append(visit.outputs())
+        if keep_inputs:
+            inputs += _hidden_states(visit, layers)
     return inputs
+
+
+def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:
+    """What goes into a block, batch by batch; of the last one also what comes out."""
+    last = visit.index + 1 == len(layers.blocks)
+    return [visit.inputs, visit.outputs()] if last else [visit.inputs]
 
 
 def price_by_gradients(
@@ -71,7 +74,7 @@ def price_by_gradients(
     layers = runner.layers
     grid: dict[str, Options] = {}
 
-    def sketches_of(spec: LayerSpec, outputs: Gram) -> list[PrefixSketch | DenseSketch]:
+    def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
         weight = layers.weight(spec.name)
         span = run.read_span(spec).to(weight.device)
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
@@ -102,10 +105,8 @@ def output_grams(
     """Write the output Gram `A` of the layers `specs`, without spans and prices; `seed` is of the labels."""
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
-        inputs.append(visit.inputs)
-        if visit.index + 1 == len(runner.layers.blocks):
-            inputs.append(visit.outputs())
-    for found in backward_sweep(runner, inputs, specs, lambda spec, outputs: (), seed, device):
+        inputs += _hidden_states(visit, runner.layers)
+    for found in backward_sweep(runner, inputs, specs, lambda spec: (), seed, device):
         run.write_outputs(found.spec, found.outputs)
         advance(found.spec.name)
 

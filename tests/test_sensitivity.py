@@ -31,9 +31,7 @@ def swept(layers, spans, options):
         inputs.append(visit.inputs)
         if visit.index + 1 == len(layers.blocks):
             inputs.append(visit.outputs())
-    found = backward_sweep(
-        runner, inputs, layers.specs, lambda s, outputs: sketches(spans[s.name], options[s.name]), SEED
-    )
+    found = backward_sweep(runner, inputs, layers.specs, lambda s: sketches(spans[s.name], options[s.name]), SEED)
     return {sensitivity.spec.name: sensitivity for sensitivity in found}
 
 
