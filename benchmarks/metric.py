@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,7 +150,6 @@ def work(options: argparse.Namespace, command: str) -> None:
             "command": command,
             "solver": options.solver,
             "solver_options": dict(options.set),
-            "first": asdict(asked(options.budgets[0], options.metrics[0], options, options.seeds[0])),
             "cells": [cell.record() for cell in made],
         },
     )

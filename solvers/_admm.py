@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
-from globalopt.types import Target
+from globalopt.types import NM, Target
 
 # The penalty runs from FIRST[0] g^FIRST[1] to LAST[0] g^LAST[1], where g is the geometric mean of the eigenvalues of
 # the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and want a smaller penalty.
@@ -93,6 +94,15 @@ class Search:
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
         return Found(fits, found.steps, found.moved <= SETTLED * hold)
+
+
+def prune(
+    search: Search, W: Tensor, norm: Norm, nnz: int, pattern: NM | None, previous: Tensor | None = None
+) -> Tensor:
+    """`S` (d_out, d_in) of `W` (d_out, d_in) alone, as ALPS finds it; from the support of a `previous` one if given."""
+    empty = W[:, :0]
+    start = None if previous is None else [Fit(previous, Subspace(empty, empty))]
+    return search.run([W], [norm], [Target(0, nnz, pattern)], start).fits[0].S
 
 
 def _keeper(target: Target) -> Callable[[Tensor, float], Tensor]:

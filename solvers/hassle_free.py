@@ -9,14 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.obs import obs_prune
-from globalopt.kernels.ridge_admm import Fit
 from globalopt.kernels.support_refit import fit_support
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
-from solvers._admm import Search
+from solvers._admm import Search, prune
 from solvers._alternating import Alternating, TrackedSubspace
 from solvers._layer import OneByOne
 from solvers._unit_diagonal import Damping, Sweepable, UnitDiagonal
@@ -124,16 +122,13 @@ class HassleFree(OneByOne):
         return sweep
 
     def _alps(self, state: Sweepable, target: Target) -> SparseFit:
-        pruning = Target(0, target.nnz, target.pattern)
-        W = state.unit.W
-        empty = Subspace(W[:, :0], W[:, :0])
+        first = Search(self.sparse_steps, rounds=1)
+        later = Search(self.sparse_steps, begun=WARM, rounds=1)
 
-        def prune(residual: Tensor, previous: Tensor) -> Tensor:
+        def step(residual: Tensor, previous: Tensor) -> Tensor:
+            norm = state.unit.norm
             if previous.any():
-                search = Search(self.sparse_steps, begun=WARM, rounds=1)
-                found = search.run([residual], [state.unit.norm], [pruning], [Fit(previous, empty)])
-            else:
-                found = Search(self.sparse_steps, rounds=1).run([residual], [state.unit.norm], [pruning])
-            return found.fits[0].S
+                return prune(later, residual, norm, target.nnz, target.pattern, previous)
+            return prune(first, residual, norm, target.nnz, target.pattern)
 
-        return prune
+        return step

@@ -8,15 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.projection import keep_weights
-from globalopt.kernels.ridge_admm import Fit
 from globalopt.kernels.sign_plane import SignPlane, SparseAndSigns, alternate, fit_factors, sign_sweep
 from globalopt.kernels.support_refit import fit_support
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
 from globalopt.types import Decomposition, Metric, Solution, Target
-from solvers._admm import Search
+from solvers._admm import Search, prune
 from solvers._layer import OneByOne
 from solvers._unit_diagonal import Damping, Sweepable, UnitDiagonal
 
@@ -122,9 +120,6 @@ class SLaB(OneByOne):
 
     def _searched(self, unit: UnitDiagonal, fit: SparseAndSigns, target: Target) -> SparseAndSigns:
         """`S` by ADMM on what the plane leaves, from the support there is, then the factors."""
-        empty = unit.W[:, :0]
-        sparse = Fit(fit.S, Subspace(empty, empty))
-        pruning = Target(0, target.nnz, target.pattern)
-        found = Search(self.search, begun=BEGUN).run([unit.W - fit.plane.dense()], [unit.norm], [pruning], [sparse])
-        S = found.fits[0].S
+        residual = unit.W - fit.plane.dense()
+        S = prune(Search(self.search, begun=BEGUN), residual, unit.norm, target.nnz, target.pattern, fit.S)
         return SparseAndSigns(S, fit_factors(unit.W - S, fit.plane, unit.norm))
