@@ -44,6 +44,7 @@ class Knapsack:
 
     name: ClassVar[str] = "knapsack"
     paper: ClassVar[str] = "doi:10.1287/opre.27.3.503"
+    asks: ClassVar[bool] = False
     exact: bool = True
     gap: float = 1e-6
     nodes: int = 2000
@@ -52,7 +53,7 @@ class Knapsack:
         at_least(0, gap=self.gap)
         at_least(1, nodes=self.nodes)
 
-    def allocate(self, problem: Problem, objective: Objective) -> Allocation:
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
         """Return the best allocation found on the surfaces, with the proved bound; the objective is not asked."""
         table = _Table(problem)
         chosen, bound = table.relax()

@@ -22,13 +22,14 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "arXiv:2409.13652"
+    asks: ClassVar[bool] = False
     rank_share: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank_share <= 1:
             raise UsageError(f"rank_share is a share of the kept parameters, in [0, 1]; got {self.rank_share:g}.")
 
-    def allocate(self, problem: Problem, objective: Objective) -> Allocation:
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
         """Return the uniform allocation; the objective is not asked."""
         targets = {surface.spec.name: self.target(problem, surface) for surface in problem.surfaces}
         return problem.finish(spend(problem, targets), by=self.name)

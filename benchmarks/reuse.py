@@ -86,7 +86,7 @@ def allocate(
     """The budget file that `allocator` makes of a finished analysis."""
     surfaces = tuple(analysis.read_sensitivity(spec)[0] for spec in bench.layers.specs)
     problem = Problem(surfaces, budget, NM.parse(pattern), seed)
-    allocation = allocator.allocate(problem, problem.predicted)
+    allocation = allocator.allocate(problem)
     coverage = bench.layers.coverage
     return budget_file.make(
         allocation, problem, bench.fingerprint, coverage.covered, coverage.block_params, asked, NATS

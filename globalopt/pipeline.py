@@ -225,7 +225,7 @@ def search(
     surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
     problem = Problem(surfaces, budget, pattern, options.seed)
     with bench.stage("allocate", 1, "budgets") as advance:
-        allocation = allocator.allocate(problem, problem.predicted)
+        allocation = allocator.allocate(problem)
         advance(allocator.name)
     unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
     file = budget_file.make(

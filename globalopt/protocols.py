@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from globalopt.types import Allocation, Decomposition, Metric, Problem, Solution, Target
+from globalopt.types import Allocation, Decomposition, Mask, Metric, Problem, Solution, Span, Target
 
 
 class Needs(IntEnum):
@@ -69,8 +69,50 @@ class Solver(Protocol):
         ...
 
 
-Objective = Callable[[Mapping[str, Target]], float]
-"""How bad a choice of targets is; lower is better. The only way a searcher may ask about the model."""
+Candidate = Mapping[str, Target | Mask]
+"""What every layer keeps, by name: a target, or single components of its span."""
+
+
+class Objective(Protocol):
+    """How far the model is from the dense one when its layers are replaced: all that a searcher may ask of it.
+
+    A loss is a window's mean KL(dense || candidate) in nats per token, on text that nothing was fitted to. Windows come
+    in `chunks`; candidates that are asked on the same chunks can be compared window by window. Asking for the same
+    candidate and chunk again costs nothing.
+    """
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks of windows there are."""
+        ...
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of the largest chunk: what asking for one candidate on one chunk costs at most."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Forward tokens spent so far."""
+        ...
+
+    @property
+    def limit(self) -> int:
+        """Tokens that may be spent in all; a searcher stops before it."""
+        ...
+
+    def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+        """(candidates, windows of the chunks) float64, windows in the order of `chunks`."""
+        ...
+
+    def span(self, name: str) -> Span:
+        """The span of a layer, whose components a `Mask` chooses."""
+        ...
+
+    @property
+    def study(self) -> str | None:
+        """Path of the journal in which a search may keep its study beside the evaluations; None: in memory."""
+        ...
 
 
 class Allocator(Protocol):
@@ -78,8 +120,10 @@ class Allocator(Protocol):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    asks: ClassVar[bool]
+    """Whether it asks the objective; one that does not is given None."""
 
-    def allocate(self, problem: Problem, objective: Objective) -> Allocation:
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
         """Return a feasible allocation, made by `problem.finish`."""
         ...
 

@@ -413,6 +413,37 @@ class Span:
         return self.U[:, :rank] * root, root[:, None] * self.Vh[:rank] / self.scale
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A choice of single components of a span, in any order of importance.
+
+    Args:
+        directions: (k,) bool, which singular directions are kept.
+        entries: (d_out, d_in) bool, which entries of the span's `S` are kept.
+    """
+
+    directions: Tensor
+    entries: Tensor
+
+    def target(self) -> Target:
+        """What a refinement of as many directions and entries is asked for."""
+        return Target(int(self.directions.sum()), int(self.entries.sum()))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one-shot heuristics read off a layer.
+
+    Args:
+        outliers: by threshold M, the share of the layer's entries whose `|w_ij| ||x_j||` is above M times the mean over
+            all layers of its block (OWL, arXiv:2310.05175).
+        alpha: Hill estimate of the power-law exponent of the eigenvalues of `Wᵀ W` (AlphaPruning, arXiv:2410.10912).
+    """
+
+    outliers: Mapping[int, float]
+    alpha: float
+
+
 @dataclass(frozen=True)
 class ErrorSurface:
     """Predicted error of every option of one layer; not required to be monotone.
@@ -512,12 +543,16 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, and a seed."""
+    """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, a seed, and what heuristics read.
+
+    `profiles`, by layer name, may be empty: the allocators that read them then refuse.
+    """
 
     surfaces: tuple[ErrorSurface, ...]
     budget: Budget
     pattern: NM | None = None
     seed: int = 0
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.surfaces:

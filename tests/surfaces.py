@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from globalopt.types import NM, Budget, ErrorSurface, LayerSpec, Problem, Target
+from globalopt.types import NM, Budget, ErrorSurface, LayerSpec, Problem, Profile, Target
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
 
@@ -37,4 +37,8 @@ def problem(
         surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], importance=10 ** rng.uniform(-1, 1), rng=rng, pattern=pattern)
         for i in range(layers)
     )
-    return Problem(surfaces, Budget.fraction(kept, [s.spec for s in surfaces], accounting), pattern, seed)
+    profiles = {
+        s.spec.name: Profile({m: rng.uniform(0.0, 0.1) / m for m in (3, 5, 7, 10)}, rng.uniform(2.0, 6.0))
+        for s in surfaces
+    }
+    return Problem(surfaces, Budget.fraction(kept, [s.spec for s in surfaces], accounting), pattern, seed, profiles)

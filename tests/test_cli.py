@@ -317,7 +317,7 @@ def test_the_reference_model_needs_neither_name_nor_text(tmp_path):
     ends = [(spec, (Target.zero(), Target.dense(spec))) for spec in layers.specs]
     surfaces = tuple(ErrorSurface(spec, targets, (1.0, 0.0)) for spec, targets in ends)
     problem = Problem(surfaces, Budget.fraction(0.5, layers.specs))
-    allocation = ALLOCATORS["uniform"]().allocate(problem, problem.predicted)
+    allocation = ALLOCATORS["uniform"]().allocate(problem)
     coverage = layers.coverage
     file = budget_file.make(
         allocation, problem, model_fingerprint(layers), coverage.covered, coverage.block_params, 0.5, "output error"

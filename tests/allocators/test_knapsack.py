@@ -17,7 +17,7 @@ from tests.surfaces import problem
 @pytest.mark.parametrize("seed", range(4))
 def test_at_least_as_good_as_dynamic_programming_on_the_grid(seed, accounting):
     p = problem(0.4, seed=seed, accounting=accounting)
-    found = Knapsack().allocate(p, p.predicted)
+    found = Knapsack().allocate(p)
     assert found.predicted <= best_on_grid(p) * (1 + 1e-9)
 
 
@@ -25,7 +25,7 @@ def test_at_least_as_good_as_dynamic_programming_on_the_grid(seed, accounting):
 @pytest.mark.parametrize("seed", range(4))
 def test_bound_holds_and_certifies(seed, pattern):
     p = problem(0.6, seed=seed, pattern=pattern)
-    found = Knapsack().allocate(p, p.predicted)
+    found = Knapsack().allocate(p)
     assert found.bound is not None
     assert found.bound <= best_on_grid(p) + 1e-12
     assert found.bound <= found.predicted + 1e-12
@@ -37,13 +37,13 @@ def test_bound_holds_and_certifies(seed, pattern):
 @pytest.mark.parametrize("seed", range(4))
 def test_integer_search_is_never_worse_than_the_relaxation(seed):
     p = problem(0.35, seed=seed)
-    relaxed = Knapsack(exact=False).allocate(p, p.predicted)
-    assert Knapsack().allocate(p, p.predicted).predicted <= relaxed.predicted + 1e-12
+    relaxed = Knapsack(exact=False).allocate(p)
+    assert Knapsack().allocate(p).predicted <= relaxed.predicted + 1e-12
 
 
 def test_beats_uniform_where_layers_differ():
     p = problem(0.4, layers=12)
-    assert Knapsack().allocate(p, p.predicted).predicted < 0.7 * Uniform().allocate(p, p.predicted).predicted
+    assert Knapsack().allocate(p).predicted < 0.7 * Uniform().allocate(p).predicted
 
 
 def test_nothing_is_printed_past_python(capfd, monkeypatch):
@@ -55,6 +55,6 @@ def test_nothing_is_printed_past_python(capfd, monkeypatch):
 
     monkeypatch.setattr("allocators.knapsack.milp", chatty)
     p = problem(0.4)
-    Knapsack().allocate(p, p.predicted)
+    Knapsack().allocate(p)
     os.write(1, b"ours")
     assert capfd.readouterr().out == "ours"

@@ -13,7 +13,7 @@ from tests.surfaces import problem
 
 def test_every_layer_keeps_the_same_fraction():
     p = problem(0.5, layers=8)
-    found = Uniform(rank_share=0.3).allocate(p, p.predicted)
+    found = Uniform(rank_share=0.3).allocate(p)
     for spec in p.specs:
         target = found.targets[spec.name]
         # Rounding leaves at most a unit per layer, and all of it may go to one of them.
@@ -23,7 +23,7 @@ def test_every_layer_keeps_the_same_fraction():
 
 def test_pattern_leaves_only_the_rank():
     p = problem(0.7, pattern=NM(2, 4), layers=8)
-    found = Uniform().allocate(p, p.predicted)
+    found = Uniform().allocate(p)
     for spec in p.specs:
         assert found.targets[spec.name].nnz == spec.numel // 2
     assert any(target.rank for target in found.targets.values())
