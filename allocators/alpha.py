@@ -1,0 +1,56 @@
+"""AlphaPruning: blocks whose spectra have heavier tails keep more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from allocators._fractions import blocks, check_rank_share, kept_targets, read_profiles, unit_range
+from globalopt.errors import UsageError
+from globalopt.protocols import Objective
+from globalopt.types import Allocation, Problem
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """Take from block b, alike in all its layers, the sparsity
+
+        sparsity_b = eta (1 - epsilon + 2 epsilon (alpha_b - min alpha) / (max alpha - min alpha))
+
+    where `alpha_b` is the mean of its layers' power-law exponents and `eta` makes the mean over parameters the
+    model's sparsity (arXiv:2410.10912; per block, the default of its code). A sparsity above 1 drops the block; then a
+    common shift makes the budget exact again (`kept_targets`).
+
+    Args:
+        epsilon: half the relative difference between the largest and the least sparsity.
+        rank_share: share of what a layer keeps that is rank.
+    """
+
+    name: ClassVar[str] = "alpha"
+    paper: ClassVar[str] = "arXiv:2410.10912"
+    asks: ClassVar[bool] = False
+    epsilon: float = 0.3
+    rank_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise UsageError(f"epsilon is a relative difference of sparsities, in [0, 1]; got {self.epsilon:g}.")
+        check_rank_share(self.rank_share)
+
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
+        """Return AlphaPruning's allocation; the objective is not asked.
+
+        Raises:
+            UsageError: the problem has no profiles.
+        """
+        exponents = read_profiles(problem, lambda profile: profile.alpha, self.name)
+        layers = blocks(problem)
+        means = {
+            block: math.fsum(exponents[spec.name] for spec in specs) / len(specs) for block, specs in layers.items()
+        }
+        ratios = {block: 1 + self.epsilon * (2 * score - 1) for block, score in unit_range(means).items()}
+        total = sum(spec.numel for spec in problem.specs)
+        eta = (1 - problem.budget.kept) * total / math.fsum(ratios[spec.block] * spec.numel for spec in problem.specs)
+        kept = {block: 1 - eta * ratio for block, ratio in ratios.items()}
+        return problem.finish(kept_targets(problem, kept, self.rank_share), by=self.name)
