@@ -10,6 +10,7 @@ from torch import Tensor
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers
+from globalopt.profile import profile_block
 from globalopt.protocols import Solver
 from globalopt.sensitivity import backward_sweep
 from globalopt.span import compute_span
@@ -28,7 +29,7 @@ def span_layers(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> list[list[Tensor]]:
-    """Write the Gram of every site and the span of every layer that is not there yet.
+    """Write the Gram of every site, and the span and the profile of every layer that are not there yet.
 
     Returns:
         With `keep_inputs`: hidden states per block and batch, and once more behind the last block, what
@@ -44,6 +45,11 @@ def span_layers(
             if not run.span_path(spec).exists():
                 run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling))
             advance(spec.name)
+        if not all(run.profile_path(spec).exists() for spec in visit.specs):
+            weights = {spec.name: layers.weight(spec.name) for spec in visit.specs}
+            found = profile_block(weights, {spec.name: grams[spec.site] for spec in visit.specs})
+            for spec in visit.specs:
+                run.write_profile(spec, found[spec.name])
         if keep_inputs:
             inputs += _hidden_states(visit, layers)
     return inputs
@@ -82,7 +88,9 @@ def price_by_gradients(
         if pricing is not None:
             # Without the output Gram: fits that minimise in these gradients look too good when priced by them.
             metric = Metric(run.read_gram(spec.site).to(weight.device))
-            made.append(DenseSketch(fit_anchors(weight, metric, grid[spec.name], pricing)))
+            lost = fit_anchors(weight, metric, grid[spec.name], pricing)
+            run.write_fits(spec, grid[spec.name].anchors, lost)
+            made.append(DenseSketch(lost))
         return made
 
     for found in backward_sweep(runner, inputs, unpriced, sketches_of, seed, device):
@@ -120,5 +128,9 @@ def price_by_grams(
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
         options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
-        lost = fit_anchors(weight, metric, options, pricing) if pricing is not None else ()
+        lost: Sequence[Tensor] = ()
+        if pricing is not None:
+            fitted = fit_anchors(weight, metric, options, pricing)
+            run.write_fits(spec, options.anchors, fitted)
+            lost = tuple(fitted)
         yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None

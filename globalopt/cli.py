@@ -133,6 +133,12 @@ def search(
     pricing: Annotated[
         str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
     ] = "fit",
+    candidates: Annotated[
+        str, typer.Option(help="What a search asks the model about: fit (scaled fits), span, or auto.")
+    ] = "auto",
+    search_tokens: Annotated[
+        int, typer.Option(help="Forward tokens a search on the true loss may spend.", min=1)
+    ] = 1_000_000,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -167,6 +173,8 @@ def search(
             sensitivity=sensitivity,
             scaling=span_scaling,
             pricing=pricing,
+            candidates=candidates,
+            search_tokens=search_tokens,
             seed=seed,
         )
         pipeline.check_options(options)

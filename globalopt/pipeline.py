@@ -22,12 +22,14 @@ from globalopt.errors import ArtefactError, UsageError
 from globalopt.evaluate import evaluate, evaluate_both
 from globalopt.layers import ModelLayers, check_finite, find_layers
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, save_dense, weights_sha256
-from globalopt.protocols import Needs, Outputs, Progress, Solver
+from globalopt.protocols import Allocator, Needs, Outputs, Progress, Solver
+from globalopt.recorder import Selection
 from globalopt.refine import Refinement, for_solver, refine
 from globalopt.resources import StageClock
+from globalopt.search_objective import CANDIDATES, SearchObjective
 from globalopt.span import SCALINGS
 from globalopt.store import Run, digest
-from globalopt.summary import Metrics, Summary
+from globalopt.summary import Metrics, Search, Summary
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem, Target
 from solvers import get_solver
 
@@ -87,8 +89,11 @@ class SearchOptions:
     scaling: str = "activation"
     seed: int = 0
     pricing: str = "fit"
+    candidates: str = "auto"
+    search_tokens: int = 1_000_000
 
     def __post_init__(self) -> None:
+        _check_word("candidates", self.candidates, CANDIDATES)
         _check_word("sensitivity", self.sensitivity, SENSITIVITIES)
         _check_word("span-scaling", self.scaling, SCALINGS)
         _check_word("pricing", self.pricing, PRICINGS)
@@ -223,10 +228,9 @@ def search(
 
     analyse(bench, options, run, pattern)
     surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
-    problem = Problem(surfaces, budget, pattern, options.seed)
-    with bench.stage("allocate", 1, "budgets") as advance:
-        allocation = allocator.allocate(problem)
-        advance(allocator.name)
+    profiles = {spec.name: run.read_profile(spec) for spec in specs}
+    problem = Problem(surfaces, budget, pattern, options.seed, profiles)
+    allocation, searched = allocate(bench, options, run, problem, allocator)
     unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
     file = budget_file.make(
         allocation,
@@ -238,9 +242,41 @@ def search(
         unit,
     )
     budget_file.write(run.budget_path, file)
-    return finish(
-        bench, run, file, allocation, solver, command, options.seed, unit, lambda spec: run.read_sensitivity(spec)[1]
-    ), run
+
+    def outputs(spec: LayerSpec) -> Gram | None:
+        return run.read_sensitivity(spec)[1]
+
+    return finish(bench, run, file, allocation, solver, command, options.seed, unit, outputs, searched), run
+
+
+def allocate(
+    bench: Bench, options: SearchOptions, run: Run, problem: Problem, allocator: Allocator
+) -> tuple[Allocation, Search | None]:
+    """The allocator's answer, and what it asked of the model, if it asks."""
+    if not allocator.asks:
+        with bench.stage("allocate", 1, "budgets") as advance:
+            allocation = allocator.allocate(problem)
+            advance(allocator.name)
+        return allocation, None
+    batches = bench.batches(bench.splits.selection)
+    selection = Selection(tuple(len(batch.input_ids) for batch in batches), bench.splits.selection.seqlen)
+    most = options.search_tokens // max(batch.tokens for batch in batches)
+    with bench.stage("search", most, "chunks") as advance:
+        objective = SearchObjective(
+            lambda: BlockRunner(bench.layers, batches),
+            selection,
+            run,
+            problem,
+            options.candidates,
+            options.search_tokens,
+            advance,
+        )
+        try:
+            allocation = allocator.allocate(problem, objective)
+            loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+        finally:
+            objective.close()
+    return allocation, objective.facts(loss)
 
 
 def compress(
@@ -338,6 +374,7 @@ def finish(
     seed: int,
     unit: str,
     outputs: Callable[[LayerSpec], Gram | None],
+    searched: Search | None = None,
 ) -> Summary:
     """Refine to the allocation, save the model, evaluate what was saved, and write the summary.
 
@@ -385,6 +422,7 @@ def finish(
         splits={split.name: split.record() for split in bench.splits},
         versions=versions(),
         notes=tuple(notes),
+        search=searched,
     )
     run.write_summary(summary)
     return summary

@@ -105,7 +105,7 @@ class Objective(Protocol):
         """(candidates, windows of the chunks) float64, windows in the order of `chunks`."""
         ...
 
-    def span(self, name: str) -> Span:
+    def span(self, name: str, /) -> Span:
         """The span of a layer, whose components a `Mask` chooses."""
         ...
 

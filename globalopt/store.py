@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError
 from globalopt.summary import Summary
-from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Span, Target
+from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Profile, Span, Target
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 FILES = ("summary.json", "budget.json", MANIFEST)
-FOLDERS = ("report", "model", "layers", "outputs", "sensitivity", "spans", "grams")
+FOLDERS = ("report", "model", "layers", "outputs", "search", "sensitivity", "fits", "profiles", "spans", "grams")
 
 
 @contextlib.contextmanager
@@ -131,6 +131,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
 
 def _key(spec: LayerSpec) -> dict[str, Any]:
     return {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
+
+
+def _words(target: Target) -> list[Any]:
+    return [target.rank, target.nnz, str(target.pattern) if target.pattern else None]
+
+
+def _target(rank: int, nnz: int, pattern: str | None) -> Target:
+    return Target(rank, nnz, NM.parse(pattern) if pattern else None)
 
 
 def _read(
@@ -263,6 +271,22 @@ class Run:
     def sensitivity_path(self, spec: LayerSpec) -> Path:
         return self.folder / "sensitivity" / f"{spec.name}.safetensors"
 
+    def fits_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "fits" / f"{spec.name}.safetensors"
+
+    def profile_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "profiles" / f"{spec.name}.json"
+
+    @property
+    def study_path(self) -> Path:
+        """The journal of the search."""
+        return self.folder / "search" / "study.log"
+
+    @property
+    def teacher_path(self) -> Path:
+        """What is kept of the dense model's predictions in a search."""
+        return self.folder / "search" / "teacher.json"
+
     def outputs_path(self, spec: LayerSpec) -> Path:
         return self.folder / "outputs" / f"{spec.name}.safetensors"
 
@@ -284,6 +308,27 @@ class Run:
         tensors, facts = _read(self.gram_path(site), {"site": site}, ("G",), ("tokens",))
         return Gram(tensors["G"], facts["tokens"])
 
+    def write_fits(self, spec: LayerSpec, anchors: Sequence[Sequence[Target]], residuals: Tensor) -> None:
+        """What fits at the rows `anchors` lost of the layer, `residuals` (anchors, d_out, d_in); kept in bfloat16."""
+        facts = {**_key(spec), "anchors": [[_words(target) for target in row] for row in anchors]}
+        write_tensors(self.fits_path(spec), {"residuals": residuals.bfloat16()}, facts)
+
+    def read_fits(self, spec: LayerSpec) -> tuple[tuple[tuple[Target, ...], ...], Tensor]:
+        tensors, facts = _read(self.fits_path(spec), _key(spec), ("residuals",), ("anchors",))
+        return tuple(tuple(_target(*words) for words in row) for row in facts["anchors"]), tensors["residuals"]
+
+    def write_profile(self, spec: LayerSpec, profile: Profile) -> None:
+        outliers = {str(threshold): share for threshold, share in profile.outliers.items()}
+        write_json(self.profile_path(spec), {**_key(spec), "outliers": outliers, "alpha": profile.alpha})
+
+    def read_profile(self, spec: LayerSpec) -> Profile:
+        path = self.profile_path(spec)
+        record = read_json(path)
+        try:
+            return Profile({int(m): float(share) for m, share in record["outliers"].items()}, float(record["alpha"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
+
     def write_outputs(self, spec: LayerSpec, outputs: Gram) -> None:
         """The layer's output Gram `A`."""
         write_tensors(self.outputs_path(spec), {"A": outputs.matrix}, {**_key(spec), "tokens": outputs.tokens})
@@ -297,16 +342,13 @@ class Run:
         facts = {
             **_key(surface.spec),
             "tokens": outputs.tokens if outputs else 0,
-            "options": [
-                [t.rank, t.nnz, str(t.pattern) if t.pattern else None, error]
-                for t, error in zip(surface.targets, surface.error, strict=True)
-            ],
+            "options": [[*_words(t), error] for t, error in zip(surface.targets, surface.error, strict=True)],
         }
         write_tensors(self.sensitivity_path(surface.spec), {"A": outputs.matrix} if outputs else {}, facts)
 
     def read_sensitivity(self, spec: LayerSpec) -> tuple[ErrorSurface, Gram | None]:
         tensors, facts = _read(self.sensitivity_path(spec), _key(spec), (), ("tokens", "options"))
-        targets = tuple(Target(rank, nnz, NM.parse(p) if p else None) for rank, nnz, p, _ in facts["options"])
+        targets = tuple(_target(*option[:3]) for option in facts["options"])
         surface = ErrorSurface(spec, targets, tuple(option[3] for option in facts["options"]))
         return surface, Gram(tensors["A"], facts["tokens"]) if "A" in tensors else None
 

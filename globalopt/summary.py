@@ -109,6 +109,45 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """One candidate of a search, as it was asked about.
+
+    Args:
+        tokens: forward tokens the search had spent by then.
+        loss: mean KL(dense || candidate) over `windows` windows of the selection text, nats per token.
+        whole: whether these were all of them, so that losses compare.
+        predicted: sum of the surfaces' errors, in the budget's unit.
+    """
+
+    tokens: int
+    loss: float
+    windows: int
+    whole: bool
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search on the true loss.
+
+    Args:
+        tokens, limit: forward tokens spent, and how many it had.
+        candidates: what layers were made from, "fit" or "span".
+        top, tail: log probabilities kept of the dense model per position, and the mean probability of all others.
+        loss: of the chosen allocation on the whole selection text.
+        evaluations: in the order they were asked for.
+    """
+
+    tokens: int
+    limit: int
+    candidates: str
+    top: int
+    tail: float
+    loss: float
+    evaluations: tuple[Evaluation, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """A finished run.
 
@@ -123,6 +162,7 @@ class Summary:
         dense, compressed: metrics of both on the same windows, one per split, in the same order.
         splits: how each split was made: source, hash, windows, seed.
         notes: what a reader must know (conversions, fallbacks).
+        search: None where the allocator did not ask the model.
     """
 
     command: str
@@ -149,3 +189,4 @@ class Summary:
     splits: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    search: Search | None = None

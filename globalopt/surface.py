@@ -209,16 +209,11 @@ def _correction(options: Options, base: ErrorSurface, anchor_error: Sequence[flo
     for row in options.anchors:
         kept = [target.params(spec) / spec.numel for target in row]
         ratio = [math.log(max(next(errors), floor) / max(base.predict(target), floor)) for target in row]
-        rows.append((max(_share(target, spec) for target in row), kept, ratio))
+        rows.append((max(target.rank_share(spec) for target in row), kept, ratio))
 
     def correction(target: Target) -> float:
         kept = target.params(spec) / spec.numel
         values = [interpolate(xs, ys, kept) for _, xs, ys in rows]
-        return interpolate([share for share, _, _ in rows], values, _share(target, spec))
+        return interpolate([share for share, _, _ in rows], values, target.rank_share(spec))
 
     return correction
-
-
-def _share(target: Target, spec: LayerSpec) -> float:
-    params = target.params(spec)
-    return (params - target.nnz) / params if params else 0.0

@@ -136,6 +136,11 @@ class Target:
         plane = math.ceil(spec.numel / 16) if self.signs else 0
         return self.rank * (spec.d_out + spec.d_in) + self.nnz + plane
 
+    def rank_share(self, spec: LayerSpec) -> float:
+        """Share of the kept parameters that is in the factors; 0 where nothing is kept."""
+        params = self.params(spec)
+        return self.rank * (spec.d_out + spec.d_in) / params if params else 0.0
+
     def bytes(self, spec: LayerSpec) -> int:
         """Bytes at 16 bits a value, the cheapest index included.
 

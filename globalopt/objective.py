@@ -1,0 +1,163 @@
+"""The true loss of an allocation: KL to the dense model on the selection text, for candidates made without fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from globalopt.capture import BlockRunner
+from globalopt.errors import NumericalError, UsageError
+from globalopt.protocols import Candidate
+from globalopt.types import LayerSpec, Mask, Target
+
+TOP = 1024
+"""Of the dense model's log probabilities so many are kept per position; what lies outside is one more symbol."""
+
+Materialise = Callable[[LayerSpec, Target | Mask], Tensor]
+"""The weight (d_out, d_in) that stands for what a layer keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The dense model's predictions on one chunk of windows.
+
+    Args:
+        tokens: (windows, T - 1, k) int32, the most probable next tokens.
+        log_p: (windows, T - 1, k) float32, their log probabilities.
+        tail: (windows, T - 1) float32, the probability of all others together.
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    tail: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, top: int = TOP) -> Teacher:
+        """From `logits` (windows, T - 1, vocabulary)."""
+        log_p, tokens = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]), sorted=False)
+        tail = (1 - log_p.exp().sum(-1)).clamp_min(0.0)
+        if tokens.shape[-1] == logits.shape[-1]:
+            tail.zero_()
+        return cls(tokens.int(), log_p, tail)
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """(windows,) float64, the mean over positions of KL(dense || candidate) with the tail as one symbol.
+
+        By the data processing inequality that is at most the full KL, and equal to it where the whole vocabulary was
+        kept. The difference is `tail x KL` within the tail.
+
+        Args:
+            logits: (windows, T - 1, vocabulary) of the candidate.
+        """
+        log_q = logits.float()
+        log_q = log_q.gather(-1, self.tokens.to(log_q.device).long()) - log_q.logsumexp(-1, keepdim=True)
+        log_p, tail = self.log_p.to(log_q.device), self.tail.to(log_q.device)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        tiny = torch.finfo(tail.dtype).eps
+        rest = (1 - log_q.exp().sum(-1)).clamp_min(tiny)
+        kl = kl + torch.where(tail > tiny, tail * (tail.clamp_min(tiny) / rest).log(), 0.0)
+        return kl.mean(-1).cpu().double()
+
+
+class ModelObjective:
+    """Losses of candidates on the windows of a runner's batches, each batch a chunk.
+
+    The candidates of a call are run in an order in which neighbours share as many leading blocks as possible; blocks
+    before the first layer that changed are not run again.
+
+    While it is in use, the model's layers hold candidates; `close` puts the dense weights back.
+    """
+
+    def __init__(self, runner: BlockRunner, materialise: Materialise, top: int = TOP) -> None:
+        """Keep the dense weights, and the dense model's predictions on every chunk.
+
+        Raises:
+            UsageError: a batch is padded.
+        """
+        if any(batch.real is not None for batch in runner.batches):
+            raise UsageError("A search asks about whole windows; give text without padding.")
+        self.top = top
+        self._runner = runner
+        self._materialise = materialise
+        self._specs = runner.layers.specs
+        self._dense = {spec.name: runner.layers.weight(spec.name) for spec in self._specs}
+        self._placed: dict[str, Target | Mask] = {}
+        self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
+
+    @property
+    def chunks(self) -> int:
+        return len(self._runner)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return max(batch.tokens for batch in self._runner.batches)
+
+    @property
+    def tail(self) -> float:
+        """Mean probability of what the kept predictions leave out."""
+        return float(torch.cat([teacher.tail.flatten() for teacher in self._teachers]).double().mean())
+
+    def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+        """(candidates, windows of the chunks) float64; see `Objective.losses`.
+
+        Raises:
+            NumericalError: a loss is not finite.
+        """
+        order = sorted(range(len(candidates)), key=lambda i: self._order(candidates[i]))
+        columns = []
+        for chunk in chunks:
+            column: dict[int, Tensor] = {}
+            states: list[Tensor] = []
+            for i in order:
+                states = self._states(chunk, states[: self._place(candidates[i]) + 1])
+                column[i] = self._teachers[chunk].kl(self._logits(chunk, states[-1]))
+                if not bool(torch.isfinite(column[i]).all()):
+                    raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
+            columns.append(torch.stack([column[i] for i in range(len(candidates))]))
+        return torch.cat(columns, dim=1)
+
+    def close(self) -> None:
+        """Put the dense weights back."""
+        for name in self._placed:
+            self._runner.layers.set_weight(name, self._dense[name])
+        self._placed = {}
+
+    def dense(self, name: str) -> Tensor:
+        """(d_out, d_in) float32, the weight of a layer before the search."""
+        return self._dense[name]
+
+    def _order(self, candidate: Candidate) -> tuple[tuple[int, ...], ...]:
+        return tuple(_key(candidate[spec.name]) for spec in self._specs)
+
+    def _place(self, candidate: Candidate) -> int:
+        """Put the candidate's layers into the model; the first block that changed, or the number of blocks."""
+        first = len(self._runner.layers.blocks)
+        for spec in self._specs:
+            kept = candidate[spec.name]
+            if self._placed.get(spec.name) != kept:
+                self._runner.layers.set_weight(spec.name, self._materialise(spec, kept))
+                self._placed[spec.name] = kept
+                first = min(first, spec.block)
+        return first
+
+    @torch.no_grad()
+    def _states(self, chunk: int, known: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Hidden states before every block and after the last, from those of the first blocks that are `known`."""
+        states = list(known) or [self._runner.first(chunk)]
+        for block in range(len(states) - 1, len(self._runner.layers.blocks)):
+            states.append(self._runner.run(block, chunk, states[-1]))
+        return states
+
+    @torch.no_grad()
+    def _logits(self, chunk: int, hidden: Tensor) -> Tensor:
+        return self._runner.logits(chunk, hidden)[:, :-1]
+
+
+def _key(kept: Target | Mask) -> tuple[int, ...]:
+    """An order of what a layer may keep in which equal ones are neighbours."""
+    if isinstance(kept, Mask):
+        return (id(kept),)
+    return kept.rank, kept.nnz

@@ -1,0 +1,144 @@
+"""The true loss: what a search is told is the KL that evaluation would measure."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from globalopt.calibration import Split
+from globalopt.capture import Batch, BlockRunner
+from globalopt.errors import NumericalError, UsageError
+from globalopt.evaluate import evaluate
+from globalopt.layers import find_layers
+from globalopt.objective import ModelObjective, Teacher
+from globalopt.types import LayerSpec, Target
+from tests.tiny_models import tiny_ids, tiny_model
+
+WINDOWS, TOKENS = 6, 10
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL by windows in float64, from logits, as written on paper."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean(-1)
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 5, 40, generator=generator)
+
+
+def test_with_the_whole_vocabulary_it_is_the_kl(logits):
+    p, q = logits
+    teacher = Teacher.of(p, top=40)
+    assert float(teacher.tail.max()) == 0.0
+    torch.testing.assert_close(teacher.kl(q), kl(p, q), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(teacher.kl(p), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_a_lumped_tail_gives_a_lower_bound_that_tightens(logits):
+    p, q = logits
+    found = [Teacher.of(p, top=top).kl(q) for top in (5, 20, 39, 40)]
+    for coarse, fine in itertools.pairwise(found):
+        assert bool((coarse <= fine + 1e-6).all())
+    assert float(found[0].min()) > 0
+    # By hand: the symbols outside of the top as one.
+    chosen = p[0, 0].topk(5).indices
+    rest = torch.ones(40, dtype=torch.bool).scatter(0, chosen, False)
+    a, b = p[0, 0].double().softmax(-1), q[0, 0].double().softmax(-1)
+    by_hand = (a[chosen] * (a[chosen] / b[chosen]).log()).sum() + a[rest].sum() * (a[rest].sum() / b[rest].sum()).log()
+    one = Teacher.of(p[:1, :1], top=5).kl(q[:1, :1])
+    torch.testing.assert_close(one[0], by_hand, rtol=1e-5, atol=0)
+
+
+def shrunk(spec: LayerSpec, weight: torch.Tensor, target: Target) -> torch.Tensor:
+    """A stand-in for a candidate that depends on every number of its target."""
+    return weight * (target.nnz / spec.numel) + 0.01 * target.rank
+
+
+def made(kind: str, size: int = 2):
+    layers = find_layers(tiny_model(kind), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(ids) for ids in tiny_ids(WINDOWS, TOKENS).split(size)])
+    dense = {spec.name: layers.weight(spec.name) for spec in layers.specs}
+    return layers, ModelObjective(runner, lambda spec, kept: shrunk(spec, dense[spec.name], kept), top=1000)
+
+
+def candidates(specs, count: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    base = {spec.name: Target(0, spec.numel // 2) for spec in specs}
+    found = [base]
+    for _ in range(count - 1):
+        spec = specs[int(torch.randint(len(specs), (), generator=generator))]
+        found.append({**base, spec.name: Target(1, int(torch.randint(spec.numel, (), generator=generator)))})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_losses_are_what_evaluation_measures(kind):
+    layers, objective = made(kind)
+    dense_model = tiny_model(kind)
+    asked = candidates(layers.specs, 3)
+    losses = objective.losses(asked, range(objective.chunks))
+    assert losses.shape == (3, WINDOWS)
+    objective.close()
+    ids = tiny_ids(WINDOWS, TOKENS)
+    split = Split("selection", ids, tuple(range(0, WINDOWS * TOKENS, TOKENS)), (0, WINDOWS * TOKENS), "tiny", "", 0)
+    for candidate, found in zip(asked, losses, strict=True):
+        for spec in layers.specs:
+            layers.set_weight(
+                spec.name, shrunk(spec, find_layers(dense_model, True).weight(spec.name), candidate[spec.name])
+            )
+        measured = evaluate(layers.model, split, dense_model)
+        assert float(found.mean()) == pytest.approx(measured.kl, rel=1e-4, abs=1e-7)
+
+
+def test_answers_do_not_depend_on_what_is_asked_with_them():
+    layers, objective = made("llama")
+    asked = candidates(layers.specs)
+    together = objective.losses(asked, range(objective.chunks))
+    for i in reversed(range(len(asked))):
+        for chunk in (2, 0, 1):
+            alone = objective.losses([asked[i]], [chunk])
+            assert torch.equal(alone[0], together[i, 2 * chunk : 2 * chunk + 2])
+
+
+def test_blocks_before_the_first_change_are_not_run_again(monkeypatch):
+    layers, objective = made("llama", WINDOWS)
+    base = {spec.name: Target(0, spec.numel // 2) for spec in layers.specs}
+    last = layers.of_block(len(layers.blocks) - 1)
+    asked = [{**base, spec.name: Target(0, spec.numel // 3)} for spec in last]
+    run = []
+    real = BlockRunner.run
+    monkeypatch.setattr(BlockRunner, "run", lambda self, block, *rest: run.append(block) or real(self, block, *rest))
+    objective.losses([base, *asked], [0])
+    assert run.count(0) == 1
+    assert run.count(len(layers.blocks) - 1) == len(asked) + 1
+
+
+def test_closing_puts_the_dense_weights_back_to_the_bit():
+    layers, objective = made("gpt2")
+    before = {spec.name: layers.weight(spec.name) for spec in layers.specs}
+    objective.losses(candidates(layers.specs), [0])
+    assert any(not torch.equal(layers.weight(name), weight) for name, weight in before.items())
+    objective.close()
+    assert all(torch.equal(layers.weight(name), weight) for name, weight in before.items())
+
+
+def test_a_candidate_that_breaks_the_model_is_named_by_its_chunk():
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(tiny_ids(2, TOKENS))])
+    objective = ModelObjective(runner, lambda spec, kept: layers.weight(spec.name) * 1e30)
+    with pytest.raises(NumericalError, match="selection chunk 0"):
+        objective.losses(candidates(layers.specs, 1), [0])
+
+
+def test_padding_is_refused():
+    ids = tiny_ids(2, TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    with pytest.raises(UsageError, match="padding"):
+        ModelObjective(BlockRunner(layers, [Batch(ids, mask)]), lambda spec, kept: layers.weight(spec.name))
