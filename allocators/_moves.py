@@ -1,0 +1,291 @@
+"""Moves between allocations of one cost: what a layer gives up another takes, or rank becomes nonzeros."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from scipy.stats import beta
+
+from allocators._trials import t_statistic
+from globalopt.protocols import Objective
+from globalopt.types import ErrorSurface, Problem, Target, interpolate
+
+Targets = Mapping[str, Target]
+
+UNIFORM_SHARE = 0.2
+"""Part of the guided moves that is drawn uniformly: guidance alone runs into a plateau and stays there."""
+
+ATTEMPTS = 64
+"""Draws of a pair of layers before there is none: under a pattern a rank may cost more than any giver can spare."""
+
+SIGNIFICANT = 2.0
+CONFIDENCE = 0.95
+"""Paired t above which a swap counts as improving, and the confidence of the bound on how many do."""
+
+
+def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta: int) -> dict[str, Target] | None:
+    """`giver` gives up `delta` of cost and `taker` takes it, in nonzeros, under a pattern in ranks.
+
+    Less is moved where one has no more to give, or the other no more room; more where one rank of the taker costs more.
+    What the taker cannot use goes back to the giver, and what neither can (a rank or an index too dear) is spent where
+    it gains most. In parameters and without a pattern the cost stays the same to the parameter.
+
+    Args:
+        targets: one per layer, within the budget.
+        delta: in the budget's unit, at least 1.
+    Returns: the new targets, or None where these layers cannot.
+    """
+    return _swap(problem, _layers(problem), targets, giver, taker, delta)
+
+
+def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str, Target] | None:
+    """Change one layer's rank by `ranks`, within the ranks its surface offers, and settle it in nonzeros.
+
+    Returns: the new targets, or None where the layer cannot; under a pattern, which fixes the nonzeros, always.
+    """
+    layers = _layers(problem)
+    moved = layers[name].traded(targets[name], ranks, _slack(problem, targets))
+    return None if moved is None else _settled(problem, layers, {**targets, name: moved})
+
+
+def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
+    """A level swap of two layers drawn uniformly from those that can give and can take; None where there is none."""
+    layers = _layers(problem)
+    givers = [name for name, layer in layers.items() if layer.spare(targets[name]) > 0]
+    takers = [name for name, layer in layers.items() if layer.room(targets[name]) > 0]
+    for _ in range(ATTEMPTS if givers and takers else 0):
+        giver, taker = rng.choice(givers), rng.choice(takers)
+        moved = _swap(problem, layers, targets, giver, taker, delta) if giver != taker else None
+        if moved is not None:
+            return moved
+    return None
+
+
+def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
+    """A trade of about `delta` between rank and nonzeros of a layer drawn uniformly; None where there is none."""
+    layers = _layers(problem)
+    trades = _trades(problem, layers, targets, delta)
+    if not trades:
+        return None
+    name, moved, _ = rng.choice(trades)
+    return _settled(problem, layers, {**targets, name: moved})
+
+
+def guided(
+    problem: Problem, targets: Targets, delta: int, rng: random.Random, temperature: float
+) -> dict[str, Target] | None:
+    """A level swap or a trade, drawn with probability proportional to `exp(predicted gain / temperature)`.
+
+    A swap's gain is the taker's less the giver's loss, so that one pass over the layers weighs all pairs: the taker is
+    drawn with `exp(gain_t) sum_{g != t} exp(-loss_g)`, then the giver. `UNIFORM_SHARE` of the moves are uniform over
+    swaps or, as likely, over trades.
+
+    Args:
+        delta: in the budget's unit, at least 1.
+        temperature: above 0, in units of the mean change of a layer's error that `delta` makes.
+    Returns: the new targets, or None where nothing can move.
+    """
+    if rng.random() < UNIFORM_SHARE:
+        first, second = rng.sample([random_swap, random_trade], 2)
+        return first(problem, targets, delta, rng) or second(problem, targets, delta, rng)
+    layers = _layers(problem)
+    give, take = {}, {}
+    for name, layer in layers.items():
+        now = targets[name]
+        if layer.spare(now) > 0:
+            give[name] = layer.gain(now, layer.shrunk(now, min(delta, layer.spare(now))))
+        if layer.room(now) > 0:
+            take[name] = layer.gain(now, layer.grown(now, max(delta, layer.unit)))
+    trades = _trades(problem, layers, targets, delta)
+    changes = [abs(gain) for gain in (*give.values(), *take.values())]
+    scale = temperature * sum(changes) / max(1, len(changes)) or 1.0
+    top_give, top_take = max(give.values(), default=0.0), max(take.values(), default=0.0)
+    # Swaps and trades are normalised alike; the cap keeps a trade far better than any swap from overflowing.
+    give = {name: math.exp((gain - top_give) / scale) for name, gain in give.items()}
+    take = {name: math.exp((gain - top_take) / scale) for name, gain in take.items()}
+    traded = [math.exp(min(500.0, (gain - top_give - top_take) / scale)) for _, _, gain in trades]
+    given = math.fsum(give.values())
+    paired = {name: weight * max(0.0, given - give.get(name, 0.0)) for name, weight in take.items()}
+    swaps, all_trades = math.fsum(paired.values()), math.fsum(traded)
+    if rng.random() * (swaps + all_trades) < all_trades:
+        ((name, moved, _),) = rng.choices(trades, traded)
+        return _settled(problem, layers, {**targets, name: moved})
+    if swaps <= 0:
+        return None
+    (taker,) = rng.choices(list(paired), list(paired.values()))
+    givers = [name for name in give if name != taker]
+    (giver,) = rng.choices(givers, [give[name] for name in givers])
+    return _swap(problem, layers, targets, giver, taker, delta)
+
+
+class ImprovingShare(NamedTuple):
+    """Of `tried` random swaps `improving` lower the loss; at 95 % confidence at most `bound` of all swaps do."""
+
+    improving: int
+    tried: int
+    bound: float
+
+
+def improving_share(
+    problem: Problem, objective: Objective, targets: Targets, swaps: int, rng: random.Random
+) -> ImprovingShare:
+    """The sampled local optimality of `targets` on the true loss.
+
+    Uniform level swaps of `default_delta`, drawn with replacement, are compared with `targets` on all chunks, window by
+    window; one improves where the paired t is above `SIGNIFICANT`. The bound is that of Clopper and Pearson (1934), the
+    0.95 quantile of `Beta(improving + 1, tried - improving)`: if none of 300 improves, at most 1 % of all do.
+
+    Args:
+        targets: within the budget.
+        swaps: how many to try; fewer where the objective's limit comes first, none where nothing can move.
+    """
+    chunks = range(objective.chunks)
+    delta = default_delta(problem)
+    improving = tried = 0
+    for _ in range(swaps):
+        moved = random_swap(problem, targets, delta, rng)
+        if moved is None or objective.tokens + 2 * len(chunks) * objective.chunk_tokens > objective.limit:
+            break
+        now, then = objective.losses([targets, moved], chunks)
+        improving += t_statistic(now - then) > SIGNIFICANT
+        tried += 1
+    bound = 1.0 if improving == tried else float(beta.ppf(CONFIDENCE, improving + 1, tried - improving))
+    return ImprovingShare(improving, tried, bound)
+
+
+def default_delta(problem: Problem) -> int:
+    """A 64th of the mean dense layer in the budget's unit: about one step between a surface's options."""
+    return max(1, problem.budget.total // (64 * len(problem.surfaces)))
+
+
+class _Layer:
+    """What one layer can give and take: it stays within what its surface offers, and never costs more than dense."""
+
+    def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
+        self.budget = problem.budget
+        self.surface = surface
+        self.spec = surface.spec
+        self.axis = "nnz" if problem.pattern is None else "rank"
+        self.dense = self.cost(Target.dense(self.spec))
+        self.per_rank = self.spec.d_out + self.spec.d_in
+        least: dict[int, int] = {}
+        for target in surface.targets:
+            least[target.rank] = min(target.nnz, least.get(target.rank, target.nnz))
+        self.ranks = sorted(least)
+        self.counts = [least[rank] for rank in self.ranks]
+
+    def cost(self, target: Target) -> int:
+        return self.budget.cost(target, self.spec)
+
+    def gain(self, now: Target, then: Target) -> float:
+        """Predicted fall of the error."""
+        return self.surface.predict(now) - self.surface.predict(then)
+
+    @property
+    def unit(self) -> int:
+        """Cost that surely buys one more of what is free: a rank, a parameter, or a 16-bit value and its index."""
+        if self.axis == "rank":
+            return self.cost(Target(1, 0))
+        return 1 if self.budget.accounting == "params" else 4
+
+    def bare(self, target: Target) -> Target:
+        """The target at the lower end of its free axis."""
+        if self.axis == "rank":
+            return replace(target, rank=min(target.rank, self.ranks[0]))
+        # Below the options of the neighbouring ranks the prediction is a constant, which would look like a free gain.
+        least = math.ceil(interpolate(self.ranks, self.counts, target.rank))
+        return replace(target, nnz=min(target.nnz, least))
+
+    def spare(self, target: Target) -> int:
+        """The most cost it can give up."""
+        return self.cost(target) - self.cost(self.bare(target))
+
+    def room(self, target: Target) -> int:
+        """The most cost it can take."""
+        return self.cost(self.grown(target, self.dense)) - self.cost(target)
+
+    def shrunk(self, target: Target, amount: int) -> Target:
+        """The largest target that costs `amount` less, which is at most its `spare`."""
+        top = getattr(target, self.axis)
+        return self.budget.grow(self.bare(target), self.spec, self.axis, top, self.cost(target) - amount)
+
+    def grown(self, target: Target, amount: int) -> Target:
+        """The largest target that costs at most `amount` more."""
+        if self.axis == "rank":
+            top = min(self.ranks[-1], (self.spec.numel - target.nnz) // self.per_rank)
+        else:
+            top = self.spec.numel - target.rank * self.per_rank
+        if top <= getattr(target, self.axis):
+            return target
+        limit = min(self.dense, self.cost(target) + amount)
+        return self.budget.grow(target, self.spec, self.axis, top, limit)
+
+    def traded(self, target: Target, ranks: int, slack: int) -> Target | None:
+        """`ranks` more or fewer, the nonzeros as many as its present cost and `slack` pay; None where it cannot."""
+        rank = min(max(target.rank + ranks, self.ranks[0]), self.ranks[-1])
+        if self.axis == "rank" or rank == target.rank:
+            return None
+        least = self.bare(replace(target, rank=rank, nnz=self.spec.numel))
+        limit = min(self.dense, self.cost(target) + slack)
+        if self.cost(least) > limit or least.params(self.spec) > self.spec.numel:
+            return None
+        return self.grown(least, limit - self.cost(least))
+
+
+def _layers(problem: Problem) -> dict[str, _Layer]:
+    """By name, in the order of names, so that draws do not depend on the order of the surfaces."""
+    return {s.spec.name: _Layer(problem, s) for s in sorted(problem.surfaces, key=lambda s: s.spec.name)}
+
+
+def _slack(problem: Problem, targets: Targets) -> int:
+    return problem.budget.limit - problem.used(targets)
+
+
+def _settled(problem: Problem, layers: Mapping[str, _Layer], targets: dict[str, Target]) -> dict[str, Target]:
+    """`targets` with what a move could not pass on given to the layers that gain most by it, one after the other."""
+    while (slack := _slack(problem, targets)) > 0:
+        grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
+        able = [name for name in layers if grown[name] != targets[name]]
+        if not able:
+            break
+        best = max(able, key=lambda name: layers[name].gain(targets[name], grown[name]))
+        targets = {**targets, best: grown[best]}
+    return targets
+
+
+def _swap(
+    problem: Problem, layers: Mapping[str, _Layer], targets: Targets, giver: str, taker: str, delta: int
+) -> dict[str, Target] | None:
+    give, take = layers[giver], layers[taker]
+    slack, spare = _slack(problem, targets), give.spare(targets[giver])
+    wanted = min(delta, take.room(targets[taker]) - slack)
+    for amount in (min(wanted, spare), take.unit - slack):
+        if wanted < 1 or not 1 <= amount <= spare:
+            continue
+        shrunk = give.shrunk(targets[giver], amount)
+        freed = give.cost(targets[giver]) - give.cost(shrunk) + slack
+        grown = take.grown(targets[taker], freed)
+        if grown != targets[taker]:
+            left = freed + take.cost(targets[taker]) - take.cost(grown)
+            moved = _settled(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
+            return None if moved == targets else moved
+    return None
+
+
+def _trades(
+    problem: Problem, layers: Mapping[str, _Layer], targets: Targets, delta: int
+) -> list[tuple[str, Target, float]]:
+    """`(layer, target, predicted gain)` of every trade of about `delta`."""
+    found = []
+    slack = _slack(problem, targets)
+    for name, layer in layers.items():
+        ranks = max(1, delta // layer.cost(Target(1, 0)))
+        for sign in (-1, 1):
+            moved = layer.traded(targets[name], sign * ranks, slack)
+            if moved is not None:
+                found.append((name, moved, layer.gain(targets[name], moved)))
+    return found
