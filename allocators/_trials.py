@@ -32,12 +32,10 @@ class Trials:
     """
 
     def __init__(self, problem: Problem, objective: Objective | None, starts: Sequence[Mapping[str, Target]]) -> None:
-        if objective is None:
-            raise UsageError("This allocator asks the model; give it an objective, or choose one that does not.")
         if not starts:
             raise ValueError("A search needs a start.")
         self.problem = problem
-        self.objective = objective
+        self.objective = present(objective)
         self._starts = [dict(start) for start in starts]
         self._nominees: list[dict[str, Target]] = []
 
@@ -70,11 +68,21 @@ class Trials:
         self._nominees.append(nominee)
 
     def verdict(self) -> dict[str, Target]:
-        """The start or nominee of least mean loss on the whole selection text; of equal ones the first."""
+        """The start or nominee of least mean loss on the whole selection text; of equal ones the first.
+
+        It may also be asked for on the way: judging the same ones again costs nothing.
+        """
         heard = [*self._starts]
         heard += [nominee for nominee in self._nominees[-FINALISTS:] if nominee not in heard]
         means = self.objective.losses(heard, self.all_chunks).mean(1)
         return heard[int(torch.argmin(means))]
+
+
+def present(objective: Objective | None) -> Objective:
+    """The objective; `UsageError` where there is none."""
+    if objective is None:
+        raise UsageError("This allocator asks the model; give it an objective, or choose one that does not.")
+    return objective
 
 
 def t_statistic(differences: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from globalopt.types import LayerSpec, Mask, Target
 
 TOP = 1024
 """Of the dense model's log probabilities so many are kept per position; what lies outside is one more symbol."""
+
+WEIGHTS_AT_ONCE = 2**31
+"""Bytes of candidates' weights that are held, so that they need not be made again for every chunk."""
 
 Materialise = Callable[[LayerSpec, Target | Mask], Tensor]
 """The weight (d_out, d_in) that stands for what a layer keeps."""
@@ -81,8 +85,9 @@ class ModelObjective:
             raise UsageError("A search asks about whole windows; give text without padding.")
         self.top = top
         self._runner = runner
-        self._materialise = materialise
         self._specs = runner.layers.specs
+        largest = max(spec.numel for spec in self._specs)
+        self._weight = lru_cache(max(1, WEIGHTS_AT_ONCE // (4 * largest)))(materialise)
         self._dense = {spec.name: runner.layers.weight(spec.name) for spec in self._specs}
         self._placed: dict[str, Target | Mask] = {}
         self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
@@ -124,6 +129,7 @@ class ModelObjective:
         for name in self._placed:
             self._runner.layers.set_weight(name, self._dense[name])
         self._placed = {}
+        self._weight.cache_clear()
 
     def dense(self, name: str) -> Tensor:
         """(d_out, d_in) float32, the weight of a layer before the search."""
@@ -138,7 +144,7 @@ class ModelObjective:
         for spec in self._specs:
             kept = candidate[spec.name]
             if self._placed.get(spec.name) != kept:
-                self._runner.layers.set_weight(spec.name, self._materialise(spec, kept))
+                self._runner.layers.set_weight(spec.name, self._weight(spec, kept))
                 self._placed[spec.name] = kept
                 first = min(first, spec.block)
         return first

@@ -575,6 +575,14 @@ class Problem:
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(surface.spec for surface in self.surfaces)
 
+    def scaled(self, factors: Mapping[str, float]) -> Problem:
+        """The same problem with every layer's errors multiplied by its factor."""
+        surfaces = (
+            replace(surface, error=tuple(factors[surface.spec.name] * error for error in surface.error))
+            for surface in self.surfaces
+        )
+        return replace(self, surfaces=tuple(surfaces))
+
     def predicted(self, targets: Mapping[str, Target]) -> float:
         """Sum over layers of the surfaces' errors at `targets`."""
         return math.fsum(surface.predict(targets[surface.spec.name]) for surface in self.surfaces)

@@ -1,0 +1,102 @@
+"""What a few measured allocations teach the surfaces: multipliers of kinds, depth and layers, and how losses add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from allocators._warp import Warp
+from globalopt.types import Problem, Target
+
+Floats = NDArray[np.float64]
+
+# Prior standard deviations, in log units: the coefficients of the warp, a layer's own multiplier, and the power.
+WARP_SPREAD = 0.7
+LAYER_SPREAD = 0.3
+POWER_SPREAD = 0.2
+LEVEL_SPREAD = 2.0
+NOISE = 0.01
+"""Standard deviation of a measured log loss about the model: what it cannot express, and what the windows leave."""
+
+LEAST = 1e-300
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """`log loss = level + power log sum_l m_l(c_l) error_l(c_l)`, `log m_l(c) = theta · features_l(c) + u_l`.
+
+    `theta` warps by kind, depth and rank share (`Warp`), `u_l` is the layer's own; `power` below 1 is a loss that
+    saturates. Level and power change no comparison at one budget, but make predictions honest.
+
+    Args:
+        warp: names the coefficients.
+        theta: one per coefficient. own: `u_l` by layer name.
+        residual: root mean square of `log measured - log predicted` over what it was fitted to.
+    """
+
+    warp: Warp
+    theta: Floats
+    own: Mapping[str, float]
+    level: float
+    power: float
+    residual: float
+
+    @classmethod
+    def fit(cls, problem: Problem, measured: Sequence[tuple[Mapping[str, Target], float]]) -> Calibration:
+        """The posterior mode under independent normal priors about 0 (power: about 1), by least squares.
+
+        Args:
+            measured: allocations and their losses above 0, on the same windows; one is enough.
+        """
+        warp = Warp.of(problem)
+        names = [surface.spec.name for surface in problem.surfaces]
+        error = np.array([[s.predict(t[s.spec.name]) for s in problem.surfaces] for t, _ in measured])
+        features = np.stack(
+            [warp.features(s.spec, [t[s.spec.name] for t, _ in measured]) for s in problem.surfaces], axis=1
+        )
+        losses = np.log([max(loss, LEAST) for _, loss in measured])
+        coefficients, layers = len(warp.names), len(names)
+        spread = np.concatenate(
+            [np.full(coefficients, WARP_SPREAD), np.full(layers, LAYER_SPREAD), [LEVEL_SPREAD, POWER_SPREAD]]
+        )
+
+        def terms(x: Floats) -> Floats:
+            return error * np.exp(features @ x[:coefficients] + x[coefficients:-2])
+
+        def residuals(x: Floats) -> Floats:
+            total = np.maximum(terms(x).sum(1), LEAST)
+            return np.concatenate([(x[-2] + (1 + x[-1]) * np.log(total) - losses) / NOISE, x / spread])
+
+        def jacobian(x: Floats) -> Floats:
+            each = terms(x)
+            total = np.maximum(each.sum(1, keepdims=True), LEAST)
+            share = (1 + x[-1]) * each / total
+            columns = [np.einsum("nl,nlk->nk", share, features), share, np.ones((len(each), 1)), np.log(total)]
+            return np.concatenate([np.concatenate(columns, axis=1) / NOISE, np.diag(1 / spread)])
+
+        x = least_squares(residuals, np.zeros(len(spread)), jacobian, method="trf", x_scale=spread).x
+        misfit = residuals(x)[: len(measured)] * NOISE
+        own = dict(zip(names, x[coefficients:-2].tolist(), strict=True))
+        return cls(
+            warp,
+            x[:coefficients],
+            own,
+            float(x[-2]),
+            float(1 + x[-1]),
+            float(np.sqrt(np.mean(misfit**2))),
+        )
+
+    def apply(self, problem: Problem, share: float = 1.0) -> Problem:
+        """The problem with its errors multiplied by `m_l(c)^share`: 0 leaves it as it is."""
+        warped = self.warp.apply(problem, share * self.theta)
+        return warped.scaled({name: math.exp(share * own) for name, own in self.own.items()})
+
+    def loss(self, problem: Problem, targets: Mapping[str, Target]) -> float:
+        """The loss predicted for `targets` of the problem it was fitted to."""
+        total = self.apply(problem).predicted(targets)
+        return float(np.exp(self.level + self.power * np.log(max(total, LEAST))))
