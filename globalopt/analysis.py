@@ -31,6 +31,8 @@ def span_layers(
 ) -> list[list[Tensor]]:
     """Write the Gram of every site, and the span and the profile of every layer that are not there yet.
 
+    Args:
+        scaling: of the spans; `output` reads output Grams that are there already (`output_grams`).
     Returns:
         With `keep_inputs`: hidden states per block and batch, and once more behind the last block, what
         `backward_sweep` starts from. Else nothing is held.
@@ -43,7 +45,8 @@ def span_layers(
             run.write_gram(site, gram)
         for spec in visit.specs:
             if not run.span_path(spec).exists():
-                run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling))
+                outputs = run.read_outputs(spec) if scaling == "output" else None
+                run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
             advance(spec.name)
         if not all(run.profile_path(spec).exists() for spec in visit.specs):
             weights = {spec.name: layers.weight(spec.name) for spec in visit.specs}

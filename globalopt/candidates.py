@@ -27,10 +27,8 @@ def span_weight(span: Span, kept: Target | Mask) -> Tensor:
     """(d_out, d_in) what the span keeps of the layer, without refinement."""
     if isinstance(kept, Target):
         return take(span, kept).dense()
-    d = kept.directions
-    root = span.s[d].sqrt()
-    S = torch.where(kept.entries, span.S, 0.0) / span.scale
-    return Decomposition(S, span.U[:, d] * root, root[:, None] * span.Vh[d] / span.scale).dense()
+    S = span.unscaled(torch.where(kept.entries, span.S, 0.0))
+    return Decomposition(S, *span.directions(kept.directions)).dense()
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,7 +129,9 @@ def search(
     sensitivity: Annotated[
         str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
     ] = "fisher",
-    span_scaling: Annotated[str, typer.Option(help="activation: split W D_x; none: split W.")] = "activation",
+    span_scaling: Annotated[
+        str, typer.Option(help="activation: split W D_x; none: W; output: also by A; direct: whitened SVD.")
+    ] = "activation",
     pricing: Annotated[
         str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
     ] = "fit",

@@ -310,12 +310,17 @@ def compress(
     budget_file.write(run.budget_path, file)
     if sensitivity == "none" or solver.outputs is Outputs.NONE:
         return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR, lambda spec: None), run
+    collect_outputs(bench, run, seed)
+    return finish(bench, run, file, allocation, solver, command, seed, NATS, run.read_outputs), run
+
+
+def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
+    """The output Grams that are not there yet, by a backward sweep of their own."""
     unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]
     if unmeasured:
         runner = BlockRunner(bench.layers, bench.batches(bench.splits.calibration))
         with bench.stage("outputs", len(unmeasured), "layers") as advance:
             output_grams(runner, run, unmeasured, seed, bench.loaded.device, advance)
-    return finish(bench, run, file, allocation, solver, command, seed, NATS, run.read_outputs), run
 
 
 def check_options(options: SearchOptions) -> None:
@@ -348,6 +353,8 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
     if not unpriced:
         return
+    if options.scaling == "output":
+        collect_outputs(bench, run, options.seed)
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)

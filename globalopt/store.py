@@ -294,11 +294,11 @@ class Run:
         return self.folder / "layers" / f"{spec.name}.safetensors"
 
     def write_span(self, spec: LayerSpec, span: Span) -> None:
-        tensors = {"U": span.U, "s": span.s, "Vh": span.Vh, "S": span.S, "scale": span.scale}
+        tensors = {"U": span.U, "s": span.s, "Vh": span.Vh, "S": span.S, "scale": span.scale, "rows": span.rows}
         write_tensors(self.span_path(spec), tensors, {**_key(spec), "stats": dict(span.stats)})
 
     def read_span(self, spec: LayerSpec) -> Span:
-        tensors, facts = _read(self.span_path(spec), _key(spec), ("U", "s", "Vh", "S", "scale"), ("stats",))
+        tensors, facts = _read(self.span_path(spec), _key(spec), ("U", "s", "Vh", "S", "scale", "rows"), ("stats",))
         return Span(**tensors, stats=facts["stats"])
 
     def write_gram(self, site: str, gram: Gram) -> None:

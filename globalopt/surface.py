@@ -114,13 +114,13 @@ def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
     made: list[PrefixSketch | DenseSketch] = []
     for rank, counts in options.rows:
         residual = span.residual(rank)
-        made.append(PrefixSketch.make(residual.abs(), residual / span.scale, options.bucket, counts))
+        made.append(PrefixSketch.make(residual.abs(), span.unscaled(residual), options.bucket, counts))
     return made
 
 
 def _dropped_by_pattern(span: Span, rank: int, pattern: NM) -> Tensor:
     residual = span.residual(rank)
-    return residual.masked_fill(keep_nm(residual.abs(), pattern), 0.0) / span.scale
+    return span.unscaled(residual.masked_fill(keep_nm(residual.abs(), pattern), 0.0))
 
 
 def project(made: Sequence[PrefixSketch | DenseSketch], gradients: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, 
             continue
         residual = span.residual(rank)
         order = residual.abs().flatten().argsort(descending=True, stable=True)
-        dropped = (residual / span.scale).flatten()
+        dropped = span.unscaled(residual).flatten()
         start = 0
         for nnz in counts:
             dropped[order[start:nnz]] = 0.0

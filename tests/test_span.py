@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.span import compute_span, input_scale, take
+from globalopt.span import SCALINGS, compute_span, input_scale, take
 from globalopt.surface import LARGEST_SHARE, Options, fit_anchors, gram_errors, priced, project, sketches
-from globalopt.types import NM, LayerSpec, Metric, Target, follows
+from globalopt.types import NM, Gram, LayerSpec, Metric, Target, follows
 from solvers import get_solver
 from tests.synthetic import layer
 
@@ -22,12 +22,39 @@ def made():
     return W, gram, compute_span(W, gram)
 
 
-@pytest.mark.parametrize("scaling", ["activation", "none"])
-def test_everything_taken_gives_back_the_weight(scaling):
-    W, gram = layer(24, 40, 200)
-    span = compute_span(W, gram, scaling)
+def outputs(d_out: int) -> Gram:
+    g = torch.randn(300, d_out, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.1, 3, d_out)
+    return Gram(g.mT @ g / 300, 300)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_everything_taken_gives_back_the_weight(scaling, shape):
+    W, gram = layer(*shape, 200)
+    span = compute_span(W, gram, scaling, outputs(len(W)))
     for rank in (0, span.max_rank // 2, span.max_rank):
-        torch.testing.assert_close(take(span, Target(rank, 24 * 40)).dense(), W, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(take(span, Target(rank, W.numel())).dense(), W, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_direct_directions_are_the_best_low_rank_approximation(shape):
+    W, gram = layer(*shape, 200)
+    span = compute_span(W, gram, "direct")
+    best = get_solver("svd", {"damping": "0"})
+    for rank in (1, 5, 12):
+        error = Metric(gram).error(W - take(span, Target(rank, 0)).dense())
+        assert error == pytest.approx(best.solve(best.prepare(W, Metric(gram)), Target(rank, 0)).error, rel=1e-3)
+
+
+def test_output_scaling_ranks_entries_by_their_effect_on_the_loss():
+    W, gram = layer(24, 40, 200)
+    A = outputs(24)
+    span = compute_span(W, gram, "output", A)
+    value = take(span, Target(0, 100))
+    effect = W.abs() * gram.norms * (A.diagonal / A.diagonal.mean() + 1e-4).sqrt()[:, None]
+    assert torch.equal(value.S != 0, effect >= effect.flatten().topk(100).values[-1])
+    with pytest.raises(UsageError, match="needs their Gram A"):
+        compute_span(W, gram, "output")
 
 
 def test_taken_counts_are_the_targets(made):

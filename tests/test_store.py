@@ -163,7 +163,13 @@ def test_manifests_of_others(tmp_path, manifest):
 
 def test_artefacts_round_trip(opened):
     span = Span(
-        torch.randn(4, 2), torch.tensor([2.0, 1.0]), torch.randn(2, 8), torch.eye(4, 8), torch.ones(8), {"k": 1.0}
+        torch.randn(4, 2),
+        torch.tensor([2.0, 1.0]),
+        torch.randn(2, 8),
+        torch.eye(4, 8),
+        torch.ones(8),
+        torch.ones(4, 1),
+        {"k": 1.0},
     )
     opened.write_span(SPEC, span)
     found = opened.read_span(SPEC)
