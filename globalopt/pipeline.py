@@ -210,11 +210,20 @@ def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: i
 
 
 def search(
-    bench: Bench, options: SearchOptions, folder: Path, command: str, fresh: bool = False
+    bench: Bench,
+    options: SearchOptions,
+    folder: Path,
+    command: str,
+    fresh: bool = False,
+    allocator: Allocator | None = None,
 ) -> tuple[Summary, Run]:
-    """Span, allocate, refine, evaluate: the whole job, into `folder`. Running it again goes on where it stopped."""
+    """Span, allocate, refine, evaluate: the whole job, into `folder`. Running it again goes on where it stopped.
+
+    Args:
+        allocator: stands in for the one that the options name; their words then only tell runs apart.
+    """
     solver = get_solver(options.solver, options.solver_options)
-    allocator = get_allocator(options.allocator, options.allocator_options)
+    allocator = allocator or get_allocator(options.allocator, options.allocator_options)
     pattern = NM.parse(options.pattern)
     specs = bench.layers.specs
     budget = Budget.fraction(options.budget, specs, options.accounting)
@@ -227,9 +236,7 @@ def search(
         return run.read_summary(), run
 
     analyse(bench, options, run, pattern)
-    surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
-    profiles = {spec.name: run.read_profile(spec) for spec in specs}
-    problem = Problem(surfaces, budget, pattern, options.seed, profiles)
+    problem = pose(bench, options, run)
     allocation, searched = allocate(bench, options, run, problem, allocator)
     unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
     file = budget_file.make(
@@ -258,6 +265,25 @@ def allocate(
             allocation = allocator.allocate(problem)
             advance(allocator.name)
         return allocation, None
+    with true_loss(bench, options, run, problem) as objective:
+        allocation = allocator.allocate(problem, objective)
+        loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+    return allocation, objective.facts(loss)
+
+
+def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
+    """The problem of an analysed run: what its solver can make of every layer, under its budget."""
+    specs = bench.layers.specs
+    solver = get_solver(options.solver, options.solver_options)
+    surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
+    profiles = {spec.name: run.read_profile(spec) for spec in specs}
+    budget = Budget.fraction(options.budget, specs, options.accounting)
+    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles)
+
+
+@contextlib.contextmanager
+def true_loss(bench: Bench, options: SearchOptions, run: Run, problem: Problem) -> Iterator[SearchObjective]:
+    """What a search asks, on the selection text and in the journal of an analysed run; the model is dense after it."""
     batches = bench.batches(bench.splits.selection)
     selection = Selection(tuple(len(batch.input_ids) for batch in batches), bench.splits.selection.seqlen)
     most = options.search_tokens // max(batch.tokens for batch in batches)
@@ -272,11 +298,9 @@ def allocate(
             advance,
         )
         try:
-            allocation = allocator.allocate(problem, objective)
-            loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+            yield objective
         finally:
             objective.close()
-    return allocation, objective.facts(loss)
 
 
 def compress(
