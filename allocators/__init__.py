@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from allocators.alpha import Alpha
+from allocators.bernoulli import Bernoulli
 from allocators.depth_ramp import DepthRamp
 from allocators.knapsack import Knapsack
 from allocators.owl import Owl
@@ -12,7 +13,7 @@ from allocators.uniform import Uniform
 from globalopt import registry
 from globalopt.protocols import Allocator
 
-ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack)}
+ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack, Bernoulli)}
 
 
 def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Allocator:
@@ -20,4 +21,4 @@ def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Alloca
     return registry.build("allocator", ALLOCATORS, name, options)
 
 
-__all__ = ["ALLOCATORS", "Alpha", "DepthRamp", "Knapsack", "Owl", "Uniform", "get_allocator"]
+__all__ = ["ALLOCATORS", "Alpha", "Bernoulli", "DepthRamp", "Knapsack", "Owl", "Uniform", "get_allocator"]

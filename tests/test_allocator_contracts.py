@@ -26,9 +26,24 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=sorted(ALLOCATORS))
+VARIANTS = {
+    "bernoulli": (
+        {"groups": "150", "updates": "3", "samples": "4"},
+        {"preset": "cap"},
+    ),
+}
+"""Options under which an allocator is tested instead of its defaults: presets of their own, and searches cut short."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((name, options), id="-".join((name, *options.values())))
+        for name in sorted(ALLOCATORS)
+        for options in VARIANTS.get(name, ({},))
+    ]
+)
 def allocator(request):
-    return get_allocator(request.param)
+    return get_allocator(*request.param)
 
 
 def solve(allocator, case, seed=0):

@@ -1,0 +1,147 @@
+"""Groups of equal price: an allocation as counts, so that every choice of so many groups meets the budget exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from globalopt.types import ErrorSurface, Problem, Target
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The rank part or the sparse part of one layer, cut into groups ordered by importance.
+
+    Args:
+        name: of the layer.
+        axis: "rank" or "nnz".
+        size: how many groups there are.
+        start: how many of them the start keeps.
+        paid: what the start pays for the part, in the budget's unit.
+        dense: what the dense layer costs.
+    """
+
+    name: str
+    axis: str
+    size: int
+    start: int
+    paid: int
+    dense: int
+
+    def price(self, count: int, group: int) -> int:
+        """What `count` groups pay for: the start's price, a group more or less each; none pay for nothing."""
+        return self.paid + (count - self.start) * group if count else 0
+
+
+class Groups:
+    """The allocations around a start that cost what it costs, as counts of groups per stack.
+
+    Every layer has a stack of rank groups and one of sparse groups (under a pattern of rank groups alone); all groups
+    of the problem have one price `g = ceil(price of all parts / groups)`. `c_r` rank and `c_s` sparse groups of a
+    layer pay `P = start's price + g (c_r - start's) + g (c_s - start's)`: its rank is what `c_r` pay for, rounded down,
+    and the rest of P buys entries, to the unit. So a group smaller than a direction needs no rule of its own, and the
+    counts of the start are the start itself. A rank above those of the surface, or beside which it offers more entries
+    than P buys, is lowered until the surface prices it. A layer that could pay for itself is dense.
+
+    Args:
+        problem: surfaces, budget, pattern.
+        start: targets within the budget.
+        groups: about how many there are in all.
+    """
+
+    def __init__(self, problem: Problem, start: Mapping[str, Target], groups: int) -> None:
+        self.problem = problem
+        self._layers = {s.spec.name: _Layer(problem, s) for s in problem.surfaces}
+        names = sorted(self._layers)
+        tops = {name: self._layers[name].tops() for name in names}
+        self.price = max(1, -(-sum(sum(top.values()) for top in tops.values()) // groups))
+        self.stacks = [
+            self._stack(name, axis, top, start[name]) for name in names for axis, top in tops[name].items() if top
+        ]
+        self._columns = {name: [i for i, stack in enumerate(self.stacks) if stack.name == name] for name in names}
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[Target, float]] = {}
+
+    @property
+    def start(self) -> Tensor:
+        """(stacks,) counts of the start."""
+        return torch.tensor([stack.start for stack in self.stacks], dtype=torch.int64)
+
+    def targets(self, counts: Tensor) -> dict[str, Target]:
+        """The targets of `counts` (stacks,): within the budget whenever they sum to the start's."""
+        return {name: self._priced(name, counts[columns].tolist())[0] for name, columns in self._columns.items()}
+
+    def predicted(self, counts: Tensor) -> Tensor:
+        """(samples,) float64 predicted errors of `counts` (samples, stacks)."""
+        total = torch.zeros(len(counts), dtype=torch.float64)
+        for name, columns in self._columns.items():
+            distinct, which = counts[:, columns].unique(dim=0, return_inverse=True)
+            errors = [self._priced(name, row)[1] for row in distinct.tolist()]
+            total += torch.tensor(errors, dtype=torch.float64)[which]
+        return total
+
+    def _stack(self, name: str, axis: str, top: int, target: Target) -> Stack:
+        layer = self._layers[name]
+        paid = layer.paid(target)[axis]
+        start, remainder = divmod(paid, self.price)
+        size = max(start, math.ceil((top - remainder) / self.price))
+        return Stack(name, axis, size, start, paid, layer.dense)
+
+    def _priced(self, name: str, counts: Sequence[int]) -> tuple[Target, float]:
+        key = name, tuple(counts)
+        if key not in self._known:
+            prices = {"rank": 0, "nnz": 0}
+            for column, count in zip(self._columns[name], counts, strict=True):
+                stack = self.stacks[column]
+                prices[stack.axis] = stack.price(count, self.price)
+            layer = self._layers[name]
+            target = layer.bought(**prices)
+            self._known[key] = target, layer.surface.predict(target)
+        return self._known[key]
+
+
+class _Layer:
+    """What one layer gets for a price, under the problem's accounting and pattern."""
+
+    def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
+        self.surface = surface
+        self.spec = surface.spec
+        self.budget = problem.budget
+        self.pattern = problem.pattern
+        nnz = self.pattern.nnz(self.spec) if self.pattern else 0
+        self.bare = Target(0, nnz, self.pattern)
+        self.base = self.budget.cost(self.bare, self.spec)
+        self.per_rank = self.budget.cost(replace(self.bare, rank=1), self.spec) - self.base
+        self.dense = self.budget.cost(Target.dense(self.spec), self.spec)
+        self.most_rank = max(target.rank for target in surface.targets)
+
+    def tops(self) -> dict[str, int]:
+        """The most that each part is worth paying."""
+        ranks = {"rank": self.most_rank * self.per_rank}
+        return ranks if self.pattern else {**ranks, "nnz": self.dense}
+
+    def paid(self, target: Target) -> dict[str, int]:
+        """What `target` pays for each part."""
+        rank = target.rank * self.per_rank
+        return {"rank": rank, "nnz": self.budget.cost(target, self.spec) - self.base - rank}
+
+    def bought(self, rank: int, nnz: int) -> Target:
+        """The target that `rank` and `nnz` pay for together."""
+        if self.pattern is not None:
+            return replace(self.bare, rank=min(rank // self.per_rank, self.most_rank))
+        price = rank + nnz
+        if price >= self.dense:
+            return Target.dense(self.spec)
+        ranks = min(rank // self.per_rank, self.most_rank)
+        while True:
+            target = self.budget.grow(Target(ranks, 0), self.spec, "nnz", self.spec.numel, price)
+            if not ranks or target.nnz >= self._least(ranks):
+                return target
+            ranks -= 1
+
+    def _least(self, rank: int) -> int:
+        """The fewest entries that the surface offers beside so many directions or more."""
+        return min(target.nnz for target in self.surface.targets if target.rank >= rank)

@@ -1,0 +1,181 @@
+"""Policy gradients over Bernoulli variables: CAP as published, and with exact budgets and a control variate."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from allocators import cap
+from allocators._groups import Groups
+from allocators._policy import Control, Draws, Policy, gradient_samples, step_within
+from allocators._spend import spend
+from allocators._trials import FINALISTS, OutOfTokens, Trials
+from allocators.knapsack import Knapsack
+from allocators.uniform import Uniform
+from globalopt.errors import UsageError
+from globalopt.protocols import Objective
+from globalopt.registry import at_least
+from globalopt.types import Allocation, Problem
+
+FREE = 512
+"""Samples per update whose predicted error alone is computed, for the gradient of its expectation."""
+
+COOLING = 20
+"""The trust region of update t is `trust / (1 + t / COOLING)`."""
+
+
+class Preset(StrEnum):
+    """Which policy gradient; what its options are where they are 0 is in `UPDATES` and `SAMPLES`."""
+
+    CAP = "cap"
+    DEFAULT = "default"
+
+
+class Baseline(StrEnum):
+    """What a sample's loss is compared with: the latest five before its update, or the others of it (also at first)."""
+
+    MOVING_AVERAGE = "moving-average"
+    LEAVE_ONE_OUT = "leave-one-out"
+
+
+UPDATES = {Preset.CAP: 3, Preset.DEFAULT: 200}
+SAMPLES = {Preset.CAP: 1, Preset.DEFAULT: 8}
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Minimise `E[loss]` over random choices of what is kept, by policy gradient, and return a choice.
+
+    `default`: groups of equal price, of which an exact number is kept (`Groups`); their conditional Bernoulli
+    distribution (`Policy`) starts around the knapsack answer. An update asks all its samples on the same random chunks
+    and takes the leave-one-out gradient of `f - alpha J`, with J the predicted error and alpha the slope of f on J in
+    all earlier samples, plus alpha times the gradient of `E[J]`; the step is the natural gradient's, as long as the
+    trust region allows. The best samples of the last updates and the most probable choices along the way are judged
+    with the knapsack's and the uniform allocation on the whole selection text.
+
+    `cap`: arXiv:2505.03801 on the components of the spans, three iterations on the whole selection text, its answer
+    rounded and not compared with any other. The paper leaves open, and here it is: the projection is Euclidean; the
+    start is in proportion to root energies per parameter, so that a direction and an entry are ranked by what they
+    bring per price (`Components`); one mask per iteration; the baseline is the mean of five losses. Departures: the
+    spans scale by the activations, unless told otherwise; a layer whose components cost as much as it does stays
+    dense; the counts are refined by a solver instead of kept as they are.
+
+    Args:
+        preset: cap or default.
+        updates: of the policy; 0 takes the preset's. Fewer where the tokens run out.
+        samples: per update; 0 takes the preset's.
+        chunks: of the selection text per update; 0 takes the preset's: all with cap, one with default.
+        learning_rate: of the probabilities; cap's.
+        groups: about so many in all; this and the following are default's.
+        spread: standard deviation of what a part of a layer keeps at the start, as a fraction of the layer.
+        trust: divergence KL(new || old) of the first update, in nats.
+        baseline: leave-one-out or moving-average.
+        control_variate: whether the predicted error is one.
+        natural: whether the gradient is divided by the Fisher information.
+    """
+
+    name: ClassVar[str] = "bernoulli"
+    paper: ClassVar[str] = "arXiv:2505.03801"
+    asks: ClassVar[bool] = True
+    preset: Preset = Preset.DEFAULT
+    updates: int = 0
+    samples: int = 0
+    chunks: int = 0
+    learning_rate: float = 0.05
+    groups: int = 3000
+    spread: float = 0.03
+    trust: float = 0.5
+    baseline: Baseline = Baseline.LEAVE_ONE_OUT
+    control_variate: bool = True
+    natural: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(0, updates=self.updates, samples=self.samples, chunks=self.chunks, learning_rate=self.learning_rate)
+        at_least(1, groups=self.groups)
+        at_least(1e-6, spread=self.spread, trust=self.trust)
+        if self.samples == 1 and self.preset is Preset.DEFAULT:
+            raise UsageError("Samples of an update are compared with each other; option samples must be at least 2.")
+
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
+        """Return cap's answer, or the best verified choice."""
+        updates, samples = self.updates or UPDATES[self.preset], self.samples or SAMPLES[self.preset]
+        starts = [Uniform().allocate(problem).targets]
+        if self.preset is Preset.CAP:
+            trials = Trials(problem, objective, starts)
+            chunks = self.chunks or len(trials.all_chunks)
+            targets = cap.search(trials, updates, samples, self.learning_rate, chunks)
+            return problem.finish(spend(problem, targets), by=self.name)
+        starts.insert(0, Knapsack().allocate(problem).targets)
+        trials = Trials(problem, objective, starts)
+        self._search(trials, Groups(problem, starts[0], self.groups), updates, samples)
+        return problem.finish(trials.verdict(), by=self.name)
+
+    def _search(self, trials: Trials, groups: Groups, updates: int, samples: int) -> None:
+        """Follow the gradient, and nominate."""
+        policy = Policy.around(groups, self.spread)
+        if not policy.free:
+            return
+        generator = torch.Generator().manual_seed(trials.problem.seed)
+        history = History()
+        best: list[Tensor] = []
+        means: list[Tensor] = []
+        for update in range(updates):
+            draws = policy.draw(samples + FREE * self.control_variate, generator)
+            chunks = torch.randperm(len(trials.all_chunks), generator=generator)[: self.chunks or 1].tolist()
+            asked = draws.counts[:samples]
+            try:
+                losses = trials.losses([groups.targets(counts) for counts in asked], chunks).mean(1)
+            except OutOfTokens:
+                break
+            predicted = groups.predicted(draws.counts)
+            control = self._control(draws, predicted, samples, history)
+            baseline = history.level(control) if self.baseline is Baseline.MOVING_AVERAGE else None
+            gradient = gradient_samples(draws.scores[:samples], losses, baseline, control).mean(0)
+            history.add(losses, predicted[:samples])
+            divergence = self.trust / (1 + update / COOLING)
+            policy = policy.moved(step_within(gradient, draws.variance, self.natural, divergence))
+            best.append(asked[int(losses.argmin())])
+            means.append(policy.most_probable())
+        kept = FINALISTS // 2
+        path = [means[-1 - len(means) * i // kept] for i in range(kept)] if means else []
+        for counts in [*best[-kept:], *path[::-1]]:
+            trials.nominate(spend(trials.problem, groups.targets(counts)))
+
+    def _control(self, draws: Draws, predicted: Tensor, samples: int, history: History) -> Control | None:
+        if not self.control_variate:
+            return None
+        free = gradient_samples(draws.scores[samples:], predicted[samples:]).mean(0)
+        return Control(history.alpha, predicted[:samples], free)
+
+
+class History:
+    """Losses f and predictions J of earlier samples: what baselines and control variates are fitted on."""
+
+    WINDOW = 5
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[float, float]] = deque(maxlen=self.WINDOW)
+        self._covariance = 0.0
+        self._variance = 0.0
+
+    def add(self, losses: Tensor, predicted: Tensor) -> None:
+        """Take the samples of an update; only differences within it count, since the text changes between updates."""
+        self._latest.extend(zip(losses.tolist(), predicted.tolist(), strict=True))
+        deviation = predicted - predicted.mean()
+        self._covariance += float((losses - losses.mean()) @ deviation)
+        self._variance += float(deviation @ deviation)
+
+    @property
+    def alpha(self) -> float:
+        """Slope of the regression of f on J; 0 before there are samples."""
+        return self._covariance / self._variance if self._variance > 0 else 0.0
+
+    def level(self, control: Control | None) -> float | None:
+        """Mean of `f - alpha J` over the latest samples; None before there are any."""
+        alpha = control.alpha if control else 0.0
+        return sum(f - alpha * J for f, J in self._latest) / len(self._latest) if self._latest else None
