@@ -20,6 +20,8 @@ def comparison(
 ) -> Stack:
     """Budget, allocator, solver, seed, used, KL, perplexity and its change against dense, one run per row.
 
+    Where a run searched on the true loss, the forward tokens it spent are shown too.
+
     Args:
         summaries: at least one.
         labels: what to call the runs; 1, 2, ... without.
@@ -94,11 +96,16 @@ def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign:
         "seed": [str(s.seed) for s in summaries],
         "used": [f"{s.used / s.total:.4f}" for s in summaries],
     }
+    lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
+    if any(s.search for s in summaries):
+        columns["tokens"] = [formats.compact(s.search.tokens) if s.search else "-" for s in summaries]
+        lines.append("tokens: forward tokens that the search spent")
     figures = zip(*(_figures(_pair(s, split), sign) for s in summaries), strict=True)
     columns |= {name: list(cells) for name, cells in zip(("KL", "perplexity", "change"), figures, strict=True)}
     # What all runs share is said once, below, and leaves its width to the figures.
-    settings = ("budget", "allocator", "solver", "seed")
-    shared = {name: columns[name][0] for name in settings if len(summaries) > 1 and len(set(columns[name])) == 1}
+    settings = ("budget", "allocator", "solver", "seed", "tokens")
+    same = [name for name in settings if name in columns and len(set(columns[name])) == 1]
+    shared = {name: columns[name][0] for name in same if len(summaries) > 1}
     columns = {name: cells for name, cells in columns.items() if name not in shared}
     width = sum(max(map(len, [name, *cells])) for name, cells in columns.items()) + GAP * (len(columns) - 1)
     if width > WIDTH:
@@ -113,7 +120,6 @@ def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign:
             add_numbers(table, [name])
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, cells))
-    lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
     if shared:
         lines.insert(0, "all runs: " + ", ".join(f"{name} {value}" for name, value in shared.items()))
     return footed(table, *lines)

@@ -27,6 +27,19 @@ def percent(part: int, whole: int) -> str:
     return f"{part * 10_000 // whole / 100:.2f} %"
 
 
+def share(fraction: float) -> str:
+    """A fraction in percent to two significant digits: 12 %, 0.42 %, under 0.001 %, 0 %."""
+    if 0 < fraction < 1e-5:
+        return "under 0.001 %"
+    return f"{100 * fraction:.{_decimals(100 * fraction, 2)}f} %" if fraction else "0 %"
+
+
+def between(low: float, high: float) -> str:
+    """A range of ratios, or one figure where both ends look alike: 1.9 to 2.3."""
+    ends = f"{low:.2g}", f"{high:.2g}"
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
 def change(before: float, after: float) -> str:
     """Relative change in percent, with its sign."""
     return f"{100 * (after / before - 1):+.1f} %"

@@ -8,43 +8,42 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
-from globalopt.store import replacing
 from globalopt.summary import LayerResult, Summary
 from globalopt.types import Status
+from reports.figures import COLOURS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain, save
 from reports.groups import Grid
+from reports.search_figure import search_figure
 from reports.tables import span, unit_name
 
-DPI = 150
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
 LABELLED = 24  # most blocks that are all named on an axis
-OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
-# Okabe and Ito's palette without yellow, which vanishes on white; with the markers, 49 kinds differ.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+# With the colours, 49 kinds differ.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:
-    """Write `allocation.png` and `error.png` into `folder`, each whole or not at all.
+    """Write `allocation.png`, `error.png` and, of a search, `search.png` into `folder`, each whole or not at all.
 
     Raises:
         ArtefactError: a file cannot be written.
     """
-    figures = {"allocation.png": allocation_figure, "error.png": error_figure}
-    return [_save(make(summary), folder / name) for name, make in figures.items()]
+    figures = {"allocation.png": allocation_figure(summary), "error.png": error_figure(summary)}
+    if summary.search is not None:
+        figures["search.png"] = search_figure(summary, summary.search)
+    return [save(figure, folder / name) for name, figure in figures.items()]
 
 
 def allocation_figure(summary: Summary) -> Figure:
     """Kept fraction, density, rank share and relative error (log scale) of every layer, block by kind."""
     grid = Grid.of(summary.layers)
     width, height = _panel_size(grid)
-    figure = _figure(summary, 2 * width, 2 * height)
+    figure = new_figure(summary, 2 * width, 2 * height)
     axes = figure.subplots(2, 2)
     relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
     heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit_name(summary.accounting)}")
@@ -62,11 +61,11 @@ def error_figure(summary: Summary) -> Figure:
     grid = Grid.of(summary.layers)
     width, height = _panel_size(grid)
     if any(layer.predicted is not None for layer in summary.layers):
-        figure = _figure(summary, 5.6 + width, max(height, 4.8))
+        figure = new_figure(summary, 5.6 + width, max(height, 4.8))
         left, right = figure.subplots(1, 2, width_ratios=[5.6, width])
         scatter(left, summary, grid.kinds)
     else:
-        figure = _figure(summary, width, height)
+        figure = new_figure(summary, width, height)
         right = figure.subplots()
     heatmap(right, grid, lambda layer: layer.actual, _error_label("actual", summary), log=True)
     return figure
@@ -119,8 +118,8 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
     for n, kind in enumerate(kinds):
         points = [(predicted, actual) for layer, predicted, actual in shown if layer.kind == kind]
         if points:
-            marker = _MARKERS[(n // len(_COLOURS) + n) % len(_MARKERS)]
-            colour = _COLOURS[n % len(_COLOURS)]
+            marker = _MARKERS[(n // len(COLOURS) + n) % len(_MARKERS)]
+            colour = COLOURS[n % len(COLOURS)]
             axes.scatter(*zip(*points, strict=True), s=22, c=colour, marker=marker, alpha=0.8, linewidths=0, label=kind)
     ringed = [(predicted, actual) for la, predicted, actual in shown if Status(la.status) is not Status.CONVERGED]
     if ringed:
@@ -136,27 +135,11 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
             axes.legend(fontsize=7, frameon=False, loc="upper left")
     axes.set_box_aspect(1)
     axes.set_anchor("N")
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=7)
-    hidden = len(summary.layers) - len(shown)
-    if hidden:
-        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
-        axes.text(0.98, 0.02, f"not drawn: {hidden} at zero", fontsize=7, color="0.4", **corner)
+    plain(axes)
+    in_corner(axes, not_drawn({"at zero": len(summary.layers) - len(shown)}))
     axes.set_title("predicted and actual error, one point per layer", fontsize=10, loc="left")
     axes.set_xlabel(_error_label("predicted", summary), fontsize=8)
     axes.set_ylabel(_error_label("actual", summary), fontsize=8)
-
-
-def _figure(summary: Summary, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    # Figures made without pyplot get the canvas of their own choice, whatever backend the user has set.
-    FigureCanvasAgg(figure)
-    used = summary.used / summary.total
-    model = "reference model" if summary.model == "reference" else summary.model
-    title = f"{model}: {summary.allocator} + {summary.solver}, asked {summary.asked:g}, used {used:.4f}"
-    figure.suptitle(f"{title} of the {unit_name(summary.accounting)}", fontsize=11, x=0.01, ha="left", parse_math=False)
-    return figure
 
 
 def _panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
@@ -184,12 +167,4 @@ def _short(value: float) -> str:
 
 
 def _error_label(which: str, summary: Summary) -> str:
-    unit = f"output error {OUTPUT_ERROR}" if summary.error_unit == "output error" else summary.error_unit
-    return f"{which} error, {unit}"
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with replacing(path) as temporary:
-        # Without matplotlib's version in the file, the same run gives the same bytes.
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    return path
+    return f"{which} error, {error_unit(summary.error_unit)}"

@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from globalopt.budget_file import BudgetFile
-from globalopt.summary import LayerPlan, LayerResult, Metrics, Summary
+from globalopt.summary import Evaluation, LayerPlan, LayerResult, Metrics, Search, Summary
 from globalopt.types import Status
 from reports import formats
 from reports.groups import Grid, Group, by_block, by_kind
+from reports.surrogate import FEWEST, Surrogate, chosen, whole
 
 WIDTH = 80
 GAP = 2  # spaces between columns
@@ -41,6 +42,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
         heading(summary),
         budget(summary),
         quality(summary, sign),
+        *([searched(summary, summary.search)] if summary.search is not None else []),
         by_kind_table(summary),
         by_block_table(summary),
         kept_grid(summary.layers),
@@ -88,7 +90,55 @@ def budget(summary: Summary) -> Table:
     if summary.skipped:
         left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
         rows.append(("not covered", left))
-    table = report_table("Budget", show_header=False)
+    return facts("Budget", rows)
+
+
+def searched(summary: Summary, search: Search) -> Stack:
+    """What a search on the true loss spent, asked and found, and how well the surrogate foretold it."""
+    evaluations = whole(summary, search)
+    first, best, choice = evaluations[0], min(evaluations, key=lambda e: e.loss), chosen(summary, search)
+    parts = sum(not e.whole for e in search.evaluations)
+
+    def found(evaluation: Evaluation) -> str:
+        against = f", {formats.change(first.loss, evaluation.loss)}" if evaluation != first and first.loss > 0 else ""
+        when = f"after {formats.count(evaluation.tokens)} tokens"
+        return f"{formats.significant(evaluation.loss)} nats per token{against}, {when}"
+
+    measured = f"{formats.count(len(evaluations))} on the whole selection text"
+    rows = [
+        ("tokens", f"{formats.count(search.tokens)} spent of {formats.count(search.limit)}"),
+        ("candidates", f"made of {search.candidates}s"),
+        ("measured", measured + (f", {formats.count(parts)} on parts of it" if parts else "")),
+        ("first", found(first)),
+        ("best", "the first" if best == first else found(best)),
+        ("chosen", "the best" if choice == best else "the first" if choice == first else found(choice)),
+        *_foretold(Surrogate.of(evaluations)),
+        ("dense", f"top {search.top} tokens, {formats.share(search.tail)} of the probability outside, counted as one"),
+    ]
+    return footed(
+        facts("Search on the true loss", rows),
+        "first, best, chosen: mean KL to dense on the whole selection text. The best of",
+        "many looks better there than it is; the quality above is on other text.",
+    )
+
+
+def _foretold(surrogate: Surrogate) -> list[tuple[str, str]]:
+    """Rank correlation and fit of the surrogate, or why there are none."""
+    if surrogate.count < FEWEST:
+        return [("surrogate", f"too few distinct whole evaluations to judge it: {surrogate.count}, least {FEWEST}")]
+    over = f"{formats.count(surrogate.count)} distinct whole evaluations"
+    if surrogate.correlation is None:
+        return [("surrogate", f"no correlation: one side is constant in {over}")]
+    rows = [("surrogate", f"rank correlation {surrogate.correlation:.2f} (Spearman) in {over}")]
+    if surrogate.slope is not None and surrogate.intercept is not None:
+        sign = "-" if surrogate.intercept < 0 else "+"
+        rows.append(("", f"log measured = {surrogate.slope:.2f} log predicted {sign} {abs(surrogate.intercept):.2f}"))
+    return rows
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """A table of labels and what they say."""
+    table = report_table(title, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
@@ -191,9 +241,6 @@ def _group_table(title: str, label: str, groups: Sequence[Group], layers: Sequen
 def budget_file(file: BudgetFile) -> Stack:
     """What a budget file gives: its totals, the kinds, and the grid of kept fractions."""
     plans = file.plans
-    table = report_table(f"Budget by {file.allocator}", show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
     rows = [
         ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
         ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
@@ -201,8 +248,7 @@ def budget_file(file: BudgetFile) -> Stack:
         ("certificate", formats.certificate(file.predicted, file.bound)),
         ("seed", str(file.seed)),
     ]
-    for key, text in rows:
-        table.add_row(key, Text(text))
+    table = facts(f"Budget by {file.allocator}", rows)
     kinds = _group_table("Allocation by kind", "kind", by_kind(plans), plans, file.error_unit)
     return Stack(table, Text(), kinds, Text(), kept_grid(plans))
 
@@ -351,15 +397,12 @@ def notes(summary: Summary) -> Stack | None:
 
 def provenance(summary: Summary) -> Table:
     """How each split was made, and the versions that made the run."""
-    table = report_table("Made from", show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for split, facts in summary.splits.items():
-        table.add_row(
-            Text(split), Text(", ".join(_fact(key, value) for key, value in facts.items() if value is not None))
-        )
-    table.add_row("versions", Text(", ".join(f"{name} {version}" for name, version in summary.versions.items())))
-    return table
+    rows = [
+        (split, ", ".join(_fact(key, value) for key, value in made.items() if value is not None))
+        for split, made in summary.splits.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
+    return facts("Made from", [*rows, ("versions", versions)])
 
 
 def _fact(key: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
-from globalopt.kernels.projection import keep_weights
+from globalopt.kernels.projection import indicate_nm, indicate_top
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
 from globalopt.types import NM, Target
@@ -109,11 +109,12 @@ def _keeper(target: Target) -> Callable[[Tensor, float], Tensor]:
     def keep(magnitudes: Tensor, size: float) -> Tensor:
         nnz = math.ceil(size * target.nnz)
         if target.pattern is None:
-            return keep_weights(magnitudes, nnz)
-        allowed = keep_weights(magnitudes, target.nnz, target.pattern)
+            return indicate_top(magnitudes.flatten(), nnz).view_as(magnitudes)
+        allowed = indicate_nm(magnitudes, target.pattern)
         if nnz == target.nnz:
             return allowed
-        return allowed & keep_weights(magnitudes.masked_fill(~allowed, 0.0), nnz)
+        # Where too few are above zero, zeros outside the pattern are among the largest.
+        return indicate_top((magnitudes * allowed).flatten(), nnz).view_as(magnitudes).mul_(allowed)
 
     return keep
 

@@ -58,7 +58,7 @@ def ridge_inverse(G: Tensor, ridge: float) -> Tensor:
     """`(G + ridge I)^-1` (d, d) of a positive definite `G` (d, d) and `ridge > 0`."""
     matrix = G.clone()
     matrix.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix, check_errors=True).L)
 
 
 def obs_factor(C: Tensor) -> Tensor:

@@ -15,42 +15,56 @@ SAMPLE_STRIDE = 61  # prime, so that a strided sample meets every column of a ma
 def keep_top(scores: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest scores along the last dimension; equal scores go by index, lowest first.
 
-    A selection of the threshold, not a sort.
-
     Args:
         scores: (..., n), no NaN.
         count: 0 <= count <= n.
     Returns:
         (..., n) bool with exactly `count` true along the last dimension.
     """
+    return indicate_top(scores, count).bool()
+
+
+def indicate_top(scores: Tensor, count: int) -> Tensor:
+    """`keep_top` as 0 and 1 in the scores' dtype, float32 or float64.
+
+    A selection of the threshold, not a sort. Comparisons with a float result, and products with them, are vectorised
+    on the CPU; those with a bool result, and a `where`, are several times slower.
+    """
     size = scores.shape[-1]
     if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+        return torch.zeros_like(scores)
     if count == size:
-        return torch.ones_like(scores, dtype=torch.bool)
+        return torch.ones_like(scores)
     threshold = _largest(scores, count)[None] if scores.ndim == 1 else scores.kthvalue(size - count + 1, -1, True)[0]
-    mask = scores >= threshold
-    if int(mask.sum()) == count * (scores.numel() // size):
-        return mask
-    above = scores > threshold
-    tied = mask & ~above
-    return above | (tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    kept = torch.ge(scores, threshold, out=torch.empty_like(scores))
+    if _count(kept) == count * (scores.numel() // size):
+        return kept
+    above, tied = scores > threshold, scores == threshold
+    first = tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True))
+    return (above | first).to(scores.dtype)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th largest of `scores` (n,): a sample brackets it, and the selection runs inside the bracket only."""
     size = len(scores)
     if size >= 64 * SAMPLE_STRIDE:
-        sample = scores[::SAMPLE_STRIDE].sort(descending=True).values
+        sample = scores[::SAMPLE_STRIDE].contiguous()
         margin = 2 * math.isqrt(len(sample))
-        middle = count // SAMPLE_STRIDE
-        high, low = sample[max(0, middle - margin)], sample[min(len(sample) - 1, middle + margin)]
-        within = count - int((scores > high).sum())
-        bracket = scores[(scores >= low) & (scores <= high)]
+        middle = len(sample) - count // SAMPLE_STRIDE
+        low = sample.kthvalue(max(1, middle - margin)).values
+        high = sample.kthvalue(max(1, min(len(sample), middle + margin))).values
+        within = count - _count(torch.gt(scores, high, out=torch.empty_like(scores)))
+        inside = torch.ge(scores, low, out=torch.empty_like(scores))
+        bracket = scores[inside.mul_(torch.le(scores, high, out=torch.empty_like(scores))).bool()]
         if 1 <= within <= len(bracket):
             return bracket.kthvalue(len(bracket) - within + 1).values
     # Small, or the sample misled.
     return scores.kthvalue(size - count + 1).values
+
+
+def _count(indicator: Tensor) -> int:
+    """How many are 1; a float32 sum is exact up to 2^24 only."""
+    return int(indicator.sum() if indicator.numel() <= 2**24 else indicator.count_nonzero())
 
 
 def keep_per_row(scores: Tensor, count: int) -> Tensor:
@@ -72,25 +86,34 @@ def keep_per_row(scores: Tensor, count: int) -> Tensor:
 
 
 def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
-    """Mask of the `keep` largest scores of every `of` consecutive ones of a row.
-
-    An entry is kept if fewer than `keep` of its group come before it: every pair is compared once, nothing is sorted.
+    """Mask of the `keep` largest scores of every `of` consecutive ones of a row; equal scores go by index.
 
     Args:
         scores: (d_out, d_in) with `d_in` a multiple of `pattern.of`, no NaN.
     """
+    return indicate_nm(scores, pattern).bool()
+
+
+def indicate_nm(scores: Tensor, pattern: NM) -> Tensor:
+    """`keep_nm` as 0 and 1 in the scores' dtype.
+
+    An entry is kept if fewer than `keep` of its group come before it: every pair is compared once, nothing is sorted.
+    """
     # Members of a group in separate planes, so that each comparison runs over contiguous memory.
     planes = scores.reshape(scores.shape[0], -1, pattern.of).permute(2, 0, 1).contiguous()
-    # How many come before a member: all later ones, less those it is not below, plus the earlier ones not below it.
-    before = torch.empty_like(planes, dtype=torch.uint8)
-    for member in range(pattern.of):
-        before[member] = pattern.of - 1 - member
-    for left in range(pattern.of):
-        for right in range(left + 1, pattern.of):
-            left_first = (planes[left] >= planes[right]).view(torch.uint8)
-            before[right] += left_first
-            before[left] -= left_first
-    return (before < pattern.keep).permute(1, 2, 0).reshape(scores.shape)
+    # How many come before a member: the earlier ones not below it, and all later ones but those it is not below.
+    ahead = torch.empty_like(planes)
+    for member in range(pattern.of - 1):
+        later = planes[member + 1 :]
+        if member == 0:
+            first = torch.ge(planes[0], later, out=ahead[1:])
+            torch.sum(first, 0, out=ahead[0]).neg_()
+        else:
+            first = torch.ge(planes[member], later, out=torch.empty_like(later))
+            ahead[member + 1 :].add_(first)
+            ahead[member].sub_(first.sum(0))
+    room = torch.arange(pattern.of, dtype=planes.dtype, device=planes.device) + (pattern.keep - pattern.of + 1)
+    return ahead.lt_(room[:, None, None]).permute(1, 2, 0).reshape(scores.shape)
 
 
 def keep_weights(scores: Tensor, nnz: int, pattern: NM | None = None, per_row: bool = False) -> Tensor:

@@ -61,8 +61,8 @@ class Part:
         rows: its rows.
         outputs: its `A` (d_out, d_out), or None for the identity.
         rank: 0 <= rank <= min(d_out, d_in).
-        keep: magnitudes (d_out, d_in) and a share in (0, 1] -> mask of so many of the entries to keep in the end,
-            the largest; at least one.
+        keep: magnitudes (d_out, d_in) and a share in (0, 1] -> 0 and 1 in their dtype (bool is slower): so many of the
+            entries to keep in the end, the largest; at least one.
     """
 
     rows: slice
@@ -91,12 +91,12 @@ def ridge_admm(
 ) -> RidgeADMM:
     """Minimise `tr(A (W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`.
 
-    With a copy `Z` of `S` that carries the constraint, a dual `Y` and the penalty p, one step is
+    With a copy `Z` of `S` that carries the constraint, a dual `p Y` and the penalty p, one step is
 
-        R = A (W - L) G - Y + p Z
+        R = A (W - L) G + p (Z - Y)
         S <- the solution of A S G + p S = R
-        Z <- the kept entries of S + Y / p
-        Y <- Y + p (S - Z)
+        Z <- the kept entries of S + Y
+        Y <- Y + S - Z
         L <- U (A U)ᵀ M,  U <- orth_A(M (A M G)ᵀ U),  M = W - S
 
     The linear system hands over `A S G = R - p S`, so `A M G = A W G - R + p S` costs nothing: without `A` a step has a
@@ -118,35 +118,38 @@ def ridge_admm(
     def times(E: Tensor) -> Tensor:
         return torch.cat([norm.times(E[part.rows]) for part, norm in zip(parts, norms, strict=True)])
 
-    def keep(magnitudes: Tensor, size: float) -> Tensor:
-        return torch.cat([part.keep(magnitudes[part.rows], size) for part in parts])
-
     AWG = times(W)
-    Z, Y, ALG = torch.zeros_like(W), torch.zeros_like(W), torch.zeros_like(W)
+    # A (W - L) G, kept instead of L.
+    rest = AWG.clone()
+    Z, Y = torch.zeros_like(W), torch.zeros_like(W)
+    R, P = torch.empty_like(W), torch.empty_like(W)
+    penalty = schedule.penalty(0)
     subspaces: list[Subspace | None] = [None] * len(parts)
     if start is not None:
         Z = torch.cat([fit.S for fit in start])
         L = torch.cat(
             [fit.subspace.U @ fit.subspace.factor(W[p.rows] - fit.S) for fit, p in zip(start, parts, strict=True)]
         )
-        ALG = times(L)
-        Y = (AWG - times(Z) - ALG).masked_fill_(Z != 0, 0.0)
+        rest.sub_(times(L))
+        Y = (rest - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
     support, moved, step = Z != 0, 1.0, 0
     with fast_products(W) as exact_from_here:
         while step < schedule.steps and moved > 0:
             if step >= EXACT_FROM * schedule.steps:
                 exact_from_here()
-            penalty = schedule.penalty(step)
+            before, penalty = penalty, schedule.penalty(step)
+            Y.mul_(before / penalty)
             solve = ridge(inputs, outputs, penalty)
             seen = support
             for _ in range(min(schedule.hold, schedule.steps - step)):
-                R = torch.add(AWG, Z, alpha=penalty).sub_(ALG).sub_(Y)
+                torch.add(rest, torch.sub(Z, Y, out=P), alpha=penalty, out=R)
                 S = solve(R)
-                proposal = torch.add(S, Y, alpha=1 / penalty)
-                support = keep(proposal.abs(), schedule.size(step))
-                Z = proposal.masked_fill(~support, 0.0)
-                Y = (proposal - Z).mul_(penalty)
-                M, N = W - S, torch.add(AWG, S, alpha=penalty).sub_(R)
+                torch.add(S, Y, out=P)
+                size, magnitudes = schedule.size(step), torch.abs(P, out=Y)
+                for part in parts:
+                    torch.mul(P[part.rows], part.keep(magnitudes[part.rows], size), out=Z[part.rows])
+                torch.sub(P, Z, out=Y)
+                M, N = torch.sub(W, S, out=P), torch.sub(AWG, R.sub_(S, alpha=penalty), out=R)
                 for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
                     if part.rank:
                         subspace, m, n = subspaces[i], M[part.rows], N[part.rows]
@@ -155,11 +158,12 @@ def ridge_admm(
                             if subspace is None
                             else subspace_step(m, n, norm, subspace)
                         )
-                        torch.matmul(subspace.AU, subspace.U.mT @ n, out=ALG[part.rows])
+                        torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=rest[part.rows])
                         subspaces[i] = subspace
                 step += 1
+            support = Z != 0
             if schedule.size(step - 1) == 1:
-                moved = int((support != seen).sum()) / int(support.sum())
+                moved = int((support != seen).sum()) / max(1, int(support.sum()))
     fits = []
     for part, subspace in zip(parts, subspaces, strict=True):
         empty = W[part.rows, :0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from globalopt.summary import LayerResult, Metrics, StageCost, Summary
+from globalopt.summary import Evaluation, LayerResult, Metrics, Search, StageCost, Summary
 
 KINDS = {
     "q_proj": (256, 256),
@@ -123,3 +123,38 @@ def make_summary(blocks: int = 8, pattern: str | None = None, **changed: Any) ->
         "notes": ("The model was stored in bfloat16 and computed in float32.",),
     }
     return Summary(**{**values, **changed})
+
+
+def make_search(wholes: int = 40, parts: int = 150, predicted: float = 0.0012, **changed: Any) -> Search:
+    """Whole evaluations between parts on 8 of 64 windows; the best whole one is chosen.
+
+    Measured is `predicted^0.9` but for noise, around a surrogate's least loss of `predicted`, where the first is.
+    """
+    random = np.random.default_rng(1)
+    evaluations: list[Evaluation] = []
+    tokens, total = 0, wholes + parts
+    for n in range(total):
+        whole = n * wholes % total < wholes
+        left = 1 - n / total
+        foretold = predicted * (1 + 0.5 * left * random.gamma(1.0) * (n > 0))
+        noise = (0.04 if whole else 0.25) * random.normal() - 0.15 * (1 - left)
+        windows = 64 if whole else 8
+        tokens += windows * 512
+        evaluations.append(Evaluation(tokens, foretold**0.9 * math.exp(noise), windows, whole, foretold))
+    best = min((e.loss for e in evaluations if e.whole), default=0.003)
+    values: dict[str, Any] = {
+        "tokens": tokens,
+        "limit": 1_000_000 if tokens < 1_000_000 else round(1.1 * tokens),
+        "candidates": "fit",
+        "top": 1024,
+        "tail": 0.00424,
+        "loss": best,
+        "evaluations": tuple(evaluations),
+    }
+    return Search(**{**values, **changed})
+
+
+def make_searched(search: Search, **changed: Any) -> Summary:
+    """A run whose allocation is the whole evaluation with the loss of `search`."""
+    predicted = next((e.predicted for e in search.evaluations if e.whole and e.loss == search.loss), 0.0013)
+    return make_summary(**{"search": search, "allocator": "evolution", "predicted": predicted, **changed})

@@ -10,7 +10,7 @@ from globalopt.errors import UsageError
 from globalopt.summary import Summary
 from reports import comparison
 from reports.comparison import differences
-from tests.reports.factory import make_metrics, make_summary
+from tests.reports.factory import make_metrics, make_search, make_searched, make_summary
 
 
 def shown(part: RenderableType) -> str:
@@ -94,3 +94,18 @@ def test_no_run_and_wrong_labels_are_usage_errors() -> None:
         comparison([])
     with pytest.raises(UsageError, match="2 labels were given for 1 runs"):
         comparison([make_summary()], ["a", "b"])
+
+
+def test_the_tokens_of_searches_are_shown_where_there_are_any() -> None:
+    found = make_searched(make_search())
+    text = shown(comparison([make_summary(), found], ["knapsack", "searched"]))
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert (rows["knapsack"][3], rows["searched"][3]) == ("-", "1.925M")
+    assert "tokens: forward tokens" in text
+    assert "tokens" not in shown(comparison([make_summary(), make_summary(allocator="uniform")]))
+
+
+def test_tokens_that_all_runs_spent_are_said_once() -> None:
+    found = make_searched(make_search())
+    text = shown(comparison([found, replace(found, seed=1)]))
+    assert "all runs: budget 0.5, allocator evolution, solver 3basil, tokens 1.925M" in text

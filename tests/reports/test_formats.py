@@ -49,3 +49,13 @@ def test_a_measured_value_stops_at_its_standard_error() -> None:
 )
 def test_a_certificate_claims_no_more_than_is_proved(predicted: float, bound: float | None, text: str) -> None:
     assert formats.certificate(predicted, bound) == text
+
+
+def test_a_share_has_two_digits_and_names_what_is_too_small() -> None:
+    fractions = (0.0, 3e-9, 0.0042, 0.123, 1.0)
+    assert [formats.share(f) for f in fractions] == ["0 %", "under 0.001 %", "0.42 %", "12 %", "100 %"]
+
+
+def test_a_range_that_looks_like_one_figure_is_one() -> None:
+    assert formats.between(1.91, 2.34) == "1.9 to 2.3"
+    assert formats.between(3.58, 3.62) == "3.6"

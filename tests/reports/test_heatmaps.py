@@ -14,7 +14,7 @@ from globalopt.errors import ArtefactError
 from reports import report, write_figures
 from reports.groups import Grid
 from reports.heatmaps import allocation_figure, error_figure
-from tests.reports.factory import MISSING, make_layers, make_summary
+from tests.reports.factory import MISSING, make_layers, make_search, make_searched, make_summary
 
 VALUES = ("kept", "density", "rank_share", "relative")
 
@@ -96,10 +96,12 @@ def test_a_run_that_kept_everything_can_be_drawn(blocks: int, tmp_path: Path) ->
 
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in write_figures(make_summary(1), tmp_path / "new" / "folder")]
-    second = [path.read_bytes() for path in write_figures(make_summary(1), tmp_path / "new" / "folder")]
+    summary = make_searched(make_search(), blocks=1)
+    first = [path.read_bytes() for path in write_figures(summary, tmp_path / "new" / "folder")]
+    second = [path.read_bytes() for path in write_figures(summary, tmp_path / "new" / "folder")]
     assert first == second
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["allocation.png", "error.png"]
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["allocation.png", "error.png", "search.png"]
 
 
 def test_a_full_disk_keeps_the_old_picture_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

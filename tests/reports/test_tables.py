@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
+from globalopt.summary import Evaluation, Search
 from globalopt.types import Status
 from reports import render
 from reports.groups import Grid, Group
@@ -21,10 +22,11 @@ from reports.tables import (
     notes,
     provenance,
     quality,
+    searched,
     span,
     stages,
 )
-from tests.reports.factory import make_layers, make_metrics, make_summary
+from tests.reports.factory import make_layers, make_metrics, make_search, make_searched, make_summary
 
 
 def shown(part: RenderableType | None, width: int = 80) -> str:
@@ -145,6 +147,63 @@ def test_quality_of_a_run_that_was_not_evaluated() -> None:
     assert "not evaluated" in shown(quality(make_summary(dense=(), compressed=())))
 
 
+def shown_search(search: Search, predicted: float = 0.0009) -> str:
+    """The table, one line per row, blanks squeezed."""
+    return "\n".join(
+        " ".join(line.split()) for line in shown(searched(make_summary(predicted=predicted), search)).splitlines()
+    )
+
+
+def test_a_search_says_what_it_spent_asked_and_found() -> None:
+    evaluations = (
+        Evaluation(1000, 0.004, 64, True, 0.001),
+        Evaluation(1100, 0.001, 8, False, 0.002),
+        Evaluation(2100, 0.003, 64, True, 0.0009),
+        Evaluation(3100, 0.0035, 64, True, 0.00095),
+    )
+    search = make_search(evaluations=evaluations, tokens=3100, limit=5000, loss=0.003)
+    text = shown_search(search)
+    assert "tokens 3,100 spent of 5,000" in text
+    assert "candidates made of fits" in text
+    assert "measured 3 on the whole selection text, 1 on parts of it" in text
+    assert "first 0.004000 nats per token, after 1,000 tokens" in text
+    assert "best 0.003000 nats per token, -25.0 %, after 2,100 tokens" in text
+    assert "chosen the best" in text
+    assert "rank correlation 1.00 (Spearman) in 3 distinct whole evaluations" in text
+    assert "log measured = 2.73 log predicted + 13.35" in text
+    assert "top 1024 tokens, 0.42 % of the probability outside, counted as one" in text
+
+
+def test_a_choice_that_is_not_the_best_has_its_own_figures() -> None:
+    search = make_search()
+    text = shown_search(replace(search, loss=0.0021), 0.0012)
+    assert f"chosen 0.002100 nats per token, -13.6 %, after {search.tokens:,} tokens" in text
+    first = next(e for e in search.evaluations if e.whole)
+    assert "chosen the first" in shown_search(replace(search, loss=first.loss), first.predicted)
+
+
+def test_a_surrogate_is_not_judged_by_two_evaluations() -> None:
+    text = shown_search(make_search(1, 20))
+    assert "too few distinct whole evaluations to judge it: 2, least 3" in text
+    assert "Spearman" not in text
+
+
+def test_a_constant_surrogate_has_no_rank_correlation() -> None:
+    evaluations = tuple(Evaluation(n, 0.001 * n, 64, True, 0.001) for n in range(1, 4))
+    text = shown_search(make_search(evaluations=evaluations, loss=0.001), 0.001)
+    assert "no correlation: one side is constant in 3 distinct whole evaluations" in text
+
+
+def test_only_a_run_that_searched_reports_a_search() -> None:
+    for summary, there in ((make_summary(), False), (make_searched(make_search(400, 6000)), True)):
+        console = Console(file=StringIO(), width=80, color_system=None)
+        render(summary, console)
+        assert isinstance(console.file, StringIO)
+        text = console.file.getvalue()
+        assert ("Search on the true loss" in text) is there
+        assert max(map(len, text.splitlines())) <= 80
+
+
 def test_stages_sum_times_and_take_the_largest_peak() -> None:
     text = shown(stages(make_summary()))
     assert row(text, "refine") == ["refine", "1", "min", "22", "s", "52", "%", "1.07", "GiB"]
@@ -205,7 +264,7 @@ def test_only_a_verbose_report_lists_the_layers() -> None:
 def test_an_ascii_terminal_gets_the_same_numbers() -> None:
     file = TextIOWrapper(BytesIO(), encoding="ascii")
     console = Console(file=file, width=80)
-    render(make_summary(error_unit="output error"), console, verbose=True)
+    render(make_searched(make_search(), error_unit="output error"), console, verbose=True)
     file.flush()
     text = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert "62.44 +-0.81" in text

@@ -26,7 +26,7 @@ def runs(monkeypatch):
         def watch(keep):
             def watched(magnitudes, share):
                 mask = keep(magnitudes, share)
-                masks.append((magnitudes.clone(), share, mask))
+                masks.append((magnitudes.clone(), share, mask.bool()))
                 return mask
 
             return watched

@@ -1,0 +1,71 @@
+"""What all pictures share: their size and title, their colours, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from globalopt.store import replacing
+from globalopt.summary import Summary
+from reports.tables import unit_name
+
+DPI = 150
+
+# Okabe and Ito's palette without yellow, which vanishes on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+
+OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
+
+
+def new_figure(summary: Summary, width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches under the run's title."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    # Figures made without pyplot get the canvas of their own choice, whatever backend the user has set.
+    FigureCanvasAgg(figure)
+    used = summary.used / summary.total
+    model = "reference model" if summary.model == "reference" else summary.model
+    title = f"{model}: {summary.allocator} + {summary.solver}, asked {summary.asked:g}, used {used:.4f}"
+    figure.suptitle(f"{title} of the {unit_name(summary.accounting)}", fontsize=11, x=0.01, ha="left", parse_math=False)
+    return figure
+
+
+def plain(axes: Axes) -> None:
+    """A faint grid behind the points, small figures on the axes."""
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=7)
+
+
+def not_drawn(hidden: Mapping[str, int]) -> str:
+    """How many points have no place on the axes, by where they are; empty where all are drawn."""
+    said = ", ".join(f"{count} {where}" for where, count in hidden.items() if count)
+    return said and f"not drawn: {said}"
+
+
+def in_corner(axes: Axes, *lines: str) -> None:
+    """Small text in the lower right corner, legible on dots; empty lines are left out."""
+    if text := "\n".join(filter(None, lines)):
+        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+        behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        axes.text(0.98, 0.02, text, fontsize=7, color="0.4", bbox=behind, **corner)
+
+
+def error_unit(unit: str) -> str:
+    """A summary's unit with its formula, where it is one."""
+    return f"output error {OUTPUT_ERROR}" if unit == "output error" else unit
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `path`, whole or not at all; the same figure gives the same bytes.
+
+    Raises:
+        ArtefactError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        # Without matplotlib's version in the file, the same run gives the same bytes.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return path

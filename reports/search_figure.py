@@ -1,0 +1,151 @@
+"""Picture of a search on the true loss: what the surrogate foretold, and what the tokens bought."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from globalopt.summary import Evaluation, Search, Summary
+from reports import formats
+from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain
+from reports.surrogate import Surrogate, chosen, whole
+
+ROOM = 3.0  # the diagonal is shown while it leaves the points at least one part in so many of the axes
+RARE = 0.005  # share of partial evaluations at either end that may lie off the scale
+MANY = 300  # dots, above which they shrink
+
+_WHOLE, _PART, _FIT, _CHOSEN = COLOURS[0], "0.55", COLOURS[1], COLOURS[3]
+
+
+def search_figure(summary: Summary, search: Search) -> Figure:
+    """Predicted against measured loss of the whole evaluations, and the loss of all against tokens spent."""
+    figure = new_figure(summary, 11.6, 4.9)
+    left, right = figure.subplots(1, 2, width_ratios=[5.0, 6.6])
+    agreement(left, summary, search)
+    progress(right, summary, search)
+    return figure
+
+
+def agreement(axes: Axes, summary: Summary, search: Search) -> None:
+    """Predicted (across) against measured (up) loss on log axes, whole evaluations only, with the least-squares line.
+
+    In one unit, both axes span the same and the diagonal is drawn; where it would squeeze the points into a corner a
+    line of text gives their ratio instead.
+    """
+    found = whole(summary, search)
+    shown = [e for e in found if e.predicted > 0 and e.loss > 0]
+    choice = chosen(summary, search)
+    surrogate = Surrogate.of(found)
+    ratio = ""
+    plain(axes)
+    if shown:
+        axes.set(xscale="log", yscale="log")
+        predicted, measured = [e.predicted for e in shown], [e.loss for e in shown]
+        axes.scatter(predicted, measured, s=_size(shown), c=_WHOLE, alpha=0.7, linewidths=0, label="on the whole text")
+        across, up = (min(predicted), max(predicted)), (min(measured), max(measured))
+        if summary.budget_unit == "nats per token":
+            both = min(across[0], up[0]), max(across[1], up[1])
+            if math.log(both[1] / both[0]) <= ROOM * max(math.log(across[1] / across[0]), math.log(up[1] / up[0])):
+                across = up = both
+                ends = _padded(both)
+                axes.plot(ends, ends, color="0.5", linewidth=1, linestyle="--", label="equal", zorder=0)
+            else:
+                ratios = [e.loss / e.predicted for e in shown]
+                ratio = f"measured / predicted: {formats.between(min(ratios), max(ratios))}"
+        if surrogate.slope is not None and surrogate.intercept is not None:
+            x = np.geomspace(min(predicted), max(predicted), 2)
+            y = np.exp(surrogate.intercept) * x**surrogate.slope
+            axes.plot(x, y, color=_FIT, linewidth=1.5, label=f"fit, slope {surrogate.slope:.2f}")
+        if choice in shown:
+            _mark(axes, choice.predicted, choice.loss)
+        axes.set(xlim=_padded(across), ylim=_padded(up))
+        _round_ticks(axes.xaxis, across)
+        _round_ticks(axes.yaxis, up)
+        _legend(axes)
+    axes.set_box_aspect(1)
+    in_corner(axes, ratio, not_drawn({"at zero": len(found) - len(shown)}))
+    rank = "" if surrogate.correlation is None else f", rank correlation {surrogate.correlation:.2f}"
+    axes.set_title(f"predicted and measured loss{rank}", fontsize=10, loc="left")
+    axes.set_xlabel(f"predicted, {error_unit(summary.budget_unit)}", fontsize=8)
+    axes.set_ylabel("measured: KL to dense, nats per token", fontsize=8)
+
+
+def progress(axes: Axes, summary: Summary, search: Search) -> None:
+    """Loss (log axis) of every evaluation against the tokens spent by then, and the least whole one so far.
+
+    Of many evaluations on parts, the `RARE` highest and lowest do not stretch the scale; a line counts those off it.
+    """
+    found = whole(summary, search)
+    solid = [e for e in found if e.loss > 0]
+    asked = [e for e in search.evaluations if not e.whole]
+    faint = [e for e in asked if e.loss > 0]
+    plain(axes)
+    if faint:
+        tokens, losses = [e.tokens for e in faint], [e.loss for e in faint]
+        label = "on part of the text"
+        axes.scatter(tokens, losses, s=_size(faint), c=_PART, alpha=0.35, linewidths=0, label=label, zorder=1)
+    if solid:
+        tokens, losses = [e.tokens for e in solid], [e.loss for e in solid]
+        axes.scatter(tokens, losses, s=_size(solid), c=_WHOLE, linewidths=0, label="on the whole text", zorder=2)
+        least = np.minimum.accumulate(losses)
+        steps = {"where": "post", "color": "black", "linewidth": 1.3, "label": "least on the whole text", "zorder": 3}
+        axes.step([*tokens, max(search.tokens, tokens[-1])], [*least, least[-1]], **steps)
+        choice = chosen(summary, search)
+        if choice in solid:
+            _mark(axes, choice.tokens, choice.loss)
+    outside = 0
+    if every := [e.loss for e in (*faint, *solid)]:
+        ends = min(every), max(every)
+        if len(faint) > MANY:
+            kept = [*(e.loss for e in solid), *np.quantile([e.loss for e in faint], [RARE, 1 - RARE])]
+            ends = min(kept), max(kept)
+        low, high = _padded(ends)
+        outside = sum(not low <= loss <= high for loss in every)
+        axes.set(yscale="log", ylim=(low, high))
+        _round_ticks(axes.yaxis, ends)
+        _legend(axes)
+    axes.set_xlim(0, 1.02 * max(search.tokens, 1))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    zeros = len(found) - len(solid) + len(asked) - len(faint)
+    in_corner(axes, not_drawn({"at zero": zeros, "off the scale": outside}))
+    axes.set_title("loss of what was asked for", fontsize=10, loc="left")
+    axes.set_xlabel(f"forward tokens spent (limit {formats.count(search.limit)})", fontsize=8)
+    axes.set_ylabel("KL to dense, nats per token", fontsize=8)
+
+
+def _mark(axes: Axes, x: float, y: float) -> None:
+    star = {"marker": "*", "s": 150, "c": _CHOSEN, "edgecolors": "black", "linewidths": 0.8, "zorder": 4}
+    axes.scatter([x], [y], label="chosen", **star)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it hides no dot."""
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11), "ncols": 4}
+    axes.legend(fontsize=7, frameon=False, columnspacing=1.5, **below)
+
+
+def _size(dots: Sequence[Evaluation]) -> float:
+    return 16.0 if len(dots) <= MANY else 6.0
+
+
+def _padded(ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends of a log axis with 6 % of room at both, at least 1 % of the value."""
+    low, high = ends
+    room = max((high / low) ** 0.06, 1.01)
+    return low / room, high * room
+
+
+def _round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
+    """Ticks at a few round numbers where a log axis over `ends` has too few powers of ten to be read by."""
+    decades = math.log10(ends[1] / ends[0])
+    if decades < 3:
+        subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
+        axis.set_major_locator(MaxNLocator(5) if decades < 0.4 else LogLocator(subs=subs))
+        axis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        axis.set_minor_locator(NullLocator())
