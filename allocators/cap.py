@@ -92,7 +92,6 @@ class _Part:
     start: int
     directions: int
     entries: int
-    device: torch.device
 
     @property
     def middle(self) -> int:
@@ -124,7 +123,7 @@ class Components:
             bare = Target(0, pattern.nnz(spec) if pattern else 0, pattern)
             room = (spec.numel - bare.nnz) // (spec.d_out + spec.d_in) if pattern else span.max_rank
             directions, entries = min(span.max_rank, room), 0 if pattern else spec.numel
-            part = _Part(spec, bare, start, directions, entries, span.S.device)
+            part = _Part(spec, bare, start, directions, entries)
             energy = float((span.s.double() ** 2).sum() + (span.S.double() ** 2).sum())
             parts = (span.s[:directions] / (spec.d_out + spec.d_in) ** 0.5, span.S.flatten()[:entries].abs())
             magnitude.append(torch.cat(parts).float().cpu() / max(energy / spec.numel, 1e-30) ** 0.5)
@@ -180,7 +179,7 @@ class Components:
         if part.bare.pattern is not None:
             return replace(part.bare, rank=int(directions.sum()))
         entries = mask[part.middle : part.end].reshape(part.spec.d_out, part.spec.d_in)
-        return Mask(directions.to(part.device), entries.to(part.device))
+        return Mask(directions, entries)
 
     def _target(self, part: _Part, directions: int, entries: int) -> Target:
         target = replace(part.bare, rank=directions, nnz=part.bare.nnz + entries)
