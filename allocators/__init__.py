@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from allocators.alpha import Alpha
 from allocators.bernoulli import Bernoulli
 from allocators.depth_ramp import DepthRamp
+from allocators.evolution import Evolution
 from allocators.knapsack import Knapsack
+from allocators.optuna_warp import OptunaWarp
 from allocators.owl import Owl
 from allocators.uniform import Uniform
 from globalopt import registry
 from globalopt.protocols import Allocator
 
-ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack, Bernoulli)}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack, OptunaWarp, Evolution, Bernoulli)
+}
 
 
 def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Allocator:
@@ -21,4 +25,15 @@ def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Alloca
     return registry.build("allocator", ALLOCATORS, name, options)
 
 
-__all__ = ["ALLOCATORS", "Alpha", "Bernoulli", "DepthRamp", "Knapsack", "Owl", "Uniform", "get_allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "Alpha",
+    "Bernoulli",
+    "DepthRamp",
+    "Evolution",
+    "Knapsack",
+    "OptunaWarp",
+    "Owl",
+    "Uniform",
+    "get_allocator",
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from scipy.stats import beta
@@ -39,7 +40,7 @@ def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta
         delta: in the budget's unit, at least 1.
     Returns: the new targets, or None where these layers cannot.
     """
-    return _swap(problem, _layers(problem), targets, giver, taker, delta)
+    return _swap(problem, layers_of(problem), targets, giver, taker, delta)
 
 
 def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str, Target] | None:
@@ -47,14 +48,14 @@ def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str
 
     Returns: the new targets, or None where the layer cannot; under a pattern, which fixes the nonzeros, always.
     """
-    layers = _layers(problem)
+    layers = layers_of(problem)
     moved = layers[name].traded(targets[name], ranks, _slack(problem, targets))
-    return None if moved is None else _settled(problem, layers, {**targets, name: moved})
+    return None if moved is None else settled(problem, layers, {**targets, name: moved})
 
 
 def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
     """A level swap of two layers drawn uniformly from those that can give and can take; None where there is none."""
-    layers = _layers(problem)
+    layers = layers_of(problem)
     givers = [name for name, layer in layers.items() if layer.spare(targets[name]) > 0]
     takers = [name for name, layer in layers.items() if layer.room(targets[name]) > 0]
     for _ in range(ATTEMPTS if givers and takers else 0):
@@ -67,12 +68,12 @@ def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Rand
 
 def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
     """A trade of about `delta` between rank and nonzeros of a layer drawn uniformly; None where there is none."""
-    layers = _layers(problem)
+    layers = layers_of(problem)
     trades = _trades(problem, layers, targets, delta)
     if not trades:
         return None
     name, moved, _ = rng.choice(trades)
-    return _settled(problem, layers, {**targets, name: moved})
+    return settled(problem, layers, {**targets, name: moved})
 
 
 def guided(
@@ -92,7 +93,7 @@ def guided(
     if rng.random() < UNIFORM_SHARE:
         first, second = rng.sample([random_swap, random_trade], 2)
         return first(problem, targets, delta, rng) or second(problem, targets, delta, rng)
-    layers = _layers(problem)
+    layers = layers_of(problem)
     give, take = {}, {}
     for name, layer in layers.items():
         now = targets[name]
@@ -113,7 +114,7 @@ def guided(
     swaps, all_trades = math.fsum(paired.values()), math.fsum(traded)
     if rng.random() * (swaps + all_trades) < all_trades:
         ((name, moved, _),) = rng.choices(trades, traded)
-        return _settled(problem, layers, {**targets, name: moved})
+        return settled(problem, layers, {**targets, name: moved})
     if swaps <= 0:
         return None
     (taker,) = rng.choices(list(paired), list(paired.values()))
@@ -162,12 +163,33 @@ def default_delta(problem: Problem) -> int:
     return max(1, problem.budget.total // (64 * len(problem.surfaces)))
 
 
-class _Layer:
-    """What one layer can give and take: it stays within what its surface offers, and never costs more than dense."""
+class Layer:
+    """What one layer can give and take: it stays within what its surface offers, and never costs more than dense.
+
+    Answers are remembered: a search asks the same of most layers again and again.
+
+    Args:
+        problem: whose budget and pattern apply.
+        surface: of the layer.
+    """
+
+    spare: Callable[[Target], int]
+    """The most cost a target can give up."""
+
+    room: Callable[[Target], int]
+    """The most cost it can take."""
+
+    shrunk: Callable[[Target, int], Target]
+    """The largest target that costs an amount less, which is at most its `spare`."""
+
+    grown: Callable[[Target, int], Target]
+    """The largest target that costs at most an amount more."""
+
+    traded: Callable[[Target, int, int], Target | None]
+    """With so many ranks more, and what its cost and a slack pay of nonzeros; None where it cannot."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
         self.budget = problem.budget
-        self.surface = surface
         self.spec = surface.spec
         self.axis = "nnz" if problem.pattern is None else "rank"
         self.dense = self.cost(Target.dense(self.spec))
@@ -177,13 +199,17 @@ class _Layer:
             least[target.rank] = min(target.nnz, least.get(target.rank, target.nnz))
         self.ranks = sorted(least)
         self.counts = [least[rank] for rank in self.ranks]
+        self.error = cache(surface.predict)
+        self.spare = cache(lambda target: self.cost(target) - self.cost(self._bare(target)))
+        self.room = cache(lambda target: self.cost(self.grown(target, self.dense)) - self.cost(target))
+        self.shrunk, self.grown, self.traded = cache(self._shrunk), cache(self._grown), cache(self._traded)
 
     def cost(self, target: Target) -> int:
         return self.budget.cost(target, self.spec)
 
     def gain(self, now: Target, then: Target) -> float:
         """Predicted fall of the error."""
-        return self.surface.predict(now) - self.surface.predict(then)
+        return self.error(now) - self.error(then)
 
     @property
     def unit(self) -> int:
@@ -192,7 +218,7 @@ class _Layer:
             return self.cost(Target(1, 0))
         return 1 if self.budget.accounting == "params" else 4
 
-    def bare(self, target: Target) -> Target:
+    def _bare(self, target: Target) -> Target:
         """The target at the lower end of its free axis."""
         if self.axis == "rank":
             return replace(target, rank=min(target.rank, self.ranks[0]))
@@ -200,21 +226,11 @@ class _Layer:
         least = math.ceil(interpolate(self.ranks, self.counts, target.rank))
         return replace(target, nnz=min(target.nnz, least))
 
-    def spare(self, target: Target) -> int:
-        """The most cost it can give up."""
-        return self.cost(target) - self.cost(self.bare(target))
-
-    def room(self, target: Target) -> int:
-        """The most cost it can take."""
-        return self.cost(self.grown(target, self.dense)) - self.cost(target)
-
-    def shrunk(self, target: Target, amount: int) -> Target:
-        """The largest target that costs `amount` less, which is at most its `spare`."""
+    def _shrunk(self, target: Target, amount: int) -> Target:
         top = getattr(target, self.axis)
-        return self.budget.grow(self.bare(target), self.spec, self.axis, top, self.cost(target) - amount)
+        return self.budget.grow(self._bare(target), self.spec, self.axis, top, self.cost(target) - amount)
 
-    def grown(self, target: Target, amount: int) -> Target:
-        """The largest target that costs at most `amount` more."""
+    def _grown(self, target: Target, amount: int) -> Target:
         if self.axis == "rank":
             top = min(self.ranks[-1], (self.spec.numel - target.nnz) // self.per_rank)
         else:
@@ -224,28 +240,46 @@ class _Layer:
         limit = min(self.dense, self.cost(target) + amount)
         return self.budget.grow(target, self.spec, self.axis, top, limit)
 
-    def traded(self, target: Target, ranks: int, slack: int) -> Target | None:
-        """`ranks` more or fewer, the nonzeros as many as its present cost and `slack` pay; None where it cannot."""
+    def _traded(self, target: Target, ranks: int, slack: int) -> Target | None:
         rank = min(max(target.rank + ranks, self.ranks[0]), self.ranks[-1])
         if self.axis == "rank" or rank == target.rank:
             return None
-        least = self.bare(replace(target, rank=rank, nnz=self.spec.numel))
+        least = self._bare(replace(target, rank=rank, nnz=self.spec.numel))
         limit = min(self.dense, self.cost(target) + slack)
         if self.cost(least) > limit or least.params(self.spec) > self.spec.numel:
             return None
         return self.grown(least, limit - self.cost(least))
 
 
-def _layers(problem: Problem) -> dict[str, _Layer]:
+def layers_of(problem: Problem) -> dict[str, Layer]:
     """By name, in the order of names, so that draws do not depend on the order of the surfaces."""
-    return {s.spec.name: _Layer(problem, s) for s in sorted(problem.surfaces, key=lambda s: s.spec.name)}
+    return _layers_of(_Same(problem))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A problem as the key of a cache: only itself is equal to it."""
+
+    problem: Problem
+
+    def __hash__(self) -> int:
+        return id(self.problem)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.problem is other.problem
+
+
+@lru_cache(maxsize=2)
+def _layers_of(same: _Same) -> dict[str, Layer]:
+    surfaces = sorted(same.problem.surfaces, key=lambda s: s.spec.name)
+    return {surface.spec.name: Layer(same.problem, surface) for surface in surfaces}
 
 
 def _slack(problem: Problem, targets: Targets) -> int:
     return problem.budget.limit - problem.used(targets)
 
 
-def _settled(problem: Problem, layers: Mapping[str, _Layer], targets: dict[str, Target]) -> dict[str, Target]:
+def settled(problem: Problem, layers: Mapping[str, Layer], targets: dict[str, Target]) -> dict[str, Target]:
     """`targets` with what a move could not pass on given to the layers that gain most by it, one after the other."""
     while (slack := _slack(problem, targets)) > 0:
         grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
@@ -258,7 +292,7 @@ def _settled(problem: Problem, layers: Mapping[str, _Layer], targets: dict[str, 
 
 
 def _swap(
-    problem: Problem, layers: Mapping[str, _Layer], targets: Targets, giver: str, taker: str, delta: int
+    problem: Problem, layers: Mapping[str, Layer], targets: Targets, giver: str, taker: str, delta: int
 ) -> dict[str, Target] | None:
     give, take = layers[giver], layers[taker]
     slack, spare = _slack(problem, targets), give.spare(targets[giver])
@@ -271,13 +305,13 @@ def _swap(
         grown = take.grown(targets[taker], freed)
         if grown != targets[taker]:
             left = freed + take.cost(targets[taker]) - take.cost(grown)
-            moved = _settled(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
+            moved = settled(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
             return None if moved == targets else moved
     return None
 
 
 def _trades(
-    problem: Problem, layers: Mapping[str, _Layer], targets: Targets, delta: int
+    problem: Problem, layers: Mapping[str, Layer], targets: Targets, delta: int
 ) -> list[tuple[str, Target, float]]:
     """`(layer, target, predicted gain)` of every trade of about `delta`."""
     found = []

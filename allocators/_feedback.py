@@ -1,0 +1,67 @@
+"""What measured losses say about the surfaces: a multiplier per layer, by ridge regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from globalopt.types import Problem, Target
+
+PRIOR = 0.5
+"""Standard deviation of a layer's multiplier, relative to the common scale."""
+
+MISFIT = 0.1
+"""What multipliers cannot express, relative to all changes of a candidate."""
+
+CLIP = 10.0
+"""A multiplier is within this factor of the common scale."""
+
+
+class Feedback:
+    """Multipliers `m_l` of the surfaces' errors, from measured differences of losses between allocations.
+
+        min sum_i (y_i - sum_l m_l d_il)² / (se_i² + misfit_i²) + sum_l (m_l - scale)² / (PRIOR scale)²
+
+    with `y_i` a mean paired difference, `se_i` its standard error, `d_il` the predicted change of layer l's error and
+    `misfit_i = MISFIT scale sum_l |d_il|`.
+
+    Args:
+        scale: measured over predicted loss, what every multiplier is before anything was told.
+    """
+
+    def __init__(self, problem: Problem, scale: float) -> None:
+        self._problem = problem
+        self._surfaces = {s.spec.name: s for s in sorted(problem.surfaces, key=lambda s: s.spec.name)}
+        self._scale = scale
+        self._precision = np.eye(len(self._surfaces)) / (PRIOR * scale) ** 2
+        self._moment = self._precision.sum(1) * scale
+
+    def tell(self, before: Mapping[str, Target], after: Mapping[str, Target], differences: Tensor) -> None:
+        """Learn from `differences` (windows,), losses of `after` less those of `before`."""
+        change = np.array(
+            [surface.predict(after[name]) - surface.predict(before[name]) for name, surface in self._surfaces.items()]
+        )
+        error = float(differences.var()) / len(differences) if len(differences) > 1 else 0.0
+        variance = error + (MISFIT * self._scale * np.abs(change).sum()) ** 2
+        if variance > 0:
+            self._precision += np.outer(change, change) / variance
+            self._moment += change * float(differences.mean()) / variance
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """By layer name."""
+        solved = np.linalg.solve(self._precision, self._moment)
+        clipped = np.clip(solved, self._scale / CLIP, self._scale * CLIP)
+        return dict(zip(self._surfaces, clipped.tolist(), strict=True))
+
+    def corrected(self) -> Problem:
+        """The problem with every surface times its multiplier."""
+        multipliers = self.multipliers
+        surfaces = tuple(
+            replace(surface, error=tuple(multipliers[surface.spec.name] * error for error in surface.error))
+            for surface in self._problem.surfaces
+        )
+        return replace(self._problem, surfaces=surfaces)

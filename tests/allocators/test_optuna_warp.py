@@ -1,0 +1,201 @@
+"""Facts special to the search over warps: its knapsack, its study, its resumption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allocators import Knapsack, Uniform
+from allocators._warp import Warp
+from allocators.optuna_warp import OptunaWarp, Sampler, nearest
+from globalopt.errors import ArtefactError
+from globalopt.recorder import RecordedObjective, Selection
+from globalopt.types import NM, Problem
+from tests.objectives import BentObjective
+from tests.surfaces import problem
+
+SAMPLERS = [Sampler.TPE, Sampler.CMAES, pytest.param(Sampler.GP, marks=pytest.mark.slow)]
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass
+class Dying(BentObjective):
+    """Raises at its `die`-th question."""
+
+    die: int = 0
+
+    def losses(self, candidates, chunks):
+        if self.asked == self.die:
+            raise Killed
+        return super().losses(candidates, chunks)
+
+
+def with_kinds(p: Problem, kinds: int = 3) -> Problem:
+    surfaces = [replace(s, spec=replace(s.spec, kind=f"k{i % kinds}")) for i, s in enumerate(p.surfaces)]
+    return replace(p, surfaces=tuple(surfaces))
+
+
+@dataclass
+class BentByKind(BentObjective):
+    """The surfaces are wrong by a factor per kind: what the warp can express."""
+
+    @property
+    def multipliers(self):
+        factors = {"k0": 4.0, "k1": 1.0, "k2": 0.25}
+        return {spec.name: factors[spec.kind] for spec in self.problem.specs}
+
+
+def test_one_trial_is_the_knapsack():
+    p = problem(0.4)
+    found = OptunaWarp(trials=1).allocate(p, BentObjective(p, bend=0))
+    assert dict(found.targets) == dict(Knapsack().allocate(p).targets)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_finds_a_bend_of_its_family(sampler):
+    p = with_kinds(problem(0.4, layers=9))
+    objective = BentByKind(p)
+    found = OptunaWarp(sampler=sampler, trials=40).allocate(p, objective)
+    factors = objective.multipliers
+    surfaces = [replace(s, error=tuple(e * factors[s.spec.name] for e in s.error)) for s in p.surfaces]
+    best = objective.true(Knapsack().allocate(replace(p, surfaces=tuple(surfaces))).targets)
+    start = objective.true(Knapsack().allocate(p).targets)
+    assert objective.true(found.targets) - best < 0.25 * (start - best)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_killed_search_ends_with_the_same_answer(sampler, tmp_path):
+    p = with_kinds(problem(0.4, layers=9))
+    search = OptunaWarp(sampler=sampler, trials=16)
+
+    def journal(path: Path) -> list:
+        study = Dying(p, study=str(path), die=-1)
+        return [search.allocate(p, study), study.asked, study.tokens]
+
+    undisturbed, asked, _ = journal(tmp_path / "whole")
+    for die in (1, asked // 2, asked - 1):
+        path = tmp_path / f"killed-{die}"
+        with pytest.raises(Killed):
+            search.allocate(p, Dying(p, study=str(path), die=die))
+        assert journal(path)[0] == undisturbed
+    # Finished already: only what is needed for the verdict is asked.
+    assert journal(tmp_path / "whole")[0] == undisturbed
+
+
+def test_resumed_it_stops_at_the_same_token(tmp_path):
+    limit = 3000
+    p = with_kinds(problem(0.4, layers=9))
+    path = str(tmp_path / "journal")
+    whole = BentObjective(p, limit=limit)
+    undisturbed = OptunaWarp().allocate(p, whole)
+    with pytest.raises(Killed):
+        OptunaWarp().allocate(p, Dying(p, limit=limit, study=path, die=10))
+    again = BentObjective(p, limit=limit, study=path)
+    assert OptunaWarp().allocate(p, again) == undisturbed
+    assert again.tokens == whole.tokens <= limit
+
+
+def test_the_study_lies_beside_the_evaluations(tmp_path):
+    """The journal of evaluations answers again what a killed search was told; nothing is asked of the model twice."""
+    p = with_kinds(problem(0.4, layers=9))
+    search = OptunaWarp(trials=16)
+
+    def recorded(model: BentObjective, journal: Path) -> RecordedObjective:
+        return RecordedObjective(model.losses, model.span, Selection((4,) * 6, 10), p, model.limit, journal)
+
+    model = Dying(p, die=-1)
+    whole = recorded(model, tmp_path / "whole")
+    undisturbed = search.allocate(p, whole)
+    dying = Dying(p, die=15)
+    with pytest.raises(Killed):
+        search.allocate(p, recorded(dying, tmp_path / "killed"))
+    dying.die = -1
+    again = recorded(dying, tmp_path / "killed")
+    assert search.allocate(p, again) == undisturbed
+    assert again.tokens == whole.tokens
+    assert dying.tokens == model.tokens
+    assert again.evaluations == whole.evaluations
+
+
+def test_workers_share_a_study(tmp_path):
+    p = with_kinds(problem(0.4, layers=9))
+    path = str(tmp_path / "journal")
+    search = OptunaWarp(trials=12)
+    objective = BentByKind(p, study=path)
+    first = objective.true(search.allocate(p, objective).targets)
+    other = replace(search, trials=24, worker=1)
+    both = other.allocate(p, BentByKind(p, study=path))
+    assert objective.true(both.targets) < first
+    # A third that adds nothing returns the best of all, which it did not find.
+    assert replace(other, worker=2).allocate(p, BentByKind(p, study=path)) == both
+    alone = OptunaWarp(trials=24).allocate(p, BentByKind(p))
+    assert dict(alone.targets) != dict(both.targets)
+
+
+def test_workers_at_the_same_time(tmp_path):
+    """Two searches take turns, each seeing the other's trials as they come."""
+    p = with_kinds(problem(0.4, layers=9))
+    path = str(tmp_path / "journal")
+
+    @dataclass
+    class Interrupted(BentByKind):
+        other: BentByKind | None = None
+
+        def losses(self, candidates, chunks):
+            if self.other is not None and self.asked and self.asked % 6 == 0:
+                more = len((tmp_path / "journal").read_text().splitlines())
+                OptunaWarp(trials=min(20, more), worker=1).allocate(p, self.other)
+            return super().losses(candidates, chunks)
+
+    search = OptunaWarp(trials=20)
+    found = search.allocate(p, Interrupted(p, study=path, other=BentByKind(p, study=path)))
+    assert found.targets == search.allocate(p, BentByKind(p, study=path)).targets
+
+
+def test_pruning_saves_tokens():
+    p = with_kinds(problem(0.4, layers=9))
+    objective = BentByKind(p, chunks=16)
+    OptunaWarp(trials=30).allocate(p, objective)
+    assert objective.tokens < 0.6 * 30 * 16 * objective.chunk_tokens
+
+
+def test_the_nearest_warp_of_uniform_is_nearer_than_the_knapsack():
+    p = with_kinds(problem(0.4, layers=12))
+    warp = Warp.of(p)
+    uniform = Uniform().allocate(p).targets
+    theta = nearest(p, warp, uniform)
+
+    def distance(targets) -> float:
+        logs = [np.log(max(1, targets[s.name].params(s)) / uniform[s.name].params(s)) for s in p.specs]
+        return float(np.linalg.norm(logs))
+
+    near = Knapsack().allocate(warp.apply(p, theta)).targets
+    assert distance(near) < distance(Knapsack().allocate(p).targets)
+
+
+def test_nearest_finds_the_coefficients_of_a_warped_knapsack():
+    p = with_kinds(problem(0.5, layers=12))
+    warp = Warp.of(p)
+    theta = np.array([1.0, 0.0, -1.0, 0.0, 0.0, 0.0])
+    found = np.array(nearest(p, warp, Knapsack().allocate(warp.apply(p, theta)).targets))
+    assert np.corrcoef(found[:3], theta[:3])[0, 1] > 0.5
+
+
+def test_the_study_of_another_search_is_refused(tmp_path):
+    p = problem(0.4)
+    path = str(tmp_path / "journal")
+    OptunaWarp(trials=2).allocate(p, BentObjective(p, study=path))
+    with pytest.raises(ArtefactError, match="another spread"):
+        OptunaWarp(trials=3, spread=1.0).allocate(p, BentObjective(p, study=path))
+
+
+def test_under_a_pattern():
+    p = with_kinds(problem(0.65, pattern=NM(2, 4)))
+    found = OptunaWarp(trials=8).allocate(p, BentObjective(p))
+    assert all(target.pattern == NM(2, 4) for target in found.targets.values())
