@@ -171,6 +171,7 @@ def test_a_search_says_what_it_spent_asked_and_found() -> None:
     assert "chosen the best" in text
     assert "rank correlation 1.00 (Spearman) in 3 distinct whole evaluations" in text
     assert "log measured = 2.73 log predicted + 13.35" in text
+    assert "among allocations that the search picked, no sample of all" in text
     assert "top 1024 tokens, 0.42 % of the probability outside, counted as one" in text
 
 
