@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from allocators.alpha import Alpha
+from allocators.auto import Auto
 from allocators.bernoulli import Bernoulli
 from allocators.depth_ramp import DepthRamp
 from allocators.evolution import Evolution
@@ -16,7 +17,7 @@ from globalopt import registry
 from globalopt.protocols import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
-    a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack, OptunaWarp, Evolution, Bernoulli)
+    a.name: a for a in (Uniform, Owl, Alpha, DepthRamp, Knapsack, OptunaWarp, Evolution, Bernoulli, Auto)
 }
 
 
@@ -28,6 +29,7 @@ def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Alloca
 __all__ = [
     "ALLOCATORS",
     "Alpha",
+    "Auto",
     "Bernoulli",
     "DepthRamp",
     "Evolution",

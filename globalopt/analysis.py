@@ -71,6 +71,7 @@ def price_by_gradients(
     run: Run,
     pattern: NM | None,
     pricing: Solver | None,
+    weighted: bool,
     seed: int,
     device: torch.device | None = None,
 ) -> Priced:
@@ -78,6 +79,8 @@ def price_by_gradients(
 
     Args:
         pricing: fits the anchors that set the level; None takes the spans' errors as they are.
+        weighted: fit in output Grams that are there already (`output_grams`), of other labels than `seed`'s: what was
+            fitted to gradients looks too good when the same ones price it.
         seed: of the labels.
     """
     layers = runner.layers
@@ -89,8 +92,8 @@ def price_by_gradients(
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
         made = sketches(span, grid[spec.name])
         if pricing is not None:
-            # Without the output Gram: fits that minimise in these gradients look too good when priced by them.
-            metric = Metric(run.read_gram(spec.site).to(weight.device))
+            outputs = run.read_outputs(spec).to(weight.device) if weighted else None
+            metric = Metric(run.read_gram(spec.site).to(weight.device), outputs)
             lost = fit_anchors(weight, metric, grid[spec.name], pricing)
             run.write_fits(spec, grid[spec.name].anchors, lost)
             made.append(DenseSketch(lost))

@@ -130,12 +130,18 @@ class RecordedObjective:
             return
         self._counted.update((digest, chunk) for chunk in new)
         self.tokens += sum(self._selection.sizes[chunk] for chunk in new) * self._selection.seqlen
-        whole = len(set(chunks)) == self.chunks
-        loss = float(losses.mean())
         targets = {name: kept.target() if isinstance(kept, Mask) else kept for name, kept in candidate.items()}
-        self.evaluations.append(Evaluation(self.tokens, loss, len(losses), whole, self._problem.predicted(targets)))
-        if whole:
-            self._best = min(self._best, loss)
+        predicted = self._problem.predicted(targets)
+        everywhere = all((digest, chunk) in self._counted for chunk in range(self.chunks))
+        if everywhere:
+            # Also where it was asked for in stages, of which this call is the last.
+            losses = torch.tensor(
+                [loss for chunk in range(self.chunks) for loss in self._known[digest, chunk]], dtype=torch.float64
+            )
+        mean = float(losses.mean())
+        self.evaluations.append(Evaluation(self.tokens, mean, len(losses), everywhere, predicted))
+        if everywhere:
+            self._best = min(self._best, mean)
         for _ in new:
             self._advance("" if self._best == float("inf") else f"best loss {self._best:.5g}")
 

@@ -31,6 +31,9 @@ VARIANTS = {
         {"groups": "150", "updates": "3", "samples": "4"},
         {"preset": "cap"},
     ),
+    "evolution": ({"generations": "3"}, {"preset": "evopress", "generations": "2"}),
+    "optuna": ({"trials": "6"}, {"sampler": "cmaes", "trials": "12"}),
+    "auto": ({"rounds": "2", "designs": "4", "local": "false"},),
 }
 """Options under which an allocator is tested instead of its defaults: presets of their own, and searches cut short."""
 

@@ -1,0 +1,135 @@
+"""The default search: a portfolio, a surrogate that learns from the true loss, local moves; within a token limit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from allocators._calibration import Calibration
+from allocators._race import Race
+from allocators._trials import OutOfTokens, Trials, present, t_statistic
+from allocators.alpha import Alpha
+from allocators.depth_ramp import depth_ramp
+from allocators.knapsack import Knapsack
+from allocators.owl import Owl
+from allocators.uniform import Uniform
+from globalopt.protocols import Objective
+from globalopt.registry import at_least
+from globalopt.types import Allocation, Problem, Target
+
+Targets = Mapping[str, Target]
+
+RANK_SHARES = (0.0, 0.1)
+RAMPS = (0.25, 0.5)
+"""What the portfolio's uniform allocations keep as rank, and the steepnesses of its depth ramps."""
+
+LOOK = 4
+"""One in so many chunks is enough to look at starts, and at disturbed knapsacks."""
+
+DECISIVE = 4.0
+"""Standard errors by which a start must be worse than the best one on a look to be dropped."""
+
+GENERATIONS = 400
+"""Most generations of the last stage, which ends with the tokens or when nothing improves any more."""
+
+STEPS = (0.5, 1.0)
+"""Shares of the calibration's log multipliers that proposals are made with."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Portfolio, calibrated knapsack, guided local search: the least true loss within the objective's tokens.
+
+    1. The one-shot allocations (uniform, OWL, AlphaPruning, depth ramps, knapsack) are looked at on a part of the
+       selection text; those that are not decisively worse than the best are starts.
+    2. Rounds: knapsacks on randomly disturbed surfaces are measured on that part, each a sample of all layers at once.
+       A `Calibration` is fitted to all that was measured so far, and the knapsacks on the surfaces it corrects, at two
+       lengths of the step, are measured on the whole text. The next round is around the corrected surfaces.
+    3. A `Race` of guided moves on the corrected surfaces spends the tokens that remain, from the best so far.
+
+    On the whole selection text the answer is never worse than the best start. Its bound is that of the knapsack, on the
+    surfaces as they were predicted.
+
+    Args:
+        rounds: of calibration. designs: disturbed knapsacks in each.
+        spread: standard deviation of a disturbance's log multipliers, of every kind and of every layer.
+        local: whether there is a third stage.
+    """
+
+    name: ClassVar[str] = "auto"
+    paper: ClassVar[str] = ""
+    asks: ClassVar[bool] = True
+    rounds: int = 3
+    designs: int = 16
+    spread: float = 0.3
+    local: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(0, rounds=self.rounds, spread=self.spread)
+        at_least(1, designs=self.designs)
+
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
+        """Return the best allocation found; `UsageError` without an objective."""
+        knapsack = Knapsack().allocate(problem)
+        rng = random.Random(problem.seed)
+        chunks = range(present(objective).chunks)
+        part = sorted(rng.sample(chunks, max(1, len(chunks) // LOOK)))
+        starts = _undecided(present(objective), portfolio(problem, knapsack.targets), part)
+        trials = Trials(problem, objective, starts)
+        with contextlib.suppress(OutOfTokens):
+            corrected = self._calibrated(trials, starts, part, rng)
+            if self.local:
+                Race(trials, [trials.verdict()], rng, corrected).run(GENERATIONS)
+        return problem.finish(trials.verdict(), by=self.name, bound=knapsack.bound)
+
+    def _calibrated(
+        self, trials: Trials, starts: Sequence[Targets], part: Sequence[int], rng: random.Random
+    ) -> Problem:
+        """The problem with surfaces that fit what was measured; the best of its knapsacks are nominated on the way."""
+        problem = corrected = trials.problem
+        measured = [*starts]
+        for _ in range(self.rounds):
+            measured += [_knapsack(_disturbed(corrected, self.spread, rng)) for _ in range(self.designs)]
+            losses = trials.losses(measured, part).mean(1).tolist()
+            calibration = Calibration.fit(problem, list(zip(measured, losses, strict=True)))
+            proposals = [_knapsack(calibration.apply(problem, share)) for share in STEPS]
+            trials.losses(proposals, trials.all_chunks)
+            for proposal in proposals:
+                trials.nominate(proposal)
+            measured += proposals
+            corrected = calibration.apply(problem)
+        return corrected
+
+
+def portfolio(problem: Problem, knapsack: Targets) -> list[Targets]:
+    """The one-shot allocations, the `knapsack` first; the heuristics only where the layers have profiles."""
+    made = [knapsack, *(Uniform(share).allocate(problem).targets for share in RANK_SHARES)]
+    made += [depth_ramp(problem, steepness) for steepness in RAMPS]
+    if problem.profiles:
+        made += [heuristic.allocate(problem).targets for heuristic in (Owl(), Alpha())]
+    return made
+
+
+def _undecided(objective: Objective, candidates: Sequence[Targets], part: Sequence[int]) -> list[Targets]:
+    """The candidates that the windows of `part` do not tell apart from the best of them."""
+    losses = objective.losses(candidates, part)
+    best = losses[int(torch.argmin(losses.mean(1)))]
+    return [c for c, own in zip(candidates, losses, strict=True) if t_statistic(own - best) < DECISIVE]
+
+
+def _knapsack(problem: Problem) -> Targets:
+    return Knapsack(exact=False).allocate(problem).targets
+
+
+def _disturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
+    """The problem with every surface multiplied by `exp(spread (x_kind + x_layer))`, `x` standard normal."""
+    kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in problem.specs})}
+    own = {name: rng.gauss(0, spread) for name in sorted(spec.name for spec in problem.specs)}
+    factors = {spec.name: math.exp(kinds[spec.kind] + own[spec.name]) for spec in problem.specs}
+    return problem.scaled(factors)
