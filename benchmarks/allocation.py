@@ -1,10 +1,13 @@
-"""Does a searched budget beat the best uniform one? Held-out KL and perplexity, same solver, several budgets and seeds.
+"""Which allocator finds the best budget, and for how many tokens? Held-out KL and perplexity, same solver, all seeds.
 
     python benchmarks/allocation.py --out OUT [--budgets 0.5 0.3 0.2] [--seeds 0 1 2] [--solver 3basil]
+    python benchmarks/allocation.py --out OUT --allocators knapsack bernoulli:samples=4 evolution@6500000
     python benchmarks/allocation.py --out OUT --model FOLDER --calibration TEXT
 
-Uniform is measured sparse only and with a tenth of its parameters as rank. Ratios are to the better of the two by
-validation KL; nothing is chosen on test. Every seed is analysed once, for all budgets and allocators.
+An allocator that asks the model is run at every limit of `--tokens`, or at its own limit after `@`. Beside those of the
+package there is `knapsack@share:rank_share=X`, the knapsack with one rank share for all layers. Uniform is always
+measured; ratios are to the best uniform contender by validation KL. Nothing is chosen on test. Every seed is analysed
+once, for all budgets and allocators.
 """
 
 from __future__ import annotations
@@ -12,43 +15,51 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from rich.console import Console
+from allocator_contenders import TABLE, UNIFORM, Contender, told_apart
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
-from allocators import ALLOCATORS
 from globalopt.pipeline import SearchOptions, check_options
-from globalopt.store import write_json
+from globalopt.search_objective import CANDIDATES
+from globalopt.store import replacing, write_json
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS
 from reports import formats
-from reports.tables import add_numbers, divergence, footed, report_table
+from reports.tables import add_numbers, footed, report_table
 from solvers import SOLVERS
 
-UNIFORM = "uniform"
-RANK_SHARES = ("0", "0.1")
+UNIFORMS = ("uniform:rank_share=0", "uniform:rank_share=0.1")
+FIELD = (
+    *UNIFORMS,
+    "owl",
+    "alpha",
+    "depth-ramp",
+    "knapsack@share:rank_share=0",
+    "knapsack@share:rank_share=0.1",
+    "knapsack@share:rank_share=0.2",
+    "knapsack@share:rank_share=0.3",
+    "knapsack",
+    "bernoulli:preset=cap",
+    "bernoulli",
+    "optuna",
+    "evolution:preset=evopress",
+    "evolution:preset=guided",
+    "auto",
+)
 
-
-@dataclass(frozen=True)
-class Contender:
-    """An allocator, and the rank share it is given where it takes one."""
-
-    allocator: str
-    rank_share: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.allocator if self.rank_share is None else f"{self.allocator} {self.rank_share}"
-
-    @property
-    def options(self) -> dict[str, str]:
-        return {} if self.rank_share is None else {"rank_share": self.rank_share}
+# Okabe and Ito's palette without yellow; every contender has a marker of its own, so that hue is not needed.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "os^vDP*Xp<>hd8H"
 
 
 @dataclass(frozen=True)
@@ -60,28 +71,129 @@ class Cell:
     contender: Contender
     summary: Summary
     ratios: Mapping[str, float | None]
+    selection: float
+    analysis_tokens: int
     analysis_seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Forward tokens of the analysis it needs and of its search."""
+        return self.analysis_tokens + (self.summary.search.tokens if self.summary.search else 0)
+
+    @property
+    def gap(self) -> float | None:
+        """`(predicted - bound) / predicted`, where there is a certificate."""
+        predicted, bound = self.summary.predicted, self.summary.bound
+        return None if bound is None else max(0.0, predicted - bound) / predicted if predicted > 0 else 0.0
+
+    @property
+    def search_seconds(self) -> float:
+        return cells.seconds(self.summary, cells.SEARCHES)
+
+    @property
+    def seconds(self) -> float:
+        """All stages and the analysis."""
+        return self.analysis_seconds + cells.seconds(self.summary)
+
+    def kl(self, split: str) -> float:
+        return cells.figures(self.summary)[split].kl
 
     def record(self) -> dict[str, Any]:
         return {
             "budget": self.budget,
             "seed": self.seed,
             "label": self.contender.label,
-            **asdict(self.contender),
+            "method": self.contender.method,
+            "allocator": self.contender.allocator,
+            "options": dict(self.contender.options),
+            "limit": self.contender.limit,
+            "tokens": self.tokens,
+            "analysis_tokens": self.analysis_tokens,
+            "selection_loss": self.selection,
+            "predicted": self.summary.predicted,
+            "bound": self.summary.bound,
+            "gap": self.gap,
             "used": self.summary.used,
             "total": self.summary.total,
-            "seconds": cells.seconds(self.summary),
+            "search_seconds": self.search_seconds,
             "analysis_seconds": self.analysis_seconds,
+            "seconds": self.seconds,
             **cells.split_records(self.summary, self.ratios),
         }
 
 
-def contenders(allocators: Sequence[str], solver: str, pattern: str) -> list[Contender]:
-    """Uniform at every rank share that makes a difference, then the others."""
-    # A pattern leaves uniform no choice of rank, and neither does a solver without low rank.
-    free = pattern == "unstructured" and SOLVERS[solver].low_rank
-    uniform = [Contender(UNIFORM, share) for share in RANK_SHARES] if free else [Contender(UNIFORM)]
-    return [*uniform, *(Contender(name) for name in allocators)]
+@dataclass(frozen=True)
+class Row:
+    """A contender at a budget: means over seeds."""
+
+    budget: float
+    label: str
+    cells: Sequence[Cell]
+
+    def ratio(self, split: str) -> float | None:
+        return cells.mean([cell.ratios[split] for cell in self.cells])
+
+    def kl(self, split: str) -> float:
+        return fmean(cell.kl(split) for cell in self.cells)
+
+    def spread(self, split: str) -> float | None:
+        """Standard deviation of KL between seeds; None for one."""
+        return stdev(cell.kl(split) for cell in self.cells) if len(self.cells) > 1 else None
+
+    def perplexity(self, split: str) -> float:
+        return fmean(cells.figures(cell.summary)[split].compressed.perplexity for cell in self.cells)
+
+    @property
+    def tokens(self) -> float:
+        return fmean(cell.tokens for cell in self.cells)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "allocator": self.label,
+            "tokens": self.tokens,
+            "selection_loss": fmean(cell.selection for cell in self.cells),
+            "gap": cells.mean([cell.gap for cell in self.cells]),
+            "search_seconds": fmean(cell.search_seconds for cell in self.cells),
+            "seconds": fmean(cell.seconds for cell in self.cells),
+            **{
+                split: {
+                    "kl": self.kl(split),
+                    "kl_spread": self.spread(split),
+                    "perplexity": self.perplexity(split),
+                    "ratio": self.ratio(split),
+                }
+                for split in self.cells[0].ratios
+            },
+        }
+
+
+def field(options: argparse.Namespace) -> list[Contender]:
+    """The contenders that differ, each at its limits, uniform among them."""
+    given: list[Contender] = options.allocators
+    if not any(contender.allocator == UNIFORM for contender in given):
+        given = [*map(Contender.parse, UNIFORMS), *given]
+    return [
+        found
+        for contender in told_apart(given, options.solver, options.pattern)
+        for found in contender.at(options.tokens)
+    ]
+
+
+def asked(options: argparse.Namespace, budget: float, seed: int, contender: Contender) -> SearchOptions:
+    """The search of one cell."""
+    found = SearchOptions(
+        budget=budget,
+        accounting=options.accounting,
+        pattern=options.pattern,
+        allocator=contender.allocator,
+        allocator_options=dict(contender.options),
+        solver=options.solver,
+        solver_options=dict(options.set),
+        candidates=options.candidates,
+        seed=seed,
+    )
+    return found if contender.limit is None else replace(found, search_tokens=contender.limit)
 
 
 def best_uniform(measured: Mapping[Contender, Summary]) -> dict[str, cells.Figures]:
@@ -92,25 +204,12 @@ def best_uniform(measured: Mapping[Contender, Summary]) -> dict[str, cells.Figur
 
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, contenders."""
-    solver_options = dict(options.set)
-    field_of = contenders(options.allocators, options.solver, options.pattern)
-
-    def asked(budget: float, seed: int, contender: Contender) -> SearchOptions:
-        return SearchOptions(
-            budget=budget,
-            accounting=options.accounting,
-            pattern=options.pattern,
-            allocator=contender.allocator,
-            allocator_options=contender.options,
-            solver=options.solver,
-            solver_options=solver_options,
-            seed=seed,
-        )
-
+    contenders = field(options)
+    for contender in contenders:
+        contender.make()
     for budget in options.budgets:
-        for contender in field_of:
-            check_options(asked(budget, 0, contender))
-    total = len(options.seeds) * len(options.budgets) * len(field_of)
+        check_options(asked(options, budget, 0, Contender(UNIFORM)))
+    total = len(options.seeds) * len(options.budgets) * len(contenders)
     done = 0
     made: list[Cell] = []
     for seed in options.seeds:
@@ -118,81 +217,123 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
         bench = cells.set_up(options, seed)
         analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis", options.solver)
         for budget in options.budgets:
-            measured = {}
-            for contender in field_of:
-                where = folder / f"{budget:g}" / contender.label.replace(" ", "-")
-                summary = cells.search(bench, asked(budget, seed, contender), analysis, where, command)
-                measured[contender] = summary
+            measured: dict[Contender, Summary] = {}
+            losses: dict[Contender, float] = {}
+            for contender in contenders:
+                where = folder / f"{budget:g}" / cells.folder_name(contender.label)
+                search = asked(options, budget, seed, contender)
+                measured[contender] = cells.search(bench, search, analysis, where, command, contender.make())
+                losses[contender] = cells.selection_loss(bench, search, where)
                 done += 1
-                cells.say(done, total, f"seed {seed}  budget {budget:g}  {contender.label}", summary)
+                cells.say(done, total, f"seed {seed}  budget {budget:g}  {contender.label}", measured[contender])
             best = best_uniform(measured)
             made += [
-                Cell(budget, seed, contender, summary, cells.ratios(summary, best), cells.analysis_seconds(analysis))
+                Cell(
+                    budget,
+                    seed,
+                    contender,
+                    summary,
+                    cells.ratios(summary, best),
+                    losses[contender],
+                    cells.analysis_tokens(bench, contender.priced),
+                    cells.analysis_seconds(analysis),
+                )
                 for contender, summary in measured.items()
             ]
     return made
 
 
-def mean_ratios(made: Sequence[Cell]) -> dict[tuple[float, str], dict[str, float | None]]:
-    """Mean over seeds of the ratios, by budget and contender, then by split; uniform is left out."""
+def rows_of(made: Sequence[Cell]) -> list[Row]:
+    """By budget and contender, in the order of the cells."""
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in made:
-        if cell.contender.allocator != UNIFORM:
-            groups.setdefault((cell.budget, cell.contender.label), []).append(cell)
-    return {
-        key: {split: _mean([cell.ratios[split] for cell in group]) for split in group[0].ratios}
-        for key, group in groups.items()
-    }
+        groups.setdefault((cell.budget, cell.contender.label), []).append(cell)
+    return [Row(*key, group) for key, group in groups.items()]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
-
-
-def table(made: Sequence[Cell], split: str) -> Stack:
-    """All cells on one split."""
-    rows = report_table(f"Allocation on {split}")
-    add_numbers(rows, ("budget", "seed"))
-    rows.add_column("allocator", no_wrap=True)
-    add_numbers(rows, ("KL to dense", "perplexity", "ratio", "time"))
-    for cell in made:
-        found = cells.figures(cell.summary)[split]
-        rows.add_row(
-            f"{cell.budget:g}",
-            str(cell.seed),
-            Text(cell.contender.label),
-            divergence(found.compressed),
-            formats.significant(found.compressed.perplexity),
-            cells.shown(cell.ratios[split]),
-            formats.duration(cells.seconds(cell.summary)),
+def table(rows: Sequence[Row], split: str) -> Stack:
+    """The rows of one budget on one split."""
+    shown = report_table(f"Allocation on {split}, kept {rows[0].budget:g}")
+    shown.add_column("allocator", overflow="fold")
+    add_numbers(shown, ("tokens", "selection", "KL to dense", "perplexity", "ratio", "gap", "search", "in all"))
+    for row in rows:
+        gap = cells.mean([cell.gap for cell in row.cells])
+        shown.add_row(
+            Text(row.label),
+            formats.compact(round(row.tokens)),
+            formats.significant(fmean(cell.selection for cell in row.cells)),
+            formats.measured(row.kl(split), row.spread(split)),
+            formats.significant(row.perplexity(split)),
+            cells.shown(row.ratio(split)),
+            "-" if gap is None else formats.share(gap),
+            formats.duration(fmean(cell.search_seconds for cell in row.cells)),
+            formats.duration(fmean(cell.seconds for cell in row.cells)),
         )
-    analysis = formats.duration(fmean(cell.analysis_seconds for cell in made))
-    dense = cells.figures(made[0].summary)[split].dense
+    made = [cell for row in rows for cell in row.cells]
+    seeds = list(dict.fromkeys(cell.seed for cell in made))
+    dense = fmean(cells.figures(cell.summary)[split].dense.perplexity for cell in made)
     return footed(
-        rows,
-        f"dense perplexity {formats.significant(dense.perplexity)}; KL: nats per token",
+        shown,
+        f"means over {len(seeds)} seeds, ±: standard deviation between them; "
+        f"dense perplexity {formats.significant(dense)}; KL: nats per token",
         f"every cell uses at least {min(cell.summary.used / cell.summary.limit for cell in made):.4%} of its budget",
-        "ratio: of KL to the best uniform by validation KL",
-        f"time: without the analysis that the cells of a seed share, {analysis}",
+        "tokens: forward tokens of the analysis an allocator needs and of its search; a backward token counts two",
+        "selection: KL on the selection text of the candidates that searches ask about",
+        "ratio: of KL to the best uniform by validation KL, seed by seed; below 1 the allocator is better",
+        "in all: with the analysis that the cells of a seed share, refinement and evaluation",
     )
 
 
-def ratio_table(means: Mapping[tuple[float, str], Mapping[str, float | None]], seeds: Sequence[int]) -> Stack:
-    """The mean ratio of every budget."""
-    rows = report_table("Mean ratio of KL to the best uniform")
-    add_numbers(rows, ("budget",))
-    rows.add_column("allocator")
-    splits = list(next(iter(means.values()), {}))
-    add_numbers(rows, splits)
-    for (budget, label), ratios in means.items():
-        rows.add_row(f"{budget:g}", Text(label), *(cells.shown(ratios[split]) for split in splits))
-    return footed(rows, f"seeds: {', '.join(map(str, seeds))}; below 1 the allocator is better")
+def picture(rows: Sequence[Row], split: str) -> Figure:
+    """KL against tokens, a panel per budget: means over seeds, with bars from the least to the most."""
+    budgets = list(dict.fromkeys(row.budget for row in rows))
+    methods = list(dict.fromkeys(row.cells[0].contender.method for row in rows))
+    figure = Figure(figsize=(1 + 4.2 * len(budgets), 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(budgets), squeeze=False)[0]
+    for panel, budget in zip(panels, budgets, strict=True):
+        _panel(panel, [row for row in rows if row.budget == budget], methods, split)
+        panel.set_title(f"kept {budget:g}", fontsize=10)
+        panel.set_xlabel("forward tokens of analysis and search", fontsize=8)
+    panels[0].set_ylabel(f"KL to the dense model on {split}, nats per token", fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
+    )
+    return figure
+
+
+def _panel(panel: Axes, rows: Sequence[Row], methods: Sequence[str], split: str) -> None:
+    for i, method in enumerate(methods):
+        points = sorted(
+            (row.tokens, row.kl(split), [cell.kl(split) for cell in row.cells])
+            for row in rows
+            if row.cells[0].contender.method == method
+        )
+        panel.errorbar(
+            [tokens for tokens, _, _ in points],
+            [kl for _, kl, _ in points],
+            yerr=[[kl - min(all_kl) for _, kl, all_kl in points], [max(all_kl) - kl for _, kl, all_kl in points]],
+            label=method,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=6,
+            linewidth=0.8,
+            elinewidth=0.8,
+            capsize=2,
+            alpha=0.85,
+        )
+    panel.set(xscale="log", yscale="log")
+    for axis, form in ((panel.xaxis, EngFormatter(sep="")), (panel.yaxis, StrMethodFormatter("{x:.2g}"))):
+        axis.set_major_formatter(form)
+        axis.set_minor_formatter(form)
+    panel.grid(which="both", color="0.92", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.tick_params(which="both", labelsize=7)
 
 
 def work(options: argparse.Namespace, command: str) -> None:
     made = measure(options, command)
-    means = mean_ratios(made)
+    rows = rows_of(made)
     write_json(
         options.out / "allocation.json",
         {
@@ -201,16 +342,17 @@ def work(options: argparse.Namespace, command: str) -> None:
             "solver_options": dict(options.set),
             "pattern": options.pattern,
             "accounting": options.accounting,
+            "candidates": options.candidates,
             "cells": [cell.record() for cell in made],
-            "mean_ratios": [
-                {"budget": budget, "allocator": label, **ratios} for (budget, label), ratios in means.items()
-            ],
+            "means": [row.record() for row in rows],
         },
     )
-    out = Console()
+    with replacing(options.out / "allocators.png") as temporary:
+        picture(rows, "validation").savefig(temporary, format="png", metadata={"Software": None})
+    out = cells.console()
     for split in cells.figures(made[0].summary):
-        out.print(table(made, split), "")
-    out.print(ratio_table(means, options.seeds))
+        for budget in options.budgets:
+            out.print(table([row for row in rows if row.budget == budget], split), "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,11 +361,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--allocators",
+        type=Contender.parse,
         nargs="+",
-        default=["knapsack"],
-        choices=[name for name in ALLOCATORS if name != UNIFORM],
-        help="against uniform",
+        default=[contender for text in FIELD if (contender := Contender.parse(text)).allocator in TABLE],
+        metavar="NAME[:OPTION=VALUE,...][@TOKENS]",
+        help=f"of {', '.join(TABLE)}; all if left out",
     )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000], help="limits of those that ask")
+    parser.add_argument("--candidates", default="auto", choices=CANDIDATES, help="what those that ask are answered on")
     parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
     parser.add_argument(
         "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"

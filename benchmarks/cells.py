@@ -9,18 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
-from globalopt import pipeline
+from globalopt import budget_file, pipeline
 from globalopt.errors import GlobalOptError, UsageError
 from globalopt.pipeline import Bench, ModelOptions, SearchOptions, TextOptions
+from globalopt.protocols import Allocator
 from globalopt.resources import StageClock
 from globalopt.store import Run, read_json, write_json
 from globalopt.summary import Metrics, Summary
@@ -29,6 +33,15 @@ from reports import formats, make_progress
 from reports.tables import divergence
 
 err = Console(stderr=True)
+
+WIDTH = 140
+"""Columns of tables that are not printed on a terminal."""
+
+ANALYSIS = ("profiles", "spans", "fits", "sensitivity")
+"""Folders of an analysis; prices last, since a run that has them is taken to have been analysed."""
+
+SEARCHES = ("allocate", "search")
+"""Stages in which an allocator works."""
 
 
 def option_parser(description: str | None) -> argparse.ArgumentParser:
@@ -77,9 +90,17 @@ def set_up(options: argparse.Namespace, seed: int) -> Bench:
     return pipeline.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
 
 
-def analysed(bench: Bench, pattern: str, seed: int, folder: Path, solver: str = "3basil", pricing: str = "fit") -> Run:
+def analysed(
+    bench: Bench,
+    pattern: str,
+    seed: int,
+    folder: Path,
+    solver: str = "3basil",
+    pricing: str = "fit",
+    scaling: str = "activation",
+) -> Run:
     """The finished analysis of a seed, which depends on neither budget nor allocator."""
-    options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing)
+    options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing, scaling=scaling)
     run = Run.start(folder, {**bench.identity(seed), "analysis": asdict(options)}, bench.facts("analysis"))
     timed = replace(bench, clock=StageClock())
     pipeline.analyse(timed, options, run, NM.parse(pattern))
@@ -93,21 +114,59 @@ def analysis_seconds(run: Run) -> float:
     return float(read_json(_seconds_path(run)))
 
 
+def analysis_tokens(bench: Bench, priced: bool) -> int:
+    """What an analysis reads, in forward tokens: one walk over the calibration text for the Grams.
+
+    Args:
+        priced: with the sweep for the prices, forward and backward; a backward token counts as two.
+    """
+    return bench.splits.calibration.windows.numel() * (4 if priced else 1)
+
+
 def _seconds_path(run: Run) -> Path:
     return run.folder / "seconds.json"
 
 
-def search(bench: Bench, options: SearchOptions, analysis: Run, folder: Path, command: str) -> Summary:
-    """`pipeline.search` of one cell on an analysis that is there already."""
-    identity = {**bench.identity(options.seed), "search": asdict(options)}
-    run = Run.start(folder, identity, bench.facts(command))
-    for spec in bench.layers.specs:
-        path = run.sensitivity_path(spec)
-        if not path.exists():
+def share_analysis(analysis: Run, run: Run) -> None:
+    """Give a run an analysis that is there already, as links where the file system can."""
+    for name in ANALYSIS:
+        for source in sorted((analysis.folder / name).glob("*")):
+            path = run.folder / name / source.name
+            if path.exists():
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(analysis.sensitivity_path(spec), path)
+            try:
+                os.link(source, path)
+            except OSError:
+                shutil.copyfile(source, path)
+
+
+def search(
+    bench: Bench,
+    options: SearchOptions,
+    analysis: Run,
+    folder: Path,
+    command: str,
+    allocator: Allocator | None = None,
+) -> Summary:
+    """`pipeline.search` of one cell on an analysis that is there already."""
+    run = Run.start(folder, {**bench.identity(options.seed), "search": asdict(options)}, bench.facts(command))
+    share_analysis(analysis, run)
     with dense_after(bench) as fresh:
-        return pipeline.search(fresh, options, folder, command)[0]
+        return pipeline.search(fresh, options, folder, command, allocator=allocator)[0]
+
+
+def selection_loss(bench: Bench, options: SearchOptions, folder: Path) -> float:
+    """KL of a finished cell's allocation on the selection text, of the candidates that a search asks about."""
+    run = Run.open(folder)
+    summary = run.read_summary()
+    if summary.search is not None:
+        return summary.search.loss
+    problem = pipeline.pose(bench, options, run)
+    allocation = budget_file.read(run.budget_path).for_model(bench.fingerprint, bench.layers.specs, run.budget_path)
+    # Answered from the cell's journal when it is asked again.
+    with pipeline.true_loss(replace(bench, clock=StageClock()), options, run, problem) as objective:
+        return float(objective.losses([allocation.targets], range(objective.chunks)).mean())
 
 
 @contextlib.contextmanager
@@ -151,9 +210,9 @@ def figures(summary: Summary) -> dict[str, Figures]:
     return {compressed.split: Figures(dense, compressed) for dense, compressed in pairs}
 
 
-def seconds(summary: Summary) -> float:
-    """Seconds of all stages of a cell; the shared analysis is none of them."""
-    return sum(stage.seconds for stage in summary.stages)
+def seconds(summary: Summary, stages: Sequence[str] | None = None) -> float:
+    """Seconds of all `stages` of a cell, or of every one; the shared analysis is none of them."""
+    return sum(stage.seconds for stage in summary.stages if stages is None or stage.name in stages)
 
 
 def ratios(summary: Summary, baseline: Mapping[str, Figures]) -> dict[str, float | None]:
@@ -167,6 +226,23 @@ def ratios(summary: Summary, baseline: Mapping[str, Figures]) -> dict[str, float
 def split_records(summary: Summary, ratios: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
     """Figures and ratio of a run by split, for a JSON file."""
     return {split: {**found.record(), "ratio": ratios[split]} for split, found in figures(summary).items()}
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, or `WIDTH` where there is none."""
+    out = Console()
+    return out if out.is_terminal else Console(width=WIDTH)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w.=-]+", "-", label)
 
 
 def shown(value: float | None) -> str:

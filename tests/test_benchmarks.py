@@ -7,14 +7,19 @@ import json
 import random
 import struct
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import pytest
 from transformers import AutoTokenizer
 
+from allocators import Knapsack
 from globalopt import pipeline
+from globalopt.errors import UsageError
+from tests.surfaces import problem
 from tests.tiny_models import save_tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -26,8 +31,8 @@ def scripts_importable(monkeypatch):
     # Scripts find each other beside themselves.
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("allocation", "cells", "llama2c_tokenizer", "reuse"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def script(name: str) -> ModuleType:
@@ -52,32 +57,43 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
     allocation = script("allocation")
     out = tmp_path / "out"
     command = ["--out", str(out), *tiny, "--budgets", "0.5", "0.3", "--seeds", "0", "--solver", "oats"]
-    command += ["--set", "steps=2"]
+    command += ["--set", "steps=2", "--allocators", "knapsack@share:rank_share=0.2", "depth-ramp@5000", "knapsack"]
     assert allocation.main(command) == 0
     printed = capsys.readouterr().out
-    assert "Allocation on validation" in printed
-    assert "Allocation on test" in printed
-    assert "Mean ratio of KL to the best uniform" in printed
+    assert "Allocation on validation, kept 0.5" in printed
+    assert "Allocation on test, kept 0.3" in printed
+    assert (out / "allocators.png").read_bytes().startswith(b"\x89PNG")
 
     result = json.loads((out / "allocation.json").read_text())
-    labels = ["uniform 0", "uniform 0.1", "knapsack"]
+    uniform = ["uniform:rank_share=0", "uniform:rank_share=0.1"]
+    labels = [*uniform, "knapsack@share:rank_share=0.2", "depth-ramp@5000", "knapsack"]
     cells = result["cells"]
     assert [(c["budget"], c["label"]) for c in cells] == [(b, label) for b in (0.5, 0.3) for label in labels]
-    assert cells[0]["validation"]["kl"] < cells[3]["validation"]["kl"]
+    assert cells[0]["validation"]["kl"] < cells[5]["validation"]["kl"]
     for budget in (0.5, 0.3):
-        sparse, ranked, knapsack = (c for c in cells if c["budget"] == budget)
-        best = min(sparse, ranked, key=lambda c: c["validation"]["kl"])
+        found = {c["label"]: c for c in cells if c["budget"] == budget}
+        best = min((found[label] for label in uniform), key=lambda c: c["validation"]["kl"])
+        means = {m["allocator"]: m for m in result["means"] if m["budget"] == budget}
         for split in ("validation", "test"):
             assert best[split]["ratio"] == 1
-            assert knapsack[split]["kl"] > 0
-            assert knapsack[split]["ratio"] == pytest.approx(knapsack[split]["kl"] / best[split]["kl"])
-            (mean,) = (m for m in result["mean_ratios"] if m["budget"] == budget)
-            assert mean[split] == pytest.approx(knapsack[split]["ratio"])
-        for cell in (sparse, ranked, knapsack):
+            for label, cell in found.items():
+                assert cell[split]["ratio"] == pytest.approx(cell[split]["kl"] / best[split]["kl"])
+                assert means[label][split]["kl"] == pytest.approx(cell[split]["kl"])
+                assert means[label][split]["kl_spread"] is None
+        for cell in found.values():
             assert 0.99 * budget < cell["used"] / cell["total"] <= budget
+            assert cell["selection_loss"] > 0
+        # The share of all layers is one the free share may take, on the same surfaces.
+        assert found["knapsack"]["predicted"] <= found[labels[2]]["predicted"]
+        assert found["knapsack"]["gap"] < 0.1
+        assert found["uniform:rank_share=0"]["tokens"] == 4 * 16
+        assert found["knapsack"]["tokens"] == 4 * 4 * 16
+        # Nine ramps on all of the selection text.
+        assert found["depth-ramp@5000"]["tokens"] == 4 * 4 * 16 + 9 * 3 * 16
 
     monkeypatch.setattr(pipeline, "finish", never)
     monkeypatch.setattr(pipeline, "span_layers", never)
+    monkeypatch.setattr(pipeline, "BlockRunner", never)
     assert allocation.main(command) == 0
     assert json.loads((out / "allocation.json").read_text()) == result
     assert allocation.main([*command, "--seqlen", "12"]) == 1
@@ -86,28 +102,63 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
 
 def test_a_cell_is_what_search_finds_by_itself(tiny, tmp_path):
     allocation, cells = script("allocation"), script("cells")
-    command = ["--out", str(tmp_path / "out"), *tiny, "--budgets", "0.4", "--seeds", "1", "--solver", "wanda"]
-    assert allocation.main(command) == 0
-    # The last of two cells: it would be compressed twice, were the model not dense again after the first.
+    command = ["--out", str(tmp_path / "out"), *tiny, "--budgets", "0.4", "--seeds", "1", "--allocators", "depth-ramp"]
+    assert allocation.main([*command, "--tokens", "9000", "--set", "steps=2"]) == 0
+    # The last of three cells: it would be compressed twice, were the model not dense again after the first.
     *_, cell = json.loads((tmp_path / "out" / "allocation.json").read_text())["cells"]
-    assert cell["allocator"] == "knapsack"
+    assert cell["label"] == "depth-ramp@9000"
     options = cells.option_parser("").parse_args([*tiny, "--out", "unused"])
-    asked = pipeline.SearchOptions(budget=0.4, solver="wanda", seed=1)
+    asked = pipeline.SearchOptions(
+        budget=0.4, allocator="depth-ramp", solver_options={"steps": "2"}, seed=1, search_tokens=9000
+    )
     summary, _ = pipeline.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
     assert cell["validation"]["kl"] == pytest.approx(summary.compressed[0].kl, rel=1e-6)
+    assert summary.search is not None
+    assert cell["selection_loss"] == pytest.approx(summary.search.loss)
 
 
-def test_uniform_is_measured_once_where_its_rank_share_changes_nothing(tmp_path):
-    contenders = script("allocation").contenders
-    assert [c.label for c in contenders(["knapsack"], "wanda", "unstructured")] == ["uniform", "knapsack"]
-    assert [c.label for c in contenders(["knapsack"], "oats", "2:4")] == ["uniform", "knapsack"]
-    assert len(contenders(["knapsack"], "oats", "unstructured")) == 3
+def test_contenders_are_read_as_they_are_written():
+    contender = script("allocator_contenders").Contender
+    for text in ("knapsack", "knapsack:exact=false,gap=0.1", "depth-ramp@500", "knapsack@share:rank_share=0.2"):
+        assert contender.parse(text).label == text
+    assert [found.limit for found in contender.parse("depth-ramp").at([10, 20])] == [10, 20]
+    assert [found.limit for found in contender.parse("depth-ramp@5").at([10, 20])] == [5]
+    assert [found.limit for found in contender.parse("knapsack").at([10, 20])] == [None]
+    with pytest.raises(UsageError, match="asks nothing"):
+        contender.parse("knapsack@5").at([10])
+    for text in ("", "knapsack:", "knapsack:exact", "knapsack@", "knapsack@many"):
+        with pytest.raises(ArgumentTypeError):
+            contender.parse(text)
+
+
+def test_contenders_are_measured_once_where_their_rank_share_changes_nothing():
+    contenders = script("allocator_contenders")
+    given = [contenders.Contender.parse(text) for text in script("allocation").UNIFORMS]
+    given += [contenders.Contender.parse(text) for text in ("knapsack@share:rank_share=0.1", "knapsack")]
+    for solver, pattern in (("wanda", "unstructured"), ("oats", "2:4")):
+        assert [c.label for c in contenders.told_apart(given, solver, pattern)] == ["uniform", "knapsack"]
+    assert contenders.told_apart(given, "oats", "unstructured") == given
+
+
+def test_one_share_offers_every_layer_the_rank_shares_nearest_to_it():
+    one_share = script("allocator_contenders").OneShare
+    posed = problem(kept=0.4)
+    best = Knapsack().allocate(posed)
+    shares = {}
+    for share in (0.0, 0.3, 1.0):
+        found = one_share(share).allocate(posed)
+        assert best.predicted <= found.predicted * (1 + 1e-6)
+        shares[share] = fmean(found.targets[spec.name].rank_share(spec) for spec in posed.specs)
+    assert shares[0.0] == 0 < shares[0.3] < shares[1.0]
 
 
 def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "set_up", never)
-    assert script("allocation").main(["--out", str(tmp_path / "out"), *tiny, "--budgets", "0.5", "1.5"]) == 2
+    command = ["--out", str(tmp_path / "out"), *tiny]
+    assert script("allocation").main([*command, "--budgets", "0.5", "1.5"]) == 2
     assert "1.5" in capsys.readouterr().err
+    assert script("allocation").main([*command, "--allocators", "knapsack:exct=true"]) == 2
+    assert "exact" in capsys.readouterr().err
 
 
 ROWS_OF_REUSE = [
@@ -152,7 +203,7 @@ def test_reuse_refuses_a_solver_that_cannot_meet_a_file_before_anything_is_compu
     tiny, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    pattern = ["--pattern", "2:4", "--budgets", "0.7", "--seeds", "0", "--solver", "oats"]
+    pattern = ["--pattern", "2:4", "--budgets", "0.7", "--seeds", "0", "--solver", "oats", "--allocators", "knapsack"]
     assert script("allocation").main(["--out", str(out), *tiny, *pattern]) == 0
     cells = json.loads((out / "allocation.json").read_text())["cells"]
     assert [c["label"] for c in cells] == ["uniform", "knapsack"]
