@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from allocator_contenders import TABLE, UNIFORM, Contender, told_apart
+from allocator_contenders import TABLE, UNIFORM, Contender, check, told_apart
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.pipeline import SearchOptions, check_options
+from globalopt.pipeline import SearchOptions
 from globalopt.search_objective import CANDIDATES
 from globalopt.store import replacing, write_json
 from globalopt.summary import Summary
@@ -182,18 +182,16 @@ def field(options: argparse.Namespace) -> list[Contender]:
 
 def asked(options: argparse.Namespace, budget: float, seed: int, contender: Contender) -> SearchOptions:
     """The search of one cell."""
-    found = SearchOptions(
+    search = SearchOptions(
         budget=budget,
         accounting=options.accounting,
         pattern=options.pattern,
-        allocator=contender.allocator,
-        allocator_options=dict(contender.options),
         solver=options.solver,
         solver_options=dict(options.set),
         candidates=options.candidates,
         seed=seed,
     )
-    return found if contender.limit is None else replace(found, search_tokens=contender.limit)
+    return contender.within(search)
 
 
 def best_uniform(measured: Mapping[Contender, Summary]) -> dict[str, cells.Figures]:
@@ -205,10 +203,9 @@ def best_uniform(measured: Mapping[Contender, Summary]) -> dict[str, cells.Figur
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, contenders."""
     contenders = field(options)
-    for contender in contenders:
-        contender.make()
     for budget in options.budgets:
-        check_options(asked(options, budget, 0, Contender(UNIFORM)))
+        for contender in contenders:
+            check(asked(options, budget, 0, contender), contender)
     total = len(options.seeds) * len(options.budgets) * len(contenders)
     done = 0
     made: list[Cell] = []

@@ -17,6 +17,7 @@ from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
 from globalopt import registry
 from globalopt.errors import UsageError
+from globalopt.pipeline import SearchOptions, check_options
 from globalopt.protocols import Allocator, Objective
 from globalopt.surface import NNZ_LEVELS
 from globalopt.types import Allocation, ErrorSurface, Problem, Target
@@ -109,6 +110,11 @@ class Contender:
         """The allocator; `UsageError` for names, options and values that there are not."""
         return registry.build("allocator", TABLE, self.allocator, dict(self.options))
 
+    def within(self, search: SearchOptions) -> SearchOptions:
+        """`search` by this allocator, with its limit."""
+        found = replace(search, allocator=self.allocator, allocator_options=dict(self.options))
+        return found if self.limit is None else replace(found, search_tokens=self.limit)
+
     def at(self, limits: Sequence[int]) -> list[Contender]:
         """It at each of `limits` where it asks and has no limit of its own."""
         if self.asks:
@@ -116,6 +122,12 @@ class Contender:
         if self.limit:
             raise UsageError(f"Allocator '{self.allocator}' asks nothing; leave out @{self.limit}.")
         return [self]
+
+
+def check(search: SearchOptions, contender: Contender) -> None:
+    """Raise what is wrong with the options before a model is loaded; `check_options` knows the package's names only."""
+    contender.make()
+    check_options(replace(search, allocator=UNIFORM, allocator_options={}))
 
 
 def told_apart(contenders: Sequence[Contender], solver: str, pattern: str) -> list[Contender]:

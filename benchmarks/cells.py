@@ -28,7 +28,7 @@ from globalopt.protocols import Allocator
 from globalopt.resources import StageClock
 from globalopt.store import Run, read_json, write_json
 from globalopt.summary import Metrics, Summary
-from globalopt.types import NM
+from globalopt.types import NM, Target
 from reports import formats, make_progress
 from reports.tables import divergence
 
@@ -160,13 +160,20 @@ def selection_loss(bench: Bench, options: SearchOptions, folder: Path) -> float:
     """KL of a finished cell's allocation on the selection text, of the candidates that a search asks about."""
     run = Run.open(folder)
     summary = run.read_summary()
-    if summary.search is not None:
-        return summary.search.loss
+    return loss_of(bench, options, run, targets_of(bench, run)) if summary.search is None else summary.search.loss
+
+
+def targets_of(bench: Bench, run: Run) -> Mapping[str, Target]:
+    """What the budget file of a run gives every layer of the bench's model."""
+    file = budget_file.read(run.budget_path)
+    return file.for_model(bench.fingerprint, bench.layers.specs, run.budget_path).targets
+
+
+def loss_of(bench: Bench, options: SearchOptions, run: Run, targets: Mapping[str, Target]) -> float:
+    """KL of `targets` on the selection text, of candidates made from the analysis in `run`; its journal remembers."""
     problem = pipeline.pose(bench, options, run)
-    allocation = budget_file.read(run.budget_path).for_model(bench.fingerprint, bench.layers.specs, run.budget_path)
-    # Answered from the cell's journal when it is asked again.
     with pipeline.true_loss(replace(bench, clock=StageClock()), options, run, problem) as objective:
-        return float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+        return float(objective.losses([targets], range(objective.chunks)).mean())
 
 
 @contextlib.contextmanager

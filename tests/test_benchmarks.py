@@ -161,6 +161,53 @@ def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monk
     assert "exact" in capsys.readouterr().err
 
 
+def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, capsys):
+    spans = script("spans")
+    out = tmp_path / "out"
+    command = ["--out", str(out), *tiny, "--budgets", "0.4", "--seeds", "0", "--set", "steps=2"]
+    command += ["--span-scaling", "activation", "direct", "--pricing", "fit", "span"]
+    assert spans.main(command) == 0
+    assert "Spans, on test" in capsys.readouterr().out
+    result = json.loads((out / "spans.json").read_text())
+    kinds = [("activation", "fit"), ("activation", "span"), ("direct", "fit"), ("direct", "span")]
+    first, *others = result["cells"]
+    assert [(c["scaling"], c["pricing"]) for c in result["cells"]] == kinds
+    assert first["fitted_loss"] == pytest.approx(first["selection_loss"])
+    for cell in others:
+        assert cell["fitted_loss"] != pytest.approx(cell["selection_loss"])
+        assert cell["validation"]["ratio"] == pytest.approx(cell["validation"]["kl"] / first["validation"]["kl"])
+
+    monkeypatch.setattr(pipeline, "finish", never)
+    monkeypatch.setattr(pipeline, "BlockRunner", never)
+    assert spans.main(command) == 0
+    assert json.loads((out / "spans.json").read_text()) == result
+
+
+def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, monkeypatch, capsys):
+    cells = tmp_path / "cells"
+    command = ["--out", str(cells), *tiny, "--budgets", "0.4", "--seeds", "0", "--allocators", "knapsack"]
+    assert script("allocation").main([*command, "--set", "steps=2"]) == 0
+    runs = [str(cells / "seed0" / "0.4" / name) for name in ("uniform-rank_share=0", "knapsack")]
+    optimality = script("local_optimality")
+    out = tmp_path / "out"
+    command = [*runs, "--out", str(out), "--swaps", "6"]
+    assert optimality.main(command) == 0
+    assert "Swaps that still improve" in capsys.readouterr().out
+    result = json.loads((out / "local_optimality.json").read_text())
+    measured = json.loads((cells / "allocation.json").read_text())["cells"]
+    of = {c["label"]: c["selection_loss"] for c in measured}
+    for cell, label in zip(result["cells"], ("uniform:rank_share=0", "knapsack"), strict=True):
+        assert cell["tried"] == 6
+        assert cell["improving"] / 6 <= cell["bound"] <= 1
+        assert cell["loss"] == pytest.approx(of[label])
+
+    monkeypatch.setattr(pipeline, "set_up", never)
+    assert optimality.main(command) == 0
+    assert json.loads((out / "local_optimality.json").read_text()) == result
+    assert optimality.main([str(cells / "seed0" / "analysis"), "--out", str(out)]) == 1
+    assert "no finished search" in capsys.readouterr().err
+
+
 ROWS_OF_REUSE = [
     ("oats", "uniform 0"),
     ("oats", "uniform 0.1"),

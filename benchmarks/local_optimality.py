@@ -1,0 +1,137 @@
+"""How many swaps still improve a finished budget? Random budget-neutral swaps, measured on the true loss.
+
+    python benchmarks/local_optimality.py RUN [RUN ...] --out OUT [--swaps 100] [--draw 0]
+
+RUN is the folder of a finished `globalopt search`, or a cell of `allocation.py` (`OUT/seed0/0.5/knapsack`). A swap
+takes a 64th of a mean layer from one layer and gives it to another; it improves where the loss on the whole selection
+text falls by a paired t above 2. That is the text searches chose on: the question is whether they were done with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cells
+from finished_cells import Cells
+from rich.console import Group as Stack
+from rich.text import Text
+
+from allocators._moves import improving_share
+from globalopt import pipeline
+from globalopt.errors import ArtefactError
+from globalopt.pipeline import SearchOptions
+from globalopt.resources import StageClock
+from globalopt.store import Run, write_json
+from reports import formats, make_progress
+from reports.tables import add_numbers, footed, report_table
+
+
+@dataclass(frozen=True)
+class Optimality:
+    """Of `tried` random swaps `improving` lower the `loss`; at 95 % confidence at most `bound` of all swaps do."""
+
+    allocator: str
+    budget: float
+    seed: int
+    loss: float
+    improving: int
+    tried: int
+    bound: float
+
+
+def search_options(run: Run) -> SearchOptions:
+    """What a finished search was asked for; `ArtefactError` if the run is none."""
+    found = run.manifest["identity"].get("search")
+    if found is None or not run.summary_path.exists():
+        raise ArtefactError(f"{run.folder} is no finished search; give the folder of one.")
+    try:
+        return SearchOptions(**found)
+    except TypeError as cause:
+        raise ArtefactError(f"{run.folder} was made by another version ({cause}). Make it again.") from None
+
+
+def measure(folder: Path, options: argparse.Namespace) -> Optimality:
+    """Of one run; the losses are kept in a journal beside the result, not in the run's own."""
+    run, model, text = pipeline.recorded(folder)
+    search = search_options(run)
+    progress = make_progress(cells.err, quiet=not cells.err.is_terminal)
+    bench = pipeline.set_up(model, text, search.seed, progress, StageClock())
+    identity = {**bench.identity(search.seed), "search": asdict(search), "run": run.manifest["fingerprint"]}
+    own = Run.start(options.out / "journals" / key(run), identity, bench.facts("local optimality"))
+    cells.share_analysis(run, own)
+    # One more than the swaps for the allocation itself, and one that the next question could cost.
+    windows = len(bench.splits.selection.windows) + text.batch_size
+    search = replace(search, search_tokens=(options.swaps + 2) * windows * bench.splits.selection.seqlen)
+    problem = pipeline.pose(bench, search, own)
+    targets = cells.targets_of(bench, run)
+    with pipeline.true_loss(bench, search, own, problem) as objective:
+        loss = float(objective.losses([targets], range(objective.chunks)).mean())
+        found = improving_share(problem, objective, targets, options.swaps, random.Random(options.draw))
+    allocator = run.read_summary().allocator
+    return Optimality(allocator, search.budget, search.seed, loss, found.improving, found.tried, found.bound)
+
+
+def key(run: Run) -> str:
+    return run.manifest["fingerprint"][:12]
+
+
+def table(found: Sequence[tuple[Path, Optimality]]) -> Stack:
+    rows = report_table("Swaps that still improve")
+    rows.add_column("run", overflow="fold")
+    rows.add_column("allocator")
+    add_numbers(rows, ("budget", "seed", "selection", "improving", "tried", "share", "at most"))
+    for folder, of in found:
+        rows.add_row(
+            Text(str(folder)),
+            Text(of.allocator),
+            f"{of.budget:g}",
+            str(of.seed),
+            formats.significant(of.loss),
+            str(of.improving),
+            str(of.tried),
+            formats.share(of.improving / of.tried) if of.tried else "-",
+            formats.share(of.bound),
+        )
+    return footed(
+        rows,
+        "selection: KL on the selection text, nats per token",
+        "at most: share of all swaps that improve, upper end of a one-sided 95 % confidence interval",
+    )
+
+
+def work(options: argparse.Namespace, command: str) -> None:
+    store = Cells(options.out / "cells", {"swaps": options.swaps, "draw": options.draw})
+    found: list[tuple[Path, Optimality]] = []
+    for folder in options.runs:
+        run = Run.open(folder)
+        search_options(run)
+        identity = {"run": run.manifest["fingerprint"]}
+
+        def compute(folder: Path = folder) -> Optimality:
+            return measure(folder, options)
+
+        found.append((folder, store.get(Optimality, key(run), identity, compute)))
+        of = found[-1][1]
+        cells.err.print(f"{folder}  {of.improving} of {of.tried} improve", markup=False, highlight=False)
+    records: list[dict[str, Any]] = [{"run": str(folder), **asdict(of)} for folder, of in found]
+    write_json(options.out / "local_optimality.json", {"command": command, "cells": records})
+    cells.console().print(table(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished search")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results; the same command resumes")
+    parser.add_argument("--swaps", type=int, default=100, help="random swaps per run (%(default)s)")
+    parser.add_argument("--draw", type=int, default=0, help="seed of the swaps (%(default)s)")
+    return cells.run_script(work, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

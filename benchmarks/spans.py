@@ -1,0 +1,193 @@
+"""Which spans and prices lead to the best budget and model? Every span scaling, priced by fits and as it is.
+
+    python benchmarks/spans.py --out OUT [--budgets 0.5 0.3 0.2] [--seeds 0 1 2] [--span-scaling ...] [--pricing ...]
+    python benchmarks/spans.py --out OUT --model FOLDER --calibration TEXT
+
+One allocator and one solver for all. The solver does not read the spans: they decide the prices, and so the budget.
+Ratios are of KL to the first scaling and pricing that is given, seed by seed. Nothing is chosen on test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import cells
+from allocator_contenders import Contender, check
+from rich.console import Group as Stack
+from rich.text import Text
+
+from globalopt.pipeline import PRICINGS, SearchOptions
+from globalopt.span import SCALINGS
+from globalopt.store import Run, write_json
+from globalopt.summary import Summary
+from reports import formats
+from reports.tables import add_numbers, footed, report_table
+from solvers import SOLVERS
+
+FITTED = "fit"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One compression; `selection` is its loss on its own candidates, `fitted` on those all cells of a seed share."""
+
+    budget: float
+    seed: int
+    scaling: str
+    pricing: str
+    summary: Summary
+    ratios: Mapping[str, float | None]
+    selection: float
+    fitted: float | None
+
+    def kl(self, split: str) -> float:
+        return cells.figures(self.summary)[split].kl
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "seed": self.seed,
+            "scaling": self.scaling,
+            "pricing": self.pricing,
+            "predicted": self.summary.predicted,
+            "selection_loss": self.selection,
+            "fitted_loss": self.fitted,
+            "used": self.summary.used,
+            "total": self.summary.total,
+            **cells.split_records(self.summary, self.ratios),
+        }
+
+
+def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, pricing: str) -> SearchOptions:
+    """The search of one cell."""
+    search = SearchOptions(
+        budget=budget,
+        solver=options.solver,
+        solver_options=dict(options.set),
+        scaling=scaling,
+        pricing=pricing,
+        seed=seed,
+    )
+    return options.allocator.within(search)
+
+
+def measure(options: argparse.Namespace, command: str) -> list[Cell]:
+    """All cells, in the order of seeds, budgets, scalings, pricings."""
+    kinds = list(itertools.product(options.span_scaling, options.pricing))
+    for budget in options.budgets:
+        check(asked(options, budget, 0, *kinds[0]), options.allocator)
+    total = len(options.seeds) * len(options.budgets) * len(kinds)
+    done = 0
+    made: list[Cell] = []
+    for seed in options.seeds:
+        folder: Path = options.out / f"seed{seed}"
+        bench = cells.set_up(options, seed)
+        analyses = {
+            kind: cells.analysed(
+                bench, "unstructured", seed, folder / f"analysis-{'-'.join(kind)}", options.solver, kind[1], kind[0]
+            )
+            for kind in kinds
+        }
+        judge = next((kind for kind in kinds if kind[1] == FITTED and has_fits(analyses[kind])), None)
+        for budget in options.budgets:
+            measured: dict[tuple[str, str], Summary] = {}
+            losses: dict[tuple[str, str], tuple[float, float | None]] = {}
+            for kind in kinds:
+                where = folder / f"{budget:g}" / "-".join(kind)
+                search = asked(options, budget, seed, *kind)
+                measured[kind] = cells.search(bench, search, analyses[kind], where, command, options.allocator.make())
+                fitted = None
+                if judge is not None:
+                    targets = cells.targets_of(bench, Run.open(where))
+                    fitted = cells.loss_of(bench, asked(options, budget, seed, *judge), analyses[judge], targets)
+                losses[kind] = cells.selection_loss(bench, search, where), fitted
+                done += 1
+                cells.say(done, total, f"seed {seed}  budget {budget:g}  {' '.join(kind)}", measured[kind])
+            baseline = cells.figures(measured[kinds[0]])
+            made += [
+                Cell(budget, seed, *kind, summary, cells.ratios(summary, baseline), *losses[kind])
+                for kind, summary in measured.items()
+            ]
+    return made
+
+
+def has_fits(analysis: Run) -> bool:
+    """Whether the layers were fitted; prices of a solver that moves no weight are the spans' own."""
+    return (analysis.folder / "fits").is_dir()
+
+
+def table(made: Sequence[Cell], split: str) -> Stack:
+    """Means over the seeds on one split."""
+    rows = report_table(f"Spans, on {split}")
+    add_numbers(rows, ("budget",))
+    rows.add_column("scaling")
+    rows.add_column("pricing")
+    add_numbers(rows, ("KL to dense", "ratio", "perplexity", "predicted", "selection", "on fits"))
+    groups: dict[tuple[float, str, str], list[Cell]] = {}
+    for cell in made:
+        groups.setdefault((cell.budget, cell.scaling, cell.pricing), []).append(cell)
+    for (budget, scaling, pricing), group in groups.items():
+        kl = [cell.kl(split) for cell in group]
+        fitted = cells.mean([cell.fitted for cell in group])
+        rows.add_row(
+            f"{budget:g}",
+            Text(scaling),
+            Text(pricing),
+            formats.measured(fmean(kl), stdev(kl) if len(kl) > 1 else None),
+            cells.shown(cells.mean([cell.ratios[split] for cell in group])),
+            formats.significant(fmean(cells.figures(cell.summary)[split].compressed.perplexity for cell in group)),
+            formats.significant(fmean(cell.summary.predicted for cell in group)),
+            formats.significant(fmean(cell.selection for cell in group)),
+            "-" if fitted is None else formats.significant(fitted),
+        )
+    dense = fmean(cells.figures(cell.summary)[split].dense.perplexity for cell in made)
+    return footed(
+        rows,
+        f"means over {len({cell.seed for cell in made})} seeds, ±: standard deviation between them; "
+        f"dense perplexity {formats.significant(dense)}; KL: nats per token",
+        f"ratio: of KL to {made[0].scaling} spans priced by {made[0].pricing}, seed by seed",
+        "selection: KL on the selection text of candidates made as the row's own search would",
+        "on fits: the same of candidates made of the first fitted analysis, alike for all rows",
+    )
+
+
+def work(options: argparse.Namespace, command: str) -> None:
+    made = measure(options, command)
+    write_json(
+        options.out / "spans.json",
+        {
+            "command": command,
+            "allocator": options.allocator.label,
+            "solver": options.solver,
+            "solver_options": dict(options.set),
+            "cells": [cell.record() for cell in made],
+        },
+    )
+    out = cells.console()
+    for split in cells.figures(made[0].summary):
+        out.print(table(made, split), "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cells.option_parser(__doc__)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3, 0.2], help="fractions kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--span-scaling", nargs="+", default=list(SCALINGS), choices=SCALINGS)
+    parser.add_argument("--pricing", nargs="+", default=["fit", "span"], choices=PRICINGS)
+    parser.add_argument("--allocator", type=Contender.parse, default=Contender("knapsack"))
+    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
+    parser.add_argument(
+        "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
+    )
+    return cells.run_script(work, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
