@@ -10,9 +10,9 @@ from torch import Tensor
 
 from globalopt.errors import UsageError
 from globalopt.protocols import Candidate, Objective
-from globalopt.types import Problem, Target
+from globalopt.types import Mask, Problem, Target
 
-FINALISTS = 6
+FINALISTS = 4
 """Latest nominees that are judged on the whole selection text, beside all starts."""
 
 
@@ -38,6 +38,7 @@ class Trials:
         self.objective = present(objective)
         self._starts = [dict(start) for start in starts]
         self._nominees: list[dict[str, Target]] = []
+        self._judged: set[frozenset[tuple[str, Target | Mask]]] = set()
 
     @property
     def all_chunks(self) -> range:
@@ -46,8 +47,14 @@ class Trials:
 
     @property
     def left(self) -> int:
-        """Tokens that may be spent before the verdict, which judges the starts and a few nominees everywhere."""
-        verdict = (len(self._starts) + FINALISTS) * self.objective.chunks * self.objective.chunk_tokens
+        """Tokens that may be spent before the verdict, which judges all starts and `FINALISTS` nominees everywhere.
+
+        What was asked about everywhere already is judged for nothing.
+        """
+        finalists = self._nominees[-FINALISTS:]
+        known = sum(_key(nominee) in self._judged for nominee in finalists)
+        unknown = sum(_key(start) not in self._judged for start in self._starts)
+        verdict = (unknown + FINALISTS - known) * self.objective.chunks * self.objective.chunk_tokens
         return self.objective.limit - self.objective.tokens - verdict
 
     def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
@@ -58,7 +65,10 @@ class Trials:
         """
         if len(candidates) * len(chunks) * self.objective.chunk_tokens > self.left:
             raise OutOfTokens
-        return self.objective.losses(candidates, chunks)
+        losses = self.objective.losses(candidates, chunks)
+        if len(set(chunks)) == self.objective.chunks:
+            self._judged.update(_key(candidate) for candidate in candidates)
+        return losses
 
     def nominate(self, targets: Mapping[str, Target]) -> None:
         """Put `targets` forward for the verdict; of more than `FINALISTS` the latest are heard."""
@@ -75,7 +85,12 @@ class Trials:
         heard = [*self._starts]
         heard += [nominee for nominee in self._nominees[-FINALISTS:] if nominee not in heard]
         means = self.objective.losses(heard, self.all_chunks).mean(1)
+        self._judged.update(map(_key, heard))
         return heard[int(torch.argmin(means))]
+
+
+def _key(candidate: Candidate) -> frozenset[tuple[str, Target | Mask]]:
+    return frozenset(candidate.items())
 
 
 def present(objective: Objective | None) -> Objective:
