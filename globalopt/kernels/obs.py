@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globalopt.kernels.projection import keep_nm, keep_top
+from globalopt.kernels.projection import indicate_planes, indicate_top
 from globalopt.types import NM
+
+INNER = 32  # columns
 
 
 def obs_prune(
@@ -47,33 +49,43 @@ def obs_prune(
     floor = None if floor is None else floor.mT.contiguous()
     S = torch.zeros_like(W)
     pivots = R.diagonal()[:, None]
+    # A column that loses `e` moves the later ones by these multiples of it.
+    steps = R / pivots
     live = (W != 0).any(1).cumsum(0)
+    # Few columns at a time stay in the cache; what they lost reaches the rest of their block in one product.
+    inner = INNER if pattern is None else max(1, INNER // pattern.of) * pattern.of
     used = 0
     for begin in range(0, d_in, column_block):
         end = min(begin + column_block, d_in)
-        columns, local = W[begin:end], R[begin:end, begin:end]
+        columns = W[begin:end]
         if pattern is not None:
-            keep = torch.empty_like(columns, dtype=torch.bool)
+            keep = torch.empty_like(columns)
         elif layer_wide:
-            prices = (_lost(W, floor, slice(begin, d_in)) / pivots[begin:]).abs()
-            keep = keep_top(prices.flatten(), nnz - used).view(-1, d_out)[: end - begin]
-            used += int(keep.sum())
+            prices = (_lost(W, floor, slice(begin, d_in)) / pivots[begin:]).abs_()
+            keep = indicate_top(prices.flatten(), nnz - used).view(-1, d_out)[: end - begin]
+            used += int(keep.count_nonzero())
         else:
             quota = min(nnz * int(live[end - 1]) // max(1, int(live[-1])) - used, columns.numel())
-            prices = (_lost(W, floor, slice(begin, end)) / pivots[begin:end]).abs()
-            keep = keep_top(prices.flatten(), quota).view_as(columns)
+            prices = (_lost(W, floor, slice(begin, end)) / pivots[begin:end]).abs_()
+            keep = indicate_top(prices.flatten(), quota).view_as(columns)
             used += quota
-        errors = torch.empty_like(columns)
-        for j in range(end - begin):
-            if pattern is not None and j % pattern.of == 0:
-                group = slice(begin + j, begin + j + pattern.of)
-                prices = (_lost(W, floor, group) / pivots[group]).abs()
-                keep[j : j + pattern.of] = keep_nm(prices.mT, pattern).mT
-            errors[j] = _lost(W, floor, begin + j).masked_fill(keep[j], 0.0) / local[j, j]
-            columns[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
-        rest = torch.zeros_like(columns) if floor is None else torch.copysign(floor[begin:end], columns)
-        S[begin:end] = torch.where(keep, columns, rest)
-        W[end:].addmm_(R[begin:end, end:].mT, errors, alpha=-1)
+        drop, lost = 1 - keep, torch.empty_like(columns)
+        for first in range(begin, end, inner):
+            last = min(first + inner, end)
+            for j in range(first, last):
+                if pattern is not None and (j - begin) % pattern.of == 0:
+                    group = slice(j, j + pattern.of)
+                    prices = (_lost(W, floor, group) / pivots[group]).abs_()
+                    keep[j - begin : j - begin + pattern.of] = indicate_planes(prices, pattern.keep)
+                    torch.sub(1, keep[j - begin : j - begin + pattern.of], out=drop[j - begin : j - begin + pattern.of])
+                torch.mul(_lost(W, floor, j), drop[j - begin], out=lost[j - begin])
+                W[j + 1 : last].addr_(steps[j, j + 1 : last], lost[j - begin], alpha=-1)
+            W[last:end].addmm_(steps[first:last, last:end].mT, lost[first - begin : last - begin], alpha=-1)
+        if floor is None:
+            torch.mul(columns, keep, out=S[begin:end])
+        else:
+            S[begin:end] = torch.where(keep.bool(), columns, torch.copysign(floor[begin:end], columns))
+        W[end:].addmm_(steps[begin:end, end:].mT, lost, alpha=-1)
     return S.mT.contiguous()
 
 

@@ -95,25 +95,30 @@ def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
 
 
 def indicate_nm(scores: Tensor, pattern: NM) -> Tensor:
-    """`keep_nm` as 0 and 1 in the scores' dtype.
-
-    An entry is kept if fewer than `keep` of its group come before it: every pair is compared once, nothing is sorted.
-    """
+    """`keep_nm` as 0 and 1 in the scores' dtype."""
     # Members of a group in separate planes, so that each comparison runs over contiguous memory.
     planes = scores.reshape(scores.shape[0], -1, pattern.of).permute(2, 0, 1).contiguous()
+    return indicate_planes(planes, pattern.keep).permute(1, 2, 0).reshape(scores.shape)
+
+
+def indicate_planes(planes: Tensor, keep: int) -> Tensor:
+    """0 and 1 for the `keep` largest along the first dimension, (of, ...), of few entries; equal ones go by index.
+
+    An entry is kept if fewer than `keep` come before it: every pair is compared once, nothing is sorted.
+    """
+    of = len(planes)
+    if of == 1:
+        return torch.full_like(planes, float(keep > 0))
     # How many come before a member: the earlier ones not below it, and all later ones but those it is not below.
     ahead = torch.empty_like(planes)
-    for member in range(pattern.of - 1):
+    torch.sum(torch.ge(planes[0], planes[1:], out=ahead[1:]), 0, out=ahead[0]).neg_()
+    for member in range(1, of - 1):
         later = planes[member + 1 :]
-        if member == 0:
-            first = torch.ge(planes[0], later, out=ahead[1:])
-            torch.sum(first, 0, out=ahead[0]).neg_()
-        else:
-            first = torch.ge(planes[member], later, out=torch.empty_like(later))
-            ahead[member + 1 :].add_(first)
-            ahead[member].sub_(first.sum(0))
-    room = torch.arange(pattern.of, dtype=planes.dtype, device=planes.device) + (pattern.keep - pattern.of + 1)
-    return ahead.lt_(room[:, None, None]).permute(1, 2, 0).reshape(scores.shape)
+        first = torch.ge(planes[member], later, out=torch.empty_like(later))
+        ahead[member + 1 :].add_(first)
+        ahead[member].sub_(first.sum(0))
+    room = torch.arange(of, dtype=planes.dtype, device=planes.device) + (keep - of + 1)
+    return ahead.lt_(room.view(-1, *[1] * (planes.ndim - 1)))
 
 
 def keep_weights(scores: Tensor, nnz: int, pattern: NM | None = None, per_row: bool = False) -> Tensor:

@@ -19,23 +19,26 @@ def fit_support(target: Tensor, S: Tensor, norm: Norm, steps: int) -> Tensor:
     Args:
         target, S: (d_out, d_in), not modified.
     """
-    support = S != 0
+    support = (S != 0).to(S.dtype)
     rows = norm.outputs is None
+    product = torch.empty_like(S)
 
     def dot(X: Tensor, Y: Tensor) -> Tensor:
-        return (X * Y).sum(1, keepdim=True) if rows else (X * Y).sum()
+        torch.mul(X, Y, out=product)
+        return product.sum(1, keepdim=True) if rows else product.sum()
 
     tiny = torch.finfo(S.dtype).tiny
-    R = norm.times(target - S) * support
-    D = R
+    S = S.clone()
+    R = norm.times(target - S).mul_(support)
+    D = R.clone()
     squared = dot(R, R)
     for _ in range(steps):
-        ND = norm.times(D) * support
+        ND = norm.times(D).mul_(support)
         length = squared / dot(D, ND).clamp_min(tiny)
-        S = S + length * D
-        R = R - length * ND
+        S.addcmul_(D, length)
+        R.addcmul_(ND, length, value=-1)
         before, squared = squared, dot(R, R)
-        D = R + squared / before.clamp_min(tiny) * D
+        D.mul_(squared / before.clamp_min(tiny)).add_(R)
     return S
 
 
