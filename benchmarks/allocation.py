@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--allocators",
         type=Contender.parse,
         nargs="+",
-        default=[contender for text in FIELD if (contender := Contender.parse(text)).allocator in TABLE],
+        default=[Contender.parse(text) for text in FIELD],
         metavar="NAME[:OPTION=VALUE,...][@TOKENS]",
         help=f"of {', '.join(TABLE)}; all if left out",
     )

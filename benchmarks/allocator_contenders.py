@@ -1,8 +1,10 @@
-"""Allocators as benchmarks are given them, `NAME[:OPTION=VALUE[,OPTION=VALUE]][@TOKENS]`, and one of their own."""
+"""Allocators as benchmarks are given them, `NAME[:OPTION=VALUE[,OPTION=VALUE]][@TOKENS]`, and two of their own."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +67,30 @@ class OneShare:
         return ErrorSurface(spec, tuple(target for _, _, target, _ in kept), tuple(error for *_, error in kept))
 
 
-TABLE: Mapping[str, type[Allocator]] = {**ALLOCATORS, OneShare.name: OneShare}
+@dataclass(frozen=True)
+class Disturbed:
+    """The knapsack on surfaces that are off by a random factor per layer: one of many allocations that make some sense.
+
+    Args:
+        number: which of them; with the problem's seed it decides the factors.
+        spread: standard deviation of their logarithms.
+    """
+
+    name: ClassVar[str] = "disturbed"
+    paper: ClassVar[str] = Knapsack.paper
+    asks: ClassVar[bool] = False
+    number: int = 0
+    spread: float = 1.0
+
+    def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
+        """Return the allocation, priced on the true surfaces."""
+        draw = random.Random(f"{problem.seed} {self.number}")
+        factors = {name: math.exp(draw.gauss(0, self.spread)) for name in sorted(spec.name for spec in problem.specs)}
+        found = Knapsack(exact=False).allocate(problem.scaled(factors))
+        return problem.finish(found.targets, by=self.name)
+
+
+TABLE: Mapping[str, type[Allocator]] = {**ALLOCATORS, OneShare.name: OneShare, Disturbed.name: Disturbed}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
-"""Does a budget serve solvers it was not made with? The same budget files, refined by several solvers.
+"""Does a budget serve solvers it was not made with? Budgets of several allocators, each refined by several solvers.
 
-    python benchmarks/reuse.py --out OUT [--budgets 0.5 0.3] [--solvers 3basil hassle-free oats sparsegpt wanda]
-    python benchmarks/reuse.py --out OUT BUDGET.json [BUDGET.json ...]
+    python benchmarks/transfer.py --out OUT [--budget 0.3] [--seeds 0 1 2] [--made-for 3basil] [--disturbed 12]
+    python benchmarks/transfer.py --out OUT --solvers oats wanda --allocators knapsack auto@6500000
+    python benchmarks/transfer.py --out OUT BUDGET.json [BUDGET.json ...]
 
-Without files, one is made per budget by the exact knapsack. Each stands beside the uniform budget of the same size,
-sparse only and, for solvers with low rank, also with a tenth of its parameters as rank; the ratio of its KL is to the
-better of the two by validation KL, solver by solver. Nothing is chosen on test.
+Budgets are priced and searched for one solver, `--made-for`, and refined by all. Ratios are of KL to the best uniform
+budget under the same solver, by validation KL; the gain kept is `(1 - ratio) / (1 - ratio under the solver it was made
+for)`. `--disturbed` adds knapsacks on surfaces whose levels are off by random factors, so that the rank correlation of
+KL between solvers has allocations to go over. Files given must be of the same size; they stand beside the others.
+Nothing is chosen on test.
 """
 
 from __future__ import annotations
@@ -13,48 +16,56 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from rich.console import Console
+import numpy as np
+from allocator_contenders import UNIFORM, Contender, Disturbed, check, told_apart
 from rich.console import Group as Stack
 from rich.text import Text
 
-from allocators import Knapsack, Uniform
 from globalopt import budget_file, pipeline
 from globalopt.budget_file import BudgetFile
 from globalopt.errors import UsageError
-from globalopt.pipeline import NATS, Bench
-from globalopt.protocols import Allocator
+from globalopt.pipeline import Bench, SearchOptions
 from globalopt.refine import for_solver
 from globalopt.store import Run, write_json
 from globalopt.summary import Summary
-from globalopt.types import NM, Budget, Problem
+from globalopt.types import ACCOUNTINGS, Budget
 from reports import formats
-from reports.tables import add_numbers, divergence, footed, report_table
+from reports.surrogate import rank_correlation
+from reports.tables import add_numbers, footed, report_table
 from solvers import SOLVERS, get_solver
 
-RANK_SHARES = (0.0, 0.1)
+BASELINE = "uniform:rank_share=0.1"
+
+Source = tuple[Path, BudgetFile]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One budget file refined by one solver, with its KL over that of the better uniform budget."""
+    """One budget refined by one solver, with its KL over that of the best uniform budget."""
 
-    file: str
-    budget: str
+    seed: int
     solver: str
+    budget: str
+    allocator: str
     summary: Summary
     ratios: Mapping[str, float | None]
 
+    def kl(self, split: str) -> float:
+        return cells.figures(self.summary)[split].kl
+
     def record(self) -> dict[str, Any]:
         return {
-            "file": self.file,
-            "budget": self.budget,
+            "seed": self.seed,
             "solver": self.solver,
+            "budget": self.budget,
+            "allocator": self.allocator,
             "used": self.summary.used,
             "total": self.summary.total,
             "seconds": cells.seconds(self.summary),
@@ -63,170 +74,256 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A budget file and a solver, with the uniform budgets of the same size by label; files with their paths."""
+class Found:
+    """All cells, and the solver that the budgets were made for."""
 
-    name: str
-    solver: str
-    file: tuple[Path, BudgetFile]
-    uniform: Mapping[str, tuple[Path, BudgetFile]]
+    cells: Sequence[Cell]
+    made_for: str
 
+    @property
+    def solvers(self) -> list[str]:
+        return list(dict.fromkeys(cell.solver for cell in self.cells))
 
-def pattern_of(file: BudgetFile, name: str) -> str:
-    """The one pattern of a budget file, as typed."""
-    patterns = {entry.pattern for entry in file.layers}
-    if len(patterns) > 1:
-        raise UsageError(f"{name} has layers of several patterns; a uniform budget beside it has one.")
-    return patterns.pop() or "unstructured"
+    @property
+    def budgets(self) -> list[str]:
+        """Those that stand in tables: without the disturbed ones."""
+        return list(dict.fromkeys(cell.budget for cell in self.cells if cell.allocator != Disturbed.name))
 
+    def of(self, solver: str, budget: str) -> list[Cell]:
+        """One per seed."""
+        return [cell for cell in self.cells if (cell.solver, cell.budget) == (solver, budget)]
 
-def allocate(
-    bench: Bench, analysis: Run, budget: Budget, asked: float, pattern: str, allocator: Allocator, seed: int
-) -> BudgetFile:
-    """The budget file that `allocator` makes of a finished analysis."""
-    surfaces = tuple(analysis.read_sensitivity(spec)[0] for spec in bench.layers.specs)
-    problem = Problem(surfaces, budget, NM.parse(pattern), seed)
-    allocation = allocator.allocate(problem)
-    coverage = bench.layers.coverage
-    return budget_file.make(
-        allocation, problem, bench.fingerprint, coverage.covered, coverage.block_params, asked, NATS
-    )
+    def kl(self, solver: str, budget: str, split: str) -> tuple[float, float | None]:
+        """Mean over seeds and standard deviation between them."""
+        kl = [cell.kl(split) for cell in self.of(solver, budget)]
+        return fmean(kl), stdev(kl) if len(kl) > 1 else None
 
+    def ratio(self, solver: str, budget: str, split: str) -> float | None:
+        return cells.mean([cell.ratios[split] for cell in self.of(solver, budget)])
 
-def uniforms(pattern: str, solver: str) -> dict[str, Uniform]:
-    """The uniform allocators that differ for a solver, by label."""
-    if pattern != "unstructured":
-        # The pattern fixes the nonzeros, and the rank is what they leave.
-        return {"uniform": Uniform()}
-    # A solver without low rank turns any rank back into the same nonzeros.
-    shares = RANK_SHARES if SOLVERS[solver].low_rank else RANK_SHARES[:1]
-    return {f"uniform {share:g}": Uniform(rank_share=share) for share in shares}
+    def kept(self, solver: str, budget: str, split: str) -> float | None:
+        """The gain kept, of mean ratios; None where there is none to keep."""
+        ratio, own = self.ratio(solver, budget, split), self.ratio(self.made_for, budget, split)
+        return None if ratio is None or own is None or own >= 1 else (1 - ratio) / (1 - own)
 
+    def correlation(self, solver: str, split: str) -> float | None:
+        """Spearman's over all budgets, of KL under the solver and under the one they were made for; mean over seeds."""
+        by_seed = []
+        for seed in dict.fromkeys(cell.seed for cell in self.cells):
+            here, there = (
+                np.array([cell.kl(split) for cell in self.cells if (cell.seed, cell.solver) == (seed, name)])
+                for name in (solver, self.made_for)
+            )
+            by_seed.append(rank_correlation(here, there))
+        return cells.mean(by_seed)
 
-def compared_files(bench: Bench, options: argparse.Namespace) -> dict[str, tuple[Path, BudgetFile]]:
-    """The files given, or else one made by the knapsack per budget, by name."""
-    if options.files:
-        # Runs call their file budget.json; their folder tells them apart.
-        given = [(path.resolve().parent.name if path.stem == "budget" else path.stem, path) for path in options.files]
-        if len({name for name, _ in given}) < len(given):
-            given = [(f"{i}-{name}", path) for i, (name, path) in enumerate(given, start=1)]
-        return {name: (path, budget_file.read(path)) for name, path in given}
-    budgets = {kept: Budget.fraction(kept, bench.layers.specs) for kept in options.budgets}
-    pattern = "unstructured"
-    analysis = analysed(bench, options, pattern)
-    return {
-        f"{kept:g}": written(
-            options.out / "budgets" / f"{kept:g}.json",
-            allocate(bench, analysis, budget, kept, pattern, Knapsack(), options.seed),
-        )
-        for kept, budget in budgets.items()
-    }
-
-
-def jobs(bench: Bench, options: argparse.Namespace) -> list[Job]:
-    """Every file with every solver; refused here, before anything is refined, where a solver cannot meet a file."""
-    found: list[Job] = []
-    for name, (path, file) in compared_files(bench, options).items():
-        allocation = file.for_model(bench.fingerprint, bench.layers.specs, path)
-        pattern = pattern_of(file, name)
-        for solver, spec in itertools.product(options.solvers, bench.layers.specs):
-            for_solver(allocation.targets[spec.name], spec, get_solver(solver), allocation.budget)
-        analysis = analysed(bench, options, pattern)
-        for solver in options.solvers:
-            beside = {
-                label: written(
-                    options.out / "budgets" / name / f"{label.replace(' ', '-')}.json",
-                    allocate(bench, analysis, allocation.budget, file.asked, pattern, allocator, options.seed),
-                )
-                for label, allocator in uniforms(pattern, solver).items()
+    def record(self, split: str) -> list[dict[str, Any]]:
+        """Means over seeds, and what follows from them."""
+        return [
+            {
+                "solver": solver,
+                "budget": budget,
+                "kl": self.kl(solver, budget, split)[0],
+                "kl_spread": self.kl(solver, budget, split)[1],
+                "ratio": self.ratio(solver, budget, split),
+                "gain_kept": self.kept(solver, budget, split),
             }
-            found.append(Job(name, solver, (path, file), beside))
-    return found
-
-
-def analysed(bench: Bench, options: argparse.Namespace, pattern: str) -> Run:
-    folder: Path = options.out / f"analysis-{pattern.replace(':', 'of')}"
-    return cells.analysed(bench, pattern, options.seed, folder)
-
-
-def written(path: Path, file: BudgetFile) -> tuple[Path, BudgetFile]:
-    budget_file.write(path, file)
-    return path, file
-
-
-def measure(options: argparse.Namespace, command: str) -> list[Cell]:
-    """All cells, in the order of files, solvers, budgets."""
-    bench = cells.set_up(options, options.seed)
-    wanted = jobs(bench, options)
-    total = sum(1 + len(job.uniform) for job in wanted)
-    done = 0
-    made: list[Cell] = []
-    for job in wanted:
-
-        def refined(label: str, source: tuple[Path, BudgetFile], job: Job = job) -> Summary:
-            nonlocal done
-            folder = options.out / "cells" / job.name / job.solver / label.replace(" ", "-")
-            with cells.dense_after(bench) as fresh:
-                summary, _ = pipeline.compress(fresh, *source, job.solver, {}, options.seed, folder, command)
-            done += 1
-            cells.say(done, total, f"{job.name}  {job.solver}  {label}", summary)
-            return summary
-
-        uniform = {label: refined(label, source) for label, source in job.uniform.items()}
-        best = min((cells.figures(summary) for summary in uniform.values()), key=lambda found: found["validation"].kl)
-        own = refined("file", job.file)
-        made += [
-            Cell(job.name, label, job.solver, summary, cells.ratios(summary, best))
-            for label, summary in [*uniform.items(), (job.file[1].allocator, own)]
+            for solver in self.solvers
+            for budget in self.budgets
         ]
-    return made
 
 
-def table(made: Sequence[Cell], split: str) -> Stack:
-    """All cells on one split."""
-    rows = report_table(f"One budget, several solvers, on {split}")
-    for name in ("file", "solver", "budget"):
-        rows.add_column(name, overflow="fold")
-    add_numbers(rows, ("used", "KL to dense", "perplexity", "ratio", "time"))
-    for cell in made:
-        found = cells.figures(cell.summary)[split]
-        rows.add_row(
-            Text(cell.file),
-            Text(cell.solver),
-            Text(cell.budget),
-            f"{cell.summary.used / cell.summary.total:.4f}",
-            divergence(found.compressed),
-            formats.significant(found.compressed.perplexity),
-            cells.shown(cell.ratios[split]),
-            formats.duration(cells.seconds(cell.summary)),
-        )
-    dense = cells.figures(made[0].summary)[split].dense
-    return footed(
-        rows,
-        f"dense perplexity {formats.significant(dense.perplexity)}; used: of the dense size; KL: nats per token",
-        "ratio: of KL to the best uniform budget by validation KL, same size and solver",
+def asked(options: argparse.Namespace, seed: int, contender: Contender) -> SearchOptions:
+    """The search that makes one budget."""
+    search = SearchOptions(
+        budget=options.budget,
+        accounting=options.accounting,
+        pattern=options.pattern,
+        solver=options.made_for,
+        seed=seed,
     )
+    return contender.within(search)
+
+
+def field(options: argparse.Namespace) -> list[Contender]:
+    """What makes the budgets, uniform among them."""
+    given: list[Contender] = options.allocators
+    if not any(contender.allocator == UNIFORM for contender in given):
+        given = [Contender.parse(BASELINE), *given]
+    disturbed = [Contender(Disturbed.name, (("number", str(i)),)) for i in range(options.disturbed)]
+    return [
+        found
+        for contender in told_apart([*given, *disturbed], options.made_for, options.pattern)
+        for found in contender.at([options.tokens])
+    ]
+
+
+def given_files(options: argparse.Namespace) -> dict[str, Source]:
+    """The files given, by name: runs call theirs budget.json, and their folder tells them apart."""
+    names = [path.resolve().parent.name if path.stem == "budget" else path.stem for path in options.files]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+    return {f"file:{name}": (path, budget_file.read(path)) for name, path in zip(names, options.files, strict=True)}
+
+
+def refuse_unfit(
+    bench: Bench, files: Mapping[str, Source], options: argparse.Namespace, solvers: Sequence[str]
+) -> None:
+    """`UsageError` for a file of another size, or one that a solver cannot meet."""
+    budget = Budget.fraction(options.budget, bench.layers.specs, options.accounting)
+    for path, file in files.values():
+        if (file.limit, file.accounting) != (budget.limit, budget.accounting):
+            raise UsageError(
+                f"{path} is of {file.limit} {file.accounting}; the others keep {budget.limit} {budget.accounting}. "
+                f"Give --budget {file.asked:g} --accounting {file.accounting}, or other files."
+            )
+        targets = file.for_model(bench.fingerprint, bench.layers.specs, path).targets
+        for solver in solvers:
+            for spec in bench.layers.specs:
+                for_solver(targets[spec.name], spec, get_solver(solver), budget)
+
+
+def measure(options: argparse.Namespace, command: str) -> Found:
+    """All cells, in the order of seeds, solvers, budgets."""
+    contenders = field(options)
+    for contender in contenders:
+        check(asked(options, 0, contender), contender)
+    solvers = list(dict.fromkeys([*options.solvers, options.made_for]))
+    for solver in solvers if options.pattern != "unstructured" else []:
+        if not SOLVERS[solver].low_rank:
+            raise UsageError(f"Solver {solver} has no low-rank part; budgets under a pattern differ in rank alone.")
+    files = given_files(options)
+    total = len(options.seeds) * len(solvers) * (len(contenders) + len(files))
+    done = itertools.count(1)
+    made: list[Cell] = []
+    for seed in options.seeds:
+        folder: Path = options.out / f"seed{seed}"
+        bench = cells.set_up(options, seed)
+        refuse_unfit(bench, files, options, solvers)
+        analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis", options.made_for)
+        sources: dict[str, Source] = {}
+        measured: dict[str, dict[str, Summary]] = {solver: {} for solver in solvers}
+
+        for contender in contenders:
+            where = folder / options.made_for / cells.folder_name(contender.label)
+            search = asked(options, seed, contender)
+            summary = cells.search(bench, search, analysis, where, command, contender.make())
+            measured[options.made_for][contender.label] = summary
+            cells.say(next(done), total, f"seed {seed}  {options.made_for}  {contender.label}", summary)
+            path = Run.open(where).budget_path
+            sources[contender.label] = path, budget_file.read(path)
+        sources |= files
+        for solver in solvers:
+            for label, source in sources.items():
+                if label not in measured[solver]:
+                    where = folder / solver / cells.folder_name(label)
+                    with cells.dense_after(bench) as fresh:
+                        summary, _ = pipeline.compress(fresh, *source, solver, {}, seed, where, command)
+                    measured[solver][label] = summary
+                    cells.say(next(done), total, f"seed {seed}  {solver}  {label}", summary)
+        uniform = [contender.label for contender in contenders if contender.allocator == UNIFORM]
+        for solver, of in measured.items():
+            baselines = [cells.figures(of[label]) for label in uniform]
+            best = min(baselines, key=lambda figures: figures["validation"].kl)
+            made += [
+                Cell(seed, solver, label, file.allocator, of[label], cells.ratios(of[label], best))
+                for label, (_, file) in sources.items()
+            ]
+    return Found(made, options.made_for)
+
+
+def table(
+    found: Found, title: str, shown: Callable[[str, str], str], notes: Sequence[str], split: str | None = None
+) -> Stack:
+    """A figure of every solver (rows) and budget (columns), with a `split` the rank correlation on it."""
+    rows = report_table(title)
+    rows.add_column("solver")
+    add_numbers(rows, found.budgets)
+    if split:
+        add_numbers(rows, ["Spearman"])
+    for solver in found.solvers:
+        last = [cells.shown(found.correlation(solver, split))] if split else []
+        rows.add_row(Text(solver), *(shown(solver, budget) for budget in found.budgets), *last)
+    return footed(rows, *notes)
+
+
+def tables(found: Found, split: str) -> list[Stack]:
+    """KL, ratio, and the gain kept with the rank correlation, on one split."""
+    seeds = len({cell.seed for cell in found.cells})
+    dense = fmean(cells.figures(cell.summary)[split].dense.perplexity for cell in found.cells)
+    allocations = len({cell.budget for cell in found.cells})
+    return [
+        table(
+            found,
+            f"KL on {split}",
+            lambda solver, budget: formats.measured(*found.kl(solver, budget, split)),
+            [
+                f"to the dense model (perplexity {formats.significant(dense)}), nats per token; "
+                f"means over {seeds} seeds, ±: standard deviation between them",
+                f"budgets were made for {found.made_for}; without low rank, a rank's parameters are kept as nonzeros",
+            ],
+        ),
+        table(
+            found,
+            f"Ratio on {split}",
+            lambda solver, budget: cells.shown(found.ratio(solver, budget, split)),
+            ["of KL to the best uniform budget under the same solver, by validation KL, seed by seed"],
+        ),
+        table(
+            found,
+            f"Gain kept on {split}",
+            lambda solver, budget: cells.shown(found.kept(solver, budget, split)),
+            [
+                f"(1 - ratio) / (1 - ratio under {found.made_for}); -: there is no gain to keep",
+                f"Spearman: of KL with that under {found.made_for}, over {allocations} budgets, mean over seeds",
+            ],
+            split,
+        ),
+    ]
 
 
 def work(options: argparse.Namespace, command: str) -> None:
-    made = measure(options, command)
-    write_json(options.out / "reuse.json", {"command": command, "cells": [cell.record() for cell in made]})
-    out = Console()
-    for split in cells.figures(made[0].summary):
-        out.print(table(made, split), "")
+    found = measure(options, command)
+    splits = list(found.cells[0].ratios)
+    write_json(
+        options.out / "transfer.json",
+        {
+            "command": command,
+            "made_for": found.made_for,
+            "budget": options.budget,
+            "accounting": options.accounting,
+            "pattern": options.pattern,
+            "cells": [cell.record() for cell in found.cells],
+            "means": {split: found.record(split) for split in splits},
+            "spearman": {split: {s: found.correlation(s, split) for s in found.solvers} for split in splits},
+        },
+    )
+    out = cells.console()
+    for split in splits:
+        for shown in tables(found, split):
+            out.print(shown, "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cells.option_parser(__doc__)
     parser.add_argument("files", type=Path, nargs="*", metavar="BUDGET.json", help="made by `globalopt search`")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3], help="fractions kept, without files")
+    parser.add_argument("--budget", type=float, default=0.3, help="fraction kept (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--solvers",
-        nargs="+",
-        default=["3basil", "hassle-free", "oats", "sparsegpt", "wanda"],
-        choices=list(SOLVERS),
+        "--solvers", nargs="+", default=["oats", "hassle-free", "3basil"], choices=list(SOLVERS), help="refine"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--made-for", default="3basil", choices=list(SOLVERS), help="refines too (%(default)s)")
+    parser.add_argument(
+        "--allocators",
+        type=Contender.parse,
+        nargs="+",
+        default=[Contender.parse(text) for text in (BASELINE, "knapsack", "auto")],
+        metavar="NAME[:OPTION=VALUE,...][@TOKENS]",
+    )
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="limit of those that ask (%(default)s)")
+    parser.add_argument("--disturbed", type=int, default=0, help="knapsacks on disturbed surfaces (%(default)s)")
+    parser.add_argument("--pattern", default="unstructured", help="unstructured, or KEEP:OF such as 2:4")
+    parser.add_argument("--accounting", default="params", choices=ACCOUNTINGS)
     return cells.run_script(work, parser, arguments)
 
 

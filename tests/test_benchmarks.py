@@ -14,6 +14,7 @@ from statistics import fmean
 from types import ModuleType
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from allocators import Knapsack
@@ -208,56 +209,97 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
     assert "no finished search" in capsys.readouterr().err
 
 
-ROWS_OF_REUSE = [
-    ("oats", "uniform 0"),
-    ("oats", "uniform 0.1"),
-    ("oats", "knapsack"),
-    ("wanda", "uniform 0"),
-    ("wanda", "knapsack"),
-]
-
-
-def test_reuse_refines_one_budget_with_every_solver(tiny, tmp_path, monkeypatch, capsys):
-    reuse = script("reuse")
+def test_estimators_are_compared_on_the_same_samples(tiny, tmp_path, monkeypatch, capsys):
+    estimators = script("estimators")
     out = tmp_path / "out"
-    solvers = ["--solvers", "oats", "wanda"]
-    command = ["--out", str(out), *tiny, "--budgets", "0.4", *solvers]
-    assert reuse.main(command) == 0
-    assert "One budget, several solvers, on validation" in capsys.readouterr().out
-    result = json.loads((out / "reuse.json").read_text())
+    command = ["--out", str(out), *tiny, "--budget", "0.4", "--seeds", "0", "--updates", "6", "--samples", "4"]
+    assert estimators.main([*command, "--pilot", "1"]) == 0
+    assert "Noise of a gradient at the start" in capsys.readouterr().out
+    found = json.loads((out / "estimators.json").read_text())
+    assert len(found["cells"]) == 8
+    assert len({cell["tokens"] for cell in found["cells"]}) == 1
+    for cell in found["cells"]:
+        assert cell["variance"] > 0
+        if cell["baseline"] == "moving-average" and not cell["control_variate"]:
+            assert cell["relative"] == 1
+    monkeypatch.setattr(pipeline, "BlockRunner", never)
+    assert estimators.main([*command, "--pilot", "1"]) == 0
+    assert json.loads((out / "estimators.json").read_text()) == found
+
+
+def test_the_spread_of_an_estimator_is_that_of_its_updates():
+    estimators = script("estimators")
+    Baseline = estimators.Baseline
+    draw = torch.Generator().manual_seed(0)
+    mean, fisher = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 1.0, 2.0])
+    noisy = {
+        kind: mean + scale * torch.randn(4000, 3, generator=draw)
+        for kind, scale in {
+            (Baseline.MOVING_AVERAGE, False): 2.0,
+            (Baseline.MOVING_AVERAGE, True): 1.5,
+            (Baseline.LEAVE_ONE_OUT, False): 1.0,
+            (Baseline.LEAVE_ONE_OUT, True): 0.5,
+        }.items()
+    }
+    found = estimators.spreads(noisy, fisher)
+    best = found[estimators.Estimator(Baseline.LEAVE_ONE_OUT, True, False)]
+    assert best.variance == pytest.approx(3 * 0.25, rel=0.1)
+    assert best.relative == pytest.approx(1 / 16, rel=0.1)
+    assert best.noise == pytest.approx(3 * 0.25 / 5, rel=0.1)
+    natural = found[estimators.Estimator(Baseline.LEAVE_ONE_OUT, True, True)]
+    assert natural.variance == pytest.approx((1 / 0.5 + 1 + 1 / 2) * 0.25, rel=0.1)
+    assert natural.noise == pytest.approx(natural.variance / (1 / 0.5 + 4 / 2), rel=0.1)
+
+
+def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeypatch, capsys):
+    transfer = script("transfer")
+    out = tmp_path / "out"
+    common = [*tiny, "--budget", "0.4", "--seeds", "0", "--solvers", "wanda", "--made-for", "oats"]
+    command = ["--out", str(out), *common, "--allocators", "uniform", "knapsack", "--disturbed", "2"]
+    assert transfer.main(command) == 0
+    printed = capsys.readouterr().out
+    for title in ("KL on test", "Ratio on validation", "Gain kept on test", "Spearman: of KL with that under oats"):
+        assert title in printed
+    result = json.loads((out / "transfer.json").read_text())
+    labels = ["uniform", "knapsack", "disturbed:number=0", "disturbed:number=1"]
     rows = [(c["solver"], c["budget"]) for c in result["cells"]]
-    assert rows == ROWS_OF_REUSE
-    for solver in ("oats", "wanda"):
-        *uniform, own = (c for c in result["cells"] if c["solver"] == solver)
-        best = min(uniform, key=lambda c: c["validation"]["kl"])
-        for split in ("validation", "test"):
-            assert own[split]["ratio"] == pytest.approx(own[split]["kl"] / best[split]["kl"])
+    assert rows == [(solver, label) for solver in ("wanda", "oats") for label in labels]
+    kl = {(c["solver"], c["budget"]): c["test"]["kl"] for c in result["cells"]}
+    assert len(set(kl.values())) == len(kl)
+    for mean in result["means"]["test"]:
+        ratio, own = (kl[s, mean["budget"]] / kl[s, "uniform"] for s in (mean["solver"], "oats"))
+        assert mean["ratio"] == pytest.approx(ratio)
+        kept = None if own >= 1 else pytest.approx((1 - ratio) / (1 - own))
+        assert mean["gain_kept"] == kept
+    assert result["spearman"]["test"]["oats"] == pytest.approx(1)
+    assert -1 <= result["spearman"]["test"]["wanda"] <= 1
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "finish", never)
-        assert reuse.main(command) == 0
-    assert json.loads((out / "reuse.json").read_text()) == result
+        assert transfer.main(command) == 0
+    assert json.loads((out / "transfer.json").read_text()) == result
 
-    # The file that was made, given: the same figures.
-    given = ["--out", str(tmp_path / "given"), str(out / "budgets" / "0.4.json"), *tiny, *solvers[:2]]
-    assert reuse.main(given) == 0
-    again = json.loads((tmp_path / "given" / "reuse.json").read_text())["cells"]
-    first = [c for c in result["cells"] if c["solver"] == "oats"]
-    assert [c["test"]["kl"] for c in again] == [c["test"]["kl"] for c in first]
+    # A file that was made, given: the same figures, beside uniform.
+    file = out / "seed0" / "oats" / "knapsack" / "budget.json"
+    given = [str(file), "--out", str(tmp_path / "given"), *common, "--allocators", "uniform"]
+    assert transfer.main(given) == 0
+    again = json.loads((tmp_path / "given" / "transfer.json").read_text())["cells"]
+    found = {(c["solver"], c["budget"]): c["test"]["kl"] for c in again}
+    for solver in ("wanda", "oats"):
+        assert found[solver, "uniform"] == pytest.approx(kl[solver, "uniform"])
+        assert found[solver, "file:knapsack"] == pytest.approx(kl[solver, "knapsack"])
 
-
-def test_reuse_refuses_a_solver_that_cannot_meet_a_file_before_anything_is_computed(
-    tiny, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "out"
-    pattern = ["--pattern", "2:4", "--budgets", "0.7", "--seeds", "0", "--solver", "oats", "--allocators", "knapsack"]
-    assert script("allocation").main(["--out", str(out), *tiny, *pattern]) == 0
-    cells = json.loads((out / "allocation.json").read_text())["cells"]
-    assert [c["label"] for c in cells] == ["uniform", "knapsack"]
-    file = out / "seed0" / "0.7" / "knapsack" / "budget.json"
-    capsys.readouterr()
+    # A file of another size is refused before anything is computed.
     monkeypatch.setattr(pipeline, "analyse", never)
-    assert script("reuse").main(["--out", str(tmp_path / "reuse"), str(file), *tiny, "--solvers", "oats", "wanda"]) == 2
+    other = [str(file), "--out", str(tmp_path / "other"), *tiny, "--budget", "0.5", "--seeds", "0"]
+    assert transfer.main([*other, "--allocators", "uniform"]) == 2
+    assert "--budget 0.4" in capsys.readouterr().err
+
+
+def test_transfer_refuses_a_solver_that_cannot_meet_a_pattern(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "set_up", never)
+    command = ["--out", str(tmp_path), *tiny, "--pattern", "2:4", "--budget", "0.7", "--solvers", "oats", "wanda"]
+    assert script("transfer").main([*command, "--allocators", "knapsack"]) == 2
     assert "wanda has no low-rank part" in capsys.readouterr().err
 
 
