@@ -37,7 +37,7 @@ class Preset(StrEnum):
 
 
 class Baseline(StrEnum):
-    """What a sample's loss is compared with: the latest five before its update, or the others of it (also at first)."""
+    """What a sample's loss is compared with: the latest five before its update, or the others of it."""
 
     MOVING_AVERAGE = "moving-average"
     LEAVE_ONE_OUT = "leave-one-out"
@@ -67,7 +67,7 @@ class Bernoulli:
 
     Args:
         preset: cap or default.
-        updates: of the policy; 0 takes the preset's. Fewer where the tokens run out.
+        updates: of the policy, default's first without a step; 0 takes the preset's. Fewer where the tokens run out.
         samples: per update; 0 takes the preset's.
         chunks: of the selection text per update; 0 takes the preset's: all with cap, one with default.
         learning_rate: of the probabilities; cap's.
@@ -88,8 +88,8 @@ class Bernoulli:
     chunks: int = 0
     learning_rate: float = 0.05
     groups: int = 3000
-    spread: float = 0.03
-    trust: float = 0.5
+    spread: float = 0.005
+    trust: float = 2.0
     baseline: Baseline = Baseline.LEAVE_ONE_OUT
     control_variate: bool = True
     natural: bool = True
@@ -134,11 +134,13 @@ class Bernoulli:
                 break
             predicted = groups.predicted(draws.counts)
             control = self._control(draws, predicted, samples, history)
-            baseline = history.level(control) if self.baseline is Baseline.MOVING_AVERAGE else None
-            gradient = gradient_samples(draws.scores[:samples], losses, baseline, control).mean(0)
+            # The first samples are what baselines and alpha are fitted on; a step without these would be noise.
+            if update:
+                baseline = history.level(control) if self.baseline is Baseline.MOVING_AVERAGE else None
+                gradient = gradient_samples(draws.scores[:samples], losses, baseline, control).mean(0)
+                divergence = self.trust / (1 + update / COOLING)
+                policy = policy.moved(step_within(gradient, draws.variance, self.natural, divergence))
             history.add(losses, predicted[:samples])
-            divergence = self.trust / (1 + update / COOLING)
-            policy = policy.moved(step_within(gradient, draws.variance, self.natural, divergence))
             best.append(asked[int(losses.argmin())])
             means.append(policy.most_probable())
         kept = FINALISTS // 2
@@ -175,7 +177,7 @@ class History:
         """Slope of the regression of f on J; 0 before there are samples."""
         return self._covariance / self._variance if self._variance > 0 else 0.0
 
-    def level(self, control: Control | None) -> float | None:
-        """Mean of `f - alpha J` over the latest samples; None before there are any."""
+    def level(self, control: Control | None) -> float:
+        """Mean of `f - alpha J` over the latest samples."""
         alpha = control.alpha if control else 0.0
-        return sum(f - alpha * J for f, J in self._latest) / len(self._latest) if self._latest else None
+        return sum(f - alpha * J for f, J in self._latest) / len(self._latest)

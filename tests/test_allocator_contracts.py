@@ -28,7 +28,7 @@ CASES = [
 
 VARIANTS = {
     "bernoulli": (
-        {"groups": "150", "updates": "3", "samples": "4"},
+        {"groups": "150", "spread": "0.15", "updates": "3", "samples": "4"},
         {"preset": "cap"},
     ),
     "evolution": ({"generations": "3"}, {"preset": "evopress", "generations": "2"}),

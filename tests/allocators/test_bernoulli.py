@@ -154,7 +154,7 @@ def test_all_estimators_have_the_gradient_as_their_mean(small, variant):
 def test_each_remedy_lowers_the_variance():
     p = problem(0.4, layers=8)
     groups = grouped(p, 200)
-    policy = Policy.around(groups, spread=0.05)
+    policy = Policy.around(groups, spread=0.15)
     objective = BentObjective(p)
     draws = policy.draw(800, generator())
     losses = losses_of(groups, objective, draws.counts)
@@ -188,14 +188,17 @@ def test_step_is_as_long_as_the_trust_region(natural):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"natural": "false"}, {"control_variate": "false", "baseline": "moving-average"}]
+    ("options", "share"),
+    [({}, 0.92), ({"natural": "false"}, 0.95), ({"control_variate": "false", "baseline": "moving-average"}, 0.99)],
 )
-def test_better_than_its_start_where_the_surfaces_mislead(options):
+def test_better_than_its_start_where_the_surfaces_mislead(options, share):
     p = problem(0.4, layers=12)
     objective = BentObjective(p, bend=1.0)
     start = objective.true(Knapsack().allocate(p).targets)
-    found = get_allocator("bernoulli", {"groups": "150", "updates": "30", **options}).allocate(p, objective)
-    assert objective.true(found.targets) < 0.95 * start
+    # A dozen layers in few groups: what each may try is wide.
+    wide = {"groups": "150", "spread": "0.15", "updates": "30"}
+    found = get_allocator("bernoulli", {**wide, **options}).allocate(p, objective)
+    assert objective.true(found.targets) < share * start
     assert found.used == p.budget.limit
 
 
