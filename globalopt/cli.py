@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from globalopt.pipeline import Bench, ModelOptions, TextOptions
     from globalopt.store import Run
-    from globalopt.summary import Summary
+    from globalopt.summary import Family, Summary
 
 app = typer.Typer(
     name="globalopt",
@@ -38,6 +38,9 @@ app.add_typer(budget_app, name="budget")
 FAILED = 1
 DONE_WITH_FALLBACKS = 4
 INTERRUPTED = 130
+
+BUDGET = 0.5
+ALLOCATOR = "knapsack"
 
 out = Console()
 err = Console(stderr=True)
@@ -112,14 +115,23 @@ def program(
 def search(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    budget: Annotated[float, typer.Option(help="Fraction kept of the compressible layers, in (0, 1].")] = 0.5,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction kept of the compressible layers, in (0, 1]. Several, comma separated: a family of budget "
+            "files, each within the next larger one; nothing is refined.",
+            metavar="FRACTION[,...]",
+            show_default=str(BUDGET),
+        ),
+    ] = None,
+    frontier: Annotated[bool, typer.Option("--frontier", help="A family of budgets: 0.1, 0.15, ... 0.9.")] = False,
     accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
     pattern: Annotated[
         str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
     ] = "unstructured",
     allocator: Annotated[
         str, typer.Option(help="What divides the budget; `globalopt list` shows them all.")
-    ] = "knapsack",
+    ] = ALLOCATOR,
     allocator_set: Annotated[
         list[str] | None,
         typer.Option(help="Allocator options, comma separated; may be repeated.", metavar="NAME=VALUE"),
@@ -139,7 +151,10 @@ def search(
         str, typer.Option(help="What a search asks the model about: fit (scaled fits), span, or auto.")
     ] = "auto",
     search_tokens: Annotated[
-        int, typer.Option(help="Forward tokens a search on the true loss may spend.", min=1)
+        int,
+        typer.Option(
+            help="Forward tokens a search on the true loss may spend; of a family, 0 measures nothing.", min=0
+        ),
     ] = 1_000_000,
     calibration: Calibration = None,
     eval_text: EvalText = None,
@@ -161,14 +176,23 @@ def search(
 ) -> None:
     """Span, allocate, refine, evaluate and report: the whole job."""
     with _errors():
-        from globalopt import pipeline
+        from dataclasses import replace
+
+        from globalopt import family, pipeline
+        from globalopt.errors import UsageError
         from globalopt.store import Run
 
+        budgets = _budgets(budget, family.FRONTIER if frontier else None)
+        several = len(budgets) > 1
+        if several and allocator != ALLOCATOR:
+            raise UsageError(f"A family of budgets is made by the nested knapsack; leave out --allocator {allocator}.")
+        if not several and not search_tokens:
+            raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
         options = pipeline.SearchOptions(
-            budget=budget,
+            budget=budgets[0],
             accounting=accounting,
             pattern=pattern,
-            allocator=allocator,
+            allocator=family.ALLOCATOR if several else allocator,
             allocator_options=_pairs(allocator_set, "--allocator-set"),
             solver=solver,
             solver_options=_pairs(solver_set, "--set"),
@@ -179,18 +203,24 @@ def search(
             search_tokens=search_tokens,
             seed=seed,
         )
-        pipeline.check_options(options)
+        for kept in budgets:
+            pipeline.check_options(replace(options, budget=kept))
         models = pipeline.ModelOptions(
             _one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
         )
         texts = pipeline.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
-        name = f"{budget:g}{'' if accounting == 'params' else '-bytes'}"
-        name += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
-        folder = folder or _default_folder(models, f"{name}-{allocator}-{solver}-seed{seed}")
+        variant = "" if accounting == "params" else "-bytes"
+        variant += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+        name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
+        folder = folder or _default_folder(models, f"{name}-{solver}-seed{seed}")
         Run.check_folder(folder)
         bench = _bench(models, texts, seed, quiet)
-        summary, run = pipeline.search(bench, options, folder, pipeline.run_command(), fresh)
-        _show(summary, run, quiet, verbose, as_json)
+        command = pipeline.run_command()
+        if several:
+            found, run = family.family(bench, options, budgets, folder, command, fresh, leave_out=frontier)
+            _show_family(found, run, quiet, as_json)
+        else:
+            _show(*pipeline.search(bench, options, folder, command, fresh), quiet, verbose, as_json)
 
 
 @app.command()
@@ -324,6 +354,9 @@ def report(
         from globalopt.store import Run
 
         opened = [Run.open(folder) for folder in runs]
+        if len(opened) == 1 and opened[0].family_path.exists():
+            _show_family(opened[0].read_family(), opened[0], quiet=False, as_json=as_json)
+            return
         summaries = [run.read_summary() for run in opened]
         if as_json:
             _print_json([asdict(summary) for summary in summaries])
@@ -439,6 +472,26 @@ def _out_of_memory() -> tuple[type[Exception], ...]:
     return MemoryError, torch.OutOfMemoryError
 
 
+def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:
+    """The budgets of `--budget`, or those of a frontier."""
+    from globalopt.errors import UsageError
+
+    if frontier is not None:
+        if text is not None:
+            raise UsageError(f"Give --frontier or --budget {text}, not both.")
+        return frontier
+    budgets: list[float] = []
+    for part in (str(BUDGET) if text is None else text).split(","):
+        try:
+            budgets.append(float(part))
+        except ValueError:
+            raise UsageError(f"--budget takes a fraction, or several separated by commas; got '{text}'.") from None
+    # As they name files.
+    if len({f"{kept:g}" for kept in budgets}) < len(budgets):
+        raise UsageError(f"--budget {text} names a fraction twice.")
+    return budgets
+
+
 def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
     from globalopt.errors import UsageError
 
@@ -505,22 +558,42 @@ def _report(summary: Summary, run: Run, verbose: bool) -> None:
     import reports
 
     pictures = reports.report(summary, run.report_folder, out, verbose)
-    lines: list[tuple[str, object]] = [("budget", run.budget_path), ("model", run.model_folder)]
-    lines += [*(("picture", path) for path in pictures), ("next", _next_command(run))]
+    pictured = [("picture", path) for path in pictures]
+    refine = _compress_command(run, run.budget_path, "hassle-free")
+    _say([("budget", run.budget_path), ("model", run.model_folder), *pictured, ("next", refine)])
+
+
+def _show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    import reports
+
+    if as_json:
+        _print_json(asdict(family))
+    elif not quiet:
+        picture = reports.report_family(family, run.report_folder, out)
+        middle = family.points[len(family.points) // 2]
+        refine = _compress_command(run, run.folder / middle.file, family.solver, family.solver_options)
+        _say([("budgets", run.folder / "budgets"), ("picture", picture), ("next", refine)])
+
+
+def _say(lines: Sequence[tuple[str, object]]) -> None:
     for label, text in lines:
         out.out(f"{label:>8}  {text}", highlight=False)
 
 
-def _next_command(run: Run) -> str:
-    """What refines the run's budget with another solver, on the same model and text."""
+def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:
+    """What refines a budget of the run with a solver, on the same model and text."""
     from globalopt import pipeline
 
     _, models, texts = pipeline.recorded(run.folder)
     words = ["globalopt", "compress", *([models.model] if models.model else [])]
-    words += ["--budget-file", str(run.budget_path), "--solver", "hassle-free"]
-    for options in (models, texts):
-        for name, default in _defaults(type(options)).items():
-            value = getattr(options, name)
+    words += ["--budget-file", str(budget), "--solver", solver]
+    if options:
+        words += ["--set", ",".join(f"{name}={value}" for name, value in options.items())]
+    for recorded in (models, texts):
+        for name, default in _defaults(type(recorded)).items():
+            value = getattr(recorded, name)
             if name != "model" and value != default:
                 words.append("--" + name.replace("_", "-"))
                 words += [] if value is True else [str(value)]

@@ -227,7 +227,7 @@ def search(
     pattern = NM.parse(options.pattern)
     specs = bench.layers.specs
     budget = Budget.fraction(options.budget, specs, options.accounting)
-    _check_pattern(pattern, specs, budget)
+    check_pattern(pattern, specs, budget)
 
     identity = {**bench.identity(options.seed), "search": asdict(options)}
     run = Run.start(folder, identity, bench.facts(command), fresh)
@@ -238,21 +238,13 @@ def search(
     analyse(bench, options, run, pattern)
     problem = pose(bench, options, run)
     allocation, searched = allocate(bench, options, run, problem, allocator)
-    unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
-    file = budget_file.make(
-        allocation,
-        problem,
-        bench.fingerprint,
-        bench.layers.coverage.covered,
-        bench.layers.coverage.block_params,
-        options.budget,
-        unit,
-    )
+    file = budget_of(bench, options, problem, allocation)
     budget_file.write(run.budget_path, file)
 
     def outputs(spec: LayerSpec) -> Gram | None:
         return run.read_sensitivity(spec)[1]
 
+    unit = file.error_unit
     return finish(bench, run, file, allocation, solver, command, options.seed, unit, outputs, searched), run
 
 
@@ -281,13 +273,24 @@ def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
     return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles)
 
 
+def budget_of(bench: Bench, options: SearchOptions, problem: Problem, allocation: Allocation) -> BudgetFile:
+    """The budget file of an allocation of a run's problem."""
+    coverage = bench.layers.coverage
+    unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
+    return budget_file.make(
+        allocation, problem, bench.fingerprint, coverage.covered, coverage.block_params, options.budget, unit
+    )
+
+
 @contextlib.contextmanager
-def true_loss(bench: Bench, options: SearchOptions, run: Run, problem: Problem) -> Iterator[SearchObjective]:
+def true_loss(
+    bench: Bench, options: SearchOptions, run: Run, problem: Problem, stage: str = "search"
+) -> Iterator[SearchObjective]:
     """What a search asks, on the selection text and in the journal of an analysed run; the model is dense after it."""
     batches = bench.batches(bench.splits.selection)
     selection = Selection(tuple(len(batch.input_ids) for batch in batches), bench.splits.selection.seqlen)
     most = options.search_tokens // max(batch.tokens for batch in batches)
-    with bench.stage("search", most, "chunks") as advance:
+    with bench.stage(stage, most, "chunks") as advance:
         objective = SearchObjective(
             lambda: BlockRunner(bench.layers, batches),
             selection,
@@ -355,7 +358,7 @@ def check_options(options: SearchOptions) -> None:
     Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
 
 
-def _check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
+def check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
     """Refuse a pattern that does not divide a layer or does not fit the budget, before anything is computed."""
     if pattern is None:
         return

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -23,13 +23,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Summary
+from globalopt.summary import Family, Summary
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Profile, Span, Target
+
+T = TypeVar("T")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-FILES = ("summary.json", "budget.json", MANIFEST)
-FOLDERS = ("report", "model", "layers", "outputs", "search", "sensitivity", "fits", "profiles", "spans", "grams")
+FILES = ("summary.json", "family.json", "budget.json", MANIFEST)
+FOLDERS = (
+    "report",
+    "budgets",
+    "model",
+    "layers",
+    "outputs",
+    "search",
+    "sensitivity",
+    "fits",
+    "profiles",
+    "spans",
+    "grams",
+)
 
 
 @contextlib.contextmanager
@@ -244,12 +258,20 @@ class Run:
         return self.folder / "budget.json"
 
     @property
+    def family_path(self) -> Path:
+        return self.folder / "family.json"
+
+    def family_budget_path(self, kept: float) -> Path:
+        return self.folder / "budgets" / f"{kept:g}.json"
+
+    @property
     def model_folder(self) -> Path:
         return self.folder / "model"
 
     @property
     def saved_model(self) -> Path:
         """The compressed model; `ArtefactError` if the run has not come that far."""
+        self._refuse_family()
         if not self.model_folder.is_dir():
             raise ArtefactError(f"{self.folder} has no model yet: the run did not finish. Run its command again.")
         return self.model_folder
@@ -367,13 +389,33 @@ class Run:
 
     def read_summary(self) -> Summary:
         """The finished run's summary; `ArtefactError` if the run has not finished or the file is broken."""
+        self._refuse_family()
         if not self.summary_path.exists():
             raise ArtefactError(
                 f"{self.folder} has no summary: the run did not finish. Run its command again to go on."
             )
-        try:
-            return TypeAdapter(Summary).validate_python(read_json(self.summary_path))
-        except ValidationError as cause:
-            first = cause.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ArtefactError(f"{self.summary_path} does not fit: {where}: {first['msg']}.") from None
+        return _validated(self.summary_path, Summary)
+
+    def _refuse_family(self) -> None:
+        if self.family_path.exists():
+            raise ArtefactError(
+                f"{self.folder} holds a family of budgets, no single run: report it alone, or refine one of its "
+                "budgets with globalopt compress --budget-file."
+            )
+
+    def write_family(self, family: Family) -> None:
+        write_json(self.family_path, asdict(family))
+
+    def read_family(self) -> Family:
+        """The finished family; `ArtefactError` if there is none or the file is broken."""
+        return _validated(self.family_path, Family)
+
+
+def _validated(path: Path, kind: type[T]) -> T:
+    """What `asdict` of a dataclass wrote to `path`."""
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}.") from None

@@ -148,6 +148,74 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What an allocation is expected to lose, and what a candidate made for it loses.
+
+    Args:
+        used: in the budget's unit.
+        predicted: sum of the surfaces' errors.
+        measured: mean KL(dense || candidate) on the selection text in nats per token, or None.
+        stderr: its standard error over windows, or None.
+    """
+
+    used: int
+    predicted: float
+    measured: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class FamilyPoint(Outcome):
+    """One budget of a family.
+
+    Args:
+        asked: fraction kept; `limit` the same in the budget's unit.
+        file: the budget file, relative to the run folder.
+        bound: no allocation of this budget, nested or not, has a lower prediction.
+        gap: `(predicted - bound) / predicted`.
+        uniform: what the uniform allocation of the same budget comes to.
+    """
+
+    asked: float
+    limit: int
+    file: str
+    bound: float
+    gap: float
+    uniform: Outcome
+
+
+@dataclass(frozen=True)
+class Family:
+    """Budgets of one analysis, each within the next larger one.
+
+    Args:
+        solver, solver_options: what the layers were priced for.
+        left_out: fractions that were asked for and that the pattern does not reach.
+        error_unit: of the predictions.
+        candidates: what measured layers were made from, "fit" or "span"; None where nothing was measured.
+        windows, seqlen: of the selection text.
+        points: ascending in what they keep.
+    """
+
+    command: str
+    model: str
+    solver: str
+    solver_options: Mapping[str, str]
+    seed: int
+    accounting: str
+    pattern: str
+    total: int
+    error_unit: str
+    candidates: str | None
+    windows: int
+    seqlen: int
+    left_out: tuple[float, ...]
+    stages: tuple[StageCost, ...]
+    versions: Mapping[str, str]
+    points: tuple[FamilyPoint, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """A finished run.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 
-from globalopt.summary import Summary
+from globalopt.summary import Family, Summary
 from reports.comparison import comparison
+from reports.frontier import frontier_table, write_frontier
 from reports.heatmaps import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
 from reports.tables import budget_file, metrics_table, render
@@ -22,6 +24,7 @@ __all__ = [
     "metrics_table",
     "render",
     "report",
+    "report_family",
     "write_figures",
 ]
 
@@ -34,3 +37,14 @@ def report(summary: Summary, folder: Path, console: Console, verbose: bool = Fal
     """
     render(summary, console, verbose)
     return write_figures(summary, folder)
+
+
+def report_family(family: Family, folder: Path, console: Console) -> Path:
+    """Print the table of a family of budgets, draw its curve into `folder`, and return its path.
+
+    Raises:
+        ArtefactError: the picture cannot be written.
+    """
+    sign = "+-" if console.options.ascii_only else "±"
+    console.print(Padding(frontier_table(family, sign), (0, 0, 1, 0)))
+    return write_frontier(family, folder)

@@ -23,13 +23,18 @@ OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
 def new_figure(summary: Summary, width: float, height: float) -> Figure:
     """An empty figure of `width` x `height` inches under the run's title."""
+    used = f"used {summary.used / summary.total:.4f} of the {unit_name(summary.accounting)}"
+    title = f"{summary.allocator} + {summary.solver}, asked {summary.asked:g}, {used}"
+    return titled_figure(summary.model, title, width, height)
+
+
+def titled_figure(model: str, title: str, width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches under the model's name and a title."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     # Figures made without pyplot get the canvas of their own choice, whatever backend the user has set.
     FigureCanvasAgg(figure)
-    used = summary.used / summary.total
-    model = "reference model" if summary.model == "reference" else summary.model
-    title = f"{model}: {summary.allocator} + {summary.solver}, asked {summary.asked:g}, used {used:.4f}"
-    figure.suptitle(f"{title} of the {unit_name(summary.accounting)}", fontsize=11, x=0.01, ha="left", parse_math=False)
+    model = "reference model" if model == "reference" else model
+    figure.suptitle(f"{model}: {title}", fontsize=11, x=0.01, ha="left", parse_math=False)
     return figure
 
 

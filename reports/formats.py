@@ -119,10 +119,16 @@ def certificate(predicted: float, bound: float | None) -> str:
         return "the optimum of the surrogate, proved"
     if bound <= 0:
         return "no certificate (the proved bound is 0)"
-    excess = 100 * (predicted / bound - 1)
-    decimals = _decimals(excess, 2)
-    rounded = math.ceil(excess * 10**decimals - EXACT) / 10**decimals
-    return f"within {rounded:.{decimals}f} % of the optimum of the surrogate (bound {significant(bound)})"
+    return f"within {at_most(predicted / bound - 1)} of the optimum of the surrogate (bound {significant(bound)})"
+
+
+def at_most(fraction: float) -> str:
+    """A fraction in percent to two significant digits, rounded up: 12 %, 0.42 %, 0 %."""
+    percent = 100 * fraction
+    if percent <= 100 * EXACT:
+        return "0 %"
+    decimals = _decimals(percent, 2)
+    return f"{math.ceil(percent * 10**decimals - EXACT) / 10**decimals:.{decimals}f} %"
 
 
 def _decimals(value: float, digits: int) -> int:

@@ -56,7 +56,7 @@ def moe(tmp_path_factory) -> Path:
         (["--solver", "magnitude"], USAGE, "No option of solver 'magnitude'"),
         (["--accounting", "param"], USAGE, "did you mean 'params'?"),
         (["--sensitivity", "fischer"], USAGE, "fisher, none; got 'fischer'"),
-        (["--span-scaling", "all"], USAGE, "activation, none; got 'all'"),
+        (["--span-scaling", "all"], USAGE, "output, direct; got 'all'"),
         (["--pricing", "free"], USAGE, "got 'free'"),
         (["--dtype", "float31"], USAGE, "did you mean 'float32'?"),
         (["--device", "gpu"], USAGE, "--device gpu"),

@@ -73,7 +73,8 @@ def test_list_names_every_method_and_its_options():
 
 def test_search_leaves_a_whole_run(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
-        "manifest.json", "budget.json", "summary.json", "grams", "spans", "sensitivity", "layers", "model"
+        "manifest.json", "budget.json", "summary.json",
+        "grams", "spans", "profiles", "sensitivity", "layers", "model",
     }  # fmt: skip
     assert no_partial_files(tiny_run)
     assert {path.name for path in (tiny_run / "model").iterdir()} >= {"config.json", "model.safetensors"}
