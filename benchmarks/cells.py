@@ -96,8 +96,8 @@ def analysed(
     seed: int,
     folder: Path,
     solver: str = "3basil",
-    pricing: str = "fit",
-    scaling: str = "activation",
+    pricing: str = SearchOptions.pricing,
+    scaling: str = SearchOptions.scaling,
 ) -> Run:
     """The finished analysis of a seed, which depends on neither budget nor allocator."""
     options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing, scaling=scaling)

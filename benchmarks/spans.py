@@ -31,8 +31,6 @@ from reports import formats
 from reports.tables import add_numbers, footed, report_table
 from solvers import SOLVERS
 
-FITTED = "fit"
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -95,7 +93,7 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
             )
             for kind in kinds
         }
-        judge = next((kind for kind in kinds if kind[1] == FITTED and has_fits(analyses[kind])), None)
+        judge = next((kind for kind in kinds if has_fits(analyses[kind])), None)
         for budget in options.budgets:
             measured: dict[tuple[str, str], Summary] = {}
             losses: dict[tuple[str, str], tuple[float, float | None]] = {}
