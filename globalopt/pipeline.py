@@ -35,9 +35,12 @@ from solvers import get_solver
 
 REFERENCE = "reference"
 SENSITIVITIES = ("fisher", "none")
-PRICINGS = ("fit", "span")
+PRICINGS = ("outputs", "fit", "span")
 PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "80"})
 """The quick solver whose fits calibrate the surfaces for every solver that moves the weights it keeps."""
+
+OTHER_LABELS = 2**31
+"""Turns a seed of labels into that of others."""
 
 NATS = "nats per token"
 OUTPUT_ERROR = "output error"
@@ -380,19 +383,20 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
     if not unpriced:
         return
-    if options.scaling == "output":
-        collect_outputs(bench, run, options.seed)
+    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
+    moves = get_solver(options.solver, options.solver_options).needs is Needs.GRAM
+    pricing = get_solver(*PRICING) if options.pricing != "span" and moves else None
+    weighted = options.pricing == "outputs" and pricing is not None and options.sensitivity != "none"
+    if weighted or options.scaling == "output":
+        collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
-    moves = get_solver(options.solver, options.solver_options).needs is Needs.GRAM
-    pricing = get_solver(*PRICING) if options.pricing == "fit" and moves else None
     with bench.stage("price", len(unpriced), "layers") as advance:
         if options.sensitivity == "none":
             found = price_by_grams(layers, unpriced, run, pattern, pricing)
         else:
-            found = price_by_gradients(runner, inputs, unpriced, run, pattern, pricing, options.seed, device)
+            found = price_by_gradients(runner, inputs, unpriced, run, pattern, pricing, weighted, options.seed, device)
         for surface, outputs in found:
             run.write_sensitivity(surface, outputs)
             advance(surface.spec.name)
