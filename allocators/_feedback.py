@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -59,9 +58,4 @@ class Feedback:
 
     def corrected(self) -> Problem:
         """The problem with every surface times its multiplier."""
-        multipliers = self.multipliers
-        surfaces = tuple(
-            replace(surface, error=tuple(multipliers[surface.spec.name] * error for error in surface.error))
-            for surface in self._problem.surfaces
-        )
-        return replace(self._problem, surfaces=surfaces)
+        return self._problem.scaled(self.multipliers)

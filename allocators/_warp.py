@@ -53,7 +53,7 @@ class Warp:
         rows[:, self.names.index(kind if kind in self.names else OTHERS)] = 1
         rows[:, -3] = z
         rows[:, -2] = z * z
-        rows[:, -1] = [target.rank * (spec.d_out + spec.d_in) / max(1, target.params(spec)) for target in targets]
+        rows[:, -1] = [target.rank_share(spec) for target in targets]
         return rows
 
     def factors(self, spec: LayerSpec, targets: Sequence[Target], theta: ArrayLike) -> NDArray[np.float64]:
