@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,13 +11,17 @@ from torch import Tensor
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers
+from globalopt.objective import ModelObjective
 from globalopt.profile import profile_block
-from globalopt.protocols import Solver
+from globalopt.protocols import Candidate, Solver
 from globalopt.sensitivity import backward_sweep
 from globalopt.span import compute_span
 from globalopt.store import Run
 from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
-from globalopt.types import NM, ErrorSurface, Gram, LayerSpec, Metric
+from globalopt.types import NM, ErrorSurface, Gram, LayerSpec, Mask, Metric, Target
+
+MEASURED_KEPT = 0.25
+"""Fits that keep at most this are priced by a measurement."""
 
 Priced = Iterator[tuple[ErrorSurface, Gram | None]]
 
@@ -64,48 +69,131 @@ def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]
     return [visit.inputs, visit.outputs()] if last else [visit.inputs]
 
 
+def fit_layers(
+    layers: ModelLayers,
+    unfitted: Sequence[LayerSpec],
+    run: Run,
+    pattern: NM | None,
+    solver: Solver,
+    weighted: bool,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Write what fits by `solver` at the anchors of the layers `unfitted` lose.
+
+    Args:
+        weighted: fit in output Grams that are there already (`output_grams`).
+    """
+    for spec in unfitted:
+        weight = layers.weight(spec.name)
+        outputs = run.read_outputs(spec).to(weight.device) if weighted else None
+        options = Options.of(spec, run.read_span(spec).max_rank, pattern)
+        metric = Metric(run.read_gram(spec.site).to(weight.device), outputs)
+        run.write_fits(spec, options.anchors, fit_anchors(weight, metric, options, solver))
+        advance(spec.name)
+
+
+def measure_layers(
+    runner: BlockRunner,
+    unmeasured: Sequence[LayerSpec],
+    run: Run,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Write what the layers `unmeasured` cost when one at a time is left at its lowest fits, or dropped.
+
+    A second-order price knows nothing of a loss that grows faster than the square of what is lost, and a knapsack finds
+    the layers where it does. So the anchors that keep at most `MEASURED_KEPT`, and the zero option, are asked of the
+    model: KL(dense || one layer replaced) in nats per token.
+
+    Args:
+        runner: on the windows to ask about.
+    """
+    layers = runner.layers
+    fits = {spec.name: _Fits.read(run, spec) for spec in unmeasured}
+
+    def materialise(spec: LayerSpec, kept: Target | Mask) -> Tensor:
+        dense = layers_dense[spec.name]
+        if kept == Target.dense(spec):
+            return dense
+        if kept == Target.zero():
+            return torch.zeros_like(dense)
+        return dense - fits[spec.name].residual(kept).to(dense.device)
+
+    objective = ModelObjective(runner, materialise)
+    layers_dense = {spec.name: objective.dense(spec.name) for spec in layers.specs}
+    everything: Candidate = {spec.name: Target.dense(spec) for spec in layers.specs}
+    try:
+        for spec in unmeasured:
+            asked = [*fits[spec.name].low, Target.zero()]
+            losses = objective.losses([{**everything, spec.name: target} for target in asked], range(objective.chunks))
+            run.write_measured(spec, list(zip(asked, losses.mean(1).tolist(), strict=True)))
+            advance(spec.name)
+    finally:
+        objective.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """What fits lost of a layer, by anchor."""
+
+    spec: LayerSpec
+    anchors: tuple[Target, ...]
+    residuals: Tensor
+
+    @classmethod
+    def read(cls, run: Run, spec: LayerSpec) -> _Fits:
+        rows, residuals = run.read_fits(spec)
+        return cls(spec, tuple(anchor for row in rows for anchor in row), residuals)
+
+    @property
+    def low(self) -> list[Target]:
+        """The anchors that keep so little that they are measured."""
+        return [anchor for anchor in self.anchors if anchor.params(self.spec) <= MEASURED_KEPT * self.spec.numel]
+
+    def residual(self, anchor: Target | Mask) -> Tensor:
+        """(d_out, d_in) float32."""
+        return self.residuals[[known == anchor for known in self.anchors].index(True)].float()
+
+
 def price_by_gradients(
     runner: BlockRunner,
     inputs: Sequence[Sequence[Tensor]],
     unpriced: Sequence[LayerSpec],
     run: Run,
     pattern: NM | None,
-    pricing: Solver | None,
-    weighted: bool,
     seed: int,
     device: torch.device | None = None,
 ) -> Priced:
     """Surfaces in nats per token with the output Grams of the layers `unpriced`, last block first.
 
+    Fits that are there set the level, where they were measured by what was measured; otherwise the spans' errors stay
+    as they are.
+
     Args:
-        pricing: fits the anchors that set the level; None takes the spans' errors as they are.
-        weighted: fit in output Grams that are there already (`output_grams`), of other labels than `seed`'s: what was
-            fitted to gradients looks too good when the same ones price it.
-        seed: of the labels.
+        seed: of the labels. Fits in output Grams should be of others: what was fitted to gradients looks too good when
+            the same ones price it.
     """
     layers = runner.layers
     grid: dict[str, Options] = {}
 
     def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
-        weight = layers.weight(spec.name)
-        span = run.read_span(spec).to(weight.device)
+        span = run.read_span(spec).to(layers.module(spec.name).weight.device)
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
         made = sketches(span, grid[spec.name])
-        if pricing is not None:
-            outputs = run.read_outputs(spec).to(weight.device) if weighted else None
-            metric = Metric(run.read_gram(spec.site).to(weight.device), outputs)
-            lost = fit_anchors(weight, metric, grid[spec.name], pricing)
-            run.write_fits(spec, grid[spec.name].anchors, lost)
-            made.append(DenseSketch(lost))
+        if run.fits_path(spec).exists():
+            made.append(DenseSketch(_Fits.read(run, spec).residuals.to(span.S.device).float()))
         return made
 
     for found in backward_sweep(runner, inputs, unpriced, sketches_of, seed, device):
-        options = grid.pop(found.spec.name)
+        spec, options = found.spec, grid.pop(found.spec.name)
         count = len(options.targets)
-        weight = layers.weight(found.spec.name)
-        gram = run.read_gram(found.spec.site).to(weight.device)
+        weight = layers.weight(spec.name)
+        gram = run.read_gram(spec.site).to(weight.device)
         whole = Metric(gram, found.outputs.to(weight.device)).error(weight) / 2
-        yield priced(options, found.error[:count], found.error[count:], whole), found.outputs
+        measured = run.read_measured(spec) if run.measured_path(spec).exists() else {}
+        anchors = [anchor for row in options.anchors for anchor in row] if len(found.error) > count else []
+        lost = [measured.get(a, error) for a, error in zip(anchors, found.error[count:], strict=True)]
+        zero = max(whole, measured.get(Target.zero(), 0.0))
+        yield priced(options, found.error[:count], lost, zero), found.outputs
 
 
 def output_grams(
@@ -125,18 +213,12 @@ def output_grams(
         advance(found.spec.name)
 
 
-def price_by_grams(
-    layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None, pricing: Solver | None
-) -> Priced:
+def price_by_grams(layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None) -> Priced:
     """Surfaces in output error `tr(E G Eᵀ)` of the layers `unpriced`, without a backward pass."""
     for spec in unpriced:
         weight = layers.weight(spec.name)
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
         options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
-        lost: Sequence[Tensor] = ()
-        if pricing is not None:
-            fitted = fit_anchors(weight, metric, options, pricing)
-            run.write_fits(spec, options.anchors, fitted)
-            lost = tuple(fitted)
+        lost = _Fits.read(run, spec).residuals.to(weight.device).float() if run.fits_path(spec).exists() else ()
         yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None

@@ -54,7 +54,7 @@ class FittedLayer:
             raise UsageError("Fitted candidates have no single components; use --candidates span.")
         if kept == Target.zero():
             return torch.zeros_like(dense)
-        return dense - self.residual(kept)
+        return dense - self.residual(kept).to(dense.device)
 
     def residual(self, target: Target) -> Tensor:
         """(d_out, d_in) float32 what a fit at `target` would lose of the weight, about.

@@ -14,7 +14,14 @@ from typing import Any
 
 from allocators import get_allocator
 from globalopt import budget_file
-from globalopt.analysis import output_grams, price_by_gradients, price_by_grams, span_layers
+from globalopt.analysis import (
+    fit_layers,
+    measure_layers,
+    output_grams,
+    price_by_gradients,
+    price_by_grams,
+    span_layers,
+)
 from globalopt.budget_file import BudgetFile
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
 from globalopt.capture import Batch, BlockRunner
@@ -38,6 +45,9 @@ SENSITIVITIES = ("fisher", "none")
 PRICINGS = ("outputs", "fit", "span")
 PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "80"})
 """The quick solver whose fits calibrate the surfaces for every solver that moves the weights it keeps."""
+
+MEASURED_WINDOWS = 4
+"""Calibration windows on which single layers are measured."""
 
 OTHER_LABELS = 2**31
 """Turns a seed of labels into that of others."""
@@ -392,14 +402,34 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
+    if pricing is not None:
+        _fit(bench, run, pattern, pricing, weighted)
+        # A pattern keeps more than what needs measuring.
+        if options.sensitivity != "none" and pattern is None:
+            _measure(bench, run)
     with bench.stage("price", len(unpriced), "layers") as advance:
         if options.sensitivity == "none":
-            found = price_by_grams(layers, unpriced, run, pattern, pricing)
+            found = price_by_grams(layers, unpriced, run, pattern)
         else:
-            found = price_by_gradients(runner, inputs, unpriced, run, pattern, pricing, weighted, options.seed, device)
+            found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device)
         for surface, outputs in found:
             run.write_sensitivity(surface, outputs)
             advance(surface.spec.name)
+
+
+def _fit(bench: Bench, run: Run, pattern: NM | None, solver: Solver, weighted: bool) -> None:
+    unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
+    if unfitted:
+        with bench.stage("fit", len(unfitted), "layers") as advance:
+            fit_layers(bench.layers, unfitted, run, pattern, solver, weighted, advance)
+
+
+def _measure(bench: Bench, run: Run) -> None:
+    unmeasured = [spec for spec in bench.layers.specs if not run.measured_path(spec).exists()]
+    if unmeasured:
+        runner = BlockRunner(bench.layers, [Batch(bench.splits.calibration.windows[:MEASURED_WINDOWS])])
+        with bench.stage("measure", len(unmeasured), "layers") as advance:
+            measure_layers(runner, unmeasured, run, advance)
 
 
 def finish(

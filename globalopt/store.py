@@ -296,6 +296,9 @@ class Run:
     def fits_path(self, spec: LayerSpec) -> Path:
         return self.folder / "fits" / f"{spec.name}.safetensors"
 
+    def measured_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "measured" / f"{spec.name}.json"
+
     def profile_path(self, spec: LayerSpec) -> Path:
         return self.folder / "profiles" / f"{spec.name}.json"
 
@@ -338,6 +341,17 @@ class Run:
     def read_fits(self, spec: LayerSpec) -> tuple[tuple[tuple[Target, ...], ...], Tensor]:
         tensors, facts = _read(self.fits_path(spec), _key(spec), ("residuals",), ("anchors",))
         return tuple(tuple(_target(*words) for words in row) for row in facts["anchors"]), tensors["residuals"]
+
+    def write_measured(self, spec: LayerSpec, losses: Sequence[tuple[Target, float]]) -> None:
+        """The layer's measured `losses`, nats per token, each with nothing else replaced."""
+        write_json(self.measured_path(spec), {**_key(spec), "losses": [[*_words(t), loss] for t, loss in losses]})
+
+    def read_measured(self, spec: LayerSpec) -> dict[Target, float]:
+        path = self.measured_path(spec)
+        try:
+            return {_target(*words[:3]): float(words[3]) for words in read_json(path)["losses"]}
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
 
     def write_profile(self, spec: LayerSpec, profile: Profile) -> None:
         outliers = {str(threshold): share for threshold, share in profile.outliers.items()}

@@ -1,0 +1,119 @@
+"""What a search knows of a model: fits of every layer, the true cost of the lowest, prices that pass through both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.analysis import (
+    MEASURED_KEPT,
+    fit_layers,
+    measure_layers,
+    output_grams,
+    price_by_gradients,
+    span_layers,
+)
+from globalopt.capture import Batch, BlockRunner
+from globalopt.layers import find_layers
+from globalopt.store import Run
+from globalopt.types import NM, Metric, Target
+from solvers import get_solver
+from tests.test_objective import kl
+from tests.tiny_models import tiny_ids, tiny_model
+
+SOLVER = get_solver("3basil", {"steps": "10"})
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def analysed(request, tmp_path_factory):
+    """A runner, a run with fits and measurements, and the inputs of the backward sweep."""
+    layers = find_layers(tiny_model(request.param), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(ids) for ids in tiny_ids(8, 12).split(4)])
+    run = Run.start(tmp_path_factory.mktemp("run") / request.param, {}, {})
+    inputs = span_layers(runner, run, "activation", keep_inputs=True)
+    fit_layers(layers, layers.specs, run, None, SOLVER, weighted=False)
+    measure_layers(runner, layers.specs, run)
+    return runner, run, inputs
+
+
+def test_fits_are_the_solvers_at_the_anchors(analysed):
+    runner, run, _ = analysed
+    spec = runner.layers.specs[3]
+    rows, residuals = run.read_fits(spec)
+    weight = runner.layers.weight(spec.name)
+    anchors = [anchor for row in rows for anchor in row]
+    found = SOLVER.solve_path(SOLVER.prepare(weight, Metric(run.read_gram(spec.site))), anchors)
+    for solution, residual in zip(found, residuals, strict=True):
+        expected = weight - solution.value.dense()
+        torch.testing.assert_close(residual.float(), expected, rtol=0.01, atol=0.01 * float(weight.abs().max()))
+
+
+def test_measured_is_the_loss_with_one_layer_replaced(analysed):
+    runner, run, _ = analysed
+    layers = runner.layers
+    ids = tiny_ids(8, 12)
+    with torch.no_grad():
+        dense = layers.model(input_ids=ids).logits[:, :-1]
+    for spec in (layers.specs[0], layers.specs[-1]):
+        measured = run.read_measured(spec)
+        rows, residuals = run.read_fits(spec)
+        anchors = [anchor for row in rows for anchor in row]
+        low = [anchor for anchor in anchors if anchor.params(spec) <= MEASURED_KEPT * spec.numel]
+        assert set(measured) == {*low, Target.zero()}
+        weight = layers.weight(spec.name)
+        for target, loss in measured.items():
+            lost = weight if target == Target.zero() else residuals[anchors.index(target)].float()
+            layers.set_weight(spec.name, weight - lost)
+            with torch.no_grad():
+                logits = layers.model(input_ids=ids).logits[:, :-1]
+            assert loss == pytest.approx(float(kl(dense, logits).mean()), rel=1e-3, abs=1e-6)
+        layers.set_weight(spec.name, weight)
+
+
+def test_prices_pass_through_what_was_measured(analysed):
+    runner, run, inputs = analysed
+    found = dict(
+        (surface.spec.name, surface)
+        for surface, _ in price_by_gradients(runner, inputs, runner.layers.specs, run, None, 0)
+    )
+    for spec in runner.layers.specs:
+        surface = found[spec.name]
+        for target, loss in run.read_measured(spec).items():
+            if target == Target.zero():
+                assert surface.predict(target) >= loss
+            elif target in surface.targets:
+                assert surface.predict(target) == pytest.approx(loss, rel=1e-6)
+
+
+def test_measuring_leaves_the_model_dense(analysed):
+    runner, run, _ = analysed
+    before = {spec.name: runner.layers.weight(spec.name) for spec in runner.layers.specs}
+    measure_layers(runner, runner.layers.specs[:2], run)
+    assert all(torch.equal(runner.layers.weight(name), weight) for name, weight in before.items())
+
+
+def test_fits_may_minimise_in_the_output_gram(tmp_path):
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(tiny_ids(4, 12))])
+    losses = {}
+    for weighted in (False, True):
+        run = Run.start(tmp_path / str(weighted), {}, {})
+        span_layers(runner, run, "activation", keep_inputs=False)
+        output_grams(runner, run, layers.specs, seed=1)
+        fit_layers(layers, layers.specs, run, None, SOLVER, weighted)
+        losses[weighted] = sum(
+            Metric(run.read_gram(spec.site), run.read_outputs(spec)).error(residual.float())
+            for spec in layers.specs
+            for residual in run.read_fits(spec)[1]
+        )
+    assert losses[True] < losses[False]
+
+
+def test_under_a_pattern_only_the_rank_is_priced(tmp_path):
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(tiny_ids(2, 12))])
+    run = Run.start(tmp_path / "run", {}, {})
+    inputs = span_layers(runner, run, "activation", keep_inputs=True)
+    fit_layers(layers, layers.specs, run, NM(2, 4), SOLVER, weighted=False)
+    for surface, _ in price_by_gradients(runner, inputs, layers.specs, run, NM(2, 4), 0):
+        assert {(target.pattern, target.nnz) for target in surface.targets} == {(NM(2, 4), surface.spec.numel // 2)}
