@@ -37,7 +37,7 @@ err = Console(stderr=True)
 WIDTH = 140
 """Columns of tables that are not printed on a terminal."""
 
-ANALYSIS = ("profiles", "spans", "fits", "sensitivity")
+ANALYSIS = ("profiles", "outputs", "weighing", "spans", "fits", "measured", "sensitivity")
 """Folders of an analysis; prices last, since a run that has them is taken to have been analysed."""
 
 SEARCHES = ("allocate", "search")

@@ -20,6 +20,9 @@ from globalopt.store import Run
 from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
 from globalopt.types import NM, ErrorSurface, Gram, LayerSpec, Mask, Metric, Target
 
+WEIGHED_KEPT = 0.2
+"""Fraction kept at which a layer's metric is chosen; losses that grow faster than the square show there."""
+
 MEASURED_KEPT = 0.25
 """Fits that keep at most this are priced by a measurement."""
 
@@ -69,25 +72,69 @@ def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]
     return [visit.inputs, visit.outputs()] if last else [visit.inputs]
 
 
+def weigh_layers(
+    runner: BlockRunner,
+    unweighed: Sequence[LayerSpec],
+    run: Run,
+    pattern: NM | None,
+    solver: Solver,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Write whether the layers `unweighed` are better fitted with their output Grams, or in `tr(E G Eᵀ)` alone.
+
+    `A` is the curvature at no loss: an output that the loss hardly feels may still matter much once it is far off, as
+    where a gate feeds a channel that the model's norms depend on. So each layer is fitted both ways at `WEIGHED_KEPT`,
+    and the model is asked: KL(dense || one layer replaced) in nats per token.
+
+    Args:
+        runner: on the windows to ask about.
+        solver: fits, with as much of `A` as it is made to use.
+    """
+    fits: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def materialise(spec: LayerSpec, kept: Target | Mask) -> Tensor:
+        assert isinstance(kept, Target), "a layer is asked about as a target"
+        return fits[spec.name][kept.rank].to(dense.device) if kept.nnz == 0 else objective.dense(spec.name)
+
+    objective = ModelObjective(runner, materialise)
+    everything: Candidate = {spec.name: Target.dense(spec) for spec in runner.layers.specs}
+    try:
+        for spec in unweighed:
+            dense = objective.dense(spec.name)
+            nnz = pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel)
+            target = Target(0, nnz, pattern)
+            gram = run.read_gram(spec.site).to(dense.device)
+            metrics = Metric(gram), Metric(gram, run.read_outputs(spec).to(dense.device))
+            plain, weighted = (solver.solve(solver.prepare(dense, metric), target).value.dense() for metric in metrics)
+            fits[spec.name] = plain, weighted
+            # Two stand-ins for what a layer may be: the objective tells candidates apart by their targets.
+            asked = [{**everything, spec.name: Target(which, 0)} for which in (0, 1)]
+            losses = objective.losses(asked, range(objective.chunks)).mean(1).tolist()
+            run.write_weighing(spec, losses[0], losses[1])
+            del fits[spec.name]
+            advance(spec.name)
+    finally:
+        objective.close()
+
+
 def fit_layers(
     layers: ModelLayers,
     unfitted: Sequence[LayerSpec],
     run: Run,
     pattern: NM | None,
     solver: Solver,
-    weighted: bool,
+    outputs: Callable[[LayerSpec], Gram | None],
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
     """Write what fits by `solver` at the anchors of the layers `unfitted` lose.
 
     Args:
-        weighted: fit in output Grams that are there already (`output_grams`).
+        outputs: output Gram a layer is fitted in, or None.
     """
     for spec in unfitted:
-        weight = layers.weight(spec.name)
-        outputs = run.read_outputs(spec).to(weight.device) if weighted else None
+        weight, found = layers.weight(spec.name), outputs(spec)
         options = Options.of(spec, run.read_span(spec).max_rank, pattern)
-        metric = Metric(run.read_gram(spec.site).to(weight.device), outputs)
+        metric = Metric(run.read_gram(spec.site).to(weight.device), found and found.to(weight.device))
         run.write_fits(spec, options.anchors, fit_anchors(weight, metric, options, solver))
         advance(spec.name)
 
@@ -111,7 +158,7 @@ def measure_layers(
     fits = {spec.name: _Fits.read(run, spec) for spec in unmeasured}
 
     def materialise(spec: LayerSpec, kept: Target | Mask) -> Tensor:
-        dense = layers_dense[spec.name]
+        dense = objective.dense(spec.name)
         if kept == Target.dense(spec):
             return dense
         if kept == Target.zero():
@@ -119,7 +166,6 @@ def measure_layers(
         return dense - fits[spec.name].residual(kept).to(dense.device)
 
     objective = ModelObjective(runner, materialise)
-    layers_dense = {spec.name: objective.dense(spec.name) for spec in layers.specs}
     everything: Candidate = {spec.name: Target.dense(spec) for spec in layers.specs}
     try:
         for spec in unmeasured:
@@ -204,9 +250,11 @@ def output_grams(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Write the output Gram `A` of the layers `specs`, without spans and prices; `seed` is of the labels."""
+    """Write the Grams of all sites, and the output Gram `A` of the layers `specs`; `seed` is of the labels."""
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
+        for site, gram in visit.grams().items():
+            run.write_gram(site, gram)
         inputs += _hidden_states(visit, runner.layers)
     for found in backward_sweep(runner, inputs, specs, lambda spec: (), seed, device):
         run.write_outputs(found.spec, found.outputs)

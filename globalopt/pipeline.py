@@ -21,6 +21,7 @@ from globalopt.analysis import (
     price_by_gradients,
     price_by_grams,
     span_layers,
+    weigh_layers,
 )
 from globalopt.budget_file import BudgetFile
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
@@ -42,10 +43,7 @@ from solvers import get_solver
 
 REFERENCE = "reference"
 SENSITIVITIES = ("fisher", "none")
-PRICINGS = ("outputs", "fit", "span")
-PRICING: tuple[str, Mapping[str, str]] = ("3basil", {"steps": "80"})
-"""The quick solver whose fits calibrate the surfaces for every solver that moves the weights it keeps."""
-
+PRICINGS = ("fit", "span")
 MEASURED_WINDOWS = 4
 """Calibration windows on which single layers are measured."""
 
@@ -351,6 +349,8 @@ def compress(
     if sensitivity == "none" or solver.outputs is Outputs.NONE:
         return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR, lambda spec: None), run
     collect_outputs(bench, run, seed)
+    patterns = {target.pattern for target in allocation.targets.values()}
+    weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs)
     return finish(bench, run, file, allocation, solver, command, seed, NATS, run.read_outputs), run
 
 
@@ -393,17 +393,19 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
     if not unpriced:
         return
-    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
-    moves = get_solver(options.solver, options.solver_options).needs is Needs.GRAM
-    pricing = get_solver(*PRICING) if options.pricing != "span" and moves else None
-    weighted = options.pricing == "outputs" and pricing is not None and options.sensitivity != "none"
+    solver = get_solver(options.solver, options.solver_options)
+    weighted = solver.outputs is not Outputs.NONE and options.sensitivity != "none"
     if weighted or options.scaling == "output":
+        # Of other labels than the prices': what was fitted to gradients looks too good when they price it.
         collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
+    if weighted:
+        weigh(bench, run, pattern, solver.outputs)
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    if pricing is not None:
-        _fit(bench, run, pattern, pricing, weighted)
+    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
+    if options.pricing == "fit" and solver.needs is Needs.GRAM:
+        _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None)
         # A pattern keeps more than what needs measuring.
         if options.sensitivity != "none" and pattern is None:
             _measure(bench, run)
@@ -417,19 +419,38 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
             advance(surface.spec.name)
 
 
-def _fit(bench: Bench, run: Run, pattern: NM | None, solver: Solver, weighted: bool) -> None:
+def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs) -> None:
+    """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and as much of `A` as `outputs` says."""
+    unweighed = [spec for spec in bench.layers.specs if not run.weighing_path(spec).exists()]
+    if unweighed:
+        with bench.stage("weigh", len(unweighed), "layers") as advance:
+            weigh_layers(_look(bench), unweighed, run, pattern, _quick(outputs), advance)
+
+
+def _quick(outputs: Outputs) -> Solver:
+    """What fits layers that are only looked at."""
+    return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
+
+
+def _look(bench: Bench) -> BlockRunner:
+    """A runner on the few calibration windows on which layers are looked at one at a time."""
+    return BlockRunner(bench.layers, [Batch(bench.splits.calibration.windows[:MEASURED_WINDOWS])])
+
+
+def _fit(
+    bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, chosen: Callable[[LayerSpec], Gram | None]
+) -> None:
     unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
     if unfitted:
         with bench.stage("fit", len(unfitted), "layers") as advance:
-            fit_layers(bench.layers, unfitted, run, pattern, solver, weighted, advance)
+            fit_layers(bench.layers, unfitted, run, pattern, _quick(outputs), chosen, advance)
 
 
 def _measure(bench: Bench, run: Run) -> None:
     unmeasured = [spec for spec in bench.layers.specs if not run.measured_path(spec).exists()]
     if unmeasured:
-        runner = BlockRunner(bench.layers, [Batch(bench.splits.calibration.windows[:MEASURED_WINDOWS])])
         with bench.stage("measure", len(unmeasured), "layers") as advance:
-            measure_layers(runner, unmeasured, run, advance)
+            measure_layers(_look(bench), unmeasured, run, advance)
 
 
 def finish(
@@ -458,7 +479,7 @@ def finish(
 
     with bench.stage("refine", len(layers.specs), "layers") as advance:
         runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
-        results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance))
+        results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance, run.weighs_outputs))
     with bench.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.
         if not run.model_folder.exists():

@@ -80,6 +80,7 @@ def refine(
     outputs: Callable[[LayerSpec], Gram | None],
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
+    weighs: Callable[[LayerSpec], bool] = lambda spec: True,
 ) -> Iterator[LayerResult]:
     """Fit, save and put in place every layer, in model order; a layer that is already saved is read instead.
 
@@ -89,6 +90,7 @@ def refine(
     Args:
         outputs: output Gram `A` of a layer where one was collected; the layer errors are then in nats.
         advance: called with the layer's name after each layer.
+        weighs: whether a layer is fitted in its output Gram too, and not only reported in it.
     Raises:
         NumericalError: a solution is not finite, breaks its target after the cast, or the solver failed; the
             message names the layer.
@@ -103,7 +105,8 @@ def refine(
                 if spec.site == site:
                     weight, found = layers.weight(spec.name), outputs(spec)
                     target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-                    jobs.append(Job(spec, weight, Metric(grams[site], found and found.to(weight.device)), target))
+                    metric = Metric(grams[site], found and found.to(weight.device))
+                    jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(grams[site]), target))
             for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
                 run.write_layer(job.spec, value, facts)
         for spec in visit.specs:
@@ -116,11 +119,12 @@ def refine(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One layer to fit."""
+    """One layer to fit in `fitted`, and to report in `metric`."""
 
     spec: LayerSpec
     weight: Tensor
     metric: Metric
+    fitted: Metric
     target: Target
 
 
@@ -134,7 +138,7 @@ def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
     if searched:
         started = time.perf_counter()
         try:
-            solutions = plan.solver.solve_site([(job.weight, job.metric, job.target) for job in searched])
+            solutions = plan.solver.solve_site([(job.weight, job.fitted, job.target) for job in searched])
         except GlobalOptError as cause:
             cause.args = (f"Layer {', '.join(job.spec.name for job in searched)}: {cause}",)
             raise
@@ -153,7 +157,7 @@ def _whole(job: Job) -> Solution:
 
 def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Saved:
     try:
-        value = checked(rounded(solution.value, job.weight, job.metric, plan.dtype), job.target)
+        value = checked(rounded(solution.value, job.weight, job.fitted, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
         raise

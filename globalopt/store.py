@@ -296,6 +296,9 @@ class Run:
     def fits_path(self, spec: LayerSpec) -> Path:
         return self.folder / "fits" / f"{spec.name}.safetensors"
 
+    def weighing_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "weighing" / f"{spec.name}.json"
+
     def measured_path(self, spec: LayerSpec) -> Path:
         return self.folder / "measured" / f"{spec.name}.json"
 
@@ -341,6 +344,25 @@ class Run:
     def read_fits(self, spec: LayerSpec) -> tuple[tuple[tuple[Target, ...], ...], Tensor]:
         tensors, facts = _read(self.fits_path(spec), _key(spec), ("residuals",), ("anchors",))
         return tuple(tuple(_target(*words) for words in row) for row in facts["anchors"]), tensors["residuals"]
+
+    def write_weighing(self, spec: LayerSpec, plain: float, weighted: float) -> None:
+        """The layer's loss, fitted in its input Gram alone and with its output Gram too, nats per token."""
+        write_json(self.weighing_path(spec), {**_key(spec), "plain": plain, "weighted": weighted})
+
+    def chosen_outputs(self, spec: LayerSpec) -> Gram | None:
+        """The output Gram the layer is better fitted in, or None."""
+        return self.read_outputs(spec) if self.weighs_outputs(spec) else None
+
+    def weighs_outputs(self, spec: LayerSpec) -> bool:
+        """Whether the layer is better fitted with its output Gram; also where that was never asked."""
+        path = self.weighing_path(spec)
+        if not path.exists():
+            return True
+        record = read_json(path)
+        try:
+            return float(record["weighted"]) <= float(record["plain"])
+        except (KeyError, TypeError, ValueError):
+            raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
 
     def write_measured(self, spec: LayerSpec, losses: Sequence[tuple[Target, float]]) -> None:
         """The layer's measured `losses`, nats per token, each with nothing else replaced."""

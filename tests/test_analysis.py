@@ -12,11 +12,12 @@ from globalopt.analysis import (
     output_grams,
     price_by_gradients,
     span_layers,
+    weigh_layers,
 )
 from globalopt.capture import Batch, BlockRunner
 from globalopt.layers import find_layers
-from globalopt.store import Run
-from globalopt.types import NM, Metric, Target
+from globalopt.store import Run, read_json
+from globalopt.types import NM, Gram, Metric, Target
 from solvers import get_solver
 from tests.test_objective import kl
 from tests.tiny_models import tiny_ids, tiny_model
@@ -31,7 +32,7 @@ def analysed(request, tmp_path_factory):
     runner = BlockRunner(layers, [Batch(ids) for ids in tiny_ids(8, 12).split(4)])
     run = Run.start(tmp_path_factory.mktemp("run") / request.param, {}, {})
     inputs = span_layers(runner, run, "activation", keep_inputs=True)
-    fit_layers(layers, layers.specs, run, None, SOLVER, weighted=False)
+    fit_layers(layers, layers.specs, run, None, SOLVER, lambda spec: None)
     measure_layers(runner, layers.specs, run)
     return runner, run, inputs
 
@@ -100,7 +101,7 @@ def test_fits_may_minimise_in_the_output_gram(tmp_path):
         run = Run.start(tmp_path / str(weighted), {}, {})
         span_layers(runner, run, "activation", keep_inputs=False)
         output_grams(runner, run, layers.specs, seed=1)
-        fit_layers(layers, layers.specs, run, None, SOLVER, weighted)
+        fit_layers(layers, layers.specs, run, None, SOLVER, run.read_outputs if weighted else lambda spec: None)
         losses[weighted] = sum(
             Metric(run.read_gram(spec.site), run.read_outputs(spec)).error(residual.float())
             for spec in layers.specs
@@ -109,11 +110,41 @@ def test_fits_may_minimise_in_the_output_gram(tmp_path):
     assert losses[True] < losses[False]
 
 
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)])
+def test_the_metric_of_a_layer_is_the_one_whose_fit_costs_less(tmp_path, pattern):
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    ids = tiny_ids(4, 12)
+    runner = BlockRunner(layers, [Batch(ids)])
+    run = Run.start(tmp_path / "run", {}, {})
+    output_grams(runner, run, layers.specs, seed=1)
+    # One layer's output Gram is made to feel nothing that matters.
+    blind = layers.specs[4]
+    A = torch.full((blind.d_out,), 1e-6)
+    A[0] = 1.0
+    run.write_outputs(blind, Gram(torch.diag(A), 48))
+    weigh_layers(runner, layers.specs, run, pattern, SOLVER)
+    assert not run.weighs_outputs(blind)
+    assert run.chosen_outputs(blind) is None
+    assert any(run.chosen_outputs(spec) is not None for spec in layers.specs)
+    with torch.no_grad():
+        dense = layers.model(input_ids=ids).logits[:, :-1]
+    target = Target(0, pattern.nnz(blind) if pattern else int(0.2 * blind.numel), pattern)
+    weight = layers.weight(blind.name)
+    gram = run.read_gram(blind.site)
+    for name, outputs in (("plain", None), ("weighted", run.read_outputs(blind))):
+        fitted = SOLVER.solve(SOLVER.prepare(weight, Metric(gram, outputs)), target).value.dense()
+        layers.set_weight(blind.name, fitted)
+        with torch.no_grad():
+            loss = float(kl(dense, layers.model(input_ids=ids).logits[:, :-1]).mean())
+        assert read_json(run.weighing_path(blind))[name] == pytest.approx(loss, rel=1e-3, abs=1e-6)
+    layers.set_weight(blind.name, weight)
+
+
 def test_under_a_pattern_only_the_rank_is_priced(tmp_path):
     layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
     runner = BlockRunner(layers, [Batch(tiny_ids(2, 12))])
     run = Run.start(tmp_path / "run", {}, {})
     inputs = span_layers(runner, run, "activation", keep_inputs=True)
-    fit_layers(layers, layers.specs, run, NM(2, 4), SOLVER, weighted=False)
+    fit_layers(layers, layers.specs, run, NM(2, 4), SOLVER, lambda spec: None)
     for surface, _ in price_by_gradients(runner, inputs, layers.specs, run, NM(2, 4), 0):
         assert {(target.pattern, target.nnz) for target in surface.targets} == {(NM(2, 4), surface.spec.numel // 2)}

@@ -181,6 +181,24 @@ def by_site(layers: ModelLayers) -> list[list[LayerSpec]]:
     return [[spec for spec in layers.specs if spec.site == site] for site in sites]
 
 
+def test_a_layer_may_be_fitted_without_its_output_gram_and_still_be_reported_in_it(tmp_path):
+    solver = Recording([])
+    layers, runner, plan, run = setting(tmp_path, solver)
+    plain = layers.specs[5]
+    grams = {spec.name: Gram(2 * torch.eye(spec.d_out), 48) for spec in layers.specs}
+    before = layers.weight(plain.name).clone()
+    results = list(
+        refine(runner, plan, run, lambda spec: grams[spec.name], weighs=lambda spec: spec.name != plain.name)
+    )
+    names = [spec.name for site in by_site(layers) for spec in site]
+    handed = dict(zip(names, (layer for site in solver.sites for layer in site), strict=True))
+    assert [name for name, (_, metric, _) in handed.items() if metric.outputs is None] == [plain.name]
+    inputs = handed[plain.name][1].inputs
+    lost = before - run.read_layer(plain)[0].dense()
+    (result,) = [result for result in results if result.name == plain.name]
+    assert result.actual == pytest.approx(Metric(inputs, grams[plain.name]).error(lost) / 2, rel=1e-6)
+
+
 def test_layers_on_the_same_inputs_are_handed_over_together(tmp_path):
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver)
