@@ -118,9 +118,15 @@ def analysis_tokens(bench: Bench, priced: bool) -> int:
     """What an analysis reads, in forward tokens: one walk over the calibration text for the Grams.
 
     Args:
-        priced: with the sweep for the prices, forward and backward; a backward token counts as two.
+        priced: with the sweeps for output Grams and for prices, each a walk and a pass forward and backward (a backward
+            token counts as two), and every layer looked at twice to choose its metric and about five times for its
+            lowest options, on a few windows.
     """
-    return bench.splits.calibration.windows.numel() * (4 if priced else 1)
+    windows = bench.splits.calibration.windows
+    if not priced:
+        return windows.numel()
+    looks = 7 * len(bench.layers.specs) * min(len(windows), pipeline.MEASURED_WINDOWS)
+    return 8 * windows.numel() + looks * windows.shape[1]
 
 
 def _seconds_path(run: Run) -> Path:

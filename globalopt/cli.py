@@ -40,7 +40,7 @@ DONE_WITH_FALLBACKS = 4
 INTERRUPTED = 130
 
 BUDGET = 0.5
-ALLOCATOR = "knapsack"
+ALLOCATOR = "auto"
 
 out = Console()
 err = Console(stderr=True)
@@ -130,8 +130,9 @@ def search(
         str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
     ] = "unstructured",
     allocator: Annotated[
-        str, typer.Option(help="What divides the budget; `globalopt list` shows them all.")
-    ] = ALLOCATOR,
+        str | None,
+        typer.Option(help="What divides the budget; `globalopt list` shows them all.", show_default=ALLOCATOR),
+    ] = None,
     allocator_set: Annotated[
         list[str] | None,
         typer.Option(help="Allocator options, comma separated; may be repeated.", metavar="NAME=VALUE"),
@@ -155,7 +156,7 @@ def search(
         typer.Option(
             help="Forward tokens a search on the true loss may spend; of a family, 0 measures nothing.", min=0
         ),
-    ] = 1_000_000,
+    ] = 500_000,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -184,15 +185,16 @@ def search(
 
         budgets = _budgets(budget, family.FRONTIER if frontier else None)
         several = len(budgets) > 1
-        if several and allocator != ALLOCATOR:
+        if several and allocator not in (None, family.ALLOCATOR):
             raise UsageError(f"A family of budgets is made by the nested knapsack; leave out --allocator {allocator}.")
+        allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
         if not several and not search_tokens:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
         options = pipeline.SearchOptions(
             budget=budgets[0],
             accounting=accounting,
             pattern=pattern,
-            allocator=family.ALLOCATOR if several else allocator,
+            allocator=allocator,
             allocator_options=_pairs(allocator_set, "--allocator-set"),
             solver=solver,
             solver_options=_pairs(solver_set, "--set"),

@@ -92,7 +92,7 @@ class SearchOptions:
     budget: float
     accounting: str = "params"
     pattern: str = "unstructured"
-    allocator: str = "knapsack"
+    allocator: str = "auto"
     allocator_options: Mapping[str, str] = field(default_factory=dict)
     solver: str = "3basil"
     solver_options: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class SearchOptions:
     seed: int = 0
     pricing: str = "fit"
     candidates: str = "auto"
-    search_tokens: int = 1_000_000
+    search_tokens: int = 500_000
 
     def __post_init__(self) -> None:
         _check_word("candidates", self.candidates, CANDIDATES)
@@ -365,10 +365,20 @@ def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
 
 def check_options(options: SearchOptions) -> None:
     """Raise what is wrong with the options before a model is loaded: unknown names, budgets outside (0, 1]."""
-    get_solver(options.solver, options.solver_options)
+    solver = get_solver(options.solver, options.solver_options)
     get_allocator(options.allocator, options.allocator_options)
+    if options.candidates == "fit" and not _fitted(options, solver):
+        raise UsageError(
+            f"There are no fits to make candidates from: solver {solver.name} moves no weight it keeps, or --pricing "
+            "is span. Use --candidates span."
+        )
     NM.parse(options.pattern)
     Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
+
+
+def _fitted(options: SearchOptions, solver: Solver) -> bool:
+    """Whether layers are priced by fits. A solver that reads less than the Gram leaves what the span leaves."""
+    return options.pricing == "fit" and solver.needs is Needs.GRAM
 
 
 def check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
@@ -403,8 +413,7 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    # A solver that reads less than the Gram moves no weight it keeps: it leaves what the span leaves.
-    if options.pricing == "fit" and solver.needs is Needs.GRAM:
+    if _fitted(options, solver):
         _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None)
         # A pattern keeps more than what needs measuring.
         if options.sensitivity != "none" and pattern is None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from globalopt.candidates import FittedLayer, span_weight
 from globalopt.capture import BlockRunner
-from globalopt.errors import UsageError
 from globalopt.objective import Materialise, ModelObjective
 from globalopt.protocols import Candidate
 from globalopt.recorder import RecordedObjective, Selection
@@ -43,11 +42,6 @@ class SearchObjective(RecordedObjective):
     ) -> None:
         specs = {spec.name: spec for spec in problem.specs}
         fitted = all(run.fits_path(spec).exists() for spec in problem.specs)
-        if candidates == "fit" and not fitted:
-            raise UsageError(
-                "There are no fits to make candidates from: the layers were priced by their spans. Use --pricing fit "
-                "with a solver that moves the weights it keeps, or --candidates span."
-            )
         self.candidates = "fit" if fitted and candidates != "span" else "span"
         self._start = start
         self._run = run

@@ -88,9 +88,10 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
         assert found["knapsack"]["predicted"] <= found[labels[2]]["predicted"]
         assert found["knapsack"]["gap"] < 0.1
         assert found["uniform:rank_share=0"]["tokens"] == 4 * 16
-        assert found["knapsack"]["tokens"] == 4 * 4 * 16
+        # Two sweeps over four windows, and seven looks at each of 14 layers on as many.
+        assert found["knapsack"]["tokens"] == 8 * 4 * 16 + 7 * 14 * 4 * 16
         # Nine ramps on all of the selection text.
-        assert found["depth-ramp@5000"]["tokens"] == 4 * 4 * 16 + 9 * 3 * 16
+        assert found["depth-ramp@5000"]["tokens"] == found["knapsack"]["tokens"] + 9 * 3 * 16
 
     monkeypatch.setattr(pipeline, "finish", never)
     monkeypatch.setattr(pipeline, "span_layers", never)

@@ -74,7 +74,7 @@ def test_list_names_every_method_and_its_options():
 def test_search_leaves_a_whole_run(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
         "manifest.json", "budget.json", "summary.json",
-        "grams", "spans", "profiles", "sensitivity", "layers", "model",
+        "grams", "spans", "profiles", "sensitivity", "search", "layers", "model",
     }  # fmt: skip
     assert no_partial_files(tiny_run)
     assert {path.name for path in (tiny_run / "model").iterdir()} >= {"config.json", "model.safetensors"}
@@ -174,7 +174,7 @@ def test_quiet_says_nothing(tiny_search, tmp_path):
 def test_without_out_the_folder_is_named_by_the_options(tiny_search, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done(*tiny_search, "--budget", "0.6", "--pattern", "2:4", "-q")
-    assert (tmp_path / "runs" / "llama-0.6-2of4-knapsack-oats-seed0" / "summary.json").exists()
+    assert (tmp_path / "runs" / "llama-0.6-2of4-auto-oats-seed0" / "summary.json").exists()
 
 
 def test_fallbacks_have_an_exit_code_of_their_own(tiny_llama, tiny_text, tmp_path):
@@ -285,10 +285,10 @@ def test_eval_can_use_other_windows(tiny_run):
 def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "[bold]run")
     shown = done("report", folder).stdout
-    assert "knapsack" in shown
+    assert "Search on the true loss" in shown
     # A path is no markup, and is not folded.
     assert f"   model  {folder}/model\n" in shown
-    assert {path.name for path in (folder / "report").iterdir()} == {"allocation.png", "error.png"}
+    assert {path.name for path in (folder / "report").iterdir()} == {"allocation.png", "error.png", "search.png"}
     assert len(done("report", folder, "-v").stdout.splitlines()) >= len(shown.splitlines()) + 2 * 14
     compared = done("report", folder, tiny_run).stdout
     assert "Comparison" in compared
@@ -342,7 +342,7 @@ def test_a_process_reports_on_stdout_and_progresses_on_stderr(tiny_search, tiny_
     assert "Allocation by kind" in made.stdout
     assert made.stdout.isascii()
     steps = made.stderr.splitlines()
-    stages = ("load", "span", "price", "allocate", "refine", "save", "evaluate")
+    stages = ("load", "span", "price", "search", "refine", "save", "evaluate")
     assert [line.split()[0] for line in steps if " done " in line] == list(stages)
     # Nothing of the libraries' own chatter.
     assert all(line.split()[0] in stages for line in steps)
