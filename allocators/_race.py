@@ -57,7 +57,7 @@ class Race:
         self.trials = trials
         self.rng = rng
         problem = problem or trials.problem
-        losses = trials.objective.losses(starts, trials.all_chunks)
+        losses = trials.judge(starts)
         best = int(torch.argmin(losses.mean(1)))
         self.incumbent, self.losses = starts[best], losses[best]
         predicted = problem.predicted(self.incumbent)

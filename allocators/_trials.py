@@ -38,7 +38,7 @@ class Trials:
         self.objective = present(objective)
         self._starts = [dict(start) for start in starts]
         self._nominees: list[dict[str, Target]] = []
-        self._judged: set[frozenset[tuple[str, Target | Mask]]] = set()
+        self._asked: set[tuple[frozenset[tuple[str, Target | Mask]], int]] = set()
 
     @property
     def all_chunks(self) -> range:
@@ -47,15 +47,11 @@ class Trials:
 
     @property
     def left(self) -> int:
-        """Tokens that may be spent before the verdict, which judges all starts and `FINALISTS` nominees everywhere.
-
-        What was asked about everywhere already is judged for nothing.
-        """
+        """Tokens that may be spent before the verdict, which judges all starts and `FINALISTS` nominees everywhere."""
         finalists = self._nominees[-FINALISTS:]
-        known = sum(_key(nominee) in self._judged for nominee in finalists)
-        unknown = sum(_key(start) not in self._judged for start in self._starts)
-        verdict = (unknown + FINALISTS - known) * self.objective.chunks * self.objective.chunk_tokens
-        return self.objective.limit - self.objective.tokens - verdict
+        known = self._cost([*self._starts, *finalists], self.all_chunks)
+        unknown = (FINALISTS - len(finalists)) * self.objective.chunks * self.objective.chunk_tokens
+        return self.objective.limit - self.objective.tokens - known - unknown
 
     def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         """(candidates, windows) losses on `chunks`.
@@ -63,12 +59,23 @@ class Trials:
         Raises:
             OutOfTokens: they may cost more than is left.
         """
-        if len(candidates) * len(chunks) * self.objective.chunk_tokens > self.left:
+        if self._cost(candidates, chunks) > max(0, self.left):
             raise OutOfTokens
+        return self._ask(candidates, chunks)
+
+    def _cost(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> int:
+        """Tokens of what was not asked before, at most."""
+        new = {(_key(candidate), chunk) for candidate in candidates for chunk in chunks} - self._asked
+        return len(new) * self.objective.chunk_tokens
+
+    def _ask(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         losses = self.objective.losses(candidates, chunks)
-        if len(set(chunks)) == self.objective.chunks:
-            self._judged.update(_key(candidate) for candidate in candidates)
+        self._asked.update((_key(candidate), chunk) for candidate in candidates for chunk in chunks)
         return losses
+
+    def judge(self, candidates: Sequence[Candidate]) -> Tensor:
+        """(candidates, windows) losses on the whole selection text, whatever is left: for starts and the verdict."""
+        return self._ask(candidates, self.all_chunks)
 
     def nominate(self, targets: Mapping[str, Target]) -> None:
         """Put `targets` forward for the verdict; of more than `FINALISTS` the latest are heard."""
@@ -84,9 +91,7 @@ class Trials:
         """
         heard = [*self._starts]
         heard += [nominee for nominee in self._nominees[-FINALISTS:] if nominee not in heard]
-        means = self.objective.losses(heard, self.all_chunks).mean(1)
-        self._judged.update(map(_key, heard))
-        return heard[int(torch.argmin(means))]
+        return heard[int(torch.argmin(self.judge(heard).mean(1)))]
 
 
 def _key(candidate: Candidate) -> frozenset[tuple[str, Target | Mask]]:

@@ -137,7 +137,7 @@ class _Search:
         self.space = {name: FloatDistribution(-options.spread, options.spread) for name in self.warp.names}
         self.study = _open(trials.objective.study)
         self._solved: dict[Theta, dict[str, Target]] = {}
-        self.knapsack = trials.objective.losses([starts[0]], trials.all_chunks)[0]
+        self.knapsack = trials.judge([starts[0]])[0]
         near = [nearest(problem, self.warp, start) for start in starts[1:]]
         clipped = np.clip(near, -options.spread, options.spread)
         self.warm: list[Theta] = [(0.0,) * len(self.warp.names), *(tuple(theta.tolist()) for theta in clipped)]
