@@ -20,7 +20,7 @@ PROBLEMS = {
 
 
 def made(at: Problem) -> BudgetFile:
-    allocation = get_allocator("knapsack").allocate(at, at.predicted)
+    allocation = get_allocator("knapsack").allocate(at)
     total = sum(spec.numel for spec in at.specs)
     return budget_file.make(allocation, at, "f" * 64, total, total + 10, at.budget.kept, "output error")
 
@@ -41,7 +41,7 @@ def test_round_trip_is_exact(at, tmp_path):
 
 
 def test_the_allocation_comes_back(at, tmp_path):
-    allocation = get_allocator("knapsack").allocate(at, at.predicted)
+    allocation = get_allocator("knapsack").allocate(at)
     budget_file.write(tmp_path / "budget.json", made(at))
     read = budget_file.read(tmp_path / "budget.json")
     assert read.for_model("f" * 64, at.specs, tmp_path) == allocation

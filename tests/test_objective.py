@@ -13,7 +13,7 @@ from globalopt.errors import NumericalError, UsageError
 from globalopt.evaluate import evaluate
 from globalopt.layers import find_layers
 from globalopt.objective import ModelObjective, Teacher
-from globalopt.types import LayerSpec, Target
+from globalopt.types import LayerSpec, Mask, Target
 from tests.tiny_models import tiny_ids, tiny_model
 
 WINDOWS, TOKENS = 6, 10
@@ -54,8 +54,9 @@ def test_a_lumped_tail_gives_a_lower_bound_that_tightens(logits):
     torch.testing.assert_close(one[0], by_hand, rtol=1e-5, atol=0)
 
 
-def shrunk(spec: LayerSpec, weight: torch.Tensor, target: Target) -> torch.Tensor:
+def shrunk(spec: LayerSpec, weight: torch.Tensor, target: Target | Mask) -> torch.Tensor:
     """A stand-in for a candidate that depends on every number of its target."""
+    assert isinstance(target, Target)
     return weight * (target.nnz / spec.numel) + 0.01 * target.rank
 
 

@@ -27,18 +27,18 @@ def outputs(d_out: int) -> Gram:
     return Gram(g.mT @ g / 300, 300)
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize(("d_out", "d_in"), [(24, 40), (40, 24)])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_everything_taken_gives_back_the_weight(scaling, shape):
-    W, gram = layer(*shape, 200)
+def test_everything_taken_gives_back_the_weight(scaling, d_out, d_in):
+    W, gram = layer(d_out, d_in, 200)
     span = compute_span(W, gram, scaling, outputs(len(W)))
     for rank in (0, span.max_rank // 2, span.max_rank):
         torch.testing.assert_close(take(span, Target(rank, W.numel())).dense(), W, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-def test_direct_directions_are_the_best_low_rank_approximation(shape):
-    W, gram = layer(*shape, 200)
+@pytest.mark.parametrize(("d_out", "d_in"), [(24, 40), (40, 24)])
+def test_direct_directions_are_the_best_low_rank_approximation(d_out, d_in):
+    W, gram = layer(d_out, d_in, 200)
     span = compute_span(W, gram, "direct")
     best = get_solver("svd", {"damping": "0"})
     for rank in (1, 5, 12):
