@@ -94,7 +94,7 @@ def weigh_layers(
 
     def materialise(spec: LayerSpec, kept: Target | Mask) -> Tensor:
         assert isinstance(kept, Target), "a layer is asked about as a target"
-        return fits[spec.name][kept.rank].to(dense.device) if kept.nnz == 0 else objective.dense(spec.name)
+        return fits[spec.name][kept.rank] if kept.nnz == 0 else objective.dense(spec.name)
 
     objective = ModelObjective(runner, materialise)
     everything: Candidate = {spec.name: Target.dense(spec) for spec in runner.layers.specs}
