@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from globalopt.errors import UsageError
 from globalopt.span import take
 from globalopt.types import Decomposition, ErrorSurface, Mask, Span, Target
 
@@ -44,17 +43,11 @@ class FittedLayer:
     anchors: tuple[tuple[Target, ...], ...]
     residuals: Tensor
 
-    def weight(self, dense: Tensor, kept: Target | Mask) -> Tensor:
-        """(d_out, d_in) the layer at a target, about as a fit would leave the weight `dense` (d_out, d_in).
-
-        Raises:
-            UsageError: `kept` is a mask, which has no fit.
-        """
-        if isinstance(kept, Mask):
-            raise UsageError("Fitted candidates have no single components; use --candidates span.")
-        if kept == Target.zero():
+    def weight(self, dense: Tensor, target: Target) -> Tensor:
+        """(d_out, d_in) the layer at `target`, about as a fit would leave the weight `dense` (d_out, d_in)."""
+        if target == Target.zero():
             return torch.zeros_like(dense)
-        return dense - self.residual(kept).to(dense.device)
+        return dense - self.residual(target).to(dense.device)
 
     def residual(self, target: Target) -> Tensor:
         """(d_out, d_in) float32 what a fit at `target` would lose of the weight, about.

@@ -398,7 +398,10 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 
 
 def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
-    """Stage 1 and the sensitivity: a forward walk makes Grams and spans, then every option is priced."""
+    """All that an allocation is made from: Grams, the metric of every layer, spans, fits, measurements, prices.
+
+    What is there already is not made again.
+    """
     layers, device = bench.layers, bench.loaded.device
     unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
     if not unpriced:
@@ -449,6 +452,7 @@ def _look(bench: Bench) -> BlockRunner:
 def _fit(
     bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, chosen: Callable[[LayerSpec], Gram | None]
 ) -> None:
+    """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
     unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
     if unfitted:
         with bench.stage("fit", len(unfitted), "layers") as advance:
@@ -456,6 +460,7 @@ def _fit(
 
 
 def _measure(bench: Bench, run: Run) -> None:
+    """Measure the lowest fits of every layer where that was not done yet."""
     unmeasured = [spec for spec in bench.layers.specs if not run.measured_path(spec).exists()]
     if unmeasured:
         with bench.stage("measure", len(unmeasured), "layers") as advance:

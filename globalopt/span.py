@@ -96,17 +96,16 @@ def _whitened(weight: Tensor, gram: Gram, scaled: Tensor, scale: Tensor, rows: T
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("The weight is not finite.")
     W = weight.double()
-    # Of the eigenvectors of W G Wᵀ beyond the rank of W any basis will do: QR of what W maps to completes none of them.
+    # On the smaller side: where W is tall, its columns span all that W G Wᵀ can reach.
     basis = W if W.shape[0] > W.shape[1] else torch.eye(len(W), dtype=W.dtype, device=W.device)
     Q = torch.linalg.qr(basis).Q
     image = Q.mT @ W
-    values, vectors = torch.linalg.eigh(image @ gram.matrix.double() @ image.mT)
+    vectors = torch.linalg.eigh(image @ gram.matrix.double() @ image.mT).eigenvectors
     U = (Q @ vectors.flip(1)).to(weight.dtype)
     right = U.mT @ scaled
     s = torch.linalg.vector_norm(right, dim=1)
     Vh = right / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
-    energy = float(values.clamp_min(0).sum())
-    return Span(U, s, Vh, scaled - (U * s) @ Vh, scale, rows, {"rank": float(len(s)), "energy": energy})
+    return Span(U, s, Vh, scaled - (U * s) @ Vh, scale, rows, {"rank": float(len(s))})
 
 
 def take(span: Span, target: Target) -> Decomposition:
