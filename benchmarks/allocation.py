@@ -29,8 +29,8 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.pipeline import SearchOptions
 from globalopt.search_objective import CANDIDATES
+from globalopt.stages import SearchOptions
 from globalopt.store import replacing, write_json
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS

@@ -19,8 +19,8 @@ from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
 from globalopt import registry
 from globalopt.errors import UsageError
-from globalopt.pipeline import SearchOptions, check_options
 from globalopt.protocols import Allocator, Objective
+from globalopt.stages import SearchOptions, check_options
 from globalopt.surface import NNZ_LEVELS
 from globalopt.types import Allocation, ErrorSurface, Problem, Target
 from solvers import SOLVERS

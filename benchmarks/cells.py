@@ -21,14 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
-from globalopt import budget_file, pipeline
+from globalopt import budget_file, pipeline, stages, workbench
 from globalopt.errors import GlobalOptError, UsageError
-from globalopt.pipeline import Bench, ModelOptions, SearchOptions, TextOptions
 from globalopt.protocols import Allocator
 from globalopt.resources import StageClock
+from globalopt.stages import SearchOptions
 from globalopt.store import Run, read_json, write_json
 from globalopt.summary import Metrics, Summary
 from globalopt.types import NM, Target
+from globalopt.workbench import Bench, ModelOptions, TextOptions
 from reports import formats, make_progress
 from reports.tables import divergence
 
@@ -87,7 +88,7 @@ def set_up(options: argparse.Namespace, seed: int) -> Bench:
         eval_windows=options.eval_windows,
     )
     progress = make_progress(err, quiet=not err.is_terminal)
-    return pipeline.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
+    return workbench.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
 
 
 def analysed(
@@ -103,7 +104,7 @@ def analysed(
     options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing, scaling=scaling)
     run = Run.start(folder, {**bench.identity(seed), "analysis": asdict(options)}, bench.facts("analysis"))
     timed = replace(bench, clock=StageClock())
-    pipeline.analyse(timed, options, run, NM.parse(pattern))
+    stages.analyse(timed, options, run, NM.parse(pattern))
     if timed.clock.costs:
         write_json(_seconds_path(run), sum(stage.seconds for stage in timed.clock.costs))
     return run
@@ -125,7 +126,7 @@ def analysis_tokens(bench: Bench, priced: bool) -> int:
     windows = bench.splits.calibration.windows
     if not priced:
         return windows.numel()
-    looks = 7 * len(bench.layers.specs) * min(len(windows), pipeline.MEASURED_WINDOWS)
+    looks = 7 * len(bench.layers.specs) * min(len(windows), stages.MEASURED_WINDOWS)
     return 8 * windows.numel() + looks * windows.shape[1]
 
 

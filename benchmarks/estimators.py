@@ -30,9 +30,9 @@ from allocators.bernoulli import FREE, Baseline, Bernoulli, History
 from allocators.knapsack import Knapsack
 from globalopt import pipeline
 from globalopt.errors import UsageError
-from globalopt.pipeline import SearchOptions
 from globalopt.resources import StageClock
 from globalopt.search_objective import SearchObjective
+from globalopt.stages import SearchOptions
 from globalopt.store import write_json
 from globalopt.types import Problem
 from reports import formats

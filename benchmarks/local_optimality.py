@@ -23,10 +23,10 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from allocators._moves import improving_share
-from globalopt import pipeline
+from globalopt import pipeline, workbench
 from globalopt.errors import ArtefactError
-from globalopt.pipeline import SearchOptions
 from globalopt.resources import StageClock
+from globalopt.stages import SearchOptions
 from globalopt.store import Run, write_json
 from reports import formats, make_progress
 from reports.tables import add_numbers, footed, report_table
@@ -61,7 +61,7 @@ def measure(folder: Path, options: argparse.Namespace) -> Optimality:
     run, model, text = pipeline.recorded(folder)
     search = search_options(run)
     progress = make_progress(cells.err, quiet=not cells.err.is_terminal)
-    bench = pipeline.set_up(model, text, search.seed, progress, StageClock())
+    bench = workbench.set_up(model, text, search.seed, progress, StageClock())
     identity = {**bench.identity(search.seed), "search": asdict(search), "run": run.manifest["fingerprint"]}
     own = Run.start(options.out / "journals" / key(run), identity, bench.facts("local optimality"))
     cells.share_analysis(run, own)

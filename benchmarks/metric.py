@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.pipeline import SearchOptions, check_options
 from globalopt.protocols import Outputs
+from globalopt.stages import SearchOptions, check_options
 from globalopt.store import write_json
 from globalopt.summary import Summary
 from reports import formats

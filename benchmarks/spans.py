@@ -23,8 +23,8 @@ from allocator_contenders import Contender, check
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.pipeline import PRICINGS, SearchOptions
 from globalopt.span import SCALINGS
+from globalopt.stages import PRICINGS, SearchOptions
 from globalopt.store import Run, write_json
 from globalopt.summary import Summary
 from reports import formats

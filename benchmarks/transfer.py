@@ -31,11 +31,12 @@ from rich.text import Text
 from globalopt import budget_file, pipeline
 from globalopt.budget_file import BudgetFile
 from globalopt.errors import UsageError
-from globalopt.pipeline import Bench, SearchOptions
 from globalopt.refine import for_solver
+from globalopt.stages import SearchOptions
 from globalopt.store import Run, write_json
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS, Budget
+from globalopt.workbench import Bench
 from reports import formats
 from reports.surrogate import rank_correlation
 from reports.tables import add_numbers, footed, report_table

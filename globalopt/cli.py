@@ -22,9 +22,9 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from globalopt.pipeline import Bench, ModelOptions, TextOptions
     from globalopt.store import Run
     from globalopt.summary import Family, Summary
+    from globalopt.workbench import Bench, ModelOptions, TextOptions
 
 app = typer.Typer(
     name="globalopt",
@@ -179,7 +179,7 @@ def search(
     with _errors():
         from dataclasses import replace
 
-        from globalopt import family, pipeline
+        from globalopt import family, pipeline, stages, workbench
         from globalopt.errors import UsageError
         from globalopt.store import Run
 
@@ -190,7 +190,7 @@ def search(
         allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
         if not several and not search_tokens:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
-        options = pipeline.SearchOptions(
+        options = stages.SearchOptions(
             budget=budgets[0],
             accounting=accounting,
             pattern=pattern,
@@ -206,11 +206,11 @@ def search(
             seed=seed,
         )
         for kept in budgets:
-            pipeline.check_options(replace(options, budget=kept))
-        models = pipeline.ModelOptions(
+            stages.check_options(replace(options, budget=kept))
+        models = workbench.ModelOptions(
             _one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
         )
-        texts = pipeline.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
@@ -258,17 +258,17 @@ def compress(
 ) -> None:
     """Refine a found budget with any solver."""
     with _errors():
-        from globalopt import budget_file, pipeline
+        from globalopt import budget_file, pipeline, workbench
         from globalopt.store import Run
         from solvers import get_solver
 
         file = budget_file.read(budget_path)
         options = _pairs(solver_set, "--set")
         get_solver(solver, options)
-        models = pipeline.ModelOptions(
+        models = workbench.ModelOptions(
             _one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
         )
-        texts = pipeline.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or _default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         Run.check_folder(folder)
         bench = _bench(models, texts, seed, quiet)
@@ -311,18 +311,18 @@ def evaluate(
     with _errors():
         from dataclasses import asdict, replace
 
-        from globalopt import pipeline
+        from globalopt import pipeline, workbench
         from globalopt.store import MANIFEST
 
-        models = pipeline.ModelOptions(_named(target), allow_low_coverage=True)
-        texts = pipeline.TextOptions(nsamples=1)
+        models = workbench.ModelOptions(_named(target), allow_low_coverage=True)
+        texts = workbench.TextOptions(nsamples=1)
         if target is not None and (Path(target) / MANIFEST).exists():
             run, recorded, texts = pipeline.recorded(Path(target))
-            dense = dense or recorded.model or pipeline.REFERENCE
+            dense = dense or recorded.model or workbench.REFERENCE
             trust_remote_code = trust_remote_code or recorded.trust_remote_code
             models = replace(models, model=str(run.saved_model))
             if recorded.model is None and texts.calibration is None:
-                texts = replace(texts, calibration=pipeline.REFERENCE)
+                texts = replace(texts, calibration=workbench.REFERENCE)
         models = replace(models, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         given = {
             "calibration": calibration,
@@ -516,9 +516,9 @@ def _one_model(argument: str | None, option: str | None) -> str | None:
 
 def _named(model: str | None) -> str | None:
     """The model as the pipeline names it: None for the bundled one, which reports call `reference`."""
-    from globalopt import pipeline
+    from globalopt import workbench
 
-    return None if model == pipeline.REFERENCE else model
+    return None if model == workbench.REFERENCE else model
 
 
 def _default_folder(models: ModelOptions, name: str) -> Path:
@@ -531,11 +531,11 @@ def _default_folder(models: ModelOptions, name: str) -> Path:
 
 
 def _bench(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:
-    from globalopt import pipeline
+    from globalopt import workbench
     from globalopt.resources import StageClock
     from reports import make_progress
 
-    return pipeline.set_up(models, texts, seed, make_progress(err, quiet), StageClock())
+    return workbench.set_up(models, texts, seed, make_progress(err, quiet), StageClock())
 
 
 def _print_json(value: object) -> None:

@@ -10,11 +10,13 @@ from allocators import Knapsack, Uniform
 from allocators.nested import nested
 from globalopt import budget_file
 from globalopt.errors import BudgetError
-from globalopt.pipeline import Bench, SearchOptions, analyse, budget_of, check_pattern, pose, true_loss, versions
+from globalopt.pipeline import budget_of, pose, true_loss
 from globalopt.registry import read_options
+from globalopt.stages import SearchOptions, analyse, check_pattern
 from globalopt.store import Run
 from globalopt.summary import Family, FamilyPoint, Outcome
 from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem
+from globalopt.workbench import Bench, versions
 
 FRONTIER = tuple(round(0.05 * step, 2) for step in range(2, 19))
 """Fractions kept of a whole frontier: 0.1 to 0.9 in steps of 0.05."""

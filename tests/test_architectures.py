@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from globalopt import pipeline
+from globalopt import pipeline, stages, workbench
 from globalopt.budget_file import read
 from globalopt.errors import UnsupportedModelError
 from globalopt.resources import StageClock
@@ -16,16 +16,16 @@ from tests.tiny_models import COVERED_KINDS, save_tiny
 
 
 def bench(folder, text):
-    options = pipeline.ModelOptions(str(folder))
-    texts = pipeline.TextOptions(str(text), nsamples=4, seqlen=16, eval_windows=2, batch_size=2)
-    return pipeline.set_up(options, texts, 0, QuietProgress(), StageClock())
+    options = workbench.ModelOptions(str(folder))
+    texts = workbench.TextOptions(str(text), nsamples=4, seqlen=16, eval_windows=2, batch_size=2)
+    return workbench.set_up(options, texts, 0, QuietProgress(), StageClock())
 
 
 @pytest.mark.parametrize("kind", COVERED_KINDS)
 def test_search_compresses_it(kind, tmp_path):
     model = save_tiny(tmp_path / "model", kind)
     made = bench(model, write_text(tmp_path / "text.txt"))
-    options = pipeline.SearchOptions(budget=0.5, solver="sparsegpt", pricing="span")
+    options = stages.SearchOptions(budget=0.5, solver="sparsegpt", pricing="span")
     summary, run = pipeline.search(made, options, tmp_path / "run", "test")
     assert 0.999 * summary.limit <= summary.used <= summary.limit
     assert summary.compressed[0].kl

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from allocators import Knapsack
-from globalopt import pipeline
+from globalopt import pipeline, stages, workbench
 from globalopt.errors import UsageError
 from tests.surfaces import problem
 from tests.tiny_models import save_tiny
@@ -94,7 +94,7 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
         assert found["depth-ramp@5000"]["tokens"] == found["knapsack"]["tokens"] + 9 * 3 * 16
 
     monkeypatch.setattr(pipeline, "finish", never)
-    monkeypatch.setattr(pipeline, "span_layers", never)
+    monkeypatch.setattr(stages, "span_layers", never)
     monkeypatch.setattr(pipeline, "BlockRunner", never)
     assert allocation.main(command) == 0
     assert json.loads((out / "allocation.json").read_text()) == result
@@ -110,7 +110,7 @@ def test_a_cell_is_what_search_finds_by_itself(tiny, tmp_path):
     *_, cell = json.loads((tmp_path / "out" / "allocation.json").read_text())["cells"]
     assert cell["label"] == "depth-ramp@9000"
     options = cells.option_parser("").parse_args([*tiny, "--out", "unused"])
-    asked = pipeline.SearchOptions(
+    asked = stages.SearchOptions(
         budget=0.4, allocator="depth-ramp", solver_options={"steps": "2"}, seed=1, search_tokens=9000
     )
     summary, _ = pipeline.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
@@ -155,7 +155,7 @@ def test_one_share_offers_every_layer_the_rank_shares_nearest_to_it():
 
 
 def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "set_up", never)
+    monkeypatch.setattr(workbench, "set_up", never)
     command = ["--out", str(tmp_path / "out"), *tiny]
     assert script("allocation").main([*command, "--budgets", "0.5", "1.5"]) == 2
     assert "1.5" in capsys.readouterr().err
@@ -203,7 +203,7 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
         assert cell["improving"] / 6 <= cell["bound"] <= 1
         assert cell["loss"] == pytest.approx(of[label])
 
-    monkeypatch.setattr(pipeline, "set_up", never)
+    monkeypatch.setattr(workbench, "set_up", never)
     assert optimality.main(command) == 0
     assert json.loads((out / "local_optimality.json").read_text()) == result
     assert optimality.main([str(cells / "seed0" / "analysis"), "--out", str(out)]) == 1
@@ -291,14 +291,14 @@ def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeyp
         assert found[solver, "file:knapsack"] == pytest.approx(kl[solver, "knapsack"])
 
     # A file of another size is refused before anything is computed.
-    monkeypatch.setattr(pipeline, "analyse", never)
+    monkeypatch.setattr(stages, "analyse", never)
     other = [str(file), "--out", str(tmp_path / "other"), *tiny, "--budget", "0.5", "--seeds", "0"]
     assert transfer.main([*other, "--allocators", "uniform"]) == 2
     assert "--budget 0.4" in capsys.readouterr().err
 
 
 def test_transfer_refuses_a_solver_that_cannot_meet_a_pattern(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "set_up", never)
+    monkeypatch.setattr(workbench, "set_up", never)
     command = ["--out", str(tmp_path), *tiny, "--pattern", "2:4", "--budget", "0.7", "--solvers", "oats", "wanda"]
     assert script("transfer").main([*command, "--allocators", "knapsack"]) == 2
     assert "wanda has no low-rank part" in capsys.readouterr().err

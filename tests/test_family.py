@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from allocators.nested import is_within
-from globalopt import budget_file, family, pipeline
+from globalopt import budget_file, family, workbench
 from globalopt.budget_file import BudgetFile
 from globalopt.cli import INTERRUPTED
 from globalopt.objective import ModelObjective
@@ -210,14 +210,14 @@ def test_a_broken_family_is_named(tiny_family, tmp_path):
 
 def test_the_dense_weights_are_back_after_measuring(tiny_search, tmp_path, monkeypatch):
     kept = {}
-    made = pipeline.set_up
+    made = workbench.set_up
 
     def set_up(*arguments):
         kept["bench"] = made(*arguments)
         kept["before"] = {spec.name: kept["bench"].layers.weight(spec.name) for spec in kept["bench"].layers.specs}
         return kept["bench"]
 
-    monkeypatch.setattr(pipeline, "set_up", set_up)
+    monkeypatch.setattr(workbench, "set_up", set_up)
     done(*tiny_search, "--budget", "0.3,0.5", "--out", tmp_path / "family", "-q")
     layers = kept["bench"].layers
     assert all(layers.weight(name).equal(weight) for name, weight in kept["before"].items())

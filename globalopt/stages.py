@@ -1,0 +1,169 @@
+"""The stages of an analysis: all that an allocation is made from, each skipped where its artefacts are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from allocators import get_allocator
+from globalopt.analysis import (
+    fit_layers,
+    measure_layers,
+    output_grams,
+    price_by_gradients,
+    price_by_grams,
+    span_layers,
+    weigh_layers,
+)
+from globalopt.capture import Batch, BlockRunner
+from globalopt.errors import UsageError
+from globalopt.protocols import Needs, Outputs, Solver
+from globalopt.search_objective import CANDIDATES
+from globalopt.span import SCALINGS
+from globalopt.store import Run
+from globalopt.types import NM, Budget, ErrorSurface, Gram, LayerSpec, Problem, Target
+from globalopt.workbench import Bench
+from solvers import get_solver
+
+SENSITIVITIES = ("fisher", "none")
+PRICINGS = ("fit", "span")
+MEASURED_WINDOWS = 4
+"""Calibration windows on which single layers are measured."""
+
+OTHER_LABELS = 2**31
+"""Turns a seed of labels into that of others."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What `search` is asked for; option texts are kept as typed until their table converts them."""
+
+    budget: float
+    accounting: str = "params"
+    pattern: str = "unstructured"
+    allocator: str = "auto"
+    allocator_options: Mapping[str, str] = field(default_factory=dict)
+    solver: str = "3basil"
+    solver_options: Mapping[str, str] = field(default_factory=dict)
+    sensitivity: str = "fisher"
+    scaling: str = "activation"
+    seed: int = 0
+    pricing: str = "fit"
+    candidates: str = "auto"
+    search_tokens: int = 500_000
+
+    def __post_init__(self) -> None:
+        check_word("candidates", self.candidates, CANDIDATES)
+        check_word("sensitivity", self.sensitivity, SENSITIVITIES)
+        check_word("span-scaling", self.scaling, SCALINGS)
+        check_word("pricing", self.pricing, PRICINGS)
+
+
+def check_word(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
+
+
+def check_options(options: SearchOptions) -> None:
+    """Raise what is wrong with the options before a model is loaded: unknown names, budgets outside (0, 1]."""
+    solver = get_solver(options.solver, options.solver_options)
+    get_allocator(options.allocator, options.allocator_options)
+    if options.candidates == "fit" and not _fitted(options, solver):
+        raise UsageError(
+            f"There are no fits to make candidates from: solver {solver.name} moves no weight it keeps, or --pricing "
+            "is span. Use --candidates span."
+        )
+    NM.parse(options.pattern)
+    Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
+
+
+def _fitted(options: SearchOptions, solver: Solver) -> bool:
+    """Whether layers are priced by fits. A solver that reads less than the Gram leaves what the span leaves."""
+    return options.pricing == "fit" and solver.needs is Needs.GRAM
+
+
+def check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
+    """Refuse a pattern that does not divide a layer or does not fit the budget, before anything is computed."""
+    if pattern is None:
+        return
+    surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
+    Problem(surfaces, budget, pattern)
+
+
+def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
+    """All that an allocation is made from: Grams, the metric of every layer, spans, fits, measurements, prices.
+
+    What is there already is not made again.
+    """
+    layers, device = bench.layers, bench.loaded.device
+    unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
+    if not unpriced:
+        return
+    solver = get_solver(options.solver, options.solver_options)
+    weighted = solver.outputs is not Outputs.NONE and options.sensitivity != "none"
+    if weighted or options.scaling == "output":
+        # Of other labels than the prices': what was fitted to gradients looks too good when they price it.
+        collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
+    if weighted:
+        weigh(bench, run, pattern, solver.outputs)
+    runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
+    with bench.stage("span", len(layers.specs), "layers") as advance:
+        inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
+    if _fitted(options, solver):
+        _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None)
+        # A pattern keeps more than what needs measuring.
+        if options.sensitivity != "none" and pattern is None:
+            _measure(bench, run)
+    with bench.stage("price", len(unpriced), "layers") as advance:
+        if options.sensitivity == "none":
+            found = price_by_grams(layers, unpriced, run, pattern)
+        else:
+            found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device)
+        for surface, outputs in found:
+            run.write_sensitivity(surface, outputs)
+            advance(surface.spec.name)
+
+
+def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs) -> None:
+    """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and as much of `A` as `outputs` says."""
+    unweighed = [spec for spec in bench.layers.specs if not run.weighing_path(spec).exists()]
+    if unweighed:
+        with bench.stage("weigh", len(unweighed), "layers") as advance:
+            weigh_layers(_look(bench), unweighed, run, pattern, _quick(outputs), advance)
+
+
+def _quick(outputs: Outputs) -> Solver:
+    """What fits layers that are only looked at."""
+    return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
+
+
+def _look(bench: Bench) -> BlockRunner:
+    """A runner on the few calibration windows on which layers are looked at one at a time."""
+    return BlockRunner(bench.layers, [Batch(bench.splits.calibration.windows[:MEASURED_WINDOWS])])
+
+
+def _fit(
+    bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, chosen: Callable[[LayerSpec], Gram | None]
+) -> None:
+    """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
+    unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
+    if unfitted:
+        with bench.stage("fit", len(unfitted), "layers") as advance:
+            fit_layers(bench.layers, unfitted, run, pattern, _quick(outputs), chosen, advance)
+
+
+def _measure(bench: Bench, run: Run) -> None:
+    """Measure the lowest fits of every layer where that was not done yet."""
+    unmeasured = [spec for spec in bench.layers.specs if not run.measured_path(spec).exists()]
+    if unmeasured:
+        with bench.stage("measure", len(unmeasured), "layers") as advance:
+            measure_layers(_look(bench), unmeasured, run, advance)
+
+
+def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
+    """The output Grams that are not there yet, by a backward sweep of their own."""
+    unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]
+    if unmeasured:
+        runner = BlockRunner(bench.layers, bench.batches(bench.splits.calibration))
+        with bench.stage("outputs", len(unmeasured), "layers") as advance:
+            output_grams(runner, run, unmeasured, seed, bench.loaded.device, advance)

@@ -1,0 +1,157 @@
+"""A loaded model with its texts: what every verb works on, and the options that decide it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
+from globalopt.capture import Batch
+from globalopt.errors import UsageError
+from globalopt.layers import ModelLayers, check_finite, find_layers
+from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, weights_sha256
+from globalopt.protocols import Progress
+from globalopt.resources import StageClock
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded. `model` None is the bundled reference model."""
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_low_coverage: bool = False
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text, and how it is cut into windows. `calibration` None is the bundled text (reference model only)."""
+
+    calibration: str | None = None
+    eval_text: str | None = None
+    text_column: str | None = None
+    nsamples: int = 128
+    seqlen: int = 256
+    eval_windows: int = 128
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen", "eval_windows", "batch_size"):
+            least = 2 if name == "seqlen" else 1
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must be at least {least}; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A loaded model with its layers and its windows, and where stages say how far they are."""
+
+    model_options: ModelOptions
+    text_options: TextOptions
+    loaded: LoadedModel
+    layers: ModelLayers
+    splits: Splits
+    progress: Progress
+    clock: StageClock
+
+    @property
+    def name(self) -> str:
+        return self.model_options.model or REFERENCE
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.layers)
+
+    def batches(self, split: Split) -> list[Batch]:
+        return [Batch(windows) for windows in split.windows.split(self.text_options.batch_size)]
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What decides results apart from the method: weights, windows, precision, seed."""
+        return {
+            "model": self.fingerprint,
+            "weights": weights_sha256(self.layers),
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "splits": {split.name: split.sha256 for split in self.splits},
+            "batch_size": self.text_options.batch_size,
+            "seed": seed,
+        }
+
+    def facts(self, command: str) -> dict[str, Any]:
+        """What is recorded beside the identity: how to make the same run, or evaluate it, again."""
+        return {
+            "command": command,
+            "model": self.name,
+            "model_options": asdict(self.model_options),
+            "text_options": asdict(self.text_options),
+            "splits": {split.name: split.record() for split in self.splits},
+            "versions": versions(),
+        }
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """A stage that is both shown and measured."""
+        with self.clock.stage(name), self.progress.stage(name, total, unit) as advance:
+            yield advance
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    packages = ("globalopt", "torch", "transformers", "scipy", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress, clock: StageClock) -> Bench:
+    """Load the model and cut the text into its splits.
+
+    Raises:
+        UsageError: a model of the user's without a text of the user's.
+        ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
+    """
+    with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
+        loaded, layers = load(model)
+        advance("model")
+        splits = _splits(loaded, model, text, seed)
+        advance("text")
+    if model.model is None:
+        progress.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    return Bench(model, text, loaded, layers, splits, progress, clock)
+
+
+def load(options: ModelOptions) -> tuple[LoadedModel, ModelLayers]:
+    """The model that the options name, with its layers, all of it finite."""
+    loaded = load_model(
+        options.model or str(reference_folder()), options.dtype, options.device, options.trust_remote_code
+    )
+    layers = find_layers(loaded.model, options.allow_low_coverage)
+    check_finite(layers)
+    return loaded, layers
+
+
+def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    sizes: dict[str, Any] = {
+        "nsamples": text.nsamples,
+        "seqlen": text.seqlen,
+        "seed": seed,
+        "eval_windows": text.eval_windows,
+        "max_length": longest,
+    }
+    if text.calibration in (None, REFERENCE):
+        if model.model is not None and text.calibration is None:
+            raise UsageError(
+                "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
+                "folder saved by `datasets`, or a hub data set."
+            )
+        return reference_splits(loaded.tokenizer, **sizes)
+    calibration = read_text(text.calibration, text.text_column)
+    evaluation = read_text(text.eval_text, text.text_column) if text.eval_text else None
+    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes)
