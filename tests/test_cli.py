@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from allocators import ALLOCATORS
 from globalopt import budget_file, pipeline
-from globalopt.cli import INTERRUPTED
+from globalopt.commands.console import INTERRUPTED
 from globalopt.layers import find_layers
 from globalopt.models import load_model, model_fingerprint, reference_folder
 from globalopt.store import Run

@@ -12,7 +12,7 @@ import pytest
 from allocators.nested import is_within
 from globalopt import budget_file, family, workbench
 from globalopt.budget_file import BudgetFile
-from globalopt.cli import INTERRUPTED
+from globalopt.commands.console import INTERRUPTED
 from globalopt.objective import ModelObjective
 from globalopt.store import Run
 from globalopt.types import Target

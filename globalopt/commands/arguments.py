@@ -1,0 +1,60 @@
+"""What the words of an option come to: a model, a folder, NAME=VALUE pairs, a bench."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from globalopt.commands.console import err
+
+if TYPE_CHECKING:
+    from globalopt.workbench import Bench, ModelOptions, TextOptions
+
+
+def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """NAME=VALUE, comma separated and repeated, as the registries take them; `UsageError` naming the `option`."""
+    from globalopt.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in (part for given in texts or () for part in given.split(",")):
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise UsageError(f"{option} takes NAME=VALUE; got '{text}'.")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The one model of MODEL and --model; `UsageError` where they name two."""
+    from globalopt.errors import UsageError
+
+    if argument and option and argument != option:
+        raise UsageError(f"Two models were given: {argument} and --model {option}. Give one.")
+    return named(argument or option)
+
+
+def named(model: str | None) -> str | None:
+    """The model as the pipeline names it: None for the bundled one, which reports call `reference`."""
+    from globalopt import workbench
+
+    return None if model == workbench.REFERENCE else model
+
+
+def default_folder(models: ModelOptions, name: str) -> Path:
+    """Where a run goes without --out."""
+    if models.model is None:
+        return Path("runs") / f"reference-{name}"
+    path = Path(models.model)
+    # Of "." and ".." only the resolved path has a name; of a hub id only its own.
+    base = path.resolve() if path.exists() else path
+    return Path("runs") / f"{base.name}-{name}"
+
+
+def set_up(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:
+    """A bench with its progress on stderr."""
+    from globalopt import workbench
+    from globalopt.resources import StageClock
+    from reports import make_progress
+
+    return workbench.set_up(models, texts, seed, make_progress(err, quiet), StageClock())

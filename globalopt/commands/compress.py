@@ -1,0 +1,88 @@
+"""`globalopt compress`: refine a found budget."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from globalopt.commands.arguments import default_folder, one_model, pairs, set_up
+from globalopt.commands.console import errors
+from globalopt.commands.options import (
+    BatchSize,
+    Calibration,
+    Device,
+    Dtype,
+    EvalText,
+    EvalWindows,
+    Fresh,
+    Json,
+    LowCoverage,
+    ModelArgument,
+    ModelOption,
+    Nsamples,
+    Out,
+    Quiet,
+    Seed,
+    Seqlen,
+    SolverName,
+    SolverSet,
+    TextColumn,
+    Trust,
+    Verbose,
+)
+from globalopt.commands.results import show
+
+
+def compress(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    *,
+    budget_path: Annotated[
+        Path, typer.Option("--budget-file", help="A budget.json that `search` wrote.", show_default=False)
+    ],
+    solver: SolverName = "3basil",
+    solver_set: SolverSet = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="fisher: a backward sweep weights outputs, for solvers that can; none: inputs only.")
+    ] = "fisher",
+    calibration: Calibration = None,
+    eval_text: EvalText = None,
+    text_column: TextColumn = None,
+    nsamples: Nsamples = 128,
+    seqlen: Seqlen = 256,
+    eval_windows: EvalWindows = 128,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    allow_low_coverage: LowCoverage = False,
+    folder: Out = None,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Refine a found budget with any solver."""
+    with errors():
+        from globalopt import budget_file, pipeline, workbench
+        from globalopt.store import Run
+        from solvers import get_solver
+
+        file = budget_file.read(budget_path)
+        options = pairs(solver_set, "--set")
+        get_solver(solver, options)
+        models = workbench.ModelOptions(
+            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
+        )
+        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
+        Run.check_folder(folder)
+        bench = set_up(models, texts, seed, quiet)
+        summary, run = pipeline.compress(
+            bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh, sensitivity
+        )
+        show(summary, run, quiet, verbose, as_json)

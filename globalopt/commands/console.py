@@ -1,0 +1,68 @@
+"""What every command does with the terminal: its two streams, one line per error, and the exit codes.
+
+0 done, 1 failed, 2 usage, 3 budget infeasible, 4 finished with fallbacks, 130 interrupted and resumable.
+"""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import typer
+from rich.console import Console
+
+FAILED = 1
+DONE_WITH_FALLBACKS = 4
+INTERRUPTED = 130
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Turn the error family, exhausted memory and Ctrl-C into one line and an exit code."""
+    from globalopt.errors import GlobalOptError
+
+    try:
+        # Library advice (deprecations, tokenizer hints) is for us, not for a user in the middle of a run.
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except GlobalOptError as cause:
+        raise _exit(str(cause), cause.exit_code) from None
+    except _out_of_memory() as cause:
+        raise _exit(
+            f"Out of memory ({cause}). Lower --batch-size, --seqlen or --nsamples, or use --dtype bfloat16.", FAILED
+        ) from None
+    except KeyboardInterrupt:
+        err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    from rich.text import Text
+
+    line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
+    err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    return typer.Exit(code)
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    import torch
+
+    return MemoryError, torch.OutOfMemoryError
+
+
+def print_json(value: object) -> None:
+    """Print a JSON-able value, the same on a terminal of any width."""
+    out.out(json.dumps(value, indent=1, allow_nan=False), highlight=False)
+
+
+def say(lines: Sequence[tuple[str, object]]) -> None:
+    """Print labels and what they say, whole lines that can be copied."""
+    for label, text in lines:
+        out.out(f"{label:>8}  {text}", highlight=False)

@@ -1,0 +1,55 @@
+"""The options that several commands take, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Local folder or hub id. Left out: the bundled reference model.", show_default=False),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "--model-name-or-path", help="The same as the argument.", show_default=False),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: what the model computes in.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+LowCoverage = Annotated[
+    bool, typer.Option("--allow-low-coverage", help="Go on where under half of the block parameters is compressible.")
+]
+SolverName = Annotated[str, typer.Option("--solver", help="What fits the layers; `globalopt list` shows them all.")]
+SolverSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Solver options, comma separated; may be repeated.", metavar="NAME=VALUE"),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        # The backslash keeps rich from reading markup.
+        help=r"Text: .txt, .jsonl or .parquet file, a folder saved by datasets, hub data set ID\[@CONFIG][:SPLIT], or "
+        "`reference`: the bundled one.",
+        show_default=False,
+    ),
+]
+EvalText = Annotated[
+    str | None,
+    typer.Option(help="Another text for the test split. Left out: the end of --calibration.", show_default=False),
+]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the text in a table.", show_default=False)]
+Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
+EvalWindows = Annotated[int, typer.Option(help="Most windows of each evaluation split.")]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", max=2**20)]
+Seed = Annotated[int, typer.Option(help="Of windows, labels and search.", min=0, max=2**32 - 1)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run folder. Left out: runs/NAME, made from the options.", show_default=False),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in the folder and start over.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

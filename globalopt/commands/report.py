@@ -1,0 +1,38 @@
+"""`globalopt report`: a run again, or several beside each other."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from globalopt.commands.console import errors, out, print_json
+from globalopt.commands.options import Json, Verbose
+from globalopt.commands.results import show_family, show_report
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", show_default=False)],
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Tables and heatmaps of a run, or a comparison of several."""
+    with errors():
+        from dataclasses import asdict
+
+        import reports
+        from globalopt.store import Run
+
+        opened = [Run.open(folder) for folder in runs]
+        if len(opened) == 1 and opened[0].family_path.exists():
+            show_family(opened[0].read_family(), opened[0], quiet=False, as_json=as_json)
+            return
+        summaries = [run.read_summary() for run in opened]
+        if as_json:
+            print_json([asdict(summary) for summary in summaries])
+        elif len(opened) == 1:
+            show_report(summaries[0], opened[0], verbose)
+        else:
+            out.print(reports.comparison(summaries, [str(folder) for folder in runs]))

@@ -1,0 +1,81 @@
+"""What a finished run or family prints: tables and pictures, or JSON, and what to type next."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from globalopt.commands.console import DONE_WITH_FALLBACKS, out, print_json, say
+
+if TYPE_CHECKING:
+    from globalopt.store import Run
+    from globalopt.summary import Family, Summary
+
+
+def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
+    """Print a finished run; exit with `DONE_WITH_FALLBACKS` where a layer needed one."""
+    from dataclasses import asdict
+
+    from globalopt.types import Status
+
+    if as_json:
+        print_json(asdict(summary))
+    elif not quiet:
+        show_report(summary, run, verbose)
+    if any(layer.status == Status.FALLBACK.value for layer in summary.layers):
+        raise typer.Exit(DONE_WITH_FALLBACKS)
+
+
+def show_report(summary: Summary, run: Run, verbose: bool) -> None:
+    """Print the tables of a run, draw its pictures, and say where things are."""
+    import reports
+
+    pictures = reports.report(summary, run.report_folder, out, verbose)
+    pictured = [("picture", path) for path in pictures]
+    refine = _compress_command(run, run.budget_path, "hassle-free")
+    say([("budget", run.budget_path), ("model", run.model_folder), *pictured, ("next", refine)])
+
+
+def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
+    """Print a family of budgets and draw its curve."""
+    from dataclasses import asdict
+
+    import reports
+
+    if as_json:
+        print_json(asdict(family))
+    elif not quiet:
+        picture = reports.report_family(family, run.report_folder, out)
+        middle = family.points[len(family.points) // 2]
+        refine = _compress_command(run, run.folder / middle.file, family.solver, family.solver_options)
+        say([("budgets", run.folder / "budgets"), ("picture", picture), ("next", refine)])
+
+
+def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:
+    """What refines a budget of the run with a solver, on the same model and text."""
+    from globalopt import pipeline
+
+    _, models, texts = pipeline.recorded(run.folder)
+    words = ["globalopt", "compress", *([models.model] if models.model else [])]
+    words += ["--budget-file", str(budget), "--solver", solver]
+    if options:
+        words += ["--set", ",".join(f"{name}={value}" for name, value in options.items())]
+    for recorded in (models, texts):
+        for name, default in defaults(type(recorded)).items():
+            value = getattr(recorded, name)
+            if name != "model" and value != default:
+                words.append("--" + name.replace("_", "-"))
+                words += [] if value is True else [str(value)]
+    return shlex.join(words)
+
+
+def defaults(cls: Any) -> dict[str, object]:
+    """The fields of a dataclass and their defaults."""
+    from dataclasses import fields
+
+    return {field.name: field.default for field in fields(cls)}

@@ -1,0 +1,172 @@
+"""`globalopt search`: span, allocate, refine, evaluate and report."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from globalopt.commands.arguments import default_folder, one_model, pairs, set_up
+from globalopt.commands.console import errors
+from globalopt.commands.options import (
+    BatchSize,
+    Calibration,
+    Device,
+    Dtype,
+    EvalText,
+    EvalWindows,
+    Fresh,
+    Json,
+    LowCoverage,
+    ModelArgument,
+    ModelOption,
+    Nsamples,
+    Out,
+    Quiet,
+    Seed,
+    Seqlen,
+    SolverName,
+    SolverSet,
+    TextColumn,
+    Trust,
+    Verbose,
+)
+from globalopt.commands.results import show, show_family
+
+BUDGET = 0.5
+ALLOCATOR = "auto"
+
+
+def search(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction kept of the compressible layers, in (0, 1]. Several, comma separated: a family of budget "
+            "files, each within the next larger one; nothing is refined.",
+            metavar="FRACTION[,...]",
+            show_default=str(BUDGET),
+        ),
+    ] = None,
+    frontier: Annotated[bool, typer.Option("--frontier", help="A family of budgets: 0.1, 0.15, ... 0.9.")] = False,
+    accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
+    pattern: Annotated[
+        str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
+    ] = "unstructured",
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="What divides the budget; `globalopt list` shows them all.", show_default=ALLOCATOR),
+    ] = None,
+    allocator_set: Annotated[
+        list[str] | None,
+        typer.Option(help="Allocator options, comma separated; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    solver: SolverName = "3basil",
+    solver_set: SolverSet = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
+    ] = "fisher",
+    span_scaling: Annotated[
+        str, typer.Option(help="activation: split W D_x; none: W; output: also by A; direct: whitened SVD.")
+    ] = "activation",
+    pricing: Annotated[
+        str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
+    ] = "fit",
+    candidates: Annotated[
+        str, typer.Option(help="What a search asks the model about: fit (scaled fits), span, or auto.")
+    ] = "auto",
+    search_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Forward tokens a search on the true loss may spend; of a family, 0 measures nothing.", min=0
+        ),
+    ] = 500_000,
+    calibration: Calibration = None,
+    eval_text: EvalText = None,
+    text_column: TextColumn = None,
+    nsamples: Nsamples = 128,
+    seqlen: Seqlen = 256,
+    eval_windows: EvalWindows = 128,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    allow_low_coverage: LowCoverage = False,
+    folder: Out = None,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Span, allocate, refine, evaluate and report: the whole job."""
+    with errors():
+        from dataclasses import replace
+
+        from globalopt import family, pipeline, stages, workbench
+        from globalopt.errors import UsageError
+        from globalopt.store import Run
+
+        budgets = _budgets(budget, family.FRONTIER if frontier else None)
+        several = len(budgets) > 1
+        if several and allocator not in (None, family.ALLOCATOR):
+            raise UsageError(f"A family of budgets is made by the nested knapsack; leave out --allocator {allocator}.")
+        allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
+        if not several and not search_tokens:
+            raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
+        options = stages.SearchOptions(
+            budget=budgets[0],
+            accounting=accounting,
+            pattern=pattern,
+            allocator=allocator,
+            allocator_options=pairs(allocator_set, "--allocator-set"),
+            solver=solver,
+            solver_options=pairs(solver_set, "--set"),
+            sensitivity=sensitivity,
+            scaling=span_scaling,
+            pricing=pricing,
+            candidates=candidates,
+            search_tokens=search_tokens,
+            seed=seed,
+        )
+        for kept in budgets:
+            stages.check_options(replace(options, budget=kept))
+        models = workbench.ModelOptions(
+            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
+        )
+        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        variant = "" if accounting == "params" else "-bytes"
+        variant += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+        name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
+        folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
+        Run.check_folder(folder)
+        bench = set_up(models, texts, seed, quiet)
+        command = pipeline.run_command()
+        if several:
+            found, run = family.family(bench, options, budgets, folder, command, fresh, leave_out=frontier)
+            show_family(found, run, quiet, as_json)
+        else:
+            show(*pipeline.search(bench, options, folder, command, fresh), quiet, verbose, as_json)
+
+
+def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:
+    """The budgets of `--budget`, or those of a frontier."""
+    from globalopt.errors import UsageError
+
+    if frontier is not None:
+        if text is not None:
+            raise UsageError(f"Give --frontier or --budget {text}, not both.")
+        return frontier
+    budgets: list[float] = []
+    for part in (str(BUDGET) if text is None else text).split(","):
+        try:
+            budgets.append(float(part))
+        except ValueError:
+            raise UsageError(f"--budget takes a fraction, or several separated by commas; got '{text}'.") from None
+    # As they name files.
+    if len({f"{kept:g}" for kept in budgets}) < len(budgets):
+        raise UsageError(f"--budget {text} names a fraction twice.")
+    return budgets
