@@ -72,7 +72,7 @@ def load_model(
     local = _is_local(name)
     source = str(Path(name).expanduser()) if local else name
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    with _quiet():
+    with quiet():
         config = _load_config(source, options)
         model = _load_weights(source, config, options)
         tokenizer = _load_tokenizer(source, options)
@@ -151,7 +151,7 @@ def save_dense(
     except OSError as error:
         raise ArtefactError(f"Cannot write {folder}: {_first_line(error)}") from error
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(staging, state_dict=_cast(model.state_dict(), dtype))
             tokenizer.save_pretrained(staging)
         path = staging / "config.json"
@@ -266,7 +266,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep progress bars and load reports of transformers off a terminal that shows our own."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
