@@ -8,16 +8,18 @@ from rich.console import Console
 from rich.padding import Padding
 
 from globalopt.summary import Family, Summary
+from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison
 from reports.frontier import frontier_table, write_frontier
 from reports.heatmaps import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
-from reports.tables import budget_file, metrics_table, render
+from reports.tables import metrics_table, render
 
 __all__ = [
     "LineProgress",
     "LiveProgress",
     "QuietProgress",
+    "budget_diff",
     "budget_file",
     "comparison",
     "make_progress",

@@ -10,7 +10,8 @@ from rich.text import Text
 from globalopt.errors import UsageError
 from globalopt.summary import Metrics, Summary
 from reports import formats
-from reports.tables import GAP, WIDTH, add_numbers, divergence, footed, perplexity, report_table
+from reports.shaded_grid import WIDTH
+from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
 
 DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
 

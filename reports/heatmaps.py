@@ -18,7 +18,8 @@ from globalopt.types import Status
 from reports.figures import COLOURS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain, save
 from reports.groups import Grid
 from reports.search_figure import search_figure
-from reports.tables import span, unit_name
+from reports.shaded_grid import span
+from reports.tables import unit_name
 
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
 LABELLED = 24  # most blocks that are all named on an axis

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 from rich import box
-from rich.color import Color
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.padding import Padding
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.budget_file import BudgetFile
 from globalopt.summary import Evaluation, LayerPlan, LayerResult, Metrics, Search, Summary
 from globalopt.types import Status
 from reports import formats
-from reports.groups import Grid, Group, by_block, by_kind
+from reports.groups import Group, by_block, by_kind
+from reports.shaded_grid import kept_grid
 from reports.surrogate import FEWEST, Surrogate, chosen, whole
 
-WIDTH = 80
 GAP = 2  # spaces between columns
-MIN_SPAN = 0.05  # of a colour scale: below it, differences would look larger than they are
 
 # Rules below the header and above a total, no other lines.
 _RULES = box.Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")
-
-# Viridis at 0, 1/4, 1/2, 3/4, 1: ordered in brightness, so also for readers who see no hue.
-_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def render(summary: Summary, console: Console, verbose: bool = False) -> None:
@@ -198,15 +190,16 @@ def divergence(metrics: Metrics, sign: str = "±") -> str:
 
 def by_kind_table(summary: Summary) -> Stack:
     """What each kind of layer got and lost, pooled as `Group` says, with a total row."""
-    return _group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, _errors_unit(summary))
+    return group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, _errors_unit(summary))
 
 
 def by_block_table(summary: Summary) -> Stack:
     """What each block got and lost, pooled as `Group` says, with a total row."""
-    return _group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, _errors_unit(summary))
+    return group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, _errors_unit(summary))
 
 
-def _group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
+def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
+    """Pooled layers with a row for all of them; errors are in `unit`."""
     rows = [*groups, Group.pool("all", layers)]
     errors: dict[str, list[float]] = {}
     # A column with a hole has nothing to compare: predictions in another unit, results not there yet.
@@ -237,89 +230,6 @@ def _group_table(title: str, label: str, groups: Sequence[Group], layers: Sequen
     means = ["rank", *(["relative"] if "relative" in errors else [])]
     parts = [f"{', '.join(summed)}: sums in {unit}"] if summed else []
     return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
-
-
-def budget_file(file: BudgetFile) -> Stack:
-    """What a budget file gives: its totals, the kinds, and the grid of kept fractions."""
-    plans = file.plans
-    rows = [
-        ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
-        ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
-        ("predicted", f"{formats.significant(file.predicted)} {file.error_unit}"),
-        ("certificate", formats.certificate(file.predicted, file.bound)),
-        ("seed", str(file.seed)),
-    ]
-    table = facts(f"Budget by {file.allocator}", rows)
-    kinds = _group_table("Allocation by kind", "kind", by_kind(plans), plans, file.error_unit)
-    return Stack(table, Text(), kinds, Text(), kept_grid(plans))
-
-
-def kept_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
-    """Kept fraction of every layer, block by kind, coloured by value; as many tables as `width` asks for."""
-    grid = Grid.of(layers)
-    values = grid.values(lambda layer: layer.kept)
-    low, high = span(values)
-    pooled = {group.label: group.kept for group in by_block(layers)}
-    lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
-    tables = []
-    for columns in _columns_that_fit(grid.kinds, width):
-        table = Table(box=None, padding=0, collapse_padding=True, pad_edge=False, header_style="dim")
-        table.add_column("block ", justify="right")
-        for kind in (grid.kinds[j] for j in columns):
-            table.add_column(kind, justify="center", width=_cell_width(kind), overflow="fold")
-        # A gap sets the block as a whole apart.
-        table.add_column(" ", width=1)
-        table.add_column("all", justify="center", width=_cell_width("all"))
-        for i, block in enumerate(grid.blocks):
-            cells = [_shaded(values[i, j], low, high, _cell_width(grid.kinds[j])) for j in columns]
-            # A block between two others may hold no layer at all.
-            whole = _shaded(pooled.get(str(block), math.nan), low, high, _cell_width("all"))
-            table.add_row(f"{block} ", *cells, "", whole)
-        tables.append(Padding(table, (1 if tables else 0, 0, 0, 0)))
-    legend = Text.assemble(
-        ("lowest ", "dim"), _shaded(lowest, low, high, 7), ("  highest ", "dim"), _shaded(highest, low, high, 7)
-    )
-    if np.isnan(values).any():
-        legend.append("  - no such layer", "dim")
-    return Stack(Text("Kept fraction, block by kind", "bold"), *tables, Padding(legend, (1, 0, 0, 0)))
-
-
-def span(values: np.ndarray) -> tuple[float, float]:
-    """Ends of a colour scale over fractions: their range, widened to `MIN_SPAN` inside [0, 1] where it is narrower."""
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if high - low >= MIN_SPAN:
-        return low, high
-    low = min(max(0.0, (low + high - MIN_SPAN) / 2), max(1.0, high) - MIN_SPAN)
-    return low, low + MIN_SPAN
-
-
-def _cell_width(kind: str) -> int:
-    return min(max(len(kind), 5), 24) + 2
-
-
-def _columns_that_fit(kinds: Sequence[str], width: int) -> Iterator[list[int]]:
-    free = width - len("block ") - 1 - _cell_width("all")
-    chunk: list[int] = []
-    used = 0
-    for j, kind in enumerate(kinds):
-        if chunk and used + _cell_width(kind) > free:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(j)
-        used += _cell_width(kind)
-    yield chunk
-
-
-def _shaded(value: float, low: float, high: float, width: int) -> Text:
-    if math.isnan(value):
-        return Text(f"{'-':^{width}}", "dim")
-    at = (value - low) / (high - low) * (len(_VIRIDIS) - 1)
-    left = min(int(at), len(_VIRIDIS) - 2)
-    red, green, blue = (a + (at - left) * (b - a) for a, b in zip(_VIRIDIS[left], _VIRIDIS[left + 1], strict=True))
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    # Not the named colours: terminals paint those as they please.
-    ink = Color.from_rgb(0, 0, 0) if bright else Color.from_rgb(255, 255, 255)
-    return Text(f"{value:^{width}.3f}", Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))
 
 
 def stages(summary: Summary) -> Table:
@@ -364,7 +274,7 @@ def layer_allocation(summary: Summary) -> Table:
 
 def layer_results(summary: Summary) -> Stack:
     """What came of every layer: errors, how the solver ended, damping and time."""
-    prefix = _common_prefix([layer.name for layer in summary.layers])
+    prefix = common_prefix([layer.name for layer in summary.layers])
     under = f"names under {prefix}; " if prefix else ""
     table = report_table("Layers: result")
     table.add_column("\nlayer", overflow="fold")
@@ -420,7 +330,7 @@ def _some_names(layers: Sequence[LayerResult]) -> str:
     return f"{shown} and {len(layers) - 3} more" if len(layers) > 3 else shown
 
 
-def _common_prefix(names: Sequence[str]) -> str:
+def common_prefix(names: Sequence[str]) -> str:
     """The dotted path shared by all names; empty for one name alone."""
     first, *others = (name.split(".")[:-1] for name in names)
     shared = []

@@ -1,4 +1,4 @@
-"""`globalopt budget`: look at budget files."""
+"""`globalopt budget`: look at budget files, compare and convert them."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from globalopt.commands.arguments import named
-from globalopt.commands.console import errors, out
-from globalopt.commands.options import Trust
+from globalopt.commands.console import errors, out, print_json
+from globalopt.commands.options import Json, Trust
 
-app = typer.Typer(help="Look at budget files.", no_args_is_help=True)
+app = typer.Typer(help="Look at budget files, compare and convert them.", no_args_is_help=True)
 
 BudgetPath = Annotated[Path, typer.Argument(help="A budget.json.", show_default=False)]
 
@@ -54,3 +54,23 @@ def validate(
             f"({share:.3%}).",
             highlight=False,
         )
+
+
+@app.command()
+def diff(
+    before: BudgetPath,
+    after: Annotated[Path, typer.Argument(help="Another budget of the same model.", show_default=False)],
+    moves: Annotated[int, typer.Option(help="Most rows of the table of the largest moves.", min=0)] = 10,
+    as_json: Json = False,
+) -> None:
+    """Say what moved between two budgets of one model."""
+    with errors():
+        import reports
+        from globalopt import budget_diff, budget_file
+
+        files = budget_file.read(before), budget_file.read(after)
+        found = budget_diff.diff(*files, (before, after))
+        if as_json:
+            print_json(budget_diff.record(found))
+        else:
+            out.print(reports.budget_diff(found, files, (str(before), str(after)), moves))

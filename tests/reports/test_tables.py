@@ -12,18 +12,17 @@ from globalopt.summary import Evaluation, Search
 from globalopt.types import Status
 from reports import render
 from reports.groups import Grid, Group
+from reports.shaded_grid import kept_grid, span
 from reports.tables import (
     budget,
     by_block_table,
     by_kind_table,
-    kept_grid,
     layer_allocation,
     layer_results,
     notes,
     provenance,
     quality,
     searched,
-    span,
     stages,
 )
 from tests.reports.factory import make_layers, make_metrics, make_search, make_searched, make_summary

@@ -1,0 +1,151 @@
+"""Budget files as terminal tables: one by itself, and what moved between two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group as Stack
+from rich.text import Text
+
+from globalopt.budget_diff import BudgetDiff, Move
+from globalopt.budget_file import BudgetFile
+from globalopt.summary import LayerPlan
+from reports import formats
+from reports.groups import by_kind
+from reports.shaded_grid import change_grid, kept_grid
+from reports.tables import add_numbers, common_prefix, facts, footed, group_table, report_table, unit_name
+
+
+def budget_file(file: BudgetFile) -> Stack:
+    """What a budget file gives: its totals, the kinds, and the grid of kept fractions."""
+    plans = file.plans
+    rows = [
+        ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
+        ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
+        ("predicted", f"{formats.significant(file.predicted)} {file.error_unit}"),
+        ("certificate", formats.certificate(file.predicted, file.bound)),
+        ("seed", str(file.seed)),
+    ]
+    table = facts(f"Budget by {file.allocator}", rows)
+    kinds = group_table("Allocation by kind", "kind", by_kind(plans), plans, file.error_unit)
+    return Stack(table, Text(), kinds, Text(), kept_grid(plans))
+
+
+def budget_diff(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str], most: int) -> Stack:
+    """What moved: both budgets, the grid of changes, kinds, depth, and the `most` largest moves.
+
+    Args:
+        labels: what to call the files.
+    """
+    parts = [_both(found, files, labels), Text(), Text(_moved(found), "bold")]
+    if found.whole.changed:
+        parts += [
+            Text(),
+            change_grid(found.before, found.after),
+            Text(),
+            _moves_table("By kind", "kind", found.by_kind(), found),
+            Text(),
+            _moves_table("By depth", "blocks", found.by_depth(), found),
+        ]
+        if largest := found.largest(most):
+            parts += [Text(), _largest(found, largest)]
+    return Stack(*parts)
+
+
+def _both(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str]) -> Stack:
+    table = report_table("Budgets")
+    table.add_column("")
+    for header in ("before", "after", "change"):
+        table.add_column(header, justify="right", overflow="fold")
+
+    def row(label: str, values: Sequence[str], change: str = "") -> None:
+        table.add_row(Text(label, "dim"), *map(Text, (*values, change)))
+
+    row("allocator", [file.allocator for file in files])
+    row("seed", [str(file.seed) for file in files])
+    row("asked to keep", [f"{file.asked:g}" for file in files])
+    whole = found.whole
+    row(f"used, {unit_name(found.accounting)}", [formats.count(n) for n in whole.cost], _signed(whole.change))
+    row("of the dense size", [f"{kept:.4f}" for kept in whole.kept], _change(whole.kept))
+    row("share in low rank", [f"{share:.4f}" for share in whole.rank_share], _change(whole.rank_share))
+    lines = [f"before: {labels[0]}", f"after: {labels[1]}"]
+    units = {file.error_unit for file in files}
+    predicted = [file.predicted for file in files]
+    if len(units) == 1:
+        row("predicted", [formats.significant(value) for value in predicted])
+        lines.append(f"predicted: {units.pop()}")
+    else:
+        lines.append(f"predictions do not compare: {files[0].error_unit}, and {files[1].error_unit}")
+    if files[0].accounting != files[1].accounting:
+        lines.append(f"before counts {files[0].accounting}, after {files[1].accounting}: compared in parameters")
+    return footed(table, *lines)
+
+
+def _moved(found: BudgetDiff) -> str:
+    whole = found.whole
+    if not whole.changed:
+        return f"Nothing moved: both give all {whole.layers} layers the same."
+    gained = sum(after.cost > before.cost for before, after in found.pairs)
+    lost = sum(after.cost < before.cost for before, after in found.pairs)
+    said = f"{whole.changed} of {whole.layers} layers differ: "
+    said += f"{gained} keep more, {formats.compact(found.given)} {unit_name(found.accounting)} in all; "
+    return said + f"{lost} keep less, {formats.compact(found.taken)}."
+
+
+def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDiff) -> Stack:
+    table = report_table(title)
+    table.add_column(f"\n{label}", overflow="fold")
+    add_numbers(table, ("\nlayers", "\nchanged", "kept\nbefore", "\nafter", "\nchange", "cost,\nchange"))
+    add_numbers(table, ("rank share\nbefore", "\nafter"))
+    for name, move in moves.items():
+        table.add_row(Text(name), *_cells(move))
+    table.add_section()
+    table.add_row("all", *_cells(found.whole), style="bold")
+    return footed(table, f"cost: {unit_name(found.accounting)}; rank share: of the kept parameters")
+
+
+def _cells(move: Move) -> list[str]:
+    return [
+        str(move.layers),
+        str(move.changed),
+        *(f"{kept:.3f}" for kept in move.kept),
+        _change(move.kept, 3),
+        _signed_compact(move.change),
+        *(f"{share:.3f}" for share in move.rank_share),
+    ]
+
+
+def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) -> Stack:
+    prefix = common_prefix([before.name for before in found.before])
+    table = report_table("Largest moves")
+    table.add_column("\nlayer", overflow="fold")
+    add_numbers(
+        table, ("cost,\nchange", "kept\nbefore", "\nafter", "rank\nbefore", "\nafter", "density\nbefore", "\nafter")
+    )
+    for before, after in largest:
+        table.add_row(
+            Text(before.name.removeprefix(prefix)),
+            _signed_compact(after.cost - before.cost),
+            f"{before.kept:.3f}",
+            f"{after.kept:.3f}",
+            str(before.rank),
+            str(after.rank),
+            f"{before.density:.3f}",
+            f"{after.density:.3f}",
+        )
+    rest = found.whole.changed - len(largest)
+    under = f"names under {prefix}; " if prefix else ""
+    return footed(table, f"{under}{rest} more layers changed" if rest else f"{under}these are all")
+
+
+def _signed(change: int) -> str:
+    return f"{change:+,}" if change else "0"
+
+
+def _signed_compact(change: int) -> str:
+    return ("-" if change < 0 else "+") + formats.compact(abs(change)) if change else "0"
+
+
+def _change(values: tuple[float, float], decimals: int = 4) -> str:
+    change = values[1] - values[0]
+    return f"{change:+.{decimals}f}" if change else "0"
