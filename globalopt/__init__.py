@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from globalopt.export.registration import register
+
+register()
+
 
 def __getattr__(name: str) -> str:
     # Read when asked for: nobody who imports a submodule should pay for a search through installed packages.

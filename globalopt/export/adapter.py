@@ -1,0 +1,100 @@
+"""Format adapter: the sparse parts as an ordinary model (`base/`), the low-rank parts as a LoRA adapter (`adapter/`).
+
+For fine-tuning `L` alone, or quantising `S` alone. Served as it is, an adapter costs time; `merge_and_unload` ends
+that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from globalopt.errors import UsageError
+from globalopt.export.source import check_out, read_source
+from globalopt.models import save_dense
+from globalopt.store import replacing
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+BASE, ADAPTER = "base", "adapter"
+
+
+def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
+    """Write the run's model as base and adapter to `folder`.
+
+    Raises:
+        UsageError: a layer has a plane of signs, which no adapter holds; or none has rank; or peft is not installed.
+    """
+    check_out(folder)
+    _require_peft()
+    source = read_source(run, trust_remote_code)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    transposed = True
+    for spec, value in source.values():
+        if value.signs is not None:
+            raise UsageError(
+                f"Layer {spec.name} has a plane of signs, which no adapter holds. Use --format packed or dense."
+            )
+        if value.rank:
+            factors[spec.name] = value.U, value.V
+            transposed = transposed and isinstance(source.layers.module(spec.name), Conv1D)
+        source.layers.set_weight(spec.name, value.S)
+    if not factors:
+        raise UsageError(f"No layer of {run} has rank; an adapter would be empty. Use --format dense or packed.")
+    with replacing(folder) as staging:
+        staging.mkdir()
+        save_dense(source.loaded.model, source.loaded.tokenizer, staging / BASE, source.dtype)
+        adapter = staging / ADAPTER
+        adapter.mkdir()
+        _lora_config({name: U.shape[1] for name, (U, _) in factors.items()}, transposed).save_pretrained(str(adapter))
+        save_file(_lora_tensors(factors), adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, (U, V) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = V.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = U.contiguous()
+    return tensors
+
+
+def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
+    """The adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
+
+    Layers of one rank share a pattern: matching costs patterns times modules, and `re` caches few.
+    """
+    from peft import LoraConfig
+
+    names = defaultdict(list)
+    for name, rank in ranks.items():
+        names[rank].append(re.escape(name))
+    patterns: Any = {f"(?:{'|'.join(each)})": rank for rank, each in names.items()}
+    most = max(ranks.values())
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        # Relative to the export: absolute, it would not survive a move.
+        base_model_name_or_path=BASE,
+        r=most,
+        lora_alpha=most,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules=list(ranks),
+        init_lora_weights=False,
+        fan_in_fan_out=transposed,
+    )
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UsageError("--format adapter needs peft. Install it with: pip install 'globalopt[adapter]'") from None

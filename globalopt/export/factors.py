@@ -1,0 +1,96 @@
+"""Format factors: the parts of every layer as plain tensors, for research.
+
+    layers.json                     what every layer is: shape, rank, nonzeros, pattern, signs
+    layers/NAME.safetensors         values (nnz,), support (d_out, d_in) bool, U (d_out, rank), V (rank, d_in), and
+                                    signs (d_out, d_in) int8 of +-1 where there are some
+    rest.safetensors                every other tensor of the model, by its name
+    config.json, tokenizer files    as ever
+
+`S = zeros(d_out, d_in); S[support] = values`, and the layer is `S + U V`, or `S + (U V) * signs`. A GPT-2 `Conv1D`
+holds the transposed of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globalopt.errors import ArtefactError, NumericalError
+from globalopt.export.source import check_out, read_source
+from globalopt.models import quiet
+from globalopt.store import read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.types import Decomposition
+
+LAYERS, REST = "layers.json", "rest.safetensors"
+
+
+def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
+    """Write the parts of every layer of the run, and the rest of its model, to `folder`."""
+    check_out(folder)
+    source = read_source(run, trust_remote_code)
+    model = source.loaded.model
+    records: dict[str, dict[str, Any]] = {}
+    with replacing(folder) as staging:
+        staging.mkdir()
+        for spec, value in source.values():
+            pattern = source.patterns[spec.name]
+            records[spec.name] = {
+                "d_out": spec.d_out,
+                "d_in": spec.d_in,
+                "rank": value.rank,
+                "nnz": value.nnz,
+                "pattern": str(pattern) if pattern else None,
+                "signs": value.signs is not None,
+            }
+            write_tensors(staging / "layers" / f"{spec.name}.safetensors", _tensors(value))
+        write_json(staging / LAYERS, records)
+        weights = {f"{spec.name}.weight" for spec in source.layers.specs}
+        # Of tensors under several names each is written: who reads this must not know which names are tied.
+        rest = {name: x.clone() for name, x in model.state_dict().items() if name not in weights}
+        write_tensors(staging / REST, rest)
+        with quiet():
+            model.config.save_pretrained(staging)
+            source.loaded.tokenizer.save_pretrained(staging)
+
+
+def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:
+    """Every layer of an export by its name.
+
+    Raises:
+        ArtefactError: a file is missing or broken, or does not fit the others.
+    """
+    records = read_json(folder / LAYERS)
+    if not isinstance(records, dict):
+        raise ArtefactError(f"{folder / LAYERS} describes no layers. Export the run again.")
+    for name, record in records.items():
+        path = folder / "layers" / f"{name}.safetensors"
+        if Path(path.name).name != f"{name}.safetensors":
+            raise ArtefactError(f"{folder / LAYERS} names {name}, which is outside the folder; it is not opened.")
+        tensors, _ = read_tensors(path)
+        try:
+            yield name, _value(tensors, (record["d_out"], record["d_in"]), record["rank"])
+        except (KeyError, TypeError, RuntimeError, ValueError, IndexError, NumericalError):
+            raise ArtefactError(f"{path} does not hold the layer that {folder / LAYERS} describes.") from None
+
+
+def _tensors(value: Decomposition) -> dict[str, Tensor]:
+    support = value.S != 0
+    found = {"values": value.S[support], "support": support, "U": value.U, "V": value.V}
+    return found if value.signs is None else {**found, "signs": value.signs.to(torch.int8)}
+
+
+def _value(tensors: dict[str, Tensor], shape: tuple[int, int], rank: int) -> Decomposition:
+    support, values = tensors["support"], tensors["values"]
+    if support.shape != shape or support.dtype != torch.bool or values.shape != (int(support.sum()),):
+        raise ValueError
+    S = values.new_zeros(shape)
+    S[support] = values
+    signs = tensors["signs"].to(S.dtype) if "signs" in tensors else None
+    value = Decomposition(S, tensors["U"], tensors["V"], signs)
+    if value.rank != rank:
+        raise ValueError
+    return value

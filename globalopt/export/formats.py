@@ -1,0 +1,35 @@
+"""The formats of `globalopt export`, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from globalopt.errors import UnknownNameError
+from globalopt.export.adapter import export_adapter
+from globalopt.export.dense import export_dense
+from globalopt.export.factors import export_factors
+from globalopt.export.packed import export_packed
+
+FORMATS: Mapping[str, Callable[[Path, Path, bool], None]] = {
+    "dense": export_dense,
+    "adapter": export_adapter,
+    "packed": export_packed,
+    "factors": export_factors,
+}
+
+
+def export(run: Path, name: str, folder: Path, trust_remote_code: bool = False) -> int:
+    """Write a finished run in the format `name` to `folder`, which appears whole or not at all.
+
+    Returns:
+        The bytes of its files.
+    Raises:
+        UnknownNameError: there is no such format.
+        ArtefactError: the run is missing, unfinished or broken; `folder` holds something or cannot be written.
+        UsageError: the format cannot hold this run.
+    """
+    if name not in FORMATS:
+        raise UnknownNameError("format", name, FORMATS)
+    FORMATS[name](run, folder, trust_remote_code)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

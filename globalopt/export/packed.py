@@ -1,0 +1,134 @@
+"""Format packed: a checkpoint of the kept values alone, which transformers loads once `globalopt` is imported.
+
+Of a packed layer NAME the checkpoint holds, in place of its weight (see `packing` and `linear`):
+
+    NAME.weight    (values,)    the values of S; 1-D, so that a loader that does not know the format stops at the shape
+    NAME.support   uint8        where they belong
+    NAME.U, NAME.V              the factors, where there is rank
+    NAME.signs     uint8        SLaB's plane, one bit per weight
+
+All values are in the saved type. A layer that packing does not make smaller stays as it was. `config.json` describes
+the layers under `quantization_config`; the header of every weight file seals tensors and configs (`seal`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from globalopt.errors import ArtefactError, GlobalOptError
+from globalopt.export import seal
+from globalopt.export.linear import AUTO, Shape, SparseLowRankLinear, shape_of
+from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
+from globalopt.export.registration import register
+from globalopt.export.source import Source, check_out, read_source
+from globalopt.models import DTYPES, quiet, resolve_device
+from globalopt.store import read_json, replacing
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
+def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
+    """Write the run's model packed to `folder`, with its tokenizer."""
+    check_out(folder)
+    source = read_source(run, trust_remote_code)
+    model = packed_model(source)
+    with replacing(folder) as staging, quiet():
+        model.save_pretrained(staging)
+        source.loaded.tokenizer.save_pretrained(staging)
+
+
+def packed_model(source: Source) -> PreTrainedModel:
+    """The run's model with packed layers; the one of `source` is used up."""
+    model = source.loaded.model
+    shapes: dict[str, Shape] = {}
+    for spec, value in source.values():
+        old: Any = source.layers.module(spec.name)
+        shape = shape_of(value, source.patterns[spec.name])
+        if shape.bytes(value.S.element_size()) >= spec.numel * value.S.element_size():
+            continue
+        made = SparseLowRankLinear.of(value, old.bias, isinstance(old, Conv1D), source.patterns[spec.name])
+        model.set_submodule(spec.name, made)
+        shapes[spec.name] = shape
+    config = SparseLowRankConfig({name: shape.record() for name, shape in shapes.items()})
+    made_by: Any = model
+    made_by.hf_quantizer = SparseLowRankQuantizer(config)
+    made_by.is_quantized, made_by.quantization_method = True, METHOD
+    model.config.quantization_config = config
+    return model
+
+
+def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", compute: str = AUTO) -> PreTrainedModel:
+    """Load a packed model from a folder, checked before anything of it is used; no code of its own is run.
+
+    `AutoModelForCausalLM.from_pretrained` after `import globalopt` loads the same, also from the hub and over several
+    devices; this one checks the configs before a model is made of them, and ends in one kind of error.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored.
+        compute: see `SparseLowRankLinear`.
+    Raises:
+        ArtefactError: the folder is missing, incomplete or broken, no packed model, or changed since it was saved.
+        UsageError, UnknownNameError: there is no such dtype, device or way to compute.
+    """
+    folder = Path(folder)
+    place = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ArtefactError(f"There is no dtype {dtype}; use auto, {', '.join(DTYPES)}.")
+    _check_folder(folder)
+    register()
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                device_map={"": place},
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # Whoever seals a checkpoint anew can put anything into its configs, and transformers raises anything.
+    except Exception as cause:
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise ArtefactError(f"{folder} cannot be loaded ({reason}). Fetch or export the model again.") from cause
+    model, report = loaded
+    for key, words in (("missing_keys", "lack"), ("unexpected_keys", "have no place for")):
+        if names := sorted(report[key]):
+            raise ArtefactError(f"The weights in {folder} {words} {names[0]}; fetch or export the model again.")
+    if compute != AUTO:
+        set_compute(model, compute)
+    return cast("PreTrainedModel", model).eval()
+
+
+def _check_folder(folder: Path) -> None:
+    """`ArtefactError` unless the folder holds a packed model whose configs are those it was saved with."""
+    if not folder.is_dir():
+        raise ArtefactError(f"There is no folder {folder}. Give the one that `globalopt export --format packed` wrote.")
+    config = read_json(folder / seal.CONFIG)
+    packing = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
+        raise ArtefactError(f"{folder} holds no packed model; load it with AutoModelForCausalLM.from_pretrained.")
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        if files[0].is_file():
+            raise ArtefactError(f"{folder} holds both {WEIGHTS} and {INDEX}; one of them is not the model's.")
+        files = _shards(folder)
+    seal.check_configs(files)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ArtefactError(f"{folder / INDEX} does not say which file holds which tensor. Fetch the model again.")
+    for name in set(names.values()):
+        if Path(name).name != name or "\\" in name:
+            raise ArtefactError(f"{folder / INDEX} names {name}, which is outside the folder; it is not opened.")
+    return [folder / name for name in sorted(set(names.values()))]

@@ -1,0 +1,192 @@
+"""How transformers loads, saves and undoes a packed model: our config and quantizer, under its hooks.
+
+Only the hooks before and after the loading of weights are used: the stored tensors have the names of the modules'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from globalopt.errors import ArtefactError, UsageError
+from globalopt.export.linear import AUTO, TWO_FOUR, Shape, SparseLowRankLinear
+from globalopt.types import NM
+
+METHOD = "globalopt"
+VERSION = 1
+_FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
+
+
+class SparseLowRankConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed model.
+
+    Args:
+        layers: `Shape.record()` of every packed layer, by its name.
+        format_version: of the format.
+    Raises:
+        ArtefactError: it was written by another version, or describes no layers.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], format_version: int = VERSION, **other: Any) -> None:
+        method = other.pop("quant_method", METHOD)
+        if method != METHOD or format_version != VERSION or other:
+            raise ArtefactError(
+                f"The packed model has format version {format_version!r}, this one reads {VERSION}. Upgrade globalopt."
+            )
+        if not isinstance(layers, Mapping):
+            raise ArtefactError("The quantization_config of the packed model has no layers; it is broken.")
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
+        self.layers = {str(name): dict(Shape.parse(record).record()) for name, record in layers.items()}
+
+    def shapes(self) -> dict[str, Shape]:
+        """The layers' shapes, by name."""
+        return {name: Shape.parse(record) for name, record in self.layers.items()}
+
+
+class SparseLowRankQuantizer(HfQuantizer):
+    """Puts packed layers into a model before its weights are loaded."""
+
+    requires_calibration = True  # transformers' word for: only models that come packed
+
+    quantization_config: SparseLowRankConfig
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave room for what the first call unpacks: at most the dense layer beside what is stored."""
+        shapes = self.quantization_config.shapes().values()
+        # At 16 bits a value; at 32 the packed share is larger, so this is on the safe side.
+        packed = sum(shape.bytes(2) for shape in shapes)
+        dense = sum(2 * shape.sparse.numel for shape in shapes)
+        share = packed / (packed + dense) if packed else 1.0
+        return {place: int(size * share) if isinstance(size, int) else size for place, size in max_memory.items()}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        shapes = self.quantization_config.shapes()
+        files = kwargs.get("checkpoint_files")
+        if files:
+            from globalopt.export import seal
+
+            seal.check_configs(files)
+            _check_shapes(shapes, seal.check_tensors(files))
+        for name, shape in shapes.items():
+            old = _linear(model, name, shape)
+            dtype = kwargs.get("dtype") or old.weight.dtype
+            made = SparseLowRankLinear(shape, old.bias is not None, _is_conv1d(old), dtype, device="meta")
+            model.set_submodule(name, made)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, layer in packed_layers(model):
+            layer.requires_grad_(False)
+            if layer.weight.device.type == "meta":
+                continue
+            try:
+                layer.value()
+            except (ArtefactError, ArithmeticError) as cause:
+                raise ArtefactError(f"Layer {name} of the packed model is broken: {cause}") from None
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in packed_layers(model):
+            model.set_submodule(name, dense_layer(layer, dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        from globalopt.export import seal
+
+        tensors = model.state_dict()
+        for ignored in model._keys_to_ignore_on_save or ():
+            tensors.pop(ignored, None)
+        tensors = remove_tied_weights_from_state_dict(tensors, model)
+        # A cast since may have changed a shape.
+        self.quantization_config.layers = {name: layer.shape.record() for name, layer in packed_layers(model)}
+        # As save_pretrained is about to set them; they are sealed as they will be written.
+        model.config.quantization_config = self.quantization_config
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        return tensors, seal.seal(model, tensors, revert_weight_conversion(model, dict(tensors)))
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, SparseLowRankLinear]]:
+    """The packed layers of a model, by name."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)]
+    return iter(found)
+
+
+def set_compute(model: nn.Module, compute: str) -> None:
+    """Compute every packed layer of `model` by `compute` (`SparseLowRankLinear`); "two-four" those with a 2:4 `S`.
+
+    Raises:
+        UnknownNameError: there is no such way.
+        UsageError: this device has none, or the model has no packed layer.
+    """
+    layers = [layer for _, layer in packed_layers(model)]
+    if not layers:
+        raise UsageError("The model has no packed layer; load one that `globalopt export --format packed` wrote.")
+    for layer in layers:
+        fits = compute != TWO_FOUR or layer.shape.sparse.form == str(NM(2, 4))
+        layer.use(compute if fits else AUTO)
+
+
+def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """The `nn.Linear` or `Conv1D` that a packed layer stands for."""
+    from transformers.pytorch_utils import Conv1D
+
+    W = layer.value().dense().to(dtype or layer.weight.dtype)
+    with torch.device("meta"):
+        made: Any = Conv1D(*W.shape) if layer.transposed else nn.Linear(*reversed(W.shape), bias=layer.bias is not None)
+    made.weight = nn.Parameter(W.mT.contiguous() if layer.transposed else W, requires_grad=False)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().to(W.dtype), requires_grad=False)
+    return made
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _linear(model: nn.Module, name: str, shape: Shape) -> Any:
+    """The layer of the model as its config makes it; `ArtefactError` if it is none, or of another shape."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ArtefactError(f"The packed model has a layer {name} that its architecture has not.") from None
+    if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        raise ArtefactError(f"{name} is no linear layer of this architecture; the packed model is broken.")
+    weight: Any = module.weight
+    d_out, d_in = reversed(weight.shape) if _is_conv1d(module) else weight.shape
+    if (d_out, d_in) != (shape.sparse.d_out, shape.sparse.d_in):
+        raise ArtefactError(
+            f"Layer {name} is {d_out} x {d_in} in this architecture and {shape.sparse.d_out} x {shape.sparse.d_in} in "
+            "the packed model."
+        )
+    return module
+
+
+def _check_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    for name, shape in shapes.items():
+        for part, size in shape.tensors().items():
+            dtype, found = stored.get(f"{name}.{part}", ("nothing", ()))
+            bits = part in ("support", "signs")
+            if found != size or (dtype != "torch.uint8" if bits else dtype not in _FLOATS):
+                raise ArtefactError(
+                    f"{name}.{part} of the packed model is {dtype} of shape {found}; expected {size} "
+                    f"{'of bytes' if bits else 'of a floating-point type'}."
+                )

@@ -1,0 +1,59 @@
+"""Makes packed models known to transformers, now or as soon as it is imported; costs nothing until then."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Register config and quantizer with transformers; a second time changes nothing."""
+    if _REGISTRY in sys.modules:
+        _add(sys.modules[_REGISTRY])
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
+
+
+def _add(registry: ModuleType) -> None:
+    from globalopt.export import quantizer
+
+    if quantizer.METHOD not in registry.AUTO_QUANTIZER_MAPPING:
+        registry.register_quantization_config(quantizer.METHOD)(quantizer.SparseLowRankConfig)
+        registry.register_quantizer(quantizer.METHOD)(quantizer.SparseLowRankQuantizer)
+
+
+class _OnImport(MetaPathFinder):
+    """Has the registry of transformers loaded as ever, and adds to it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Adding(spec.loader)
+        return spec
+
+
+class _Adding(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _add(module)
+
+    def __getattr__(self, name: str) -> object:
+        # What asks a loader for its source or its files means the real one.
+        return getattr(self._loader, name)

@@ -1,0 +1,160 @@
+"""What makes a changed checkpoint show: a digest of every tensor and of both configs, in every weight file's header.
+
+It protects against broken disks, cut-off transfers and careless edits. Who changes a checkpoint on purpose can seal it
+again: that what is loaded has the shapes it must have is checked beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from globalopt.errors import ArtefactError
+
+KEY = "globalopt"
+VERSION = 1
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def seal(model: PreTrainedModel, tensors: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata that seals a model's files.
+
+    Args:
+        model: its configs are sealed as they will be written.
+        tensors: what will be written, by name; `renamed` the same under the names of the original checkpoint.
+    """
+    record = {
+        "version": VERSION,
+        "config": _digest_json(json.loads(model.config.to_json_string(use_diff=True))),
+        "generation_config": _generation_digest(model),
+        "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
+    }
+    if renamed.keys() != tensors.keys():
+        record["renamed"] = {name: _digest(tensor) for name, tensor in renamed.items()}
+    return {KEY: json.dumps(record, sort_keys=True)}
+
+
+def check_configs(files: Iterable[str | Path]) -> None:
+    """`ArtefactError` if a config beside the weight `files` is not the one they were saved with."""
+    files = _safetensors(files)
+    record = _record(files)
+    for name, key in ((CONFIG, "config"), (GENERATION_CONFIG, "generation_config")):
+        path = files[0].parent / name
+        expected = record.get(key)
+        found = _digest_json(_read_json(path)) if path.is_file() else None
+        if found != expected:
+            raise ArtefactError(
+                f"{path} is not the file that was saved with these weights. Fetch or export the model again; to load "
+                "it with other settings, pass them to from_pretrained."
+            )
+
+
+def check_tensors(files: Iterable[str | Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read every tensor of the weight `files`; type and shape by name.
+
+    Raises:
+        ArtefactError: a file is no safetensors or broken, a tensor is not the one that was saved, or one is missing or
+            too many.
+    """
+    files = _safetensors(files)
+    record = _record(files)
+    found: dict[str, str] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name in found:
+                    raise ArtefactError(f"{file} holds {name} a second time. Fetch or export the model again.")
+                tensor = tensors.get_tensor(name)
+                found[name] = _digest(tensor)
+                shapes[name] = str(tensor.dtype), tuple(tensor.shape)
+    if found not in (record["tensors"], record.get("renamed")):
+        expected = record["tensors"] if isinstance(record["tensors"], dict) else {}
+        wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n)) or ["a tensor"]
+        raise ArtefactError(
+            f"The weights in {files[0].parent} are not the ones that were saved: {wrong[0]} has changed, is missing or "
+            "is too many. Fetch or export the model again."
+        )
+    return shapes
+
+
+def _safetensors(files: Iterable[str | Path]) -> list[Path]:
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise ArtefactError(f"{path} is no safetensors file; a packed model has no other, and no pickle is opened.")
+        if path.parent != paths[0].parent:
+            raise ArtefactError(f"{path} is outside the model's folder {paths[0].parent}; it is not opened.")
+    if not paths:
+        raise ArtefactError("A packed model needs weight files; there are none.")
+    return paths
+
+
+def _record(files: list[Path]) -> dict[str, Any]:
+    """The seal, which every file must hold alike."""
+    texts = []
+    for file in files:
+        with _opened(file) as tensors:
+            texts.append((tensors.metadata() or {}).get(KEY))
+    try:
+        record = json.loads(texts[0])
+        if set(texts) != {texts[0]} or not isinstance(record, dict) or record["version"] != VERSION:
+            raise ValueError
+        record["tensors"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ArtefactError(
+            f"The weights in {files[0].parent} are not sealed by this version of globalopt, or not all alike. Fetch or "
+            "export the model again."
+        ) from None
+    return record
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no weight file {file}. Fetch or export the model again.") from None
+    except ArtefactError:
+        raise
+    # Also what a header promises and torch has no type for.
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as cause:
+        raise ArtefactError(f"{file} is broken ({cause}). Fetch or export the model again.") from None
+
+
+def _digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's type, shape and bytes."""
+    if tensor.device.type == "meta":
+        raise ArtefactError("A model that is partly offloaded cannot be saved packed. Load it without offloading.")
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _generation_digest(model: PreTrainedModel) -> str | None:
+    if not model.can_generate() or model.generation_config is None:
+        return None
+    text = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
+    return _digest_json(json.loads(text))
+
+
+def _read_json(path: Path) -> Any:
+    from globalopt.store import read_json
+
+    return read_json(path)

@@ -1,0 +1,87 @@
+"""What every export reads: the layers of a finished run, and the model it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from globalopt.errors import ArtefactError
+from globalopt.layers import ModelLayers, find_layers
+from globalopt.models import LoadedModel, load_model
+from globalopt.store import Run
+from globalopt.types import NM, Decomposition, LayerSpec
+
+# The saved weight is the sum rounded once, or twice where the model computed in another type.
+_ROUNDINGS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A finished run, with its saved model loaded on the CPU in the type it is stored in.
+
+    Args:
+        patterns: of `S`, by layer name; None for unstructured.
+    """
+
+    run: Run
+    loaded: LoadedModel
+    layers: ModelLayers
+    patterns: Mapping[str, NM | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.loaded.checkpoint_dtype
+
+    def values(self) -> Iterator[tuple[LayerSpec, Decomposition]]:
+        """Every layer with its decomposition in the saved type, in model order.
+
+        Raises:
+            ArtefactError: a layer's artefact is missing, broken, or does not make up the weight of the saved model.
+        """
+        for spec in self.layers.specs:
+            value, _ = self.run.read_layer(spec)
+            shape = (spec.d_out, spec.d_in)
+            weight = self.layers.weight(spec.name)
+            scale = float(weight.abs().max())
+            if value.S.shape != shape or float((value.dense() - weight).abs().max()) > scale * self._precision:
+                raise ArtefactError(
+                    f"{self.run.layer_path(spec)} does not make up the weight in {self.run.model_folder}: they are of "
+                    "different runs. Delete both folders and run the command again."
+                )
+            S, U, V = (part.to(self.dtype) for part in (value.S, value.U, value.V))
+            yield spec, Decomposition(S, U, V, value.signs)
+
+    @property
+    def _precision(self) -> float:
+        return _ROUNDINGS * torch.finfo(self.dtype).eps
+
+
+def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
+    """Open a finished run for export.
+
+    Raises:
+        ArtefactError: the folder holds no run, an unfinished one or a family of budgets, or its model is broken.
+    """
+    run = Run.open(folder)
+    summary = run.read_summary()
+    loaded = load_model(run.saved_model, device="cpu", trust_remote_code=trust_remote_code)
+    # Without a cast it would come in float32, for the CPU to compute with.
+    torch.nn.Module.to(loaded.model, loaded.checkpoint_dtype)
+    # It is loaded with its cache off; what is exported is to be served.
+    loaded.model.config.use_cache = True
+    layers = find_layers(loaded.model, allow_low_coverage=True)
+    patterns = {layer.name: NM.parse(layer.pattern) if layer.pattern else None for layer in summary.layers}
+    if patterns.keys() != {spec.name for spec in layers.specs}:
+        raise ArtefactError(
+            f"{run.summary_path} and {run.model_folder} are of different models. Run the command again."
+        )
+    return Source(run, loaded, layers, patterns)
+
+
+def check_out(folder: Path) -> None:
+    """`ArtefactError` if an export cannot go to `folder`: there is something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtefactError(f"{folder} exists and is not empty; choose another --out.")
