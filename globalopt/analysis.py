@@ -155,7 +155,7 @@ def measure_layers(
         runner: on the windows to ask about.
     """
     layers = runner.layers
-    fits = {spec.name: _Fits.read(run, spec) for spec in unmeasured}
+    fits: dict[str, _Fits] = {}
 
     def materialise(spec: LayerSpec, kept: Target | Mask) -> Tensor:
         dense = objective.dense(spec.name)
@@ -169,9 +169,11 @@ def measure_layers(
     everything: Candidate = {spec.name: Target.dense(spec) for spec in layers.specs}
     try:
         for spec in unmeasured:
+            fits[spec.name] = _Fits.read(run, spec)
             asked = [*fits[spec.name].low, Target.zero()]
             losses = objective.losses([{**everything, spec.name: target} for target in asked], range(objective.chunks))
             run.write_measured(spec, list(zip(asked, losses.mean(1).tolist(), strict=True)))
+            del fits[spec.name]
             advance(spec.name)
     finally:
         objective.close()
@@ -222,7 +224,7 @@ def price_by_gradients(
     grid: dict[str, Options] = {}
 
     def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
-        span = run.read_span(spec).to(layers.module(spec.name).weight.device)
+        span = run.read_span(spec).to(layers.device_of(spec.block))
         grid[spec.name] = Options.of(spec, span.max_rank, pattern)
         made = sketches(span, grid[spec.name])
         if run.fits_path(spec).exists():

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import Cache
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
 from globalopt.layers import ModelLayers, input_hooks, token_embedding
+from globalopt.memory import in_file
 from globalopt.types import Gram, LayerSpec
 
 
@@ -74,8 +78,11 @@ class BlockRunner:
     `logits(i, run(n-1, i, ... run(0, i, first(i))))` is the model's own forward pass on batch `i`.
     """
 
-    def __init__(self, layers: ModelLayers, batches: Sequence[Batch]) -> None:
+    def __init__(self, layers: ModelLayers, batches: Sequence[Batch], scratch: Path | None = None) -> None:
         """Record what every block is called with, one pass per batch through stand-ins for the blocks.
+
+        Args:
+            scratch: folder of files that hold the hidden states of a walk; None: memory does.
 
         Raises:
             CalibrationError: no batches, a token id outside the vocabulary, or more tokens than positions.
@@ -83,6 +90,7 @@ class BlockRunner:
         """
         self.layers = layers
         self.batches = tuple(batches)
+        self.scratch = scratch
         self._check_batches()
         with torch.no_grad():
             self._output_length = self._learn_output()
@@ -101,13 +109,21 @@ class BlockRunner:
         with torch.no_grad(), _stand_ins([self.layers.blocks[0]], lambda _: stop):
             return self._interrupted(i)
 
-    def run(self, block: int, i: int, hidden: Tensor) -> Tensor:
+    def keep(self, hidden: Tensor) -> Tensor:
+        """`hidden` as it is held until the next block asks for it."""
+        return hidden if self.scratch is None else in_file(hidden, self.scratch)
+
+    def run(self, block: int, i: int, hidden: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output of `block`, as it now is and on the device it is on, for inputs `hidden` (b, t, d) of batch `i`.
 
         Gradients are recorded if they are enabled where this is called.
+
+        Args:
+            tensors: stand in for parameters of the block, by name within it.
         """
         module = self.layers.blocks[block]
-        return _hidden(self._calls[i][block].apply(module, hidden, _device(module)))
+        compute = module if tensors is None else partial(_with_tensors, module, tensors)
+        return _hidden(self._calls[i][block].apply(compute, hidden, self.layers.device_of(block)))
 
     def logits(self, i: int, hidden: Tensor) -> Tensor:
         """Logits (b, t, vocab) of batch `i` if the last block's output were `hidden`; differentiable in it."""
@@ -205,7 +221,8 @@ class BlockVisit:
         self.module: nn.Module = runner.layers.blocks[index]
         self.specs: tuple[LayerSpec, ...] = runner.layers.of_block(index)
         self.inputs = inputs
-        self._runner = runner
+        self.layers = runner.layers
+        self.runner = runner
         self._outputs: list[Tensor] | None = None
 
     def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
@@ -226,13 +243,13 @@ class BlockVisit:
             if site not in known:
                 raise UnknownNameError("site", site, known)
         moments = {site: _Moment(site) for site in wanted}
-        self._outputs = [self._observed(i, moments) for i in range(len(self._runner))]
+        self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
         return {site: moment.gram() for site, moment in moments.items()}
 
     def outputs(self) -> list[Tensor]:
         """Hidden states (b, t, d) that leave the block as it now is, by batch; computed once per change."""
         if self._outputs is None:
-            self._outputs = [self._output(i) for i in range(len(self._runner))]
+            self._outputs = [self._output(i) for i in range(len(self.runner))]
         return self._outputs
 
     def replaced(self) -> None:
@@ -240,20 +257,20 @@ class BlockVisit:
         self._outputs = None
 
     def _observed(self, i: int, moments: Mapping[str, _Moment]) -> Tensor:
-        batch, layers = self._runner.batches[i], self._runner.layers
+        batch, layers = self.runner.batches[i], self.runner.layers
         with input_hooks({site: layers.module(site) for site in moments}, lambda s, x: moments[s].add(batch.select(x))):
             return self._output(i)
 
     @torch.no_grad()
     def _output(self, i: int) -> Tensor:
         hidden = self.inputs[i]
-        output = self._runner.run(self.index, i, hidden).to(hidden.device)
-        if not bool(torch.isfinite(self._runner.batches[i].select(output)).all()):
+        output = self.runner.run(self.index, i, hidden).to(hidden.device)
+        if not bool(torch.isfinite(self.runner.batches[i].select(output)).all()):
             raise CalibrationError(
-                f"Block {self._runner.layers.blocks_path}.{self.index} returns values that are not finite; "
+                f"Block {self.runner.layers.blocks_path}.{self.index} returns values that are not finite; "
                 "use --dtype float32 or bfloat16, and check the layers changed last."
             )
-        return output
+        return self.runner.keep(output)
 
 
 def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -> Generator[BlockVisit, None, None]:
@@ -265,12 +282,12 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
 
     Args:
         device: where to compute; each block is moved there for its visit and back. Hidden states stay where the
-            model's embeddings are. By default nothing is moved.
+            model's embeddings are, or in the runner's scratch folder. By default nothing is moved.
     """
     blocks = runner.layers.blocks
-    hidden = [runner.first(i) for i in range(len(runner))]
+    hidden = [runner.keep(runner.first(i)) for i in range(len(runner))]
     for index in range(len(blocks)):
-        with resident(blocks[index], device):
+        with runner.layers.resident(index, device):
             visit = BlockVisit(runner, index, hidden)
             yield visit
             if index + 1 < len(blocks):
@@ -329,7 +346,7 @@ class _Call:
         args = _map_tensors(self.args, change)
         return _Call(args, _map_tensors(dict(self.kwargs), change), self.keyword)
 
-    def apply(self, module: nn.Module, hidden: Tensor, device: torch.device) -> Any:
+    def apply(self, module: Callable[..., Any], hidden: Tensor, device: torch.device) -> Any:
         here = self.map(lambda x: x.to(device))
         hidden = hidden.to(device)
         if self.keyword is None:
@@ -398,8 +415,8 @@ def _hidden(output: Any) -> Tensor:
     return hidden
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(module, dict(tensors), args, kwargs)
 
 
 @contextmanager
@@ -418,16 +435,3 @@ def _stand_ins(
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
-
-
-@contextmanager
-def resident(block: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Keep `block` on `device` while open and put it back after; None leaves it where it is."""
-    home = _device(block)
-    try:
-        if device is not None:
-            block.to(device)
-        yield
-    finally:
-        if device is not None:
-            block.to(home)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from globalopt.calibration import Split
+from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import NumericalError, UsageError
+from globalopt.layers import walkable
+from globalopt.lazy import lazy_blocks
 from globalopt.summary import Metrics
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ def evaluate(
     dense: PreTrainedModel | None = None,
     batch_size: int = 8,
     advance: Callable[[str], None] | None = None,
+    scratch: Path | None = None,
 ) -> Metrics:
     """Perplexity of a model on the windows of a split, and its KL divergence from the dense model.
 
@@ -38,20 +43,21 @@ def evaluate(
         kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
 
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
-    into evaluation mode; they may be on different devices.
+    into evaluation mode; they may be on different devices. A lazy model is walked block by block, all windows at once.
 
     Args:
         split: at least 2 windows.
         dense: the model before compression, with the same vocabulary; without it there is no KL.
         batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
         advance: called once per window with the perplexity so far.
+        scratch: folder of files for the hidden states of lazy models; None: they are held in memory.
     Raises:
         NumericalError: a logit is not finite, or the perplexity is too large for a float.
         UsageError: fewer than 2 windows, `batch_size` below 1, or different vocabularies.
     Source:
         the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
     """
-    return _measure(model, dense, split, batch_size, advance)[0]
+    return _measure(model, dense, split, batch_size, advance, scratch)[0]
 
 
 def evaluate_both(
@@ -60,9 +66,10 @@ def evaluate_both(
     split: Split,
     batch_size: int = 8,
     advance: Callable[[str], None] | None = None,
+    scratch: Path | None = None,
 ) -> tuple[Metrics, Metrics]:
     """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`."""
-    measured, reference = _measure(model, dense, split, batch_size, advance)
+    measured, reference = _measure(model, dense, split, batch_size, advance, scratch)
     assert reference is not None
     return reference, measured
 
@@ -74,6 +81,7 @@ def _measure(
     split: Split,
     batch_size: int,
     advance: Callable[[str], None] | None,
+    scratch: Path | None,
 ) -> tuple[Metrics, Metrics | None]:
     count, seqlen = split.windows.shape
     if count < 2:
@@ -93,10 +101,13 @@ def _measure(
 
     nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     rows = max(1, min(batch_size, LOGITS_AT_ONCE // (seqlen * vocabulary)))
-    for first in range(0, count, rows):
-        windows = split.windows[first : first + rows]
-        logits = _logits(model, windows)
-        dense_logits = None if dense is None else _logits(dense, windows)
+    batches = split.windows.split(rows)
+    answers = _answers(model, batches, scratch)
+    dense_answers = None if dense is None else _answers(dense, batches, scratch)
+    for number, windows in enumerate(batches):
+        first = number * rows
+        logits = answers(number)
+        dense_logits = None if dense_answers is None else dense_answers(number)
         for i, window in enumerate(windows, first):
             reference = None if dense_logits is None else dense_logits[i - first]
             where = f"{split.name} window {i}"
@@ -128,9 +139,15 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """Logits (n, T - 1, vocabulary) of the positions whose next token is in the window."""
-    return model(input_ids=windows.to(model.device), use_cache=False).logits[:, :-1]
+def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
+    """Logits (n, T - 1, vocabulary) by batch, of the positions whose next token is in the window."""
+    if lazy_blocks(model) is None:
+        return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
+    runner = BlockRunner(walkable(model), [Batch(windows) for windows in batches], scratch)
+    hidden: list[Tensor] = []
+    for visit in walk_blocks(runner):
+        hidden = visit.outputs()
+    return lambda number: runner.logits(number, hidden[number])[:, :-1]
 
 
 def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:

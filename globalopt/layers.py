@@ -7,7 +7,7 @@ inside them; layers that one short forward pass feeds with the very same tensor 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import NumericalError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.lazy import LazyBlocks, lazy_blocks
 from globalopt.types import LayerSpec
 
 Linear = nn.Linear | Conv1D
@@ -49,7 +50,11 @@ class Coverage:
 
 @dataclass(frozen=True, eq=False)
 class ModelLayers:
-    """A model together with its decoder blocks and their compressible layers, in model order."""
+    """A model together with its decoder blocks and their compressible layers, in model order.
+
+    Of a lazy model (`globalopt.lazy`) the blocks are in memory only while they are `resident`; everything here works
+    on both kinds.
+    """
 
     model: PreTrainedModel
     blocks: nn.ModuleList
@@ -67,9 +72,63 @@ class ModelLayers:
             raise UnknownNameError("layer", name, self._modules)
         return self._modules[name]
 
+    @cached_property
+    def lazy(self) -> LazyBlocks | None:
+        """What opens the blocks of a lazy model; None if all of it is in memory."""
+        return lazy_blocks(self.model)
+
+    @contextmanager
+    def resident(self, index: int, device: torch.device | str | None = None) -> Iterator[None]:
+        """Keep block `index` in memory, on `device`, while open, and put it back after; None leaves it where it is."""
+        if self.lazy is not None:
+            with self.lazy.open(index, device):
+                yield
+            return
+        block, home = self.blocks[index], self.device_of(index)
+        try:
+            if device is not None:
+                block.to(device)
+            yield
+        finally:
+            if device is not None:
+                block.to(home)
+
+    def device_of(self, index: int) -> torch.device:
+        """Where block `index` is, or would be if it were resident."""
+        device = next(self.blocks[index].parameters()).device
+        return self.lazy.device if self.lazy is not None and device.type == "meta" else device
+
     def weight(self, name: str) -> Tensor:
         """A float32 copy (d_out, d_in) of a layer's weight."""
+        if self.lazy is not None:
+            self.module(name)
+            return self.oriented(name, self.lazy.read(f"{name}.weight")).float().contiguous()
         return _as_linear(self.module(name)).to(torch.float32, copy=True).contiguous()
+
+    def originals(self) -> Mapping[str, Tensor]:
+        """The weights of all layers as they now are, float32 (d_out, d_in) by name.
+
+        Of a lazy model they are not held but those of the checkpoint, read whenever they are asked for.
+        """
+        if self.lazy is not None:
+            return _Originals(self, self.lazy)
+        return {spec.name: self.weight(spec.name) for spec in self.specs}
+
+    def place(self, name: str, make: Callable[[], Tensor]) -> None:
+        """Overwrite a layer's weight by what `make` returns (d_out, d_in), cast to the parameter's own type.
+
+        In a lazy model `make` is called whenever the layer's block becomes resident, so that the weight need not be
+        held in between; its errors, and those of `set_weight`, come then.
+        """
+        if self.lazy is None:
+            self.set_weight(name, make())
+        else:
+            self.module(name)
+            self.lazy.replace(f"{name}.weight", lambda: self.oriented(name, make()))
+
+    def oriented(self, name: str, W: Tensor) -> Tensor:
+        """`W` (d_out, d_in) in the orientation in which the layer's module holds its weight."""
+        return W.mT if isinstance(self.module(name), Conv1D) else W
 
     def set_weight(self, name: str, W: Tensor) -> None:
         """Overwrite a layer's weight in place, cast to the parameter's own type.
@@ -84,15 +143,53 @@ class ModelLayers:
         weight = _as_linear(self.module(name))
         if W.shape != weight.shape:
             raise UsageError(f"Layer {name} is {tuple(weight.shape)}; the new weight is {tuple(W.shape)}.")
+        if self.lazy is not None:
+            kept = W.detach().to(weight.dtype, copy=True)
+            self.place(name, lambda: kept)
+            return
         cast = W.detach().to(device=weight.device, dtype=weight.dtype)
         if not bool(torch.isfinite(cast).all()):
             raise NumericalError(f"The new weight of layer {name} is not finite in {_dtype_name(weight.dtype)}.")
         with torch.no_grad():
             weight.copy_(cast)
 
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Overwrite another parameter of the model in place."""
+        if self.lazy is not None and self.lazy.has(name):
+            kept = value.detach().clone()
+            self.lazy.replace(name, lambda: kept)
+            return
+        parameter = self.model.get_parameter(name)
+        with torch.no_grad():
+            parameter.copy_(value)
+
     def of_block(self, index: int) -> tuple[LayerSpec, ...]:
         """The layers of block `index`."""
         return tuple(spec for spec in self.specs if spec.block == index)
+
+
+class _Originals(Mapping[str, Tensor]):
+    """Weights read from the checkpoint of a lazy model, float32 (d_out, d_in) by layer."""
+
+    def __init__(self, layers: ModelLayers, lazy: LazyBlocks) -> None:
+        self._layers = layers
+        self._lazy = lazy
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._layers.module(name)
+        return self._layers.oriented(name, self._lazy.original(f"{name}.weight")).float().contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return (spec.name for spec in self._layers.specs)
+
+    def __len__(self) -> int:
+        return len(self._layers.specs)
+
+
+def walkable(model: PreTrainedModel) -> ModelLayers:
+    """The decoder blocks of a model without its layers: enough to walk it."""
+    path, blocks = decoder_blocks(model)
+    return ModelLayers(model, blocks, path, (), _coverage(model, blocks, []))
 
 
 def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> ModelLayers:
@@ -106,7 +203,7 @@ def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> Mod
         UnsupportedModelError: there are no decoder blocks, no linear layers in them, quantised weights, one weight
             under two names, or too low a coverage.
     """
-    path, blocks = _decoder_blocks(model)
+    path, blocks = decoder_blocks(model)
     found = [
         (index, f"{path}.{index}.{name}", module)
         for index, block in enumerate(blocks)
@@ -139,7 +236,15 @@ def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> Mod
 
 def check_finite(layers: ModelLayers) -> None:
     """`NumericalError` naming the first layer or other module whose weights hold NaN or infinity."""
-    for name, parameter in layers.model.named_parameters():
+    inside = f"{layers.blocks_path}."
+    _check_finite((n, p) for n, p in layers.model.named_parameters() if not n.startswith(inside))
+    for index, block in enumerate(layers.blocks):
+        with layers.resident(index):
+            _check_finite((f"{inside}{index}.{name}", parameter) for name, parameter in block.named_parameters())
+
+
+def _check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    for name, parameter in parameters:
         finite = torch.isfinite(parameter)
         if not bool(finite.all()):
             owner, _, what = name.rpartition(".")
@@ -172,7 +277,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path of the decoder blocks and they; `UnsupportedModelError` if there are none."""
     asked = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (path, module)
@@ -192,7 +298,7 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _check_weights(model: PreTrainedModel, found: Sequence[tuple[str, Linear]]) -> None:
     users: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[parameter.data_ptr()].append(name.rpartition(".")[0])
+        users[_identity(parameter)].append(name.rpartition(".")[0])
     for name, module in found:
         weight = module.weight
         if weight.ndim != 2 or not weight.is_floating_point():
@@ -200,11 +306,16 @@ def _check_weights(model: PreTrainedModel, found: Sequence[tuple[str, Linear]]) 
                 f"Layer {name} holds {tuple(weight.shape)} values of {_dtype_name(weight.dtype)}: it is quantised or "
                 "sharded. Load the unquantised checkpoint."
             )
-        if len(users[weight.data_ptr()]) > 1:
-            both = " and ".join(users[weight.data_ptr()][:2])
+        if len(users[_identity(weight)]) > 1:
+            both = " and ".join(users[_identity(weight)][:2])
             raise UnsupportedModelError(
                 f"{both} use the same weight; a weight under two names cannot be given two budgets. Untie it first."
             )
+
+
+def _identity(parameter: Tensor) -> int:
+    """What tied parameters share; a parameter that is not in memory has no address."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
 def _coverage(model: PreTrainedModel, blocks: nn.ModuleList, modules: Sequence[Linear]) -> Coverage:

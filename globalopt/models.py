@@ -5,6 +5,7 @@ Whatever goes wrong at this border and has a known cause becomes one line; anyth
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -18,14 +19,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from globalopt.errors import ArtefactError, UnknownNameError, UnsupportedModelError, UsageError
-from globalopt.layers import ModelLayers
+from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.layers import ModelLayers, decoder_blocks
+from globalopt.lazy import INDEX, SINGLE, Checkpoint, LazyBlocks, Precision, Source, Zeros, fill, lazy_blocks
+from globalopt.memory import WHOLE_COPIES, available, resident, size_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -48,40 +61,84 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name_or_path: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    max_memory: int | None = None,
+    tokens: int = 0,
+    lazily: bool | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer from a local folder or the hub.
 
-    A local folder never asks the network.
+    A local folder never asks the network. A model that does not fit is loaded lazily (`globalopt.lazy`): its decoder
+    blocks are read when they are needed. Both kinds give the same results.
 
     Args:
         name_or_path: a folder in the Hugging Face format, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, the checkpoint's own elsewhere.
         device: a torch device, or "auto": the first accelerator there is, else the CPU.
         trust_remote_code: run code that comes with the checkpoint.
+        max_memory: bytes that the process may have on the device in the end, when `WHOLE_COPIES` of a whole model are
+            there; None: what is available.
+        tokens: how many tokens the hidden states of every block will be kept of.
+        lazily: whether blocks are read when they are needed, where that is possible; None: if the rest says so.
 
     Raises:
         ArtefactError: the folder is missing, incomplete or broken, or the hub has no such model or is not reachable.
         UnsupportedModelError: the model is no causal language model that transformers knows.
-        UnknownNameError, UsageError: `dtype` or `device` does not exist here.
+        UnknownNameError, UsageError: `dtype` or `device` does not exist here, or `max_memory` is too little for any way
+            of loading.
     """
+    name = str(name_or_path)
+    source, options = _source(name, trust_remote_code)
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
-    name = str(name_or_path)
-    local = _is_local(name)
-    source = str(Path(name).expanduser()) if local else name
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     with quiet():
         config = _load_config(source, options)
-        model = _load_weights(source, config, options)
+        folder = None if lazily is False else _weights_folder(source, options)
+        if folder is None or not (lazily or not _fits(folder, config, dtype, place, max_memory, tokens)):
+            model = _load_weights(source, config, options)
+        else:
+            try:
+                model = _load_lazily(folder, config, options, dtype, place, max_memory)
+            except UnsupportedModelError:
+                if max_memory is not None:
+                    raise
+                model = _load_weights(source, config, options)
         tokenizer = _load_tokenizer(source, options)
     stored = model.dtype
-    computed = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else stored)
-    # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
-    cast("nn.Module", model).to(place, computed).eval().requires_grad_(False)
+    lazy = lazy_blocks(model)
+    if lazy is None:
+        # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
+        cast("nn.Module", model).to(place, _computed(dtype, place, stored))
+    else:
+        stored = lazy.precision.stored
+    model.eval().requires_grad_(False)
     model.config.use_cache = False
     return LoadedModel(model, tokenizer, name, place, stored)
+
+
+def load_structure(name_or_path: str | Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with zeros for weights that takes hardly any memory, from its config alone; errors as `load_model`.
+
+    Args:
+        dtype: what it computes in; "auto": float32.
+    """
+    source, options = _source(str(name_or_path), trust_remote_code)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+    computed = DTYPES.get(dtype, torch.float32)
+    with quiet():
+        model = _empty(source, _load_config(source, options), options, computed)
+        _fill(model, Zeros(model), Precision(computed, computed, torch.device("cpu")))
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _computed(dtype: str, place: torch.device, stored: torch.dtype) -> torch.dtype:
+    return DTYPES.get(dtype, torch.float32 if place.type == "cpu" else stored)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -123,10 +180,12 @@ def model_fingerprint(layers: ModelLayers) -> str:
 def weights_sha256(layers: ModelLayers) -> str:
     """sha256 (hex) of the weights of the compressible layers, with their names and types, as they are in memory."""
     digest = hashlib.sha256()
-    for spec in layers.specs:
-        weight = layers.module(spec.name).weight
-        digest.update(f"{spec.name} {spec.d_out} {spec.d_in} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for index in range(len(layers.blocks)):
+        with layers.resident(index):
+            for spec in layers.of_block(index):
+                weight = layers.module(spec.name).weight
+                digest.update(f"{spec.name} {spec.d_out} {spec.d_in} {weight.dtype}".encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -134,6 +193,8 @@ def save_dense(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: torch.dtype
 ) -> None:
     """Save model and tokenizer in the Hugging Face format, weights in `dtype`; `folder` appears whole or not at all.
+
+    Of a lazy model every block becomes a file of its own, so that no more than one is in memory.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -152,7 +213,10 @@ def save_dense(
         raise ArtefactError(f"Cannot write {folder}: {_first_line(error)}") from error
     try:
         with quiet():
-            model.save_pretrained(staging, state_dict=_cast(model.state_dict(), dtype))
+            if lazy_blocks(model) is None:
+                model.save_pretrained(staging, state_dict=_cast(model.state_dict(), dtype))
+            else:
+                _save_blocks(model, staging, dtype)
             tokenizer.save_pretrained(staging)
         path = staging / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -165,6 +229,46 @@ def save_dense(
         raise ArtefactError(f"Cannot write {folder}: {_first_line(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_blocks(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write a lazy model: its configs, what lies outside the blocks, then the blocks one by one, and the index."""
+    model.save_pretrained(folder, state_dict={})
+    path, blocks = decoder_blocks(model)
+    lazy = lazy_blocks(model)
+    assert lazy is not None, "asked for by the caller"
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    outside: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        # A tied weight is saved once, under the name it is made with.
+        if not lazy.has(name) and name not in ignored and _memory(tensor) not in seen:
+            outside[name] = tensor
+            seen.add(_memory(tensor))
+    sizes, files = 0, {}
+
+    def write(index: int, tensors: dict[str, Tensor]) -> None:
+        nonlocal sizes
+        file = f"model-{index + 1:05}-of-{len(blocks) + 1:05}.safetensors"
+        done = {name: tensor.contiguous() for name, tensor in _cast(tensors, dtype).items()}
+        save_file(done, folder / file, metadata={"format": "pt"})
+        sizes += sum(tensor.nbytes for tensor in done.values())
+        files.update(dict.fromkeys(done, file))
+
+    write(0, outside)
+    for index, block in enumerate(blocks):
+        with lazy.open(index):
+            write(index + 1, {f"{path}.{index}.{name}": tensor for name, tensor in block.named_parameters()})
+    facts = {"total_parameters": model.num_parameters(), "total_size": sizes}
+    text = json.dumps({"metadata": facts, "weight_map": files}, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for, and how."""
+    local = _is_local(name)
+    source = str(Path(name).expanduser()) if local else name
+    return source, {"local_files_only": local, "trust_remote_code": trust_remote_code}
 
 
 def _is_local(name: str) -> bool:
@@ -210,12 +314,8 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrain
     except OSError as error:
         raise ArtefactError(f"The weights of {source} cannot be read: {_first_line(error)}") from error
     except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise _remote_code(source) from error
-        if "Unrecognized configuration class" in str(error):
-            raise UnsupportedModelError(
-                f"{source} is of type {config.model_type}, which is no causal language model in transformers."
-            ) from error
+        if known := _known(source, config, error):
+            raise known from error
         raise
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):
@@ -231,6 +331,99 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrain
     return model
 
 
+def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
+    """Folder of the model's safetensors files, fetched where they are on the hub; None if it has none."""
+    if options["local_files_only"]:
+        folder = Path(source)
+        return folder if any((folder / name).is_file() for name in (INDEX, SINGLE)) else None
+    try:
+        try:
+            index = Path(hf_hub_download(source, INDEX))
+            for file in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+                hf_hub_download(source, file)
+        except HfHubHTTPError:
+            index = Path(hf_hub_download(source, SINGLE))
+    # Whatever it is, the whole load has it too, and a better word for it.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return index.parent
+
+
+def _stored(folder: Path, config: Any) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else Checkpoint(folder).dtype()
+
+
+def _fits(folder: Path, config: Any, dtype: str, place: torch.device, max_memory: int | None, tokens: int) -> bool:
+    """Whether whole copies of the model fit, beside the hidden states of `tokens` tokens in front of every block."""
+    stored = _stored(folder, config)
+    item = _computed(dtype, place, stored).itemsize
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * item // stored.itemsize
+    text = config.get_text_config(decoder=True)
+    width, depth = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    needed = WHOLE_COPIES * size + tokens * width * (depth + 1) * item
+    return needed <= (available(place) if max_memory is None else max_memory - resident())
+
+
+def _load_lazily(
+    folder: Path, config: Any, options: dict[str, Any], dtype: str, place: torch.device, max_memory: int | None
+) -> PreTrainedModel:
+    checkpoint = Checkpoint(folder)
+    stored = _stored(folder, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{folder} is quantised. Load the unquantised checkpoint.")
+    computed = _computed(dtype, place, stored)
+    model = _empty(str(folder), config, options, stored)
+    if stored != torch.float32 and (kept := _kept_in_float32(model, stored)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps {kept} in float32, which cannot be done block by block. Raise --max-memory "
+            "so that it is loaded whole."
+        )
+    _, blocks = decoder_blocks(model)
+    inside = sum(p.numel() for p in blocks.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    least = resident() + (outside + 2 * largest) * computed.itemsize
+    if max_memory is not None and least > max_memory:
+        raise UsageError(
+            f"--max-memory {size_text(max_memory)} is too little: even block by block {folder.name} needs more than "
+            f"{size_text(least)} in {str(computed)[6:]}."
+        )
+    _fill(model, checkpoint, Precision(stored, computed, place))
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _kept_in_float32(model: PreTrainedModel, stored: torch.dtype) -> str:
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if stored == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return ", ".join(sorted(kept))
+
+
+def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers are real, and made in `dtype` as in a whole load."""
+    trust = options["trust_remote_code"]
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust
+            )
+    except ValueError as error:
+        if known := _known(source, config, error):
+            raise known from error
+        raise
+    # Parameters that move to the meta device as they are made are not tied any more.
+    model.tie_weights()
+    return model
+
+
+def _fill(model: PreTrainedModel, source: Source, precision: Precision) -> LazyBlocks:
+    path, blocks = decoder_blocks(model)
+    return fill(model, list(blocks), path, source, precision)
+
+
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
@@ -240,6 +433,16 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
             f"There is no usable tokenizer with {source} ({_first_line(error)}) "
             "Put its tokenizer.json and tokenizer_config.json beside the weights."
         ) from error
+
+
+def _known(source: str, config: Any, error: ValueError) -> GlobalOptError | None:
+    if "trust_remote_code" in str(error):
+        return _remote_code(source)
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(
+            f"{source} is of type {config.model_type}, which is no causal language model in transformers."
+        )
+    return None
 
 
 def _remote_code(source: str) -> ArtefactError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class ModelObjective:
     """
 
     def __init__(self, runner: BlockRunner, materialise: Materialise, top: int = TOP) -> None:
-        """Keep the dense weights, and the dense model's predictions on every chunk.
+        """Keep the dense weights (but those of a lazy model), and the dense model's predictions on every chunk.
 
         Raises:
             UsageError: a batch is padded.
@@ -88,7 +88,7 @@ class ModelObjective:
         self._specs = runner.layers.specs
         largest = max(spec.numel for spec in self._specs)
         self._weight = lru_cache(max(1, WEIGHTS_AT_ONCE // (4 * largest)))(materialise)
-        self._dense = {spec.name: runner.layers.weight(spec.name) for spec in self._specs}
+        self._dense = runner.layers.originals()
         self._placed: dict[str, Target | Mask] = {}
         self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
 
@@ -127,7 +127,7 @@ class ModelObjective:
     def close(self) -> None:
         """Put the dense weights back."""
         for name in self._placed:
-            self._runner.layers.set_weight(name, self._dense[name])
+            self._runner.layers.place(name, partial(self._dense.__getitem__, name))
         self._placed = {}
         self._weight.cache_clear()
 
@@ -144,7 +144,7 @@ class ModelObjective:
         for spec in self._specs:
             kept = candidate[spec.name]
             if self._placed.get(spec.name) != kept:
-                self._runner.layers.set_weight(spec.name, self._weight(spec, kept))
+                self._runner.layers.place(spec.name, partial(self._weight, spec, kept))
                 self._placed[spec.name] = kept
                 first = min(first, spec.block)
         return first

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from globalopt.capture import BlockRunner, resident
+from globalopt.capture import BlockRunner
 from globalopt.errors import NumericalError
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.surface import project
@@ -66,7 +66,7 @@ def backward_sweep(
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
         taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
-        with resident(layers.blocks[index], device):
+        with layers.resident(index, device):
             hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
             try:
                 for i, batch in enumerate(runner.batches):

@@ -7,28 +7,39 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
-from globalopt.capture import Batch
+from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
-from globalopt.layers import ModelLayers, check_finite, find_layers
+from globalopt.layers import ModelLayers, check_finite, find_layers, token_embedding
+from globalopt.memory import available, parse_size, resident
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, weights_sha256
 from globalopt.protocols import Progress
 from globalopt.resources import StageClock
 
 REFERENCE = "reference"
 
+WORKING_BLOCKS = 4
+"""A block, its Grams and what a solver works with, in units of the block."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded. `model` None is the bundled reference model."""
+    """Which model, and how it is loaded. `model` None is the bundled reference model; `max_memory` is as typed."""
 
     model: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
     allow_low_coverage: bool = False
+    max_memory: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes the process may have in memory, where that was said."""
+        return None if self.max_memory is None else parse_size(self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,25 @@ class Bench:
     def batches(self, split: Split) -> list[Batch]:
         return [Batch(windows) for windows in split.windows.split(self.text_options.batch_size)]
 
+    def runner(self, run: Path) -> BlockRunner:
+        """The blocks on the calibration text; hidden states that do not fit in memory go to the folder `run`."""
+        batches = self.batches(self.splits.calibration)
+        return BlockRunner(self.layers, batches, self.scratch(run, self.splits.calibration))
+
+    def scratch(self, run: Path, split: Split) -> Path | None:
+        """`run` if the hidden states of a split in front of every block are more than memory has room for."""
+        lazy = self.layers.lazy
+        if lazy is None:
+            return None
+        blocks = self.layers.blocks
+        item = self.loaded.model.dtype.itemsize
+        width = token_embedding(self.loaded.model).embedding_dim
+        states = split.windows.numel() * width * (len(blocks) + 1) * item
+        working = WORKING_BLOCKS * max(sum(p.numel() for p in block.parameters()) for block in blocks) * item
+        limit = self.model_options.limit
+        room = available(lazy.device) if limit is None else limit - resident()
+        return run if states + working > room else None
+
     def identity(self, seed: int) -> dict[str, Any]:
         """What decides results apart from the method: weights, windows, precision, seed."""
         return {
@@ -117,7 +147,7 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
     """
     with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
-        loaded, layers = load(model)
+        loaded, layers = load(model, tokens=text.nsamples * text.seqlen)
         advance("model")
         splits = _splits(loaded, model, text, seed)
         advance("text")
@@ -126,14 +156,18 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress
     return Bench(model, text, loaded, layers, splits, progress, clock)
 
 
-def load(options: ModelOptions) -> tuple[LoadedModel, ModelLayers]:
-    """The model that the options name, with its layers, all of it finite."""
-    loaded = load_model(
-        options.model or str(reference_folder()), options.dtype, options.device, options.trust_remote_code
-    )
+def load(options: ModelOptions, tokens: int = 0, lazily: bool | None = None) -> tuple[LoadedModel, ModelLayers]:
+    """The model that the options name, with its layers, all of it finite; see `load_model` for `tokens`, `lazily`."""
+    source = options.model or str(reference_folder())
+    loaded = load_from(source, options, tokens, lazily)
     layers = find_layers(loaded.model, options.allow_low_coverage)
     check_finite(layers)
     return loaded, layers
+
+
+def load_from(source: str, options: ModelOptions, tokens: int = 0, lazily: bool | None = None) -> LoadedModel:
+    """The model in `source`, loaded as the options say of theirs."""
+    return load_model(source, options.dtype, options.device, options.trust_remote_code, options.limit, tokens, lazily)
 
 
 def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
