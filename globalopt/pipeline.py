@@ -15,7 +15,7 @@ from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
 from globalopt.errors import ArtefactError
 from globalopt.evaluate import evaluate, evaluate_both
-from globalopt.models import load_model, reference_folder, save_dense
+from globalopt.models import reference_folder, save_dense
 from globalopt.protocols import Allocator, Outputs, Solver
 from globalopt.recorder import Selection
 from globalopt.refine import Refinement, for_solver, refine
@@ -24,7 +24,7 @@ from globalopt.stages import SENSITIVITIES, SearchOptions, analyse, check_patter
 from globalopt.store import Run, digest
 from globalopt.summary import Metrics, Search, Summary
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
-from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load, versions
+from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load, load_from, versions
 from solvers import get_solver
 
 NATS = "nats per token"
@@ -198,14 +198,14 @@ def finish(
     plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted)
 
     with bench.stage("refine", len(layers.specs), "layers") as advance:
-        runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
+        runner = bench.runner(run.folder)
         results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance, run.weighs_outputs))
     with bench.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.
         if not run.model_folder.exists():
             save_dense(bench.loaded.model, bench.loaded.tokenizer, run.model_folder, dtype)
         advance(str(run.model_folder))
-    dense, compressed = _evaluate_both(bench, run.model_folder)
+    dense, compressed = _evaluate_both(bench, run)
     summary = Summary(
         command=command,
         model=bench.name,
@@ -250,16 +250,20 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
         yield f"Solver {solver.name} keeps a sign plane of rank 1 in every layer, paid for with other parts of it."
 
 
-def _evaluate_both(bench: Bench, folder: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
+def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
     """Metrics of the dense model and of the saved one, reloaded, on validation and test windows."""
     options = bench.model_options
     splits = (bench.splits.validation, bench.splits.test)
     windows = sum(len(split.windows) for split in splits)
     with bench.stage("evaluate", windows, "windows") as advance:
-        original, _ = load(options)
-        saved = load_model(str(folder), options.dtype, options.device, options.trust_remote_code)
+        lazily = bench.layers.lazy is not None
+        original, _ = load(options, lazily=lazily)
+        saved = load_from(str(run.model_folder), options, lazily=lazily)
         size = bench.text_options.batch_size
-        pairs = [evaluate_both(saved.model, original.model, split, size, advance) for split in splits]
+        pairs = [
+            evaluate_both(saved.model, original.model, split, size, advance, bench.scratch(run.folder, split))
+            for split in splits
+        ]
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 
@@ -271,7 +275,7 @@ def evaluate_folder(bench: Bench, dense: str | None) -> tuple[Metrics, ...]:
         against = None
         if dense is not None:
             source = str(reference_folder()) if dense == REFERENCE else dense
-            against = load_model(source, options.dtype, options.device, options.trust_remote_code).model
+            against = load_from(source, options).model
         size = bench.text_options.batch_size
         return tuple(evaluate(bench.loaded.model, split, against, size, advance) for split in splits)
 

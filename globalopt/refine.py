@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,10 +112,14 @@ def refine(
                 run.write_layer(job.spec, value, facts)
         for spec in visit.specs:
             value, facts = run.read_layer(spec)
-            layers.set_weight(spec.name, value.dense())
+            layers.place(spec.name, partial(_saved_weight, run, spec))
             yield _result(spec, value, facts, plan)
             advance(spec.name)
         visit.replaced()
+
+
+def _saved_weight(run: Run, spec: LayerSpec) -> Tensor:
+    return run.read_layer(spec)[0].dense()
 
 
 @dataclass(frozen=True, eq=False)

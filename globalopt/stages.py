@@ -106,7 +106,7 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
         collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
     if weighted:
         weigh(bench, run, pattern, solver.outputs)
-    runner = BlockRunner(layers, bench.batches(bench.splits.calibration))
+    runner = bench.runner(run.folder)
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
     if _fitted(options, solver):
@@ -164,6 +164,6 @@ def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
     """The output Grams that are not there yet, by a backward sweep of their own."""
     unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]
     if unmeasured:
-        runner = BlockRunner(bench.layers, bench.batches(bench.splits.calibration))
+        runner = bench.runner(run.folder)
         with bench.stage("outputs", len(unmeasured), "layers") as advance:
             output_grams(runner, run, unmeasured, seed, bench.loaded.device, advance)
