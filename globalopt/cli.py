@@ -14,6 +14,7 @@ from globalopt.commands import budget
 from globalopt.commands.compress import compress
 from globalopt.commands.console import out
 from globalopt.commands.evaluate import evaluate
+from globalopt.commands.export import export
 from globalopt.commands.methods import list_methods
 from globalopt.commands.report import report
 from globalopt.commands.search import search
@@ -47,6 +48,7 @@ app.command()(search)
 app.command()(compress)
 app.command(name="eval")(evaluate)
 app.command()(report)
+app.command()(export)
 app.command(name="list")(list_methods)
 app.add_typer(budget.app, name="budget")
 

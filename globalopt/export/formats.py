@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from globalopt.errors import UnknownNameError
-from globalopt.export.adapter import export_adapter
+from globalopt.export.adapter import ADAPTER, BASE, export_adapter
 from globalopt.export.dense import export_dense
 from globalopt.export.factors import export_factors
 from globalopt.export.packed import export_packed
@@ -17,6 +17,18 @@ FORMATS: Mapping[str, Callable[[Path, Path, bool], None]] = {
     "packed": export_packed,
     "factors": export_factors,
 }
+
+_LOADING: Mapping[str, str] = {
+    "dense": "AutoModelForCausalLM.from_pretrained({folder!r})",
+    "adapter": "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})",
+    "packed": "import globalopt; AutoModelForCausalLM.from_pretrained({folder!r})",
+    "factors": "globalopt.export.factors.read_factors(Path({folder!r}))",
+}
+
+
+def loading(name: str, folder: Path) -> str:
+    """The Python that loads an export of format `name`."""
+    return _LOADING[name].format(folder=str(folder), base=str(folder / BASE), adapter=str(folder / ADAPTER))
 
 
 def export(run: Path, name: str, folder: Path, trust_remote_code: bool = False) -> int:

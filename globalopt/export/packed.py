@@ -79,10 +79,10 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ArtefactError(f"There is no dtype {dtype}; use auto, {', '.join(DTYPES)}.")
-    _check_folder(folder)
+    files = _weight_files(folder)
     register()
     try:
-        with quiet():
+        with seal.checked(files), quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES.get(dtype, "auto"),
@@ -107,20 +107,19 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
     return cast("PreTrainedModel", model).eval()
 
 
-def _check_folder(folder: Path) -> None:
-    """`ArtefactError` unless the folder holds a packed model whose configs are those it was saved with."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a packed model; `ArtefactError` if there is none in the folder."""
     if not folder.is_dir():
         raise ArtefactError(f"There is no folder {folder}. Give the one that `globalopt export --format packed` wrote.")
     config = read_json(folder / seal.CONFIG)
     packing = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
         raise ArtefactError(f"{folder} holds no packed model; load it with AutoModelForCausalLM.from_pretrained.")
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        if files[0].is_file():
-            raise ArtefactError(f"{folder} holds both {WEIGHTS} and {INDEX}; one of them is not the model's.")
-        files = _shards(folder)
-    seal.check_configs(files)
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    if (folder / WEIGHTS).is_file():
+        raise ArtefactError(f"{folder} holds both {WEIGHTS} and {INDEX}; one of them is not the model's.")
+    return _shards(folder)
 
 
 def _shards(folder: Path) -> list[Path]:

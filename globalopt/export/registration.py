@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -17,7 +19,8 @@ def register() -> None:
     if _REGISTRY in sys.modules:
         _add(sys.modules[_REGISTRY])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
+        finder: Any = _OnImport()
+        sys.meta_path.insert(0, finder)
 
 
 def _add(registry: ModuleType) -> None:
@@ -28,7 +31,7 @@ def _add(registry: ModuleType) -> None:
         registry.register_quantizer(quantizer.METHOD)(quantizer.SparseLowRankQuantizer)
 
 
-class _OnImport(MetaPathFinder):
+class _OnImport:
     """Has the registry of transformers loaded as ever, and adds to it."""
 
     def find_spec(
@@ -36,15 +39,17 @@ class _OnImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
+        us: Any = self
+        sys.meta_path.remove(us)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Adding(spec.loader)
+            adding: Any = _Adding(spec.loader)
+            spec.loader = adding
         return spec
 
 
-class _Adding(Loader):
-    def __init__(self, loader: Loader) -> None:
+class _Adding:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -54,6 +59,6 @@ class _Adding(Loader):
         self._loader.exec_module(module)
         _add(module)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         # What asks a loader for its source or its files means the real one.
         return getattr(self._loader, name)

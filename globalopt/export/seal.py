@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,36 @@ def check_configs(files: Iterable[str | Path]) -> None:
             )
 
 
-def check_tensors(files: Iterable[str | Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+Sizes = dict[str, tuple[str, tuple[int, ...]]]
+_CHECKED: ContextVar[tuple[list[Path], Sizes] | None] = ContextVar("checked", default=None)
+
+
+@contextlib.contextmanager
+def checked(files: Iterable[str | Path]) -> Iterator[None]:
+    """Check configs and tensors of the weight `files`, which need not be read for it again while open."""
+    paths = sorted(_safetensors(files))
+    check_configs(paths)
+    token = _CHECKED.set((paths, check_tensors(paths)))
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def check_tensors(files: Iterable[str | Path]) -> Sizes:
     """Read every tensor of the weight `files`; type and shape by name.
 
     Raises:
         ArtefactError: a file is no safetensors or broken, a tensor is not the one that was saved, or one is missing or
             too many.
     """
-    files = _safetensors(files)
+    files = sorted(_safetensors(files))
+    already = _CHECKED.get()
+    if already is not None and already[0] == files:
+        return already[1]
     record = _record(files)
     found: dict[str, str] = {}
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shapes: Sizes = {}
     for file in files:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict

@@ -10,8 +10,8 @@ import torch
 
 from globalopt.errors import ArtefactError
 from globalopt.layers import ModelLayers, find_layers
-from globalopt.models import LoadedModel, load_model
-from globalopt.store import Run
+from globalopt.models import DTYPES, LoadedModel, load_model
+from globalopt.store import Run, read_json
 from globalopt.types import NM, Decomposition, LayerSpec
 
 # The saved weight is the sum rounded once, or twice where the model computed in another type.
@@ -67,9 +67,10 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
     """
     run = Run.open(folder)
     summary = run.read_summary()
-    loaded = load_model(run.saved_model, device="cpu", trust_remote_code=trust_remote_code)
-    # Without a cast it would come in float32, for the CPU to compute with.
-    torch.nn.Module.to(loaded.model, loaded.checkpoint_dtype)
+    # Left to itself it would come in float32, for the CPU to compute with.
+    stored = read_json(run.saved_model / "config.json").get("dtype")
+    dtype = stored if stored in DTYPES else "auto"
+    loaded = load_model(run.saved_model, dtype, "cpu", trust_remote_code)
     # It is loaded with its cache off; what is exported is to be served.
     loaded.model.config.use_cache = True
     layers = find_layers(loaded.model, allow_low_coverage=True)

@@ -1,0 +1,40 @@
+"""`globalopt export`: a finished run in a format that others load."""
+
+# Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from globalopt.commands.console import errors, print_json, say
+from globalopt.commands.options import Json, Quiet, Trust
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)],
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="dense: an ordinary checkpoint; adapter: sparse base and LoRA adapter; packed: only what is kept, "
+            "loads after `import globalopt`; factors: plain tensors per layer.",
+        ),
+    ] = "dense",
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model of a finished run in another format."""
+    with errors():
+        from globalopt.export.formats import export as write
+        from globalopt.export.formats import loading
+
+        size = write(run, format_name, out, trust_remote_code)
+        if as_json:
+            print_json({"format": format_name, "folder": str(out), "bytes": size})
+        elif not quiet:
+            say([("written", out), ("size", f"{size / 1e6:,.2f} MB"), ("load", loading(format_name, out))])
