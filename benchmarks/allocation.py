@@ -84,7 +84,9 @@ class Cell:
     def gap(self) -> float | None:
         """`(predicted - bound) / predicted`, where there is a certificate."""
         predicted, bound = self.summary.predicted, self.summary.bound
-        return None if bound is None else max(0.0, predicted - bound) / predicted if predicted > 0 else 0.0
+        if bound is None or predicted is None:
+            return None
+        return max(0.0, predicted - bound) / predicted if predicted > 0 else 0.0
 
     @property
     def search_seconds(self) -> float:

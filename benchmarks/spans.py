@@ -141,7 +141,7 @@ def table(made: Sequence[Cell], split: str) -> Stack:
             formats.measured(fmean(kl), stdev(kl) if len(kl) > 1 else None),
             cells.shown(cells.mean([cell.ratios[split] for cell in group])),
             formats.significant(fmean(cells.figures(cell.summary)[split].compressed.perplexity for cell in group)),
-            formats.significant(fmean(cell.summary.predicted for cell in group)),
+            formats.significant(fmean(p for cell in group if (p := cell.summary.predicted) is not None)),
             formats.significant(fmean(cell.selection for cell in group)),
             "-" if fitted is None else formats.significant(fitted),
         )

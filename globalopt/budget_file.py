@@ -6,17 +6,21 @@ date: the same search writes the same bytes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from globalopt.errors import ArtefactError, GlobalOptError
+from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.store import read_json, write_json
 from globalopt.summary import LayerPlan
 from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem, Target
 
 SCHEMA_VERSION = 1
+NOT_PREDICTED = "not predicted"
 
 
 class LayerEntry(BaseModel):
@@ -32,7 +36,7 @@ class LayerEntry(BaseModel):
     nnz: int = Field(ge=0)
     pattern: str | None
     cost: int = Field(ge=0)
-    predicted: float
+    predicted: float | None
 
     @property
     def spec(self) -> LayerSpec:
@@ -48,6 +52,7 @@ class BudgetFile(BaseModel):
 
     `fingerprint` identifies the model by type and layer shapes. `asked` is the fraction kept that was asked for,
     `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
+    `predicted` is None where targets came from elsewhere and nothing was predicted for them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -63,7 +68,7 @@ class BudgetFile(BaseModel):
     allocator: str
     seed: int
     error_unit: str
-    predicted: float
+    predicted: float | None
     bound: float | None
     layers: tuple[LayerEntry, ...]
 
@@ -83,7 +88,7 @@ class BudgetFile(BaseModel):
             {entry.name: entry.target for entry in self.layers},
             Budget(self.limit, self.total, self.accounting),
             self.used,
-            self.predicted,
+            math.nan if self.predicted is None else self.predicted,
             self.allocator,
             self.bound,
         )
@@ -170,6 +175,106 @@ def make(
             for spec, target in [(surface.spec, allocation.targets[surface.spec.name])]
         ),
     )
+
+
+def whole(
+    specs: tuple[LayerSpec, ...], fingerprint: str, covered: int, block_params: int, accounting: str
+) -> BudgetFile:
+    """The budget that leaves every layer dense: what a model has, before anything is decided."""
+    budget = Budget.fraction(1.0, specs, accounting)
+    return BudgetFile(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=fingerprint,
+        accounting="bytes" if accounting == "bytes" else "params",
+        asked=1.0,
+        limit=budget.limit,
+        used=budget.total,
+        total=budget.total,
+        covered=covered,
+        block_params=block_params,
+        allocator="dense",
+        seed=0,
+        error_unit=NOT_PREDICTED,
+        predicted=None,
+        bound=None,
+        layers=tuple(
+            LayerEntry(
+                name=spec.name,
+                block=spec.block,
+                kind=spec.kind,
+                d_out=spec.d_out,
+                d_in=spec.d_in,
+                rank=0,
+                nnz=spec.numel,
+                pattern=None,
+                cost=budget.cost(Target.dense(spec), spec),
+                predicted=None,
+            )
+            for spec in specs
+        ),
+    )
+
+
+def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "imported") -> BudgetFile:
+    """The budget of the model of `like` with other targets, for which nothing is predicted; `like` where none is other.
+
+    Args:
+        targets: by layer name, one for each.
+        by: the allocator to name.
+    Raises:
+        ArtefactError: a target does not fit its layer, or all of them use more than the dense layers.
+    """
+    if all(targets[entry.name] == entry.target for entry in like.layers):
+        return like
+    budget = Budget(like.limit, like.total, like.accounting)
+    entries = []
+    for entry in like.layers:
+        target = targets[entry.name]
+        try:
+            cost = budget.cost(target.check(entry.spec), entry.spec)
+        except GlobalOptError as cause:
+            raise ArtefactError(str(cause)) from None
+        pattern = str(target.pattern) if target.pattern else None
+        changed = {"rank": target.rank, "nnz": target.nnz, "pattern": pattern, "cost": cost, "predicted": None}
+        entries.append(entry.model_copy(update=changed))
+    used = sum(entry.cost for entry in entries)
+    if not 0 < used <= like.total:
+        raise ArtefactError(
+            f"the layers would use {used} {like.accounting}; a budget is above 0 and at most the dense {like.total}."
+        )
+    same = used == like.used
+    changed = {
+        "asked": like.asked if same else used / like.total,
+        "limit": like.limit if same else used,
+        "used": used,
+        "allocator": by,
+        "seed": 0,
+        "error_unit": NOT_PREDICTED,
+        "predicted": None,
+        "bound": None,
+        "layers": tuple(entries),
+    }
+    return like.model_copy(update=changed)
+
+
+def without_rank(file: BudgetFile) -> BudgetFile:
+    """The budget with every rank kept as nonzeros of at most the same cost.
+
+    Raises:
+        UsageError: a layer with a pattern has rank; it has no room for more nonzeros.
+    """
+    budget = Budget(file.limit, file.total, file.accounting)
+    targets = {}
+    for entry in file.layers:
+        target = entry.target
+        if target.rank and target.pattern is not None:
+            raise UsageError(
+                f"Pattern {target.pattern} leaves no room to keep rank {target.rank} of layer {entry.name} as nonzeros."
+            )
+        if target.rank:
+            target = budget.grow(replace(target, rank=0), entry.spec, "nnz", entry.spec.numel - 1, entry.cost)
+        targets[entry.name] = target
+    return imported(targets, file, file.allocator)
 
 
 def write(path: Path, file: BudgetFile) -> None:

@@ -106,6 +106,24 @@ def read_json(path: Path) -> Any:
         raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte order mark; `ArtefactError` if it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    except UnicodeDecodeError:
+        raise ArtefactError(f"{path} is no UTF-8 text.") from None
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able record of facts as one safetensors file, atomically."""
     with replacing(path) as temporary:

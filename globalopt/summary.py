@@ -224,7 +224,7 @@ class Summary:
         model: how the model was named by the user; `reference` when it is the bundled one.
         allocator, solver: their names; `allocator` as written in the budget file.
         accounting, asked, limit, used, total: the budget in its unit; `asked` as a fraction kept.
-        predicted, bound: of the allocation, in `budget_unit`; bound None without a certificate.
+        predicted, bound: of the allocation, in `budget_unit`; None without a prediction, without a certificate.
         error_unit, budget_unit: "nats per token" or "output error", of the layers' errors and of the allocation.
         covered, block_params, skipped: coverage; `skipped` maps what is not covered to its parameters.
         dense, compressed: metrics of both on the same windows, one per split, in the same order.
@@ -243,7 +243,7 @@ class Summary:
     limit: int
     used: int
     total: int
-    predicted: float
+    predicted: float | None
     bound: float | None
     error_unit: str
     budget_unit: str

@@ -13,7 +13,7 @@ from globalopt.summary import LayerPlan
 from reports import formats
 from reports.groups import by_kind
 from reports.shaded_grid import change_grid, kept_grid
-from reports.tables import add_numbers, common_prefix, facts, footed, group_table, report_table, unit_name
+from reports.tables import add_numbers, common_prefix, facts, footed, group_table, prediction, report_table, unit_name
 
 
 def budget_file(file: BudgetFile) -> Stack:
@@ -22,8 +22,7 @@ def budget_file(file: BudgetFile) -> Stack:
     rows = [
         ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
         ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
-        ("predicted", f"{formats.significant(file.predicted)} {file.error_unit}"),
-        ("certificate", formats.certificate(file.predicted, file.bound)),
+        *prediction("predicted", file.predicted, file.bound, file.error_unit),
         ("seed", str(file.seed)),
     ]
     table = facts(f"Budget by {file.allocator}", rows)
@@ -70,11 +69,11 @@ def _both(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple
     row("share in low rank", [f"{share:.4f}" for share in whole.rank_share], _change(whole.rank_share))
     lines = [f"before: {labels[0]}", f"after: {labels[1]}"]
     units = {file.error_unit for file in files}
-    predicted = [file.predicted for file in files]
-    if len(units) == 1:
+    predicted = [file.predicted for file in files if file.predicted is not None]
+    if len(units) == 1 and len(predicted) == len(files):
         row("predicted", [formats.significant(value) for value in predicted])
         lines.append(f"predicted: {units.pop()}")
-    else:
+    elif len(units) > 1:
         lines.append(f"predictions do not compare: {files[0].error_unit}, and {files[1].error_unit}")
     if files[0].accounting != files[1].accounting:
         lines.append(f"before counts {files[0].accounting}, after {files[1].accounting}: compared in parameters")

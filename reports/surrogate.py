@@ -21,6 +21,8 @@ def chosen(summary: Summary, search: Search) -> Evaluation:
     It is the first whole evaluation with its loss and prediction. Where it was asked for only in parts there is none,
     and it is given the tokens of the whole search, at whose end the verdict fell.
     """
+    # A search starts from predictions.
+    assert summary.predicted is not None
     for evaluation in search.evaluations:
         if evaluation.whole and _same(evaluation.loss, search.loss) and _same(evaluation.predicted, summary.predicted):
             return evaluation

@@ -71,8 +71,7 @@ def budget(summary: Summary) -> Table:
         ("accounting", summary.accounting),
         ("allocator", summary.allocator),
         ("solver", summary.solver),
-        ("predicted loss", f"{formats.significant(summary.predicted)} {summary.budget_unit}, summed over layers"),
-        ("certificate", formats.certificate(summary.predicted, summary.bound)),
+        *prediction("predicted loss", summary.predicted, summary.bound, f"{summary.budget_unit}, summed over layers"),
         (
             "covered",
             f"{formats.count(summary.covered)} of {formats.count(summary.block_params)} block parameters, "
@@ -83,6 +82,13 @@ def budget(summary: Summary) -> Table:
         left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
         rows.append(("not covered", left))
     return facts("Budget", rows)
+
+
+def prediction(label: str, predicted: float | None, bound: float | None, unit: str) -> list[tuple[str, str]]:
+    """The predicted loss of an allocation and its certificate, as rows of facts."""
+    if predicted is None:
+        return [(label, "nothing: the budget was not found by a search")]
+    return [(label, f"{formats.significant(predicted)} {unit}"), ("certificate", formats.certificate(predicted, bound))]
 
 
 def searched(summary: Summary, search: Search) -> Stack:

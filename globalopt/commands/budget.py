@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from globalopt.commands.arguments import named
-from globalopt.commands.console import errors, out, print_json
-from globalopt.commands.options import Json, Trust
+from globalopt.commands.console import err, errors, out, print_json
+from globalopt.commands.options import Json, Quiet, Trust
+
+if TYPE_CHECKING:
+    from globalopt.budget_file import BudgetFile
+    from globalopt.budget_formats import Format
 
 app = typer.Typer(help="Look at budget files, compare and convert them.", no_args_is_help=True)
+
+BUDGET = "budget"
 
 BudgetPath = Annotated[Path, typer.Argument(help="A budget.json.", show_default=False)]
 
@@ -41,13 +47,8 @@ def validate(
 
         file = budget_file.read(path)
         if model is not None:
-            from globalopt.layers import find_layers
-            from globalopt.models import load_model, model_fingerprint, reference_folder
-
-            source = named(model) or str(reference_folder())
-            loaded = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
-            layers = find_layers(loaded.model, allow_low_coverage=True)
-            file.for_model(model_fingerprint(layers), layers.specs, path)
+            of_model = _whole_budget(model, trust_remote_code, file.accounting)
+            file.for_model(of_model.fingerprint, tuple(entry.spec for entry in of_model.layers), path)
         share = file.used / file.limit
         out.out(
             f"{path}: valid. {len(file.layers)} layers, {file.used:,} of {file.limit:,} {file.accounting} "
@@ -74,3 +75,112 @@ def diff(
             print_json(budget_diff.record(found))
         else:
             out.print(reports.budget_diff(found, files, (str(before), str(after)), moves))
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="What to convert.", show_default=False)],
+    source: Annotated[str, typer.Option("--from", help="budget, csv, sparsities, peft or evopress.")] = BUDGET,
+    wanted: Annotated[str, typer.Option("--to", help="The same.")] = BUDGET,
+    *,
+    written: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.", show_default=False)],
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A budget of the same model, for what other formats do not say.", show_default=False),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of --like: the model itself.", show_default=False)] = None,
+    accounting: Annotated[str, typer.Option(help="With --model: params or bytes.")] = "params",
+    rank_as_nonzeros: Annotated[
+        bool, typer.Option("--rank-as-nonzeros", help="Keep the cost of low-rank parts as nonzeros.")
+    ] = False,
+    level_sparsity: Annotated[
+        float | None,
+        typer.Option(help="EvoPress: sparsity of level 0. Left out: that of the budget.", show_default=False),
+    ] = None,
+    level_step: Annotated[
+        int | None, typer.Option(help="EvoPress: weights per level.", show_default=False, max=2**62)
+    ] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a budget in the format of another program, or make a budget file of one.
+
+    csv carries everything. sparsities (llm-compressor) and evopress have no low rank, peft has nothing else: what would
+    be lost is refused, or said.
+    """
+    with errors():
+        from globalopt import budget_file
+        from globalopt.budget_formats import FORMATS, EvoPress
+        from globalopt.errors import UnknownNameError, UsageError
+        from globalopt.store import write_text
+
+        names = (BUDGET, *FORMATS)
+        for name in (source, wanted):
+            if name not in names:
+                raise UnknownNameError("format", name, names)
+        if source == wanted == BUDGET and not rank_as_nonzeros:
+            raise UsageError("Nothing to convert: name another format with --from or --to.")
+        if written.exists():
+            raise UsageError(f"--out {written} exists. Choose another file.")
+        formats: dict[str, Format] = {name: made() for name, made in FORMATS.items() if made is not EvoPress}
+        formats["evopress"] = EvoPress(level_sparsity, level_step)
+        notes: tuple[str, ...] = ()
+        if source == BUDGET:
+            if like is not None or model is not None:
+                raise UsageError("A budget file says everything itself: leave out --like and --model.")
+            file = budget_file.read(path)
+        else:
+            file, notes = _imported(path, formats[source], like, model, trust_remote_code, accounting)
+        if rank_as_nonzeros:
+            ranked = sum(1 for entry in file.layers if entry.rank)
+            file = budget_file.without_rank(file)
+            notes += (f"the rank of {ranked} layers is kept as nonzeros of the same cost.",) if ranked else ()
+        if wanted == BUDGET:
+            budget_file.write(written, file)
+        else:
+            text, left_out = formats[wanted].write(file)
+            write_text(written, text)
+            notes += left_out
+        if not quiet:
+            out.out(f"{written}: {wanted}, {len(file.layers)} layers", highlight=False)
+            for note in notes:
+                err.out(f"note: {note}", highlight=False)
+
+
+def _imported(
+    path: Path, source: Format, like: Path | None, model: str | None, trust_remote_code: bool, accounting: str
+) -> tuple[BudgetFile, tuple[str, ...]]:
+    """The budget that a file of another format describes, and notes on what was taken from elsewhere."""
+    from globalopt import budget_file
+    from globalopt.budget_formats import Peft
+    from globalopt.errors import ArtefactError, UsageError
+    from globalopt.store import read_text
+
+    if (like is None) == (model is None):
+        raise UsageError(
+            "Shapes are not in the file: give a budget of the model with --like, or --model."
+        )
+    if like is None and isinstance(source, Peft):
+        raise UsageError("PEFT knows ranks only: give the budget that has the nonzeros with --like.")
+    base = budget_file.read(like) if like is not None else _whole_budget(model, trust_remote_code, accounting)
+    text = read_text(path)
+    try:
+        targets, notes = source.read(text, base)
+        return budget_file.imported(targets, base), notes
+    except ArtefactError as cause:
+        raise ArtefactError(f"{path}: {cause}") from None
+
+
+def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -> BudgetFile:
+    """The budget that leaves all of a model."""
+    from globalopt import budget_file
+    from globalopt.layers import find_layers
+    from globalopt.models import load_model, model_fingerprint, reference_folder
+
+    source = named(model) or str(reference_folder())
+    loaded = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+    layers = find_layers(loaded.model, allow_low_coverage=True)
+    coverage = layers.coverage
+    return budget_file.whole(
+        layers.specs, model_fingerprint(layers), coverage.covered, coverage.block_params, accounting
+    )
