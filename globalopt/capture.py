@@ -244,7 +244,8 @@ class BlockVisit:
                 raise UnknownNameError("site", site, known)
         moments = {site: _Moment(site) for site in wanted}
         self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
-        return {site: moment.gram() for site, moment in moments.items()}
+        # Each sum is let go when its Gram is made: with wide layers they are larger than the block.
+        return {site: moments.pop(site).gram() for site in tuple(moments)}
 
     def outputs(self) -> list[Tensor]:
         """Hidden states (b, t, d) that leave the block as it now is, by batch; computed once per change."""
@@ -321,8 +322,8 @@ class _Moment:
                 f"The inputs of layer {self.site} are not finite: the activations overflow or a weight before it is "
                 "NaN. Use --dtype float32 or bfloat16."
             )
-        mean = self.sum / self.tokens
-        return Gram((mean + mean.mT) / 2, self.tokens)
+        mean = self.sum.div_(self.tokens)
+        return Gram(torch.add(mean, mean.mT).div_(2), self.tokens)
 
 
 @dataclass(frozen=True, eq=False)

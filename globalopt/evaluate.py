@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 2**28
 """Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
 
+LAZY_LOGITS_AT_ONCE = 2**25
+"""The same for lazy models, where memory is what is short."""
+
 SOFTMAX_AT_ONCE = 2**24
 """Logits turned into float32 log probabilities at once."""
 
@@ -100,7 +103,9 @@ def _measure(
         dense.eval()
 
     nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-    rows = max(1, min(batch_size, LOGITS_AT_ONCE // (seqlen * vocabulary)))
+    short = any(one is not None and lazy_blocks(one) is not None for one in (model, dense))
+    at_once = LAZY_LOGITS_AT_ONCE if short else LOGITS_AT_ONCE
+    rows = max(1, min(batch_size, at_once // (seqlen * vocabulary)))
     batches = split.windows.split(rows)
     answers = _answers(model, batches, scratch)
     dense_answers = None if dense is None else _answers(dense, batches, scratch)

@@ -277,11 +277,19 @@ def lazy_blocks(model: nn.Module) -> LazyBlocks | None:
     return _LAZY.get(model)
 
 
-def fill(model: nn.Module, blocks: Sequence[nn.Module], path: str, source: Source, precision: Precision) -> LazyBlocks:
+def fill(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    path: str,
+    source: Source,
+    precision: Precision,
+    beside: nn.Module | None = None,
+) -> LazyBlocks:
     """Make `model`, whose parameters are on the meta device, one that works: its blocks lazily, the rest now.
 
     Args:
         blocks: at `path` in the model.
+        beside: another lazy model; what lies outside its blocks and is the same is shared, not held twice.
 
     Raises:
         ArtefactError: the source lacks a tensor, or has one of another shape.
@@ -304,8 +312,11 @@ def fill(model: nn.Module, blocks: Sequence[nn.Module], path: str, source: Sourc
     outside = [name for name in parameters if not name.startswith(f"{path}.")]
     present = {name: [alias for alias in aliases[name] if alias in source.shapes()] for name in outside}
     found: dict[str, nn.Parameter] = {}
+    others = {} if beside is None else dict(beside.named_parameters(remove_duplicate=False))
     for name, tensor in source.read({names[0] for names in present.values()}, precision):
-        found[name] = nn.Parameter(tensor, requires_grad=False)
+        other = others.get(name)
+        same = other is not None and _equal(other, tensor)
+        found[name] = nn.Parameter(other if same and other is not None else tensor, requires_grad=False)
     for name, names in present.items():
         _check_tied(source, names, precision)
         _put(model, name, found[names[0]])
@@ -345,6 +356,11 @@ def _check_names(
             raise ArtefactError(
                 f"The weights do not have the shapes its config.json says: {name} is {found[name]}, not {shape}."
             )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    alike = one.device == other.device and one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(one, other)
 
 
 def _check_tied(source: Source, names: Sequence[str], precision: Precision) -> None:

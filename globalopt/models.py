@@ -68,6 +68,7 @@ def load_model(
     max_memory: int | None = None,
     tokens: int = 0,
     lazily: bool | None = None,
+    beside: PreTrainedModel | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer from a local folder or the hub.
 
@@ -83,6 +84,7 @@ def load_model(
             there; None: what is available.
         tokens: how many tokens the hidden states of every block will be kept of.
         lazily: whether blocks are read when they are needed, where that is possible; None: if the rest says so.
+        beside: a lazy model that is there already; a second one shares embeddings and head with it if they are equal.
 
     Raises:
         ArtefactError: the folder is missing, incomplete or broken, or the hub has no such model or is not reachable.
@@ -102,7 +104,7 @@ def load_model(
             model = _load_weights(source, config, options)
         else:
             try:
-                model = _load_lazily(folder, config, options, dtype, place, max_memory)
+                model = _load_lazily(folder, config, options, dtype, place, max_memory, beside)
             except UnsupportedModelError:
                 if max_memory is not None:
                     raise
@@ -366,7 +368,13 @@ def _fits(folder: Path, config: Any, dtype: str, place: torch.device, max_memory
 
 
 def _load_lazily(
-    folder: Path, config: Any, options: dict[str, Any], dtype: str, place: torch.device, max_memory: int | None
+    folder: Path,
+    config: Any,
+    options: dict[str, Any],
+    dtype: str,
+    place: torch.device,
+    max_memory: int | None,
+    beside: PreTrainedModel | None,
 ) -> PreTrainedModel:
     checkpoint = Checkpoint(folder)
     stored = _stored(folder, config)
@@ -384,12 +392,12 @@ def _load_lazily(
     outside = sum(p.numel() for p in model.parameters()) - inside
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     least = resident() + (outside + 2 * largest) * computed.itemsize
-    if max_memory is not None and least > max_memory:
+    if max_memory is not None and beside is None and least > max_memory:
         raise UsageError(
             f"--max-memory {size_text(max_memory)} is too little: even block by block {folder.name} needs more than "
             f"{size_text(least)} in {str(computed)[6:]}."
         )
-    _fill(model, checkpoint, Precision(stored, computed, place))
+    _fill(model, checkpoint, Precision(stored, computed, place), beside)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -419,9 +427,11 @@ def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     return model
 
 
-def _fill(model: PreTrainedModel, source: Source, precision: Precision) -> LazyBlocks:
+def _fill(
+    model: PreTrainedModel, source: Source, precision: Precision, beside: PreTrainedModel | None = None
+) -> LazyBlocks:
     path, blocks = decoder_blocks(model)
-    return fill(model, list(blocks), path, source, precision)
+    return fill(model, list(blocks), path, source, precision, beside)
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ from globalopt.stages import SENSITIVITIES, SearchOptions, analyse, check_patter
 from globalopt.store import Run, digest
 from globalopt.summary import Metrics, Search, Summary
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
-from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load, load_from, versions
+from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load_from, versions
 from solvers import get_solver
 
 NATS = "nats per token"
@@ -256,9 +256,9 @@ def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[M
     splits = (bench.splits.validation, bench.splits.test)
     windows = sum(len(split.windows) for split in splits)
     with bench.stage("evaluate", windows, "windows") as advance:
-        lazily = bench.layers.lazy is not None
-        original, _ = load(options, lazily=lazily)
-        saved = load_from(str(run.model_folder), options, lazily=lazily)
+        like = bench.loaded.model
+        original = load_from(options.model or str(reference_folder()), options, like=like)
+        saved = load_from(str(run.model_folder), options, like=like)
         size = bench.text_options.batch_size
         pairs = [
             evaluate_both(saved.model, original.model, split, size, advance, bench.scratch(run.folder, split))
@@ -275,7 +275,7 @@ def evaluate_folder(bench: Bench, dense: str | None) -> tuple[Metrics, ...]:
         against = None
         if dense is not None:
             source = str(reference_folder()) if dense == REFERENCE else dense
-            against = load_from(source, options).model
+            against = load_from(source, options, like=bench.loaded.model).model
         size = bench.text_options.batch_size
         return tuple(evaluate(bench.loaded.model, split, against, size, advance) for split in splits)
 

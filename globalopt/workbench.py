@@ -10,10 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
 from globalopt.layers import ModelLayers, check_finite, find_layers, token_embedding
+from globalopt.lazy import lazy_blocks
 from globalopt.memory import available, parse_size, resident
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, weights_sha256
 from globalopt.protocols import Progress
@@ -35,6 +38,10 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_low_coverage: bool = False
     max_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
 
     @property
     def limit(self) -> int | None:
@@ -156,18 +163,20 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress
     return Bench(model, text, loaded, layers, splits, progress, clock)
 
 
-def load(options: ModelOptions, tokens: int = 0, lazily: bool | None = None) -> tuple[LoadedModel, ModelLayers]:
-    """The model that the options name, with its layers, all of it finite; see `load_model` for `tokens`, `lazily`."""
-    source = options.model or str(reference_folder())
-    loaded = load_from(source, options, tokens, lazily)
+def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
+    """The model that the options name, with its layers, all of it finite; see `load_model` for `tokens`."""
+    loaded = load_from(options.model or str(reference_folder()), options, tokens)
     layers = find_layers(loaded.model, options.allow_low_coverage)
     check_finite(layers)
     return loaded, layers
 
 
-def load_from(source: str, options: ModelOptions, tokens: int = 0, lazily: bool | None = None) -> LoadedModel:
-    """The model in `source`, loaded as the options say of theirs."""
-    return load_model(source, options.dtype, options.device, options.trust_remote_code, options.limit, tokens, lazily)
+def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrainedModel | None = None) -> LoadedModel:
+    """The model in `source`, loaded as the options say of theirs; lazily or whole as `like`, beside which it is."""
+    lazily = None if like is None else lazy_blocks(like) is not None
+    return load_model(
+        source, options.dtype, options.device, options.trust_remote_code, options.limit, tokens, lazily, like
+    )
 
 
 def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:

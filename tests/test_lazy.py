@@ -24,6 +24,7 @@ from globalopt.lazy import INDEX, SINGLE, LazyBlocks, lazy_blocks
 from globalopt.memory import in_file
 from globalopt.models import LoadedModel, load_model, load_structure, model_fingerprint, save_dense, weights_sha256
 from globalopt.sensitivity import backward_sweep
+from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, write_text
 from tests.tiny_models import BLOCKS, KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 CONVERTED = ("gpt_neox", "qwen3_moe")
@@ -327,3 +328,52 @@ def test_hidden_states_in_a_file_are_the_same_and_leave_nothing(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="Cannot keep hidden states"):
         in_file(torch.zeros(1), tmp_path / "file")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt")
+
+
+def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sharded(tmp_path / "model")
+    monkeypatch.setattr("globalopt.models.resident", lambda: 0)
+    # Also no hidden state has room in memory.
+    monkeypatch.setattr("globalopt.workbench.resident", lambda: 10**9)
+    options = ("--calibration", text, *WINDOWS, "--device", "cpu", "--quiet")
+    method = ("--allocator", "knapsack", "--set", "preset=fast")
+    done("search", model, "--budget", "0.5", "--out", tmp_path / "whole", *method, *options)
+    with one_block_at_a_time(monkeypatch):
+        limited = (*options, "--max-memory", "200KB")
+        done("search", model, "--budget", "0.5", "--out", tmp_path / "lazy", *method, *limited)
+        file = ("--budget-file", tmp_path / "whole" / "budget.json")
+        done("compress", model, *file, "--solver", "hassle-free", "--out", tmp_path / "again", *limited)
+    whole, lazy = contents(tmp_path / "whole"), contents(tmp_path / "lazy")
+    made = {name for name in whole if name.partition("/")[0] not in ("model", "report") and name.count("/")}
+    assert {name.partition("/")[0] for name in made} >= {"layers", "fits", "spans", "grams", "outputs", "measured"}
+    for name in (*sorted(made), "budget.json"):
+        if name.endswith(".safetensors"):
+            here, there = load_file(tmp_path / "lazy" / name), load_file(tmp_path / "whole" / name)
+            assert here.keys() == there.keys()
+            assert all(torch.equal(here[key], there[key]) for key in here), name
+        elif name != "search/study.log":
+            assert lazy[name] == whole[name], name
+    expected, found = (tensors_of(tmp_path / out / "model") for out in ("whole", "lazy"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    summaries = [read(tmp_path / out / "summary.json") for out in ("whole", "lazy")]
+    for which in ("dense", "compressed"):
+        for here, there in zip(*(summary[which] for summary in summaries), strict=True):
+            assert here["nll"] == pytest.approx(there["nll"], rel=1e-6)
+            assert here["text_sha256"] == there["text_sha256"]
+    assert no_partial_files(tmp_path / "lazy")
+    # A run that was made lazily is the same run when it is gone on with whole.
+    done("search", model, "--budget", "0.5", "--out", tmp_path / "lazy", *method, *options)
+
+
+def test_memory_that_is_no_size_or_too_little_is_refused(tmp_path: Path, text: Path) -> None:
+    model = sharded(tmp_path / "model")
+    words = (model, "--calibration", text, "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    assert "'8 apples' is no amount of memory" in refused(2, "search", *words, "--max-memory", "8 apples")
+    assert "--max-memory 100 KiB is too little" in refused(2, "search", *words, "--max-memory", "100KiB")
+    assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ from globalopt.commands.options import (
     Fresh,
     Json,
     LowCoverage,
+    MaxMemory,
     ModelArgument,
     ModelOption,
     Nsamples,
@@ -60,6 +61,7 @@ def compress(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     allow_low_coverage: LowCoverage = False,
+    max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
     quiet: Quiet = False,
@@ -76,7 +78,7 @@ def compress(
         options = pairs(solver_set, "--set")
         get_solver(solver, options)
         models = workbench.ModelOptions(
-            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
+            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")

@@ -17,6 +17,7 @@ from globalopt.commands.options import (
     Dtype,
     EvalText,
     Json,
+    MaxMemory,
     Quiet,
     TextColumn,
     Trust,
@@ -45,6 +46,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    max_memory: MaxMemory = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def evaluate(
             models = replace(models, model=str(run.saved_model))
             if recorded.model is None and texts.calibration is None:
                 texts = replace(texts, calibration=workbench.REFERENCE)
-        models = replace(models, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        models = replace(models, dtype=dtype, device=device, trust_remote_code=trust_remote_code, max_memory=max_memory)
         given = {
             "calibration": calibration,
             "eval_text": eval_text,

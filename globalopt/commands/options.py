@@ -21,6 +21,15 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 LowCoverage = Annotated[
     bool, typer.Option("--allow-low-coverage", help="Go on where under half of the block parameters is compressible.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory to use, such as 8GiB: blocks of the model are loaded one at a time where it needs more, and "
+        "hidden states are kept in files. Left out: what is available.",
+        metavar="SIZE",
+        show_default=False,
+    ),
+]
 SolverName = Annotated[str, typer.Option("--solver", help="What fits the layers; `globalopt list` shows them all.")]
 SolverSet = Annotated[
     list[str] | None,

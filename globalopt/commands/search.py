@@ -20,6 +20,7 @@ from globalopt.commands.options import (
     Fresh,
     Json,
     LowCoverage,
+    MaxMemory,
     ModelArgument,
     ModelOption,
     Nsamples,
@@ -96,6 +97,7 @@ def search(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     allow_low_coverage: LowCoverage = False,
+    max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
     quiet: Quiet = False,
@@ -135,7 +137,7 @@ def search(
         for kept in budgets:
             stages.check_options(replace(options, budget=kept))
         models = workbench.ModelOptions(
-            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage
+            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         variant = "" if accounting == "params" else "-bytes"
