@@ -13,6 +13,7 @@ import typer
 from globalopt.commands import budget
 from globalopt.commands.compress import compress
 from globalopt.commands.console import out
+from globalopt.commands.doctor import doctor
 from globalopt.commands.evaluate import evaluate
 from globalopt.commands.export import export
 from globalopt.commands.methods import list_methods
@@ -50,6 +51,7 @@ app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(export)
 app.command(name="list")(list_methods)
+app.command()(doctor)
 app.add_typer(budget.app, name="budget")
 
 
