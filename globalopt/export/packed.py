@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import ArtefactError, GlobalOptError
+from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError
 from globalopt.export import seal
-from globalopt.export.linear import AUTO, Shape, SparseLowRankLinear, shape_of
+from globalopt.export.linear import AUTO, COMPUTES, Shape, SparseLowRankLinear, shape_of
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
 from globalopt.export.registration import register
 from globalopt.export.source import Source, check_out, read_source
@@ -78,7 +78,9 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
     folder = Path(folder)
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
-        raise ArtefactError(f"There is no dtype {dtype}; use auto, {', '.join(DTYPES)}.")
+        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+    if compute not in COMPUTES:
+        raise UnknownNameError("compute", compute, COMPUTES)
     files = _weight_files(folder)
     register()
     try:

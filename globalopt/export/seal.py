@@ -46,10 +46,10 @@ def seal(model: PreTrainedModel, tensors: Mapping[str, Tensor], renamed: Mapping
 
 def check_configs(files: Iterable[str | Path]) -> None:
     """`ArtefactError` if a config beside the weight `files` is not the one they were saved with."""
-    files = _safetensors(files)
-    record = _record(files)
+    paths = _safetensors(files)
+    record = _record(paths)
     for name, key in ((CONFIG, "config"), (GENERATION_CONFIG, "generation_config")):
-        path = files[0].parent / name
+        path = paths[0].parent / name
         expected = record.get(key)
         found = _digest_json(_read_json(path)) if path.is_file() else None
         if found != expected:
@@ -82,14 +82,14 @@ def check_tensors(files: Iterable[str | Path]) -> Sizes:
         ArtefactError: a file is no safetensors or broken, a tensor is not the one that was saved, or one is missing or
             too many.
     """
-    files = sorted(_safetensors(files))
+    paths = sorted(_safetensors(files))
     already = _CHECKED.get()
-    if already is not None and already[0] == files:
+    if already is not None and already[0] == paths:
         return already[1]
-    record = _record(files)
+    record = _record(paths)
     found: dict[str, str] = {}
     shapes: Sizes = {}
-    for file in files:
+    for file in paths:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if name in found:
@@ -101,7 +101,7 @@ def check_tensors(files: Iterable[str | Path]) -> Sizes:
         expected = record["tensors"] if isinstance(record["tensors"], dict) else {}
         wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n)) or ["a tensor"]
         raise ArtefactError(
-            f"The weights in {files[0].parent} are not the ones that were saved: {wrong[0]} has changed, is missing or "
+            f"The weights in {paths[0].parent} are not the ones that were saved: {wrong[0]} has changed, is missing or "
             "is too many. Fetch or export the model again."
         )
     return shapes
