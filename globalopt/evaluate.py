@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 2**28
 """Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
 
-LAZY_LOGITS_AT_ONCE = 2**25
+LAZY_LOGITS_AT_ONCE = 2**24
 """The same for lazy models, where memory is what is short."""
 
-SOFTMAX_AT_ONCE = 2**24
+SOFTMAX_AT_ONCE = 2**22
 """Logits turned into float32 log probabilities at once."""
 
 

@@ -122,21 +122,28 @@ def load_model(
     return LoadedModel(model, tokenizer, name, place, stored)
 
 
-def load_structure(name_or_path: str | Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model with zeros for weights that takes hardly any memory, from its config alone; errors as `load_model`.
+def load_structure(
+    name_or_path: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """A model with zeros for weights, which take no memory, and the type it is stored in, from its config alone.
 
     Args:
         dtype: what it computes in; "auto": float32.
+
+    Raises:
+        what `load_model` raises.
     """
     source, options = _source(str(name_or_path), trust_remote_code)
     if dtype != "auto" and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
     computed = DTYPES.get(dtype, torch.float32)
     with quiet():
-        model = _empty(source, _load_config(source, options), options, computed)
+        config = _load_config(source, options)
+        model = _empty(source, config, options, computed)
         _fill(model, Zeros(model), Precision(computed, computed, torch.device("cpu")))
     model.config.use_cache = False
-    return model.eval().requires_grad_(False)
+    stored = getattr(config, "dtype", None)
+    return model.eval().requires_grad_(False), stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _computed(dtype: str, place: torch.device, stored: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from globalopt.commands.options import (
     BatchSize,
     Calibration,
     Device,
+    DryRun,
     Dtype,
     EvalText,
     EvalWindows,
@@ -34,7 +35,7 @@ from globalopt.commands.options import (
     Trust,
     Verbose,
 )
-from globalopt.commands.results import show
+from globalopt.commands.results import show, show_dry_run
 
 
 def compress(
@@ -64,6 +65,7 @@ def compress(
     max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -71,18 +73,28 @@ def compress(
     """Refine a found budget with any solver."""
     with errors():
         from globalopt import budget_file, pipeline, workbench
+        from globalopt.dry_run import Job, Structure
+        from globalopt.models import model_fingerprint
+        from globalopt.protocols import Outputs
         from globalopt.store import Run
         from solvers import get_solver
 
         file = budget_file.read(budget_path)
         options = pairs(solver_set, "--set")
-        get_solver(solver, options)
+        fitting = get_solver(solver, options)
         models = workbench.ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         Run.check_folder(folder)
+        if dry_run:
+            structure = Structure.of(models)
+            file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
+            swept = sensitivity != "none" and fitting.outputs is not Outputs.NONE
+            job = Job(file.used / file.total, fitting, searches=False, refines=True, sweeps=swept)
+            show_dry_run(structure, models, texts, job, as_json)
+            return
         bench = set_up(models, texts, seed, quiet)
         summary, run = pipeline.compress(
             bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh, sensitivity

@@ -58,6 +58,10 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", help="Run folder. Left out: runs/NAME, made from the options.", show_default=False),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print parameters, coverage, memory, disk and time of the run, and stop."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in the folder and start over.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]

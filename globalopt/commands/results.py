@@ -13,8 +13,10 @@ import typer
 from globalopt.commands.console import DONE_WITH_FALLBACKS, out, print_json, say
 
 if TYPE_CHECKING:
+    from globalopt.dry_run import Job, Structure
     from globalopt.store import Run
     from globalopt.summary import Family, Summary
+    from globalopt.workbench import ModelOptions, TextOptions
 
 
 def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
@@ -29,6 +31,19 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
         show_report(summary, run, verbose)
     if any(layer.status == Status.FALLBACK.value for layer in summary.layers):
         raise typer.Exit(DONE_WITH_FALLBACKS)
+
+
+def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:
+    """Print what a run would take."""
+    from globalopt.dry_run import dry_run
+
+    plan = dry_run(structure, models, texts, job)
+    if as_json:
+        print_json(plan.record())
+    else:
+        from reports.dry_run import dry_run_table
+
+        out.print(dry_run_table(plan))
 
 
 def show_report(summary: Summary, run: Run, verbose: bool) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from globalopt.commands.options import (
     BatchSize,
     Calibration,
     Device,
+    DryRun,
     Dtype,
     EvalText,
     EvalWindows,
@@ -34,7 +35,11 @@ from globalopt.commands.options import (
     Trust,
     Verbose,
 )
-from globalopt.commands.results import show, show_family
+from globalopt.commands.results import show, show_dry_run, show_family
+
+if TYPE_CHECKING:
+    from globalopt.dry_run import Job
+    from globalopt.stages import SearchOptions
 
 BUDGET = 0.5
 ALLOCATOR = "auto"
@@ -100,6 +105,7 @@ def search(
     max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -109,6 +115,7 @@ def search(
         from dataclasses import replace
 
         from globalopt import family, pipeline, stages, workbench
+        from globalopt.dry_run import Structure
         from globalopt.errors import UsageError
         from globalopt.store import Run
 
@@ -145,6 +152,9 @@ def search(
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
         Run.check_folder(folder)
+        if dry_run:
+            show_dry_run(Structure.of(models), models, texts, _job(options, several), as_json)
+            return
         bench = set_up(models, texts, seed, quiet)
         command = pipeline.run_command()
         if several:
@@ -152,6 +162,24 @@ def search(
             show_family(found, run, quiet, as_json)
         else:
             show(*pipeline.search(bench, options, folder, command, fresh), quiet, verbose, as_json)
+
+
+def _job(options: SearchOptions, several: bool) -> Job:
+    """What a search comes to, for an estimate."""
+    from globalopt.dry_run import Job
+    from globalopt.protocols import Needs
+    from solvers import get_solver
+
+    solver = get_solver(options.solver, options.solver_options)
+    return Job(
+        options.budget,
+        solver,
+        searches=True,
+        refines=not several,
+        sweeps=options.sensitivity != "none",
+        fits=options.pricing == "fit" and solver.needs is Needs.GRAM,
+        search_tokens=options.search_tokens,
+    )
 
 
 def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:

@@ -1,0 +1,360 @@
+"""What a run would take, before it is started: parameters, coverage, memory, disk, time. Nothing is loaded or written.
+
+All of it comes from the model's config (its layers are found with zeros for weights) and from two measurements on this
+machine: a product of matrices, and a fit of one small layer by the solver. With T calibration tokens, L blocks, hidden
+size h, b bytes per value computed with, vocabulary V, and P parameters of which P_out lie outside the blocks:
+
+    peak    = this process now + weights + hidden states + the largest of the stages
+    weights = 3 b P of a model that fits (the changed one, the original, the saved one), else b (P_out + largest block)
+    states  = b T h (L + 1) where a backward sweep needs those of all blocks, else 2 b T h; none where they go to files
+    stages  : a block's Grams, 4 d_in² bytes each and one more, and what the solver works with (`WORKING`);
+              logits, two models' in evaluation, `LABEL_COPIES` of a batch's where labels are sampled;
+              what a search holds of its candidates
+
+Time is that of the products, 2 T P each forward pass, and of the fits, which grow as d_out d_in (d_out + d_in); reading
+and writing files are left out. It is a guess within a factor of three or so; memory and disk are upper ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from globalopt.errors import GlobalOptError
+from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+from globalopt.layers import ModelLayers, find_layers, token_embedding
+from globalopt.memory import WHOLE_COPIES, available, resident
+from globalopt.models import load_structure, reference_folder, resolve_device
+from globalopt.objective import WEIGHTS_AT_ONCE
+from globalopt.protocols import Needs, Outputs, Solver
+from globalopt.search_objective import FITS_AT_ONCE
+from globalopt.span import compute_span
+from globalopt.surface import Options
+from globalopt.types import Gram, LayerSpec, Metric, Target
+from globalopt.workbench import WORKING_BLOCKS, ModelOptions, TextOptions
+
+WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (10, 5)}
+"""Weights of a site's layers, and Grams of it, that a solver holds at once, by what it reads; float32."""
+
+LABEL_COPIES = 5
+"""Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
+
+SIDE = 256
+"""Of the layer that is fitted to time a solver."""
+
+PRODUCT = 1024
+"""Side of the matrices whose product is timed."""
+
+LOOKS = 4
+"""Windows on which single layers are asked about."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Args:
+        kept: fraction of the compressible parameters.
+        searches: whether an analysis and an allocation come first.
+        search_tokens: forward tokens of the search.
+        refines: whether a model comes out; of a family of budgets none does.
+        sweeps: whether a backward sweep prices layers or collects output Grams.
+        fits: whether layers are priced by fits.
+    """
+
+    kept: float
+    solver: Solver
+    searches: bool
+    refines: bool
+    sweeps: bool
+    fits: bool = False
+    search_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would take; bytes and seconds by what they are for.
+
+    Args:
+        lazy: whether blocks would be read one at a time.
+        states_in_files: whether hidden states would be kept in files.
+        rate: floating-point operations per second of the timed product.
+        fit_seconds: of the timed layer.
+    """
+
+    model: str
+    parameters: int
+    block_params: int
+    covered: int
+    skipped: Mapping[str, int]
+    blocks: int
+    layers: int
+    lazy: bool
+    states_in_files: bool
+    memory: Mapping[str, int]
+    disk: Mapping[str, int]
+    seconds: Mapping[str, float]
+    rate: float
+    fit_seconds: float
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def record(self) -> dict[str, object]:
+        """JSON-able."""
+        totals = {
+            "coverage": self.covered / self.block_params,
+            "peak_bytes": self.peak,
+            "disk_bytes": sum(self.disk.values()),
+            "all_seconds": sum(self.seconds.values()),
+        }
+        return {**{name: _plain(value) for name, value in vars(self).items()}, **totals}
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The layers of a model without its weights, and the type these are stored in."""
+
+    layers: ModelLayers
+    stored: torch.dtype
+
+    @classmethod
+    def of(cls, models: ModelOptions) -> Structure:
+        """That of the model the options name; errors as `load_model` and `find_layers`."""
+        source = models.model or str(reference_folder())
+        model, stored = load_structure(source, models.dtype, models.trust_remote_code)
+        return cls(find_layers(model, models.allow_low_coverage), stored)
+
+
+def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job) -> DryRun:
+    """Estimate a run; see the module for the formulas."""
+    layers = structure.layers
+    shape = _Shape.of(structure, models, texts)
+    memory, lazy, in_files = _memory(shape, models, job)
+    device = resolve_device(models.device)
+    rate = _rate(device)
+    fit_seconds = _fit_seconds(job.solver, job.kept, device)
+    return DryRun(
+        model=models.model or "reference",
+        parameters=shape.parameters,
+        block_params=layers.coverage.block_params,
+        covered=layers.coverage.covered,
+        skipped=dict(layers.coverage.skipped),
+        blocks=len(layers.blocks),
+        layers=len(layers.specs),
+        lazy=lazy,
+        states_in_files=in_files,
+        memory=memory,
+        disk=_disk(shape, job),
+        seconds=_seconds(shape, job, rate, fit_seconds, device),
+        rate=rate,
+        fit_seconds=fit_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Numbers of a model and its text."""
+
+    specs: tuple[LayerSpec, ...]
+    parameters: int
+    outside: int
+    block: int
+    blocks: int
+    width: int
+    vocabulary: int
+    computed: int
+    stored: int
+    texts: TextOptions
+
+    @classmethod
+    def of(cls, structure: Structure, models: ModelOptions, texts: TextOptions) -> _Shape:
+        layers, model = structure.layers, structure.layers.model
+        parameters = sum(p.numel() for p in model.parameters())
+        blocks = [sum(p.numel() for p in block.parameters()) for block in layers.blocks]
+        on_cpu = resolve_device(models.device).type == "cpu"
+        return cls(
+            specs=layers.specs,
+            parameters=parameters,
+            outside=parameters - sum(blocks),
+            block=max(blocks),
+            blocks=len(blocks),
+            width=token_embedding(model).embedding_dim,
+            vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+            computed=(model.dtype if on_cpu or models.dtype != "auto" else structure.stored).itemsize,
+            stored=structure.stored.itemsize,
+            texts=texts,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.texts.nsamples * self.texts.seqlen
+
+    @property
+    def sites(self) -> dict[str, list[LayerSpec]]:
+        found: dict[str, list[LayerSpec]] = {}
+        for spec in self.specs:
+            found.setdefault(spec.site, []).append(spec)
+        return found
+
+
+def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, int], bool, bool]:
+    """Bytes by what they are for; whether blocks come one at a time; whether hidden states go to files."""
+    here = resident()
+    room = available(resolve_device(models.device)) if models.limit is None else models.limit - here
+    whole = WHOLE_COPIES * shape.parameters * shape.computed
+    row = shape.tokens * shape.width * shape.computed
+    every = row * (shape.blocks + 1)
+    lazy = whole + every > room
+    in_files = lazy and every + WORKING_BLOCKS * shape.block * shape.computed > room
+    weights = (shape.outside + shape.block) * shape.computed if lazy else whole
+    stages = {
+        "Grams and solver": _largest_fit(shape, job),
+        "logits": _logits(shape, job, lazy),
+        "candidates": _candidates(shape, job, lazy),
+    }
+    largest = max(stages, key=lambda name: stages[name])
+    states = every if job.sweeps else 2 * row
+    memory = {"this process now": here, "weights": weights, "hidden states": 0 if in_files else states}
+    return {**memory, largest: stages[largest]}, lazy, in_files
+
+
+def _largest_fit(shape: _Shape, job: Job) -> int:
+    weights, grams = WORKING[job.solver.needs]
+    held = dict.fromkeys(range(shape.blocks), 0)
+    most = 0
+    for specs in shape.sites.values():
+        gram = 4 * specs[0].d_in ** 2
+        held[specs[0].block] += gram
+        outputs = max(4 * spec.d_out**2 for spec in specs) if job.sweeps else 0
+        most = max(most, weights * 4 * sum(spec.numel for spec in specs) + grams * gram + 2 * outputs, 2 * gram)
+    return max(held.values()) + most
+
+
+def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
+    window = shape.texts.seqlen * shape.vocabulary
+    at_once = LAZY_LOGITS_AT_ONCE if lazy else LOGITS_AT_ONCE
+    rows = max(1, min(shape.texts.batch_size, at_once // window))
+    # Log probabilities of both models, their exponentials, differences and products.
+    evaluation = 2 * rows * window * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
+    labels = LABEL_COPIES * 4 * min(shape.texts.batch_size, shape.texts.nsamples) * window if job.sweeps else 0
+    return max(evaluation, labels)
+
+
+def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
+    if not (job.searches or job.sweeps):
+        return 0
+    weights = sum(4 * spec.numel for spec in shape.specs)
+    fits = 2 * min(FITS_AT_ONCE, 4 * weights) if job.searches and job.search_tokens else 0
+    return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE, weights) + fits
+
+
+def _disk(shape: _Shape, job: Job) -> dict[str, int]:
+    """Bytes by folder of the run, at most."""
+    weights = sum(spec.numel for spec in shape.specs)
+    outputs = sum(4 * spec.d_out**2 for spec in shape.specs)
+    found: dict[str, int] = {}
+    if job.sweeps or job.searches:
+        found["grams"] = sum(4 * specs[0].d_in ** 2 for specs in shape.sites.values())
+    if job.sweeps:
+        found["outputs"] = outputs
+    if job.searches:
+        # Robust PCA finds at most the rank at which it would turn to a full decomposition.
+        factors = sum((spec.d_out + spec.d_in) * spec.max_rank // 4 for spec in shape.specs)
+        found["spans"] = 4 * (weights + factors)
+        if job.fits:
+            anchors = [sum(map(len, Options.of(spec, spec.max_rank).anchors)) for spec in shape.specs]
+            found["fits"] = sum(2 * count * spec.numel for count, spec in zip(anchors, shape.specs, strict=True))
+        if job.sweeps:
+            found["sensitivity"] = outputs
+    if job.refines:
+        found["layers"] = int((1 + job.kept) * weights * shape.stored)
+        found["model"] = shape.parameters * shape.stored
+    return found
+
+
+def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.device) -> dict[str, float]:
+    """Seconds by stage."""
+    texts = shape.texts
+
+    def forward(tokens: float) -> float:
+        return 2 * tokens * shape.parameters / rate
+
+    def fits(seconds: float) -> float:
+        return sum(seconds * spec.numel * (spec.d_out + spec.d_in) / (2 * SIDE**3) for spec in shape.specs)
+
+    tokens = shape.tokens
+    grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
+    outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
+    # Asked about one layer, half of the blocks are run again on average.
+    look = len(shape.specs) * forward(LOOKS * texts.seqlen) / 2
+    found: dict[str, float] = {}
+    weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
+    if weighed:
+        found["outputs"] = 4 * forward(tokens) + grams + outputs
+        found["weigh"] = 2 * look + 2 * fits(fit)
+    if job.searches:
+        found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
+        if job.fits:
+            found["fit"] = 8 * fits(fit)
+            found["measure"] = 4 * look
+        if job.sweeps:
+            found["price"] = 3 * forward(tokens) + outputs
+        found["search"] = forward(job.search_tokens)
+    if job.refines:
+        found["refine"] = 2 * forward(tokens) + grams + fits(fit)
+        found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
+    return found
+
+
+def _rate(device: torch.device) -> float:
+    one = torch.rand(PRODUCT, PRODUCT, generator=torch.Generator().manual_seed(0)).to(device)
+    return 2 * PRODUCT**3 / _timed(lambda: one @ one)
+
+
+def _fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
+    """Seconds of one fit of a layer of `SIDE` x `SIDE`, a tenth of what is kept as rank where the solver has one."""
+    numel = SIDE * SIDE
+    rank = int(0.1 * kept * SIDE / 2) if solver.low_rank else 0
+    if not solver.sparse:
+        rank = max(1, int(kept * SIDE / 2))
+    nnz = int(kept * numel) - 2 * SIDE * rank if solver.sparse else 0
+    if nnz >= numel:
+        return 0.0
+    target = Target(max(1, rank), max(0, nnz - 2 * SIDE), signs=True) if solver.signs else Target(rank, nnz)
+    weight, metric = _weight(device), Metric(_gram(device))
+    try:
+        return _timed(lambda: solver.solve(solver.prepare(weight, metric), target))
+    except GlobalOptError:
+        # A budget that no layer of this size meets says nothing of the model's own layers.
+        return 0.0
+
+
+def _timed(compute: Callable[[], object]) -> float:
+    """The shorter of two runs, in seconds."""
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        compute()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _weight(device: torch.device) -> torch.Tensor:
+    return torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _gram(device: torch.device) -> Gram:
+    x = torch.randn(4 * SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 2, SIDE)
+    matrix = x.mT @ x / len(x)
+    return Gram((matrix + matrix.mT).div(2).to(device), len(x))

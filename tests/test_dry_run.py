@@ -1,0 +1,120 @@
+"""A dry run says what a run would take, from the config alone, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from globalopt import dry_run
+from globalopt.dry_run import Job, Structure
+from globalopt.layers import find_layers
+from globalopt.models import load_model
+from globalopt.workbench import ModelOptions, TextOptions
+from solvers import get_solver
+from tests.command import WINDOWS, contents, done, refused, write_text
+from tests.tiny_models import parameter_count, save_tiny, tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "SIDE", 32)
+    monkeypatch.setattr(dry_run, "PRODUCT", 64)
+
+
+def planned(models: ModelOptions, job: Job, texts: TextOptions | None = None) -> dict[str, Any]:
+    plan = dry_run.dry_run(Structure.of(models), models, texts or TextOptions(nsamples=8, seqlen=16), job)
+    return json.loads(json.dumps(plan.record()))
+
+
+def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Path) -> None:
+    for path in model.glob("*.safetensors"):
+        path.unlink()
+    before = contents(tmp_path)
+    words = (
+        "search",
+        model,
+        "--budget",
+        "0.5",
+        "--out",
+        tmp_path / "run",
+        *WINDOWS,
+        "--dry-run",
+        "--set",
+        "preset=fast",
+    )
+    shown = done(*words).stdout
+    for text in ("parameters", "14 layers in 2 blocks", "peak memory", "disk", "time, about", "Nothing was loaded"):
+        assert text in shown
+    record = json.loads(done(*words, "--json").stdout)
+    assert record["parameters"] == parameter_count(tiny_model("llama"))
+    assert record["covered"] + sum(record["skipped"].values()) == record["parameters"]
+    assert record["peak_bytes"] == sum(record["memory"].values())
+    assert record["disk_bytes"] == sum(record["disk"].values())
+    assert set(record["disk"]) == {"grams", "outputs", "spans", "fits", "sensitivity", "layers", "model"}
+    assert {"span", "fit", "price", "search", "refine", "evaluate"} <= set(record["seconds"])
+    assert all(seconds > 0 for seconds in record["seconds"].values())
+    assert contents(tmp_path) == before
+
+
+def test_a_family_makes_no_model(model: Path, tmp_path: Path) -> None:
+    words = ("search", model, "--budget", "0.3,0.5", "--out", tmp_path / "run", *WINDOWS, "--dry-run", "--json")
+    record = json.loads(done(*words).stdout)
+    assert not {"layers", "model"} & set(record["disk"])
+    assert "refine" not in record["seconds"]
+
+
+def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    words = ("search", model, "--budget", "0.5", "--calibration", text, *WINDOWS, "--device", "cpu")
+    method = ("--allocator", "knapsack", "--set", "preset=fast")
+    record = json.loads(done(*words, *method, "--out", tmp_path / "run", "--dry-run", "--json").stdout)
+    done(*words, *method, "--out", tmp_path / "run", "--quiet")
+    for folder in ("grams", "outputs", "fits", "layers", "model"):
+        written = sum(path.stat().st_size for path in (tmp_path / "run" / folder).glob("*.safetensors"))
+        headers = 1000 * sum(1 for _ in (tmp_path / "run" / folder).iterdir())
+        assert 0.5 * record["disk"][folder] < written < record["disk"][folder] + headers, folder
+    file = ("--budget-file", tmp_path / "run" / "budget.json")
+    before = contents(tmp_path)
+    words = ("compress", model, *file, "--calibration", text, "--out", tmp_path / "again", "--dry-run", "--json")
+    again = json.loads(done(*words, "--solver", "wanda").stdout)
+    assert set(again["disk"]) == {"layers", "model"}
+    assert set(again["seconds"]) == {"refine", "evaluate"}
+    assert "outputs" in json.loads(done(*words, "--solver", "hassle-free").stdout)["disk"]
+    assert contents(tmp_path) == before
+    other = save_tiny(tmp_path / "other", "gpt2")
+    said = refused(1, "compress", other, *file, "--dry-run", "--out", tmp_path / "third")
+    assert "belongs to another model" in said
+
+
+def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "resident", lambda: 10**6)
+    job = Job(0.5, get_solver("wanda"), searches=False, refines=True, sweeps=True)
+    size = 4 * parameter_count(tiny_model("llama"))
+    states = 4 * 8 * 16 * 32 * 3
+    assert not planned(ModelOptions(str(model), max_memory=str(10**6 + 3 * size + states)), job)["lazy"]
+    tight = planned(ModelOptions(str(model), max_memory=str(10**6 + 3 * size + states - 1)), job)
+    assert (tight["lazy"], tight["states_in_files"]) == (True, False)
+    assert tight["memory"]["hidden states"] == states
+    layers = find_layers(load_model(model, device="cpu").model)
+    block = sum(p.numel() for p in layers.blocks[0].parameters())
+    outside = parameter_count(layers.model) - 2 * block
+    assert tight["memory"]["weights"] == 4 * (outside + block)
+    tightest = planned(ModelOptions(str(model), max_memory=str(10**6 + states)), job)
+    assert tightest["states_in_files"]
+    assert tightest["memory"]["hidden states"] == 0
+
+
+@pytest.mark.parametrize("solver", ["magnitude", "svd", "slab", "3basil"])
+def test_every_kind_of_solver_can_be_timed(solver: str, model: Path) -> None:
+    job = Job(0.5, get_solver(solver), searches=False, refines=True, sweeps=False)
+    plan = planned(ModelOptions(str(model)), job)
+    assert plan["fit_seconds"] > 0
+    assert plan["memory"]["hidden states"] == 2 * 4 * 8 * 16 * 32
