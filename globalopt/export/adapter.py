@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import UsageError
-from globalopt.export.source import check_out, read_source
+from globalopt.export.source import Source, check_out, read_source
 from globalopt.models import save_dense
 from globalopt.store import replacing
+from globalopt.types import LayerSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,7 +48,7 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         if value.rank:
             factors[spec.name] = value.U, value.V
             transposed = transposed and isinstance(source.layers.module(spec.name), Conv1D)
-        source.layers.set_weight(spec.name, value.S)
+        source.layers.place(spec.name, partial(_sparse_part, source, spec))
     if not factors:
         raise UsageError(f"No layer of {run} has rank; an adapter would be empty. Use --format dense or packed.")
     with replacing(folder) as staging:
@@ -56,6 +58,10 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         adapter.mkdir()
         _lora_config({name: U.shape[1] for name, (U, _) in factors.items()}, transposed).save_pretrained(str(adapter))
         save_file(_lora_tensors(factors), adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _sparse_part(source: Source, spec: LayerSpec) -> Tensor:
+    return source.run.read_layer(spec)[0].S.to(source.dtype)
 
 
 def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

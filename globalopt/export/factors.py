@@ -50,7 +50,7 @@ def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         write_json(staging / LAYERS, records)
         weights = {f"{spec.name}.weight" for spec in source.layers.specs}
         # Of tensors under several names each is written: who reads this must not know which names are tied.
-        rest = {name: x.clone() for name, x in model.state_dict().items() if name not in weights}
+        rest = {name: source.tensor(name).clone() for name in model.state_dict() if name not in weights}
         write_tensors(staging / REST, rest)
         with quiet():
             model.config.save_pretrained(staging)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -51,9 +52,15 @@ def packed_model(source: Source) -> PreTrainedModel:
         shape = shape_of(value, source.patterns[spec.name])
         if shape.bytes(value.S.element_size()) >= spec.numel * value.S.element_size():
             continue
-        made = SparseLowRankLinear.of(value, old.bias, isinstance(old, Conv1D), source.patterns[spec.name])
+        bias = None if old.bias is None else source.tensor(f"{spec.name}.bias")
+        made = SparseLowRankLinear.of(value, bias, isinstance(old, Conv1D), source.patterns[spec.name])
         model.set_submodule(spec.name, made)
         shapes[spec.name] = shape
+    # Of a lazy model only what was packed is in memory by now.
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, nn.Parameter(source.tensor(name), requires_grad=False))
     config = SparseLowRankConfig({name: shape.record() for name, shape in shapes.items()})
     made_by: Any = model
     made_by.hf_quantizer = SparseLowRankQuantizer(config)

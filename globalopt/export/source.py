@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from globalopt.errors import ArtefactError
 from globalopt.layers import ModelLayers, find_layers
@@ -20,7 +21,7 @@ _ROUNDINGS = 4
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A finished run, with its saved model loaded on the CPU in the type it is stored in.
+    """A finished run, with its saved model on the CPU in the type it is stored in; lazily where it does not fit.
 
     Args:
         patterns: of `S`, by layer name; None for unstructured.
@@ -53,6 +54,14 @@ class Source:
                 )
             S, U, V = (part.to(self.dtype) for part in (value.S, value.U, value.V))
             yield spec, Decomposition(S, U, V, value.signs)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the saved model, also of a block that is not in memory."""
+        lazy = self.layers.lazy
+        if lazy is not None and lazy.has(name):
+            return lazy.read(name)
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.loaded.model.get_submodule(path), leaf).detach()
 
     @property
     def _precision(self) -> float:

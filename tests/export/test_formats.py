@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UsageError
 from globalopt.export.adapter import _lora_config
 from globalopt.export.factors import read_factors
 from globalopt.export.formats import FORMATS, export, loading
+from globalopt.export.packed import load_packed
 from globalopt.layers import find_layers
 from globalopt.models import load_model
 from globalopt.store import Run
@@ -201,6 +204,29 @@ def test_a_dropped_layer_and_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ArtefactError, match="the disk is full"):
         export(run, "dense", tmp_path / "dense")
     assert no_partial_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_model_that_does_not_fit_is_exported_block_by_block(name, kind, tmp_path, monkeypatch):
+    run = made_run(tmp_path / "run", kind, torch.bfloat16)
+    export(run, name, tmp_path / "whole")
+    monkeypatch.setattr("globalopt.export.source.load_model", partial(load_model, lazily=True))
+    export(run, name, tmp_path / "lazily")
+    whole, lazily = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "lazily")
+    assert whole.keys() == lazily.keys()
+    assert all(torch.equal(whole[key], lazily[key]) for key in whole)
+    if name == "packed":
+        load_packed(tmp_path / "lazily")
+
+
+def tensors_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Every tensor below `folder`, by its folder and its name."""
+    found = {}
+    for path in folder.rglob("*.safetensors"):
+        place = path.stem if path.parent.name == "layers" else str(path.parent.relative_to(folder))
+        found |= {(place, name): tensor for name, tensor in load_file(path).items()}
+    return found
 
 
 def test_formats_are_named(tmp_path):
