@@ -252,13 +252,17 @@ def output_grams(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Write the Grams of all sites, and the output Gram `A` of the layers `specs`; `seed` is of the labels."""
+    """Write the Grams of all sites, and the output Grams `A` of the layers `specs` and of all blocks.
+
+    Args:
+        seed: of the labels.
+    """
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
         for site, gram in visit.grams().items():
             run.write_gram(site, gram)
         inputs += _hidden_states(visit, runner.layers)
-    for found in backward_sweep(runner, inputs, specs, lambda spec: (), seed, device):
+    for found in backward_sweep(runner, inputs, specs, lambda spec: (), seed, device, run.write_block_outputs):
         run.write_outputs(found.spec, found.outputs)
         advance(found.spec.name)
 

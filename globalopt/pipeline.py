@@ -15,14 +15,25 @@ from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
 from globalopt.errors import ArtefactError
 from globalopt.evaluate import evaluate, evaluate_both
+from globalopt.matching import Loss, Matching
 from globalopt.models import reference_folder, save_dense
 from globalopt.protocols import Allocator, Outputs, Solver
 from globalopt.recorder import Selection
-from globalopt.refine import Refinement, for_solver, refine
+from globalopt.refine import Order, Refinement, for_solver, refine
+from globalopt.refining import AS_FITTED, RefineOptions, match_whole
 from globalopt.search_objective import SearchObjective
-from globalopt.stages import SENSITIVITIES, SearchOptions, analyse, check_pattern, check_word, collect_outputs, weigh
+from globalopt.stages import (
+    SENSITIVITIES,
+    SearchOptions,
+    analyse,
+    check_pattern,
+    check_word,
+    collect_block_outputs,
+    collect_outputs,
+    weigh,
+)
 from globalopt.store import Run, digest
-from globalopt.summary import Metrics, Search, Summary
+from globalopt.summary import Metrics, Search, Summary, WindowLosses
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
 from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load_from, versions
 from solvers import get_solver
@@ -38,6 +49,7 @@ def search(
     command: str,
     fresh: bool = False,
     allocator: Allocator | None = None,
+    refining: RefineOptions = AS_FITTED,
 ) -> tuple[Summary, Run]:
     """Span, allocate, refine, evaluate: the whole job, into `folder`. Running it again goes on where it stopped.
 
@@ -51,7 +63,7 @@ def search(
     budget = Budget.fraction(options.budget, specs, options.accounting)
     check_pattern(pattern, specs, budget)
 
-    identity = {**bench.identity(options.seed), "search": asdict(options)}
+    identity = {**bench.identity(options.seed), "search": asdict(options), "refining": asdict(refining)}
     run = Run.start(folder, identity, bench.facts(command), fresh)
     if run.summary_path.exists():
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
@@ -67,7 +79,10 @@ def search(
         return run.read_sensitivity(spec)[1]
 
     unit = file.error_unit
-    return finish(bench, run, file, allocation, solver, command, options.seed, unit, outputs, searched), run
+    matching = refining.matching(options.sensitivity)
+    return finish(
+        bench, run, file, allocation, solver, command, options.seed, unit, outputs, refining, matching, searched
+    ), run
 
 
 def allocate(
@@ -147,6 +162,7 @@ def compress(
     command: str,
     fresh: bool = False,
     sensitivity: str = "fisher",
+    refining: RefineOptions = AS_FITTED,
 ) -> tuple[Summary, Run]:
     """Refine a found budget with any solver, evaluate, and write the result into `folder`."""
     check_word("sensitivity", sensitivity, SENSITIVITIES)
@@ -159,18 +175,25 @@ def compress(
         "budget": digest(file.model_dump(mode="json")),
         "solver": [solver_name, dict(solver_options)],
         "sensitivity": sensitivity,
+        "refining": asdict(refining),
     }
     run = Run.start(folder, identity, bench.facts(command), fresh)
     if run.summary_path.exists():
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
         return run.read_summary(), run
     budget_file.write(run.budget_path, file)
-    if sensitivity == "none" or solver.outputs is Outputs.NONE:
-        return finish(bench, run, file, allocation, solver, command, seed, OUTPUT_ERROR, lambda spec: None), run
-    collect_outputs(bench, run, seed)
-    patterns = {target.pattern for target in allocation.targets.values()}
-    weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs)
-    return finish(bench, run, file, allocation, solver, command, seed, NATS, run.read_outputs), run
+    unit, outputs = OUTPUT_ERROR, _no_outputs
+    if sensitivity != "none" and solver.outputs is not Outputs.NONE:
+        unit, outputs = NATS, run.read_outputs
+        collect_outputs(bench, run, seed)
+        patterns = {target.pattern for target in allocation.targets.values()}
+        weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs)
+    matching = refining.matching(sensitivity)
+    return finish(bench, run, file, allocation, solver, command, seed, unit, outputs, refining, matching), run
+
+
+def _no_outputs(spec: LayerSpec) -> Gram | None:
+    return None
 
 
 def finish(
@@ -183,9 +206,11 @@ def finish(
     seed: int,
     unit: str,
     outputs: Callable[[LayerSpec], Gram | None],
+    refining: RefineOptions,
+    matching: Matching | None,
     searched: Search | None = None,
 ) -> Summary:
-    """Refine to the allocation, save the model, evaluate what was saved, and write the summary.
+    """Refine to the allocation, match, save the model, evaluate what was saved, and write the summary.
 
     The bench's model is changed in place: a bench serves one refinement.
     """
@@ -195,11 +220,16 @@ def finish(
     for note in notes:
         bench.progress.note(note)
     predicted = {entry.name: entry.predicted if file.error_unit == unit else None for entry in file.layers}
-    plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted)
+    order = Order(refining.order)
+    plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted, order, matching, seed)
 
+    if matching is not None and matching.loss is Loss.NATS:
+        collect_block_outputs(bench, run, seed)
     with bench.stage("refine", len(layers.specs), "layers") as advance:
         runner = bench.runner(run.folder)
         results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance, run.weighs_outputs))
+    if refining.match == "model":
+        match_whole(bench, run, plan, refining.distillation)
     with bench.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.
         if not run.model_folder.exists():
@@ -232,6 +262,7 @@ def finish(
         versions=versions(),
         notes=tuple(notes),
         search=searched,
+        matching=run.read_matches(len(layers.blocks)),
     )
     run.write_summary(summary)
     return summary
@@ -260,10 +291,14 @@ def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[M
         original = load_from(options.model or str(reference_folder()), options, like=like)
         saved = load_from(str(run.model_folder), options, like=like)
         size = bench.text_options.batch_size
+        losses: list[WindowLosses] = []
         pairs = [
-            evaluate_both(saved.model, original.model, split, size, advance, bench.scratch(run.folder, split))
+            evaluate_both(
+                saved.model, original.model, split, size, advance, bench.scratch(run.folder, split), losses.append
+            )
             for split in splits
         ]
+    run.write_window_losses(losses)
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 

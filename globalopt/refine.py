@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from globalopt.capture import BlockRunner, walk_blocks
+from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.errors import GlobalOptError, NumericalError, UsageError
+from globalopt.matching import Loss, Matching, match_block
 from globalopt.protocols import Solver
 from globalopt.rounding import rounded
 from globalopt.store import Run
@@ -63,15 +65,37 @@ def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget)
     return plane if target.pattern else budget.grow(plane, spec, "nnz", spec.numel - 1, cost)
 
 
+class Order(StrEnum):
+    """When the Grams of a block are taken.
+
+    `site`: of each input site after the layers before it were replaced. `block`: of all sites at once, before any was.
+    """
+
+    SITE = "site"
+    BLOCK = "block"
+
+
 @dataclass(frozen=True)
 class Refinement:
-    """What one refinement needs beside the model: targets, solver, budget, dtype of what is saved."""
+    """What one refinement needs beside the model.
+
+    Args:
+        targets: by layer.
+        dtype: of what is saved.
+        predicted: by layer, to be reported.
+        order: see `Order`.
+        matching: how blocks are matched, or None.
+        seed: of matching.
+    """
 
     targets: Mapping[str, Target]
     solver: Solver
     budget: Budget
     dtype: torch.dtype
     predicted: Mapping[str, float | None]
+    order: Order = Order.BLOCK
+    matching: Matching | None = None
+    seed: int = 0
 
 
 def refine(
@@ -97,25 +121,99 @@ def refine(
             message names the layer.
     """
     layers = runner.layers
+    dense = _DenseStates(runner) if plan.matching is not None and plan.matching.share > 0 else None
     for visit in walk_blocks(runner, device):
         unsolved = [spec for spec in visit.specs if not run.layer_path(spec).exists()]
-        grams = visit.grams() if unsolved else {}
-        for site in dict.fromkeys(spec.site for spec in unsolved):
-            jobs = []
-            for spec in unsolved:
-                if spec.site == site:
-                    weight, found = layers.weight(spec.name), outputs(spec)
-                    target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-                    metric = Metric(grams[site], found and found.to(weight.device))
-                    jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(grams[site]), target))
-            for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
-                run.write_layer(job.spec, value, facts)
+        grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
+        wanted = _wanted(visit, plan, run, dense)
+        _solve(visit, unsolved, grams, plan, run, outputs, weighs)
+        if plan.matching is not None:
+            _match(visit, plan, run, wanted)
         for spec in visit.specs:
             value, facts = run.read_layer(spec)
             layers.place(spec.name, partial(_saved_weight, run, spec))
             yield _result(spec, value, facts, plan)
             advance(spec.name)
         visit.replaced()
+
+
+def _solve(
+    visit: BlockVisit,
+    unsolved: Sequence[LayerSpec],
+    grams: Mapping[str, Gram],
+    plan: Refinement,
+    run: Run,
+    outputs: Callable[[LayerSpec], Gram | None],
+    weighs: Callable[[LayerSpec], bool],
+) -> None:
+    """Fit and save the layers `unsolved` of a block, site by site; `grams` are those taken before any is replaced."""
+    layers = visit.layers
+    for site in dict.fromkeys(spec.site for spec in visit.specs):
+        todo = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
+        if todo:
+            gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
+            jobs = []
+            for spec in todo:
+                weight, found = layers.weight(spec.name), outputs(spec)
+                target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
+                metric = Metric(gram, found and found.to(weight.device))
+                jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(gram), target))
+            for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
+                run.write_layer(job.spec, value, facts)
+        if plan.order is Order.SITE:
+            for spec in visit.specs:
+                if spec.site == site:
+                    layers.place(spec.name, partial(_fitted_weight, run, spec))
+            visit.replaced()
+
+
+class _DenseStates:
+    """Hidden states (b, t, d) that the dense model has where a walk of the compressed one is, by batch."""
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self._runner = runner
+        self.states = [runner.first(i) for i in range(len(runner))]
+
+    @torch.no_grad()
+    def advance(self, block: int) -> list[Tensor]:
+        """Those behind `block`, whose weights are still dense."""
+        self.states = [self._runner.run(block, i, hidden).to(hidden.device) for i, hidden in enumerate(self.states)]
+        return self.states
+
+
+def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates | None) -> list[Tensor]:
+    """What the block should answer, by batch, while its weights are still dense; empty where nobody will ask."""
+    behind = dense.advance(visit.index) if dense is not None else []
+    if plan.matching is None or run.matched_path(visit.index).exists():
+        return []
+    share = plan.matching.share
+    if not behind:
+        return visit.outputs()
+    return [torch.lerp(here, there, share) for here, there in zip(visit.outputs(), behind, strict=True)]
+
+
+def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tensor]) -> None:
+    """Match the block if that is not done yet, and put its norms in place."""
+    assert plan.matching is not None, "asked for by the caller"
+    path = run.matched_path(visit.index)
+    if not path.exists():
+        values = {spec.name: run.read_fitted(spec)[0] for spec in visit.specs}
+        outputs = run.read_block_outputs(visit.index) if plan.matching.loss is Loss.NATS else None
+        started = time.perf_counter()
+        trained, match = match_block(
+            visit.runner, visit.index, visit.inputs, wanted, values, plan.matching, outputs, plan.seed
+        )
+        found = trained.values()
+        for spec in visit.specs:
+            checked(found[spec.name], for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget))
+        facts = {**asdict(match), "loss": plan.matching.loss.value, "seconds": time.perf_counter() - started}
+        run.write_matched(path, found, trained.norm_values(), facts)
+    for name, value in run.read_matched(path, [])[1].items():
+        visit.layers.set_parameter(name, value)
+
+
+def _fitted_weight(run: Run, spec: LayerSpec) -> Tensor:
+    return run.read_fitted(spec)[0].dense()
 
 
 def _saved_weight(run: Run, spec: LayerSpec) -> Tensor:

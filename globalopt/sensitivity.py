@@ -43,6 +43,7 @@ def backward_sweep(
     sketches_of: Callable[[LayerSpec], Sketches],
     seed: int,
     device: torch.device | None = None,
+    behind: Callable[[int, Gram], None] = lambda block, outputs: None,
 ) -> Iterator[LayerSensitivity]:
     """Walk the blocks from last to first, each recomputed with gradients; weights get no gradient of their own.
 
@@ -57,6 +58,7 @@ def backward_sweep(
             it at its output Gram.
         seed: of the sampled labels.
         device: where a block is moved for its turn; None leaves it.
+        behind: called per block with the output Gram `A` of the hidden states that leave it.
     Raises:
         NumericalError: the gradient at a layer is not finite.
     """
@@ -65,6 +67,7 @@ def backward_sweep(
     layers = runner.layers
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
+        behind(index, _second_moment(runner, upstream))
         taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
         with layers.resident(index, device):
             hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
@@ -100,6 +103,13 @@ def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torc
             picked = picked * batch.attention_mask.to(picked)
     (gradient,) = torch.autograd.grad(picked.sum(), hidden)
     return gradient
+
+
+def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
+    rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
+    total = sum((g.mT @ g for g in rows), torch.zeros(()))
+    tokens = sum(batch.tokens for batch in runner.batches)
+    return Gram(total.cpu() / tokens, tokens)
 
 
 class _Tap:

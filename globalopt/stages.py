@@ -160,6 +160,14 @@ def _measure(bench: Bench, run: Run) -> None:
             measure_layers(_look(bench), unmeasured, run, advance)
 
 
+def collect_block_outputs(bench: Bench, run: Run, seed: int) -> None:
+    """The output Grams of the blocks, by a backward sweep, where they are not there yet."""
+    if not all(run.block_outputs_path(block).exists() for block in range(len(bench.layers.blocks))):
+        with bench.stage("outputs", 1, "sweeps") as advance:
+            output_grams(bench.runner(run.folder), run, [], seed, bench.loaded.device)
+            advance("blocks")
+
+
 def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
     """The output Grams that are not there yet, by a backward sweep of their own."""
     unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Family, Summary
+from globalopt.summary import Family, MatchResult, Summary, WindowLosses
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Profile, Span, Target
 
 T = TypeVar("T")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-FILES = ("summary.json", "family.json", "budget.json", MANIFEST)
+FILES = ("summary.json", "windows.json", "family.json", "budget.json", MANIFEST)
 FOLDERS = (
     "report",
     "budgets",
@@ -39,6 +39,9 @@ FOLDERS = (
     "outputs",
     "search",
     "sensitivity",
+    "matched",
+    "measured",
+    "weighing",
     "fits",
     "profiles",
     "spans",
@@ -413,6 +416,17 @@ class Run:
         tensors, facts = _read(self.outputs_path(spec), _key(spec), ("A",), ("tokens",))
         return Gram(tensors["A"], facts["tokens"])
 
+    def block_outputs_path(self, block: int) -> Path:
+        return self.folder / "outputs" / f"block.{block}.safetensors"
+
+    def write_block_outputs(self, block: int, outputs: Gram) -> None:
+        """The output Gram `A` of the hidden states behind a block."""
+        write_tensors(self.block_outputs_path(block), {"A": outputs.matrix}, {"block": block, "tokens": outputs.tokens})
+
+    def read_block_outputs(self, block: int) -> Gram:
+        tensors, facts = _read(self.block_outputs_path(block), {"block": block}, ("A",), ("tokens",))
+        return Gram(tensors["A"], facts["tokens"])
+
     def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None) -> None:
         """The layer's options with their errors, and its output Gram `A` where one was collected."""
         facts = {
@@ -434,9 +448,67 @@ class Run:
             tensors["signs"] = value.signs
         write_tensors(self.layer_path(spec), tensors, {**_key(spec), **facts})
 
-    def read_layer(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
+    def read_fitted(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
+        """A layer as its solver left it."""
         tensors, facts = _read(self.layer_path(spec), _key(spec), ("S", "U", "V"))
         return Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), facts
+
+    def read_layer(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
+        """A layer as the model is saved with it: matched where that was done, with the facts of its solver."""
+        fitted, facts = self.read_fitted(spec)
+        for path in (self.matched_path(None), self.matched_path(spec.block)):
+            if path.exists():
+                return self.read_matched(path, [spec])[0][spec.name], facts
+        return fitted, facts
+
+    def matched_path(self, block: int | None) -> Path:
+        """What matching made of a block; of the whole model if `block` is None."""
+        return self.folder / "matched" / ("model.safetensors" if block is None else f"block.{block}.safetensors")
+
+    @property
+    def training_path(self) -> Path:
+        """Where the matching of the whole model is, epoch by epoch."""
+        return self.folder / "matched" / "training.safetensors"
+
+    def write_matched(
+        self, path: Path, values: Mapping[str, Decomposition], norms: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Layers by name, and parameters of norms by theirs."""
+        tensors = {f"norm:{name}": norm for name, norm in norms.items()}
+        for name, value in values.items():
+            parts = {"S": value.S, "U": value.U, "V": value.V}
+            if value.signs is not None:
+                parts["signs"] = value.signs
+            tensors.update({f"{part}:{name}": tensor for part, tensor in parts.items()})
+        write_tensors(path, tensors, {"layers": sorted(values), **facts})
+
+    def read_matched(
+        self, path: Path, specs: Sequence[LayerSpec]
+    ) -> tuple[dict[str, Decomposition], dict[str, Tensor], dict[str, Any]]:
+        """The layers `specs` by name, the norms by parameter name, and the facts."""
+        wanted = [f"{part}:{spec.name}" for spec in specs for part in ("S", "U", "V")]
+        tensors, facts = _read(path, {}, wanted, ("layers",))
+        values = {
+            spec.name: Decomposition(
+                tensors[f"S:{spec.name}"],
+                tensors[f"U:{spec.name}"],
+                tensors[f"V:{spec.name}"],
+                tensors.get(f"signs:{spec.name}"),
+            )
+            for spec in specs
+        }
+        norms = {name.removeprefix("norm:"): t for name, t in tensors.items() if name.startswith("norm:")}
+        return values, norms, facts
+
+    def read_matches(self, blocks: int) -> tuple[MatchResult, ...]:
+        """What matching did, of `blocks` blocks and of the model, where it was done."""
+        keys = ("loss", "before", "after", "epochs", "kept_epoch", "seconds")
+        found = []
+        for block in (*range(blocks), None):
+            if (path := self.matched_path(block)).exists():
+                facts = _read(path, {}, (), keys)[1]
+                found.append(MatchResult(block, **{key: facts[key] for key in keys}))
+        return tuple(found)
 
     def write_summary(self, summary: Summary) -> None:
         write_json(self.summary_path, asdict(summary))
@@ -449,6 +521,20 @@ class Run:
                 f"{self.folder} has no summary: the run did not finish. Run its command again to go on."
             )
         return _validated(self.summary_path, Summary)
+
+    @property
+    def window_losses_path(self) -> Path:
+        return self.folder / "windows.json"
+
+    def write_window_losses(self, losses: Sequence[WindowLosses]) -> None:
+        """What every window of the evaluation lost, one record per split."""
+        write_json(self.window_losses_path, [asdict(split) for split in losses])
+
+    def read_window_losses(self) -> tuple[WindowLosses, ...]:
+        """What `write_window_losses` wrote; empty for a run that has none, `ArtefactError` if the file is broken."""
+        if not self.window_losses_path.exists():
+            return ()
+        return _validated(self.window_losses_path, tuple[WindowLosses, ...])
 
     def _refuse_family(self) -> None:
         if self.family_path.exists():

@@ -40,6 +40,22 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class WindowLosses:
+    """What each window of a split lost, in the order of the windows; the means of all are in `Metrics`.
+
+    Args:
+        nll, dense_nll: mean negative log likelihood of the compressed and the dense model, nats per token.
+        kl: mean KL(dense || compressed) in nats per predicted position.
+    """
+
+    split: str
+    text_sha256: str
+    nll: tuple[float, ...]
+    dense_nll: tuple[float, ...]
+    kl: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One layer and what it is given.
 
@@ -96,6 +112,26 @@ class LayerResult(LayerPlan):
     relative: float
     status: str
     damping: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """What matching did to one block, or to the whole model.
+
+    Args:
+        block: None for the whole model.
+        loss: what was minimised: "sum", "token", "nats" (`matching.Loss`), or "kl".
+        before, after: on held-out calibration windows, or on all where none were held out.
+        epochs, kept_epoch: done, and the one whose parameters were kept; 0 is the start.
+    """
+
+    block: int | None
+    loss: str
+    before: float
+    after: float
+    epochs: int
+    kept_epoch: int
     seconds: float
 
 
@@ -231,6 +267,7 @@ class Summary:
         splits: how each split was made: source, hash, windows, seed.
         notes: what a reader must know (conversions, fallbacks).
         search: None where the allocator did not ask the model.
+        matching: one entry per matched block, and one for the model if it was matched.
     """
 
     command: str
@@ -258,3 +295,4 @@ class Summary:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     search: Search | None = None
+    matching: tuple[MatchResult, ...] = ()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from globalopt.commands.console import err
 
 if TYPE_CHECKING:
+    from globalopt.refining import RefineOptions
     from globalopt.workbench import Bench, ModelOptions, TextOptions
 
 
@@ -49,6 +50,16 @@ def default_folder(models: ModelOptions, name: str) -> Path:
     # Of "." and ".." only the resolved path has a name; of a hub id only its own.
     base = path.resolve() if path.exists() else path
     return Path("runs") / f"{base.name}-{name}"
+
+
+def refine_options(
+    sequential: str, match: str, match_set: list[str] | None, distill_set: list[str] | None
+) -> RefineOptions:
+    """How a refinement goes; `UsageError` for what cannot be."""
+    from globalopt.refining import RefineOptions
+
+    matching, distilling = pairs(match_set, "--match-set"), pairs(distill_set, "--distill-set")
+    return RefineOptions(sequential, match, matching, distilling)
 
 
 def set_up(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:

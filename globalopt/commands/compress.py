@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands.arguments import default_folder, one_model, pairs, set_up
+from globalopt.commands.arguments import default_folder, one_model, pairs, refine_options, set_up
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
     Calibration,
     Device,
+    DistillSet,
     DryRun,
     Dtype,
     EvalText,
@@ -21,6 +22,8 @@ from globalopt.commands.options import (
     Fresh,
     Json,
     LowCoverage,
+    Match,
+    MatchSet,
     MaxMemory,
     ModelArgument,
     ModelOption,
@@ -29,6 +32,7 @@ from globalopt.commands.options import (
     Quiet,
     Seed,
     Seqlen,
+    Sequential,
     SolverName,
     SolverSet,
     TextColumn,
@@ -50,6 +54,10 @@ def compress(
     sensitivity: Annotated[
         str, typer.Option(help="fisher: a backward sweep weights outputs, for solvers that can; none: inputs only.")
     ] = "fisher",
+    sequential: Sequential = "block",
+    match: Match = "none",
+    match_set: MatchSet = None,
+    distill_set: DistillSet = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -82,6 +90,8 @@ def compress(
         file = budget_file.read(budget_path)
         options = pairs(solver_set, "--set")
         fitting = get_solver(solver, options)
+        refining = refine_options(sequential, match, match_set, distill_set)
+        refining.matching(sensitivity)
         models = workbench.ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
@@ -97,6 +107,16 @@ def compress(
             return
         bench = set_up(models, texts, seed, quiet)
         summary, run = pipeline.compress(
-            bench, budget_path, file, solver, options, seed, folder, pipeline.run_command(), fresh, sensitivity
+            bench,
+            budget_path,
+            file,
+            solver,
+            options,
+            seed,
+            folder,
+            pipeline.run_command(),
+            fresh,
+            sensitivity,
+            refining,
         )
         show(summary, run, quiet, verbose, as_json)

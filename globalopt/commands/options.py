@@ -35,6 +35,28 @@ SolverSet = Annotated[
     list[str] | None,
     typer.Option("--set", help="Solver options, comma separated; may be repeated.", metavar="NAME=VALUE"),
 ]
+Sequential = Annotated[
+    str,
+    typer.Option(
+        help="When the inputs of a layer are looked at: site (after the layers before it were replaced) or block (once "
+        "per block)."
+    ),
+]
+Match = Annotated[
+    str,
+    typer.Option(
+        help="What is trained after the solver, supports fixed: none; block (every block to the dense one's output); "
+        "model (also the whole model to the dense one's predictions)."
+    ),
+]
+MatchSet = Annotated[
+    list[str] | None,
+    typer.Option(help="Options of block matching, comma separated; may be repeated.", metavar="NAME=VALUE"),
+]
+DistillSet = Annotated[
+    list[str] | None,
+    typer.Option(help="Options of model matching, comma separated; may be repeated.", metavar="NAME=VALUE"),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from globalopt.commands.arguments import default_folder, one_model, pairs, set_up
+from globalopt.commands.arguments import default_folder, one_model, pairs, refine_options, set_up
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
     Calibration,
     Device,
+    DistillSet,
     DryRun,
     Dtype,
     EvalText,
@@ -21,6 +22,8 @@ from globalopt.commands.options import (
     Fresh,
     Json,
     LowCoverage,
+    Match,
+    MatchSet,
     MaxMemory,
     ModelArgument,
     ModelOption,
@@ -29,6 +32,7 @@ from globalopt.commands.options import (
     Quiet,
     Seed,
     Seqlen,
+    Sequential,
     SolverName,
     SolverSet,
     TextColumn,
@@ -90,6 +94,10 @@ def search(
             help="Forward tokens a search on the true loss may spend; of a family, 0 measures nothing.", min=0
         ),
     ] = 500_000,
+    sequential: Sequential = "block",
+    match: Match = "none",
+    match_set: MatchSet = None,
+    distill_set: DistillSet = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
@@ -143,6 +151,8 @@ def search(
         )
         for kept in budgets:
             stages.check_options(replace(options, budget=kept))
+        refining = refine_options(sequential, match, match_set, distill_set)
+        refining.matching(sensitivity)
         models = workbench.ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
@@ -161,7 +171,8 @@ def search(
             found, run = family.family(bench, options, budgets, folder, command, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
-            show(*pipeline.search(bench, options, folder, command, fresh), quiet, verbose, as_json)
+            found = pipeline.search(bench, options, folder, command, fresh, refining=refining)
+            show(*found, quiet, verbose, as_json)
 
 
 def _job(options: SearchOptions, several: bool) -> Job:

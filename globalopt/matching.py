@@ -1,0 +1,132 @@
+"""Transformer matching: what a compressed block keeps is trained until the block answers as the dense one does.
+
+    minimise  mean over tokens of loss(f(x; kept) - y),   y = (1 - share) f_dense(x) + share f_dense(x_dense)
+
+over kept entries, factors and norms of one block, where `x` is what the compressed prefix really produces and `x_dense`
+what the dense model would. Source: 3BASiL, arXiv:2603.01376, section on transformer matching. Departures, all options:
+the norm that errors are measured in, steps relative to the size of what they change, an end that held-out windows
+decide, and supports that no step can leave (`globalopt.trainable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from globalopt.capture import BlockRunner
+from globalopt.errors import UnknownNameError, UsageError
+from globalopt.registry import at_least, read_options
+from globalopt.trainable import Trainable
+from globalopt.training import Trained, Training, train
+from globalopt.types import Decomposition, Gram
+
+
+class Loss(StrEnum):
+    """How the error `e` of a token's hidden state is measured, `y` being the state it should be.
+
+    `sum`: `|e|²`. `token`: `|e|² / |y|²`. `nats`: `eᵀ A e / 2`, `A` the output Gram of the block, so that a token costs
+    what the end loss minds.
+    """
+
+    SUM = "sum"
+    TOKEN = "token"
+    NATS = "nats"
+
+
+@dataclass(frozen=True)
+class Matching(Training):
+    """How a block is matched.
+
+    Args:
+        loss: see `Loss`.
+        damping: of `A`, as a share of its mean diagonal.
+        share: of the target that is the dense block's answer to dense inputs.
+    """
+
+    loss: Loss = Loss.NATS
+    damping: float = 0.01
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, damping=self.damping, share=self.share)
+        if self.share > 1:
+            raise UsageError(f"Option share of matching is a fraction of the target; got {self.share:g}.")
+
+    @classmethod
+    def read(cls, options: Mapping[str, str]) -> Matching:
+        """From texts by option; `preset` sets what the other options then change."""
+        given = dict(options)
+        preset = given.pop("preset", "default")
+        if preset not in PRESETS:
+            raise UnknownNameError("preset of matching", preset, PRESETS)
+        return replace(PRESETS[preset], **read_options(cls, "matching", given))
+
+
+PRESETS = {
+    "default": Matching(),
+    "tm": Matching(epochs=19, rate=2e-5, floor=0.2, relative=False, held_out=0.0, patience=19, loss=Loss.SUM),
+}
+"""`tm`: as published; of its twenty epochs the first only evaluates."""
+
+
+def match_block(
+    runner: BlockRunner,
+    index: int,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    values: Mapping[str, Decomposition],
+    options: Matching,
+    outputs: Gram | None,
+    seed: int,
+) -> tuple[Trainable, Trained]:
+    """Train what block `index` keeps; the block itself is not changed.
+
+    Args:
+        inputs: hidden states (b, t, d) that enter it, by batch.
+        targets: those that should leave it.
+        values: its layers as they were fitted.
+        outputs: `A` (d, d) of the hidden states behind the block, for `Loss.NATS`.
+        seed: of the order of the batches.
+    Raises:
+        NumericalError: a loss is not finite.
+        UsageError: there is no `outputs`, and the loss needs it.
+    """
+    layers = runner.layers
+    root = f"{layers.blocks_path}.{index}"
+    trainable = Trainable(layers, values, [root])
+    device = layers.module(next(iter(values))).weight.device
+    norm = _Norm(options, outputs, device)
+
+    def loss_of(i: int) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
+            found = runner.run(index, i, inputs[i], trainable.tensors(f"{root}."))
+        batch = runner.batches[i]
+        return norm(batch.select(found), batch.select(targets[i]).to(found.device))
+
+    return trainable, train(trainable, loss_of, len(runner), options, seed, f"block {index}")
+
+
+class _Norm:
+    """`mean over tokens of loss(found - wanted)`."""
+
+    def __init__(self, options: Matching, outputs: Gram | None, device: torch.device) -> None:
+        self.loss = options.loss
+        if self.loss is Loss.NATS:
+            if outputs is None:
+                raise UsageError("Matching in nats needs the output Gram of the block; use loss=token.")
+            values, vectors = torch.linalg.eigh(outputs.damped(options.damping).matrix.double())
+            # eᵀ A e / 2 as |Fᵀ e|²: one product, and never below zero.
+            self.factor = (vectors * (values.clamp_min(0) / 2).sqrt()).float().to(device)
+
+    def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
+        error = found.float() - wanted.float()
+        if self.loss is Loss.NATS:
+            return (error @ self.factor).square().sum(-1).mean()
+        if self.loss is Loss.TOKEN:
+            return (error.square().sum(-1) / wanted.float().square().sum(-1).clamp_min(1e-12)).mean()
+        return error.square().sum(-1).mean()

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from globalopt.capture import Batch, BlockRunner, walk_blocks
+from globalopt.errors import UnknownNameError, UsageError
+from globalopt.layers import find_layers
+from globalopt.matching import Loss, Matching, match_block
+from globalopt.refine import Order, Refinement, refine
+from globalopt.store import Run, read_tensors
+from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Target, follows
+from solvers import SOLVERS, get_solver
+from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model
+
+QUICK = Matching(epochs=3, rate=0.03, loss=Loss.TOKEN)
+
+
+def setting(
+    tmp_path,
+    solver="3basil",
+    kind="llama",
+    target=None,
+    matching: Matching | None = QUICK,
+    dtype=torch.float32,
+    name="run",
+):
+    layers = find_layers(tiny_model(kind))
+    targets = {spec.name: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
+    total = sum(spec.numel for spec in layers.specs)
+    made = get_solver(solver, {"steps": "20"} if solver == "3basil" else {})
+    plan = Refinement(targets, made, Budget(total, total), dtype, dict.fromkeys(targets), matching=matching)
+    runner = BlockRunner(layers, [Batch(tiny_ids(4, 12, seed=seed)) for seed in range(4)])
+    return layers, runner, plan, Run.start(tmp_path / name, {"n": 1}, {})
+
+
+def no_outputs(spec: LayerSpec) -> Gram | None:
+    return None
+
+
+def output_error(runner: BlockRunner, dense: list[Tensor], tensors=None) -> float:
+    """Relative squared error of the first block's outputs."""
+    found = [runner.run(0, i, runner.first(i), tensors) for i in range(len(runner))]
+    wanted = torch.cat(dense)
+    return float((torch.cat(found) - wanted).square().sum() / wanted.square().sum())
+
+
+@torch.no_grad()
+def first_outputs(runner: BlockRunner) -> list[Tensor]:
+    return [runner.run(0, i, runner.first(i)) for i in range(len(runner))]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_matching_helps_every_solver_and_keeps_its_support(tmp_path, solver):
+    _, runner, plan, run = setting(tmp_path, solver)
+    dense = first_outputs(runner)
+    results = list(refine(runner, plan, run, no_outputs))
+    layers = runner.layers
+    for spec, result in zip(layers.specs, results, strict=True):
+        fitted, matched = run.read_fitted(spec)[0], run.read_layer(spec)[0]
+        # Kept entries that the solver left at zero are none.
+        assert torch.equal(matched.S != 0, fitted.S != 0)
+        assert (matched.rank, matched.signs is None) == (fitted.rank, fitted.signs is None)
+        assert (result.rank, result.nnz) == (matched.rank, matched.nnz)
+        assert torch.equal(layers.weight(spec.name), matched.dense())
+    first, *_ = run.read_matches(2)
+    assert first.after < first.before
+    with torch.no_grad():
+        after = output_error(runner, dense)
+        norms = run.read_matched(run.matched_path(0), [])[1]
+        before = output_error(runner, dense, before_matching(run, runner, norms))
+    assert after < 0.9 * before
+
+
+def before_matching(run: Run, runner: BlockRunner, norms) -> dict[str, Tensor]:
+    """Parameters of the first block as the solver left them."""
+    root = f"{runner.layers.blocks_path}.0."
+    dense = tiny_model("llama")
+    made = {f"{spec.name}.weight": run.read_fitted(spec)[0].dense() for spec in runner.layers.of_block(0)}
+    made.update({name: dense.get_parameter(name) for name in norms})
+    return {name.removeprefix(root): tensor for name, tensor in made.items()}
+
+
+@pytest.mark.parametrize("kind", COVERED_KINDS)
+def test_every_architecture_is_matched(tmp_path, kind):
+    layers, runner, plan, run = setting(tmp_path, "wanda", kind)
+    list(refine(runner, plan, run, no_outputs))
+    for match in run.read_matches(2):
+        assert match.after < match.before
+    norms = {name for block in (0, 1) for name in run.read_matched(run.matched_path(block), [])[1]}
+    assert norms
+    before = tiny_model(kind)
+    assert all(not torch.equal(layers.model.get_parameter(n), before.get_parameter(n)) for n in norms)
+
+
+def test_a_pattern_is_kept(tmp_path):
+    half = NM(2, 4)
+    layers, runner, plan, run = setting(tmp_path, target=lambda spec: Target(2, half.nnz(spec), half))
+    list(refine(runner, plan, run, no_outputs))
+    for spec in layers.specs:
+        value = run.read_layer(spec)[0]
+        assert follows(value.S, half)
+        assert value.nnz == half.nnz(spec)
+
+
+def test_half_precision_is_what_is_saved_and_placed(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, dtype=torch.bfloat16)
+    list(refine(runner, plan, run, no_outputs))
+    for spec in layers.specs:
+        value = run.read_layer(spec)[0]
+        assert value.S.dtype == value.U.dtype == torch.bfloat16
+        assert torch.equal(layers.weight(spec.name), value.dense())
+
+
+@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, order, share):
+    matching = replace(QUICK, share=share)
+
+    def refined(name: str) -> dict[int, dict[str, object]]:
+        _, runner, plan, run = setting(tmp_path, matching=matching, name=name)
+        list(refine(runner, replace(plan, order=order), run, no_outputs))
+        return {block: bits(run.matched_path(block)) for block in (0, 1)}
+
+    whole = refined("whole")
+    _, runner, plan, run = setting(tmp_path, matching=matching, name="killed")
+    next(refine(runner, replace(plan, order=order), run, no_outputs))
+    # As if it had been killed between two layers of the first block, before it was matched.
+    run.matched_path(0).unlink()
+    run.layer_path(runner.layers.of_block(0)[-1]).unlink()
+    assert refined("killed") == whole
+
+
+def bits(path: Path) -> dict[str, object]:
+    """Tensors as bytes, and facts, but for how long it took."""
+    tensors, facts = read_tensors(path)
+    del facts["seconds"]
+    return {"facts": facts, **{name: tensor.numpy().tobytes() for name, tensor in tensors.items()}}
+
+
+def test_the_target_is_what_the_dense_block_makes_of_these_inputs_or_of_dense_ones(tmp_path, monkeypatch):
+    wanted: dict[tuple[float, int], list[Tensor]] = {}
+    share = 0.0
+
+    def spy(runner, index, inputs, targets, values, *rest):
+        wanted[share, index] = list(targets)
+        return match_block(runner, index, inputs, targets, values, *rest)
+
+    monkeypatch.setattr("globalopt.refine.match_block", spy)
+    for share in (0.0, 0.5, 1.0):
+        _, runner, plan, run = setting(tmp_path, matching=replace(QUICK, epochs=1, share=share), name=f"run{share}")
+        list(refine(runner, plan, run, no_outputs))
+    _, runner, _, _ = setting(tmp_path)
+    dense = [visit.outputs() for visit in walk_blocks(runner)]
+    for block in (0, 1):
+        torch.testing.assert_close(wanted[1.0, block], dense[block])
+    # The first block's inputs are dense ones anyhow; the second's are not.
+    torch.testing.assert_close(wanted[0.0, 0], dense[0])
+    assert not torch.allclose(wanted[0.0, 1][0], dense[1][0], atol=1e-3)
+
+
+def test_site_by_site_every_site_sees_the_layers_before_it_replaced(tmp_path):
+    _, runner, plan, run = setting(tmp_path, "wanda", matching=None)
+    list(refine(runner, replace(plan, order=Order.SITE), run, no_outputs))
+    first = [run.read_fitted(spec)[0].dense() for spec in runner.layers.of_block(0)]
+
+    # By hand: wanda keeps the largest |w| |x| of every row, x being what the replaced layers before really produce.
+    layers = find_layers(tiny_model("llama"))
+    again = BlockRunner(layers, runner.batches)
+    for spec, expected in zip(layers.of_block(0), first, strict=True):
+        visit = next(walk_blocks(again))
+        norms = visit.grams([spec.site])[spec.site].norms
+        target = Target(0, spec.numel // 3 + spec.d_out + spec.d_in)
+        W = layers.weight(spec.name)
+        solver = get_solver("wanda")
+        found = solver.solve(solver.prepare(W, metric_of(norms)), target).value.dense()
+        torch.testing.assert_close(found, expected)
+        # Layers of one site are replaced together, after the last of them.
+        if spec is [s for s in layers.of_block(0) if s.site == spec.site][-1]:
+            for other in layers.of_block(0):
+                if other.site == spec.site:
+                    layers.set_weight(other.name, run.read_fitted(other)[0].dense())
+
+
+def metric_of(norms: Tensor):
+    from globalopt.types import Metric
+
+    return Metric(Gram(torch.diag(norms.square()), 48))
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+def one_layer(layers, S: Tensor) -> dict[str, Decomposition]:
+    values = {}
+    for spec in layers.of_block(0):
+        W = layers.weight(spec.name) if spec is not layers.specs[-1] else S
+        values[spec.name] = Decomposition(W, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]))
+    return values
+
+
+@pytest.mark.parametrize("loss", list(Loss))
+def test_losses_are_their_formulas(tmp_path, loss):
+    layers, runner, _, _ = setting(tmp_path)
+    inputs = [runner.first(i) for i in range(len(runner))]
+    dense = first_outputs(runner)
+    targets = [x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(dense)]
+    A = torch.randn(32, 32, generator=torch.Generator().manual_seed(9))
+    A = A @ A.mT
+    values = one_layer(layers, layers.weight(layers.specs[0].name))
+    options = Matching(epochs=1, rate=0.0, loss=loss, held_out=0.25, damping=0.0)
+    _, found = match_block(runner, 0, inputs, targets, values, options, Gram(A, 1), 0)
+    # Of four batches the last is held out.
+    e, y = (dense[-1] - targets[-1]).flatten(0, 1).double(), targets[-1].flatten(0, 1).double()
+    each = {
+        Loss.SUM: e.square().sum(1),
+        Loss.TOKEN: e.square().sum(1) / y.square().sum(1),
+        Loss.NATS: (e @ A.double() * e).sum(1) / 2,
+    }[loss]
+    assert found.before == pytest.approx(float(each.mean()), rel=1e-4)
+
+
+def test_nats_need_the_output_gram(tmp_path):
+    layers, runner, _, _ = setting(tmp_path)
+    values = one_layer(layers, layers.weight(layers.specs[0].name))
+    with pytest.raises(UsageError, match="loss=token"):
+        match_block(runner, 0, [], [], values, Matching(loss=Loss.NATS), None, 0)
+
+
+def test_masking_gradients_by_hand_comes_to_the_same(tmp_path):
+    """The slow way: a dense weight whose gradient is masked, and Adam on it."""
+    layers, runner, _, _ = setting(tmp_path)
+    spec = layers.of_block(0)[-1]
+    S = layers.weight(spec.name)
+    S[torch.rand(S.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    inputs, targets = [runner.first(i) for i in range(len(runner))], first_outputs(runner)
+    values = {spec.name: Decomposition(S, S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1]))}
+    options = Matching(epochs=1, rate=0.01, floor=1.0, relative=False, loss=Loss.SUM, held_out=0.0)
+    trained, _ = match_block(runner, 0, inputs, targets, values, options, None, 5)
+
+    from random import Random
+
+    W = S.clone().requires_grad_()
+    norms = {name: parameter.detach().clone().requires_grad_() for name, parameter in norm_weights(layers)}
+    adam = torch.optim.Adam([W, *norms.values()], lr=0.01)
+    for i in Random("5 1").sample(range(4), 4):
+        adam.zero_grad()
+        with torch.enable_grad():
+            name = spec.name.removeprefix(f"{layers.blocks_path}.0.")
+            found = runner.run(0, i, inputs[i], {f"{name}.weight": W, **norms})
+            (found - targets[i]).flatten(0, 1).square().sum(1).mean().backward()
+        assert W.grad is not None
+        W.grad *= S != 0
+        adam.step()
+    torch.testing.assert_close(trained.values()[spec.name].S, W.detach(), rtol=1e-4, atol=1e-5)
+
+
+def norm_weights(layers):
+    from globalopt.trainable import norm_parameters
+
+    root = f"{layers.blocks_path}.0"
+    return [(name.removeprefix(f"{root}."), p) for name, p in norm_parameters(layers.model, root)]
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+def test_presets_and_options():
+    assert Matching.read({}) == Matching()
+    published = Matching.read({"preset": "tm", "epochs": "3"})
+    assert (published.epochs, published.rate, published.loss, published.relative) == (3, 2e-5, Loss.SUM, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"preset": "no"}, UnknownNameError, "preset of matching"),
+        ({"epoch": "3"}, UnknownNameError, "option of matching"),
+        ({"loss": "mean"}, UsageError, "one of sum, token, nats"),
+        ({"share": "1.5"}, UsageError, "share"),
+        ({"epochs": "0"}, UsageError, "epochs"),
+    ],
+)
+def test_options_that_cannot_be(options, error, words):
+    with pytest.raises(error, match=words):
+        Matching.read(options)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.layers import find_layers
+from globalopt.trainable import Trainable, TrainableLayer, norm_parameters
+from globalopt.types import Decomposition
+from tests.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def decomposition(d_out=12, d_in=8, rank=3, seed=0, dtype=torch.float32, signs=False) -> Decomposition:
+    generator = torch.Generator().manual_seed(seed)
+    S = torch.randn(d_out, d_in, generator=generator)
+    S[torch.rand(d_out, d_in, generator=generator) < 0.6] = 0
+    U, V = torch.randn(d_out, rank, generator=generator) * 9, torch.randn(rank, d_in, generator=generator) / 7
+    plane = torch.randn(d_out, d_in, generator=generator).sign() if signs else None
+    return Decomposition(S.to(dtype), U.to(dtype), V.to(dtype), plane)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 3, 8])
+def test_the_weight_is_that_of_the_decomposition(rank, signs):
+    value = decomposition(rank=rank, signs=signs)
+    layer = TrainableLayer(value, CPU)
+    torch.testing.assert_close(layer.weight().detach(), value.dense(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.value().dense(), value.dense(), rtol=1e-5, atol=1e-5)
+    assert layer.value().rank == rank
+
+
+def test_factors_are_balanced():
+    layer = TrainableLayer(decomposition(), CPU)
+    torch.testing.assert_close(layer.U.mT @ layer.U, layer.V @ layer.V.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_no_step_leaves_the_support():
+    value = decomposition(dtype=torch.bfloat16)
+    layer = TrainableLayer(value, CPU)
+    adam = torch.optim.Adam(layer.parameters(), lr=0.3)
+    wanted = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        adam.zero_grad()
+        (layer.weight() - wanted).square().sum().backward()
+        adam.step()
+    trained = layer.value()
+    assert torch.equal(trained.S != 0, value.S != 0)
+    assert not torch.equal(trained.S, value.S)
+    assert (trained.S.dtype, trained.U.dtype, trained.rank) == (torch.bfloat16, torch.bfloat16, 3)
+
+
+def test_the_gradient_of_every_kept_number_is_that_of_the_dense_weight():
+    layer = TrainableLayer(decomposition(), CPU)
+    slope = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    (layer.weight() * slope).sum().backward()
+    assert layer.values.grad is not None
+    assert layer.U.grad is not None
+    torch.testing.assert_close(layer.values.grad, slope.flatten()[layer.support])
+    torch.testing.assert_close(layer.U.grad, slope @ layer.V.mT)
+
+
+@pytest.mark.parametrize(("name", "norms"), [("llama", 2), ("gpt2", 4)])
+def test_norms_of_a_block_are_found(name, norms):
+    layers = find_layers(tiny_model(name))
+    found = dict(norm_parameters(layers.model, f"{layers.blocks_path}.0"))
+    assert len(found) == norms
+    for parameter_name, parameter in found.items():
+        assert layers.model.get_parameter(parameter_name) is parameter
+        assert parameter.ndim == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_tensors_are_what_the_model_computes_with(name):
+    model = tiny_model(name)
+    layers = find_layers(model)
+    values = {}
+    for spec in layers.specs:
+        W = layers.weight(spec.name)
+        values[spec.name] = Decomposition(W, W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]))
+    made = Trainable(layers, values, [""]).tensors()
+    for parameter, tensor in made.items():
+        assert torch.equal(tensor, model.get_parameter(parameter))
+    assert sum("norm" in name or "ln" in name for name in made) == len(made) - len(values)
+
+
+def test_a_state_is_put_back():
+    layers = find_layers(tiny_model("llama"))
+    spec = layers.specs[0]
+    trainable = Trainable(layers, {spec.name: decomposition(spec.d_out, spec.d_in)}, [f"{layers.blocks_path}.0"])
+    state = trainable.state()
+    with torch.no_grad():
+        for parameter in trainable.parameters():
+            parameter.add_(1)
+    trainable.restore(state)
+    for parameter, before in zip(trainable.parameters(), state, strict=True):
+        assert torch.equal(parameter, before)
