@@ -28,7 +28,7 @@ from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_O
 from globalopt.layers import ModelLayers, find_layers, token_embedding
 from globalopt.memory import WHOLE_COPIES, available, resident
 from globalopt.models import load_structure, reference_folder, resolve_device
-from globalopt.objective import WEIGHTS_AT_ONCE
+from globalopt.objective import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.search_objective import FITS_AT_ONCE
 from globalopt.span import compute_span
@@ -252,9 +252,9 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
 def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
     if not (job.searches or job.sweeps):
         return 0
-    weights = sum(4 * spec.numel for spec in shape.specs)
-    fits = 2 * min(FITS_AT_ONCE, 4 * weights) if job.searches and job.search_tokens else 0
-    return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE, weights) + fits
+    weights, part = sum(4 * spec.numel for spec in shape.specs), LAZY_SHARE if lazy else 1
+    fits = 2 * min(FITS_AT_ONCE // part, 4 * weights) if job.searches and job.search_tokens else 0
+    return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
 
 def _disk(shape: _Shape, job: Job) -> dict[str, int]:

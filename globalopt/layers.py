@@ -114,6 +114,13 @@ class ModelLayers:
             return _Originals(self, self.lazy)
         return {spec.name: self.weight(spec.name) for spec in self.specs}
 
+    def restore(self, name: str, originals: Mapping[str, Tensor]) -> None:
+        """Put back the weight that a layer had when `originals` were taken."""
+        if self.lazy is None:
+            self.set_weight(name, originals[name])
+        else:
+            self.lazy.restore(f"{name}.weight")
+
     def place(self, name: str, make: Callable[[], Tensor]) -> None:
         """Overwrite a layer's weight by what `make` returns (d_out, d_in), cast to the parameter's own type.
 

@@ -199,10 +199,6 @@ class LazyBlocks:
                 for name, empty in self._empty[index].items():
                     _put(self._blocks[index], name, empty)
 
-    def is_open(self, name: str) -> bool:
-        """Whether the block of the parameter called `name` is open; `KeyError` if no block has it."""
-        return self._depth[self._place(name)[0]] > 0
-
     def has(self, name: str) -> bool:
         """Whether `name` is a parameter of a block."""
         index, _, rest = name.removeprefix(f"{self._path}.").partition(".")
@@ -228,6 +224,15 @@ class LazyBlocks:
             parameter = self._blocks[index].get_parameter(rest)
             with torch.no_grad():
                 parameter.copy_(self._replaced(name, parameter.device))
+
+    def restore(self, name: str) -> None:
+        """From now on the parameter called `name` is the checkpoint's again."""
+        index, rest = self._place(name)
+        self._made.pop(name, None)
+        if self._depth[index]:
+            parameter = self._blocks[index].get_parameter(rest)
+            with torch.no_grad():
+                parameter.copy_(self.original(name))
 
     def _place(self, name: str) -> tuple[int, str]:
         if not self.has(name):

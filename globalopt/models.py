@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -350,10 +350,10 @@ def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
             index = Path(hf_hub_download(source, INDEX))
             for file in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
                 hf_hub_download(source, file)
-        except HfHubHTTPError:
+        except EntryNotFoundError:
             index = Path(hf_hub_download(source, SINGLE))
     # Whatever it is, the whole load has it too, and a better word for it.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return index.parent
 

@@ -20,6 +20,9 @@ TOP = 1024
 WEIGHTS_AT_ONCE = 2**31
 """Bytes of candidates' weights that are held, so that they need not be made again for every chunk."""
 
+LAZY_SHARE = 16
+"""Lazy models hold this part of what others hold: memory is what is short."""
+
 Materialise = Callable[[LayerSpec, Target | Mask], Tensor]
 """The weight (d_out, d_in) that stands for what a layer keeps."""
 
@@ -87,7 +90,8 @@ class ModelObjective:
         self._runner = runner
         self._specs = runner.layers.specs
         largest = max(spec.numel for spec in self._specs)
-        self._weight = lru_cache(max(1, WEIGHTS_AT_ONCE // (4 * largest)))(materialise)
+        held = WEIGHTS_AT_ONCE // (4 * largest * (LAZY_SHARE if runner.layers.lazy is not None else 1))
+        self._weight = lru_cache(max(1, held))(materialise)
         self._dense = runner.layers.originals()
         self._placed: dict[str, Target | Mask] = {}
         self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
@@ -127,7 +131,7 @@ class ModelObjective:
     def close(self) -> None:
         """Put the dense weights back."""
         for name in self._placed:
-            self._runner.layers.place(name, partial(self._dense.__getitem__, name))
+            self._runner.layers.restore(name, self._dense)
         self._placed = {}
         self._weight.cache_clear()
 

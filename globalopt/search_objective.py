@@ -9,7 +9,7 @@ from torch import Tensor
 
 from globalopt.candidates import FittedLayer, span_weight
 from globalopt.capture import BlockRunner
-from globalopt.objective import Materialise, ModelObjective
+from globalopt.objective import LAZY_SHARE, Materialise, ModelObjective
 from globalopt.protocols import Candidate
 from globalopt.recorder import RecordedObjective, Selection
 from globalopt.store import Run, read_json, write_json
@@ -71,14 +71,15 @@ class SearchObjective(RecordedObjective):
 
     def _answer(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         if self._model is None:
-            self._model = ModelObjective(self._start(), self._materialise())
+            runner = self._start()
+            self._model = ModelObjective(runner, self._materialise(runner.layers.lazy is not None))
             write_json(self._run.teacher_path, {"top": self._model.top, "tail": self._model.tail})
         return self._model.losses(candidates, chunks)
 
-    def _materialise(self) -> Materialise:
+    def _materialise(self, lazy: bool) -> Materialise:
         surfaces = {surface.spec.name: surface for surface in self._problem.surfaces}
         largest = max(spec.numel for spec in self._problem.specs)
-        held = max(1, FITS_AT_ONCE // (16 * largest))
+        held = max(1, FITS_AT_ONCE // (16 * largest * (LAZY_SHARE if lazy else 1)))
         read_span = lru_cache(held)(self._run.read_span)
 
         @lru_cache(held)

@@ -142,10 +142,13 @@ def test_what_was_put_in_place_is_there_at_every_visit(tmp_path: Path) -> None:
     assert torch.equal(lazy.weight(last.name), W)
     assert weights_sha256(lazy) == weights_sha256(whole)
     # The dense weights are still to be had.
-    assert torch.equal(
-        lazy.originals()[last.name], find_layers(load_model(tmp_path, device="cpu").model).weight(last.name)
-    )
+    dense = find_layers(load_model(tmp_path, device="cpu").model)
+    assert torch.equal(lazy.originals()[last.name], dense.weight(last.name))
     assert list(lazy.originals()) == [spec.name for spec in lazy.specs]
+    with lazy.resident(last.block):
+        lazy.restore(last.name, lazy.originals())
+        assert torch.equal(lazy.module(last.name).weight, dense.module(last.name).weight)
+    assert torch.equal(lazy.weight(last.name), dense.weight(last.name))
 
 
 def test_what_does_not_fit_in_place_is_refused(tmp_path: Path) -> None:

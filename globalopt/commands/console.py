@@ -36,7 +36,9 @@ def errors() -> Iterator[None]:
         raise _exit(str(cause), cause.exit_code) from None
     except _out_of_memory() as cause:
         raise _exit(
-            f"Out of memory ({cause}). Lower --batch-size, --seqlen or --nsamples, or use --dtype bfloat16.", FAILED
+            f"Out of memory ({cause}). Lower --batch-size, --seqlen or --nsamples, or use --dtype bfloat16 or "
+            "--max-memory.",
+            FAILED,
         ) from None
     except KeyboardInterrupt:
         err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
