@@ -15,7 +15,7 @@ from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import NumericalError, UsageError
 from globalopt.layers import walkable
 from globalopt.lazy import lazy_blocks
-from globalopt.summary import Metrics
+from globalopt.summary import Metrics, WindowLosses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,10 +70,17 @@ def evaluate_both(
     batch_size: int = 8,
     advance: Callable[[str], None] | None = None,
     scratch: Path | None = None,
+    keep: Callable[[WindowLosses], None] | None = None,
 ) -> tuple[Metrics, Metrics]:
-    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`."""
-    measured, reference = _measure(model, dense, split, batch_size, advance, scratch)
+    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`.
+
+    Args:
+        keep: given what each window lost.
+    """
+    measured, reference, losses = _measure(model, dense, split, batch_size, advance, scratch)
     assert reference is not None
+    if keep is not None:
+        keep(losses)
     return reference, measured
 
 
@@ -85,7 +92,7 @@ def _measure(
     batch_size: int,
     advance: Callable[[str], None] | None,
     scratch: Path | None,
-) -> tuple[Metrics, Metrics | None]:
+) -> tuple[Metrics, Metrics | None, WindowLosses]:
     count, seqlen = split.windows.shape
     if count < 2:
         raise UsageError(
@@ -120,7 +127,8 @@ def _measure(
             if advance is not None:
                 advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
     measured = _metrics(model, split, nll, None if dense is None else kl)
-    return measured, None if dense is None else _metrics(dense, split, dense_nll, None)
+    losses = WindowLosses(split.name, split.sha256, *(tuple(means.tolist()) for means in (nll, dense_nll, kl)))
+    return measured, None if dense is None else _metrics(dense, split, dense_nll, None), losses
 
 
 def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | None) -> Metrics:

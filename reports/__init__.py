@@ -9,7 +9,7 @@ from rich.padding import Padding
 
 from globalopt.summary import Family, Summary
 from reports.budgets import budget_diff, budget_file
-from reports.comparison import comparison
+from reports.comparison import comparison, held_against_first
 from reports.frontier import frontier_table, write_frontier
 from reports.heatmaps import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
@@ -22,6 +22,7 @@ __all__ = [
     "budget_diff",
     "budget_file",
     "comparison",
+    "held_against_first",
     "make_progress",
     "metrics_table",
     "render",

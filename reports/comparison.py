@@ -1,4 +1,4 @@
-"""Several runs in one table, with a plain word where they may not be compared."""
+"""Several runs in one table, how far they are apart, and a plain word where they may not be compared."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.summary import Metrics, Summary
+from globalopt.summary import Metrics, Summary, WindowLosses
 from reports import formats
+from reports.paired import CONFIDENCE, DENSE_TOLERANCE, Difference, Interval, Measured, difference
 from reports.shaded_grid import WIDTH
 from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
 
-DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
-
 
 def comparison(
-    summaries: Sequence[Summary], labels: Sequence[str] = (), split: str | None = None, sign: str = "±"
+    summaries: Sequence[Summary],
+    labels: Sequence[str] = (),
+    split: str | None = None,
+    sign: str = "±",
+    losses: Sequence[tuple[WindowLosses, ...]] = (),
 ) -> Stack:
     """Budget, allocator, solver, seed, used, KL, perplexity and its change against dense, one run per row.
 
-    Where a run searched on the true loss, the forward tokens it spent are shown too.
+    Where a run searched on the true loss, the forward tokens it spent are shown too. Below stands what every run loses
+    more or less than the first, on every split.
 
     Args:
         summaries: at least one.
         labels: what to call the runs; 1, 2, ... without.
         split: which split's figures; without, "test" where every run has it, else the last of the first run.
         sign: stands before every standard error.
+        losses: what the windows of each run lost, empty where that is unknown; without, of none.
 
     Raises:
         UsageError: no run is given, or not one label per run.
@@ -40,10 +45,61 @@ def comparison(
     split = split or common_split(summaries)
     table = _rows(summaries, names, split, sign)
     reasons = differences(summaries, names, split)
-    if not reasons:
-        return Stack(table)
-    verdict = Text("Not comparable", "bold red")
-    return Stack(table, verdict, *(Text(f"  {reason}", "red") for reason in reasons))
+    verdict = [Text("Not comparable", "bold red"), *(Text(f"  {reason}", "red") for reason in reasons)]
+    apart = apart_table(held_against_first(summaries, names, losses))
+    return Stack(table, *(verdict if reasons else ()), *([Text(), apart] if apart is not None else ()))
+
+
+def held_against_first(
+    summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
+) -> list[Difference]:
+    """Every run but the first against the first, on every split of the first."""
+    known = list(losses) or [()] * len(summaries)
+    first, *others = (Measured(*run) for run in zip(labels, summaries, known, strict=True))
+    splits = [metrics.split for metrics in first.summary.compressed]
+    return [difference(run, first, split) for run in others for split in splits]
+
+
+def apart_table(found: Sequence[Difference]) -> Stack | None:
+    """Differences with their intervals, and the reason where there is none; None where nothing was held together."""
+    if not found:
+        return None
+    shown = [one for one in found if not one.reasons]
+    said = dict.fromkeys((one.run, "; ".join(one.reasons)) for one in found if one.reasons)
+    lines = [f"{run}: not compared, {why}" for run, why in said]
+    against = f"Against {found[0].against}"
+    if not shown:
+        return Stack(Text(against, "bold"), *(Text(f"  {line}", "red") for line in lines))
+    table = report_table(f"{against} ({CONFIDENCE:.0%} confidence intervals)".replace("%", " %"))
+    table.add_column("run", overflow="fold")
+    table.add_column("split")
+    add_numbers(table, ("KL to dense", "perplexity"))
+    table.add_column("by KL")
+    for one in shown:
+        kl = "-" if one.kl is None else _interval(one.kl)
+        perplexity = "-" if one.perplexity is None else _interval(one.perplexity, 100, " %")
+        table.add_row(Text(one.run), Text(one.split), Text(kl), Text(perplexity), _verdict(one.kl or one.perplexity))
+    lines.append("KL: difference in nats per token; perplexity: change; each interval by itself")
+    loose = dict.fromkeys(one.run for one in shown if not one.paired)
+    if loose:
+        lines.append(f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)")
+    return footed(table, *lines)
+
+
+def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
+    """The difference over its interval, to the second significant digit of half its width."""
+    value, low, high = (scale * end for end in (found.value, found.low, found.high))
+    half = (high - low) / 2
+    decimals = formats.decimals(half, 2) if half > 0 else 4
+    return f"{value:+.{decimals}f}{unit}\n[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def _verdict(found: Interval | None) -> Text:
+    if found is None:
+        return Text("-")
+    if not found.excludes_zero:
+        return Text("undecided", "dim")
+    return Text("better", "green") if found.high < 0 else Text("worse", "red")
 
 
 def common_split(summaries: Sequence[Summary]) -> str:
@@ -56,8 +112,8 @@ def common_split(summaries: Sequence[Summary]) -> str:
 def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str) -> tuple[str, ...]:
     """Why the runs' figures on `split` cannot be compared, one sentence per reason; empty where they can.
 
-    Compared are the text (hash of the windows' token ids), the window length, the accounting, and the dense model
-    (its negative log likelihood on that text, within `DENSE_TOLERANCE`).
+    Compared are the text (hash of the windows' token ids), the window length, the accounting, and the dense model (its
+    layers, and its negative log likelihood on that text within `DENSE_TOLERANCE`).
     """
     pairs = [_pair(summary, split) for summary in summaries]
     missing = [label for label, pair in zip(labels, pairs, strict=True) if pair is None]
@@ -67,6 +123,8 @@ def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str)
     def metric(what: str, value: Callable[[Metrics], str]) -> None:
         reasons.extend(_disagreement(what, [(label, value(pair[1])) for label, pair in known]))
 
+    layers = [f"{len(s.layers)} layers, {formats.compact(s.covered)} parameters" for s in summaries]
+    reasons.extend(_disagreement("model", list(zip(labels, layers, strict=True)), whole=True))
     metric("text", lambda m: m.text_sha256)
     metric("window length", lambda m: str(m.seqlen))
     same_text = len({pair[1].text_sha256 for _, pair in known}) == 1
@@ -79,13 +137,14 @@ def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str)
     return tuple(reasons)
 
 
-def _disagreement(what: str, values: Sequence[tuple[str, str]]) -> list[str]:
+def _disagreement(what: str, values: Sequence[tuple[str, str]], whole: bool = False) -> list[str]:
     groups: dict[str, list[str]] = {}
     for label, value in values:
         groups.setdefault(value, []).append(label)
     if len(groups) < 2:
         return []
-    return [f"{what} differs: " + "; ".join(f"{value[:12]} ({', '.join(of)})" for value, of in groups.items())]
+    parts = [f"{value if whole else value[:12]} ({', '.join(of)})" for value, of in groups.items()]
+    return [f"{what} differs: " + "; ".join(parts)]
 
 
 def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign: str) -> Stack:

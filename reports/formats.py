@@ -31,7 +31,7 @@ def share(fraction: float) -> str:
     """A fraction in percent to two significant digits: 12 %, 0.42 %, under 0.001 %, 0 %."""
     if 0 < fraction < 1e-5:
         return "under 0.001 %"
-    return f"{100 * fraction:.{_decimals(100 * fraction, 2)}f} %" if fraction else "0 %"
+    return f"{100 * fraction:.{decimals(100 * fraction, 2)}f} %" if fraction else "0 %"
 
 
 def between(low: float, high: float) -> str:
@@ -76,7 +76,7 @@ def significant(value: float) -> str:
     """Four significant digits; never an exponent between 1e-4 and 1e6."""
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
-    return f"{value:.{_decimals(value, 4)}f}" if value else "0"
+    return f"{value:.{decimals(value, 4)}f}" if value else "0"
 
 
 def scientific(value: float) -> str:
@@ -93,18 +93,18 @@ def aligned(values: Sequence[float]) -> list[str]:
     largest = max((abs(v) for v in values), default=0.0)
     if largest and not 1e-4 <= largest < 1e6:
         return [scientific(v) for v in values]
-    decimals = _decimals(largest, 4) if largest else 0
-    return [f"{v:.{decimals}f}" if v else "0" for v in values]
+    digits = decimals(largest, 4) if largest else 0
+    return [f"{v:.{digits}f}" if v else "0" for v in values]
 
 
 def measured(value: float, stderr: float | None, sign: str = "±") -> str:
     """A value with its standard error, both to the error's second significant digit: 67.90 ±0.88."""
     if stderr is None or not math.isfinite(value) or not math.isfinite(stderr) or stderr <= 0:
         return significant(value) if math.isfinite(value) else str(value)
-    decimals = _decimals(stderr, 2)
-    if decimals > 7:
+    digits = decimals(stderr, 2)
+    if digits > 7:
         return f"{value:.2e} {sign}{stderr:.0e}"
-    return f"{value:.{decimals}f} {sign}{stderr:.{decimals}f}"
+    return f"{value:.{digits}f} {sign}{stderr:.{digits}f}"
 
 
 def certificate(predicted: float, bound: float | None) -> str:
@@ -127,10 +127,10 @@ def at_most(fraction: float) -> str:
     percent = 100 * fraction
     if percent <= 100 * EXACT:
         return "0 %"
-    decimals = _decimals(percent, 2)
-    return f"{math.ceil(percent * 10**decimals - EXACT) / 10**decimals:.{decimals}f} %"
+    digits = decimals(percent, 2)
+    return f"{math.ceil(percent * 10**digits - EXACT) / 10**digits:.{digits}f} %"
 
 
-def _decimals(value: float, digits: int) -> int:
+def decimals(value: float, digits: int) -> int:
     """Decimals that show `digits` significant digits of `value` (nonzero), at least 0."""
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))

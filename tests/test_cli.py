@@ -73,7 +73,7 @@ def test_list_names_every_method_and_its_options():
 
 def test_search_leaves_a_whole_run(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
-        "manifest.json", "budget.json", "summary.json",
+        "manifest.json", "budget.json", "summary.json", "windows.json",
         "grams", "spans", "profiles", "sensitivity", "search", "layers", "model",
     }  # fmt: skip
     assert no_partial_files(tiny_run)
@@ -293,7 +293,28 @@ def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
     compared = done("report", folder, tiny_run).stdout
     assert "Comparison" in compared
     assert "half" in compared
-    assert len(json.loads(done("report", folder, tiny_run, "--json").stdout)) == 2
+    assert "not paired" not in compared
+    found = json.loads(done("report", folder, tiny_run, "--json").stdout)
+    assert [run["run"] for run in found["runs"]] == [str(folder), str(tiny_run)]
+    assert [(one["split"], one["paired"], one["kl"]["value"]) for one in found["differences"]] == [
+        ("validation", True, 0.0),
+        ("test", True, 0.0),
+    ]
+    # Runs that did not keep their windows are compared too, less sharply; a broken record of them is an error.
+    (folder / "windows.json").unlink()
+    assert "not paired by windows" in done("report", folder, tiny_run).stdout
+    (folder / "windows.json").write_text("[{}]")
+    assert "windows.json does not fit" in refused(1, "report", folder, tiny_run)
+
+
+def test_what_windows_lost_averages_to_the_metrics(tiny_run):
+    summary = read(tiny_run / "summary.json")
+    losses = read(tiny_run / "windows.json")
+    for metrics, split in zip(summary["compressed"], losses, strict=True):
+        assert (split["split"], split["text_sha256"]) == (metrics["split"], metrics["text_sha256"])
+        assert len(split["kl"]) == metrics["windows"]
+        assert sum(split["kl"]) / len(split["kl"]) == pytest.approx(metrics["kl"])
+        assert sum(split["nll"]) / len(split["nll"]) == pytest.approx(metrics["nll"])
 
 
 def test_the_command_that_a_report_proposes_works(tiny_run, tmp_path):

@@ -157,9 +157,7 @@ def _imported(
     from globalopt.store import read_text
 
     if (like is None) == (model is None):
-        raise UsageError(
-            "Shapes are not in the file: give a budget of the model with --like, or --model."
-        )
+        raise UsageError("Shapes are not in the file: give a budget of the model with --like, or --model.")
     if like is None and isinstance(source, Peft):
         raise UsageError("PEFT knows ranks only: give the budget that has the nonzeros with --like.")
     base = budget_file.read(like) if like is not None else _whole_budget(model, trust_remote_code, accounting)

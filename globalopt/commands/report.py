@@ -18,7 +18,10 @@ def report(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Tables and heatmaps of a run, or a comparison of several."""
+    """Tables and heatmaps of a run, or a comparison of several.
+
+    What several lose more or less than the first is said with confidence intervals, or why they do not compare.
+    """
     with errors():
         from dataclasses import asdict
 
@@ -30,9 +33,13 @@ def report(
             show_family(opened[0].read_family(), opened[0], quiet=False, as_json=as_json)
             return
         summaries = [run.read_summary() for run in opened]
+        labels = [str(folder) for folder in runs]
+        losses = [run.read_window_losses() for run in opened]
         if as_json:
-            print_json([asdict(summary) for summary in summaries])
+            apart = reports.held_against_first(summaries, labels, losses)
+            found = [{"run": label, **asdict(summary)} for label, summary in zip(labels, summaries, strict=True)]
+            print_json({"runs": found, "differences": [asdict(one) for one in apart]})
         elif len(opened) == 1:
             show_report(summaries[0], opened[0], verbose)
         else:
-            out.print(reports.comparison(summaries, [str(folder) for folder in runs]))
+            out.print(reports.comparison(summaries, labels, losses=losses))

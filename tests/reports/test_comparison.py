@@ -39,7 +39,8 @@ def test_runs_on_the_same_text_are_compared() -> None:
         dense=(make_metrics("test", 62.21, None),),
     )
     text = shown(comparison([make_summary(), other], ["found", "even"]))
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    above = text.partition("Against")[0]
+    rows = {line.split()[0]: line.split() for line in above.splitlines() if line.strip()}
     assert rows["found"][1:] == ["knapsack", "0.5201", "0.003020", "±0.000076", "62.44", "±0.81", "+0.4", "%"]
     assert rows["even"][1:] == ["uniform", "0.5201", "0.0483", "±0.0012", "70.00", "±0.91", "+12.5", "%"]
     assert "all runs: budget 0.5, solver 3basil, seed 0" in text
@@ -99,7 +100,8 @@ def test_no_run_and_wrong_labels_are_usage_errors() -> None:
 def test_the_tokens_of_searches_are_shown_where_there_are_any() -> None:
     found = make_searched(make_search())
     text = shown(comparison([make_summary(), found], ["knapsack", "searched"]))
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    above = text.partition("Against")[0]
+    rows = {line.split()[0]: line.split() for line in above.splitlines() if line.strip()}
     assert (rows["knapsack"][3], rows["searched"][3]) == ("-", "1.925M")
     assert "tokens: forward tokens" in text
     assert "tokens" not in shown(comparison([make_summary(), make_summary(allocator="uniform")]))

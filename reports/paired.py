@@ -1,0 +1,140 @@
+"""How much two runs differ, with confidence intervals: paired by windows where each run kept what every window lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from globalopt.summary import Metrics, Summary, WindowLosses
+
+CONFIDENCE = 0.95
+DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a run loses more than the one it is held against, on one split; negative is better.
+
+    Args:
+        kl: of the mean KL to the dense model, in nats per token.
+        perplexity: relative, `exp(difference of nll) - 1`.
+        windows: of the split.
+        paired: whether the intervals are those of differences window by window. Otherwise the two means are taken as
+            independent, which on the same windows they are not: the intervals are then too wide.
+        reasons: why the runs do not compare, one sentence each; there are no differences then.
+    """
+
+    run: str
+    against: str
+    split: str
+    kl: Interval | None
+    perplexity: Interval | None
+    windows: int
+    paired: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run as it is compared: what it is called, what it found, and what its windows lost (empty where unknown)."""
+
+    label: str
+    summary: Summary
+    losses: tuple[WindowLosses, ...] = ()
+
+    def metrics(self, split: str) -> tuple[Metrics, Metrics] | None:
+        """Dense and compressed metrics on `split`."""
+        for dense, compressed in zip(self.summary.dense, self.summary.compressed, strict=True):
+            if compressed.split == split:
+                return dense, compressed
+        return None
+
+    def windows(self, split: str) -> WindowLosses | None:
+        """What the windows behind the metrics on `split` lost."""
+        pair = self.metrics(split)
+        for losses in self.losses:
+            if pair and losses.split == split and losses.text_sha256 == pair[1].text_sha256:
+                return losses if len(losses.nll) == len(losses.kl) == pair[1].windows else None
+        return None
+
+
+def difference(run: Measured, against: Measured, split: str) -> Difference:
+    """Hold `run` against another on `split`.
+
+    The interval of a mean of n differences d is `mean(d) ± q std(d) / sqrt(n)` with Student's quantile q for n - 1;
+    that of two independent means `a - b ± q sqrt(se_a² + se_b²)`.
+    """
+    reasons = incomparable(run, against, split)
+    pairs = run.metrics(split), against.metrics(split)
+    if reasons or pairs[0] is None or pairs[1] is None:
+        return Difference(run.label, against.label, split, None, None, 0, False, reasons)
+    mine, other = pairs[0][1], pairs[1][1]
+    q = float(student.ppf((1 + CONFIDENCE) / 2, mine.windows - 1))
+    windows = run.windows(split), against.windows(split)
+    if windows[0] is not None and windows[1] is not None:
+        kl = _paired(windows[0].kl, windows[1].kl, q)
+        nll = _paired(windows[0].nll, windows[1].nll, q)
+    else:
+        nll = _independent(mine.nll, mine.nll_stderr, other.nll, other.nll_stderr, q)
+        kl = _independent(mine.kl, mine.kl_stderr, other.kl, other.kl_stderr, q)
+    perplexity = nll and Interval(*(math.expm1(end) for end in (nll.value, nll.low, nll.high)))
+    paired = None not in windows
+    return Difference(run.label, against.label, split, kl, perplexity, mine.windows, paired, ())
+
+
+def incomparable(run: Measured, against: Measured, split: str) -> tuple[str, ...]:
+    """Why figures of the two on `split` do not compare; empty where they do."""
+    pairs = {one.label: one.metrics(split) for one in (run, against)}
+    mine, other = run.metrics(split), against.metrics(split)
+    if mine is None or other is None:
+        return tuple(f"{label} has no figures on {split}" for label, pair in pairs.items() if pair is None)
+    reasons = []
+    if _shapes(run.summary) != _shapes(against.summary):
+        reasons.append("another model: its layers have other names or shapes")
+    if mine[1].text_sha256 != other[1].text_sha256:
+        reasons.append("other text")
+    if mine[1].seqlen != other[1].seqlen:
+        reasons.append(f"windows of {mine[1].seqlen} tokens, not {other[1].seqlen}")
+    if not reasons and abs(mine[0].nll - other[0].nll) > DENSE_TOLERANCE:
+        dense = f"{mine[0].perplexity:.4g}, not {other[0].perplexity:.4g}"
+        reasons.append(f"another dense model: its perplexity is {dense}")
+    if run.summary.accounting != against.summary.accounting:
+        reasons.append(f"budget in {run.summary.accounting}, not {against.summary.accounting}")
+    return tuple(reasons)
+
+
+def _shapes(summary: Summary) -> set[tuple[str, int, int]]:
+    return {(layer.name, layer.d_out, layer.d_in) for layer in summary.layers}
+
+
+def _paired(mine: Sequence[float], other: Sequence[float], q: float) -> Interval:
+    differences = np.array(mine) - np.array(other)
+    mean = float(differences.mean())
+    half = q * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return Interval(mean, mean - half, mean + half)
+
+
+def _independent(
+    mine: float | None, stderr: float | None, other: float | None, other_stderr: float | None, q: float
+) -> Interval | None:
+    if mine is None or stderr is None or other is None or other_stderr is None:
+        return None
+    half = q * math.hypot(stderr, other_stderr)
+    return Interval(mine - other, mine - other - half, mine - other + half)
