@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from globalopt.errors import ArtefactError, NumericalError, UnsupportedModelError
+from globalopt.memory import give_back
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -198,6 +199,7 @@ class LazyBlocks:
             if not self._depth[index]:
                 for name, empty in self._empty[index].items():
                     _put(self._blocks[index], name, empty)
+                give_back()
 
     def has(self, name: str) -> bool:
         """Whether `name` is a parameter of a block."""

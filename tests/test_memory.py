@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from globalopt.errors import UsageError
-from globalopt.memory import available, parse_size, resident, size_text
+from globalopt.memory import available, give_back, parse_size, resident, size_text
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_size_is_written() -> None:
     texts = [size_text(size) for size in (0, 512, 1010, 1536, 1000 * 2**20, 2.5 * 2**30, 5000 * 2**40)]
     assert texts == ["0 B", "512 B", "1010 B", "1.5 KiB", "1000 MiB", "2.5 GiB", "5000 TiB"]
+
+
+def test_what_was_freed_is_given_back() -> None:
+    pieces = [torch.ones(2**16) for _ in range(400)]
+    kept = pieces[::2]
+    del pieces
+    give_back()
+    assert all(bool(piece.all()) for piece in kept)
 
 
 def test_this_process_takes_memory_and_leaves_some() -> None:
