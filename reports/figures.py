@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -65,12 +66,16 @@ def error_unit(unit: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write `path`, whole or not at all; the same figure gives the same bytes.
+    """Write `path`, a PNG, and the same as SVG beside it, each whole or not at all; return `path`.
+
+    The same figure gives the same bytes.
 
     Raises:
         ArtefactError: it cannot be written.
     """
+    # Without versions, dates and random names in the files, the same run gives the same bytes.
     with replacing(path) as temporary:
-        # Without matplotlib's version in the file, the same run gives the same bytes.
         figure.savefig(temporary, format="png", metadata={"Software": None})
+    with replacing(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, format="svg", metadata={"Creator": None, "Date": None})
     return path

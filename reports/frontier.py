@@ -60,7 +60,7 @@ def _measured(outcome: Outcome, sign: str) -> str:
 
 
 def write_frontier(family: Family, folder: Path) -> Path:
-    """Write `frontier.png` into `folder`, whole or not at all.
+    """Write `frontier.png` into `folder`, and the same as SVG, each whole or not at all.
 
     Raises:
         ArtefactError: it cannot be written.

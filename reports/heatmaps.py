@@ -29,8 +29,10 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:
-    """Write `allocation.png`, `error.png` and, of a search, `search.png` into `folder`, each whole or not at all.
+    """Write `allocation.png`, `error.png` and, of a search, `search.png` into `folder`, and each as SVG beside it.
 
+    Returns:
+        Paths of the PNGs.
     Raises:
         ArtefactError: a file cannot be written.
     """
@@ -84,7 +86,7 @@ def heatmap(
     values = grid.values(value)
     norm = _log_norm(values) if log else Normalize(*span(values))
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")
-    image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="none")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.ax.tick_params(which="both", labelsize=7)
     axes.set_title(title, fontsize=10, loc="left")

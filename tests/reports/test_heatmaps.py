@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from globalopt.errors import ArtefactError
 from reports import report, write_figures
 from reports.groups import Grid
 from reports.heatmaps import allocation_figure, error_figure
+from tests.command import contents
 from tests.reports.factory import MISSING, make_layers, make_search, make_searched, make_summary
 
 VALUES = ("kept", "density", "rank_share", "relative")
@@ -97,11 +99,21 @@ def test_a_run_that_kept_everything_can_be_drawn(blocks: int, tmp_path: Path) ->
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
     summary = make_searched(make_search(), blocks=1)
-    first = [path.read_bytes() for path in write_figures(summary, tmp_path / "new" / "folder")]
-    second = [path.read_bytes() for path in write_figures(summary, tmp_path / "new" / "folder")]
-    assert first == second
-    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["allocation.png", "error.png", "search.png"]
+    folder = tmp_path / "new" / "folder"
+    write_figures(summary, folder)
+    first = contents(folder)
+    write_figures(summary, folder)
+    assert contents(folder) == first
+    names = [f"{name}.{kind}" for name in ("allocation", "error", "search") for kind in ("png", "svg")]
+    assert sorted(first) == names
+
+
+def test_an_svg_is_whole_and_shows_the_title(tmp_path: Path) -> None:
+    path = write_figures(make_summary(2), tmp_path)[0].with_suffix(".svg")
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("}svg")
+    assert root.get("viewBox") is not None
+    assert b"reference model" in path.read_bytes()
 
 
 def test_a_full_disk_keeps_the_old_picture_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
