@@ -3,7 +3,7 @@
     python benchmarks/serving.py RUN --out OUT [--dtype float32 bfloat16] [--prompt 256] [--tokens 32] [--rounds 7]
 
 On the CPU, with the threads that OMP_NUM_THREADS gives. Bytes are those of the exported folder. Memory is of a process
-of its own: what it holds more after a prompt and some tokens than before loading, and its peak. Speed is measured in one
+of its own: what it holds more after a prompt and some tokens than before loading, and its peak. Speed is measured in a
 process that holds all of them, in interleaved rounds, prefill (a prompt at once) and greedy decoding (token by token,
 with the cache) apart; a ratio is the median over rounds of the ratio to dense in the same round, with the least and the
 largest. Where that range holds 1 no difference was measured. The factors are for research and are only weighed.
