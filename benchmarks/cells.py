@@ -24,6 +24,7 @@ from rich.console import Console
 from globalopt import budget_file, pipeline, stages, workbench
 from globalopt.errors import GlobalOptError, UsageError
 from globalopt.protocols import Allocator
+from globalopt.refining import AS_FITTED
 from globalopt.resources import StageClock
 from globalopt.stages import SearchOptions
 from globalopt.store import Run, read_json, write_json
@@ -134,9 +135,9 @@ def _seconds_path(run: Run) -> Path:
     return run.folder / "seconds.json"
 
 
-def share_analysis(analysis: Run, run: Run) -> None:
-    """Give a run an analysis that is there already, as links where the file system can."""
-    for name in ANALYSIS:
+def share_analysis(analysis: Run, run: Run, folders: Sequence[str] = ANALYSIS) -> None:
+    """Give a run the `folders` of artefacts of another, as links where the file system can."""
+    for name in folders:
         for source in sorted((analysis.folder / name).glob("*")):
             path = run.folder / name / source.name
             if path.exists():
@@ -157,7 +158,7 @@ def search(
     allocator: Allocator | None = None,
 ) -> Summary:
     """`pipeline.search` of one cell on an analysis that is there already."""
-    run = Run.start(folder, {**bench.identity(options.seed), "search": asdict(options)}, bench.facts(command))
+    run = Run.start(folder, pipeline.search_identity(bench, options, AS_FITTED), bench.facts(command))
     share_analysis(analysis, run)
     with dense_after(bench) as fresh:
         return pipeline.search(fresh, options, folder, command, allocator=allocator)[0]

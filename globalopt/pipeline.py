@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from allocators import get_allocator
 from globalopt import budget_file
@@ -63,8 +64,7 @@ def search(
     budget = Budget.fraction(options.budget, specs, options.accounting)
     check_pattern(pattern, specs, budget)
 
-    identity = {**bench.identity(options.seed), "search": asdict(options), "refining": asdict(refining)}
-    run = Run.start(folder, identity, bench.facts(command), fresh)
+    run = Run.start(folder, search_identity(bench, options, refining), bench.facts(command), fresh)
     if run.summary_path.exists():
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
         return run.read_summary(), run
@@ -151,6 +151,30 @@ def true_loss(
             objective.close()
 
 
+def search_identity(bench: Bench, options: SearchOptions, refining: RefineOptions) -> dict[str, Any]:
+    """What decides the results of a search."""
+    return {**bench.identity(options.seed), "search": asdict(options), "refining": asdict(refining)}
+
+
+def compress_identity(
+    bench: Bench,
+    file: BudgetFile,
+    solver_name: str,
+    solver_options: Mapping[str, str],
+    seed: int,
+    sensitivity: str,
+    refining: RefineOptions,
+) -> dict[str, Any]:
+    """What decides the results of a refinement."""
+    return {
+        **bench.identity(seed),
+        "budget": digest(file.model_dump(mode="json")),
+        "solver": [solver_name, dict(solver_options)],
+        "sensitivity": sensitivity,
+        "refining": asdict(refining),
+    }
+
+
 def compress(
     bench: Bench,
     source: Path,
@@ -163,20 +187,19 @@ def compress(
     fresh: bool = False,
     sensitivity: str = "fisher",
     refining: RefineOptions = AS_FITTED,
+    solver: Solver | None = None,
 ) -> tuple[Summary, Run]:
-    """Refine a found budget with any solver, evaluate, and write the result into `folder`."""
+    """Refine a found budget with any solver, evaluate, and write the result into `folder`.
+
+    Args:
+        solver: stands in for the one that `solver_name` and `solver_options` say; these then only tell runs apart.
+    """
     check_word("sensitivity", sensitivity, SENSITIVITIES)
-    solver = get_solver(solver_name, solver_options)
+    solver = solver or get_solver(solver_name, solver_options)
     allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
     for spec in bench.layers.specs:
         for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
-    identity = {
-        **bench.identity(seed),
-        "budget": digest(file.model_dump(mode="json")),
-        "solver": [solver_name, dict(solver_options)],
-        "sensitivity": sensitivity,
-        "refining": asdict(refining),
-    }
+    identity = compress_identity(bench, file, solver_name, solver_options, seed, sensitivity, refining)
     run = Run.start(folder, identity, bench.facts(command), fresh)
     if run.summary_path.exists():
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
