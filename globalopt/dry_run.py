@@ -58,6 +58,7 @@ class Job:
 
     Args:
         kept: fraction of the compressible parameters.
+        quick: fits layers that are only looked at.
         searches: whether an analysis and an allocation come first.
         search_tokens: forward tokens of the search.
         refines: whether a model comes out; of a family of budgets none does.
@@ -67,6 +68,7 @@ class Job:
 
     kept: float
     solver: Solver
+    quick: Solver
     searches: bool
     refines: bool
     sweeps: bool
@@ -298,13 +300,14 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     look = len(shape.specs) * forward(LOOKS * texts.seqlen) / 2
     found: dict[str, float] = {}
     weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
+    glance = fits(_fit_seconds(job.quick, job.kept, device)) if weighed or job.fits else 0.0
     if weighed:
         found["outputs"] = 4 * forward(tokens) + grams + outputs
-        found["weigh"] = 2 * look + 2 * fits(fit)
+        found["weigh"] = 2 * look + 2 * glance
     if job.searches:
         found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
         if job.fits:
-            found["fit"] = 8 * fits(fit)
+            found["fit"] = 8 * glance
             found["measure"] = 4 * look
         if job.sweeps:
             found["price"] = 3 * forward(tokens) + outputs

@@ -68,7 +68,7 @@ def check_options(options: SearchOptions) -> None:
     """Raise what is wrong with the options before a model is loaded: unknown names, budgets outside (0, 1]."""
     solver = get_solver(options.solver, options.solver_options)
     get_allocator(options.allocator, options.allocator_options)
-    if options.candidates == "fit" and not _fitted(options, solver):
+    if options.candidates == "fit" and not fitted(options, solver):
         raise UsageError(
             f"There are no fits to make candidates from: solver {solver.name} moves no weight it keeps, or --pricing "
             "is span. Use --candidates span."
@@ -77,7 +77,7 @@ def check_options(options: SearchOptions) -> None:
     Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
 
 
-def _fitted(options: SearchOptions, solver: Solver) -> bool:
+def fitted(options: SearchOptions, solver: Solver) -> bool:
     """Whether layers are priced by fits. A solver that reads less than the Gram leaves what the span leaves."""
     return options.pricing == "fit" and solver.needs is Needs.GRAM
 
@@ -109,7 +109,7 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     runner = bench.runner(run.folder)
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    if _fitted(options, solver):
+    if fitted(options, solver):
         _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None)
         # A pattern keeps more than what needs measuring.
         if options.sensitivity != "none" and pattern is None:
@@ -129,10 +129,10 @@ def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs) -> None:
     unweighed = [spec for spec in bench.layers.specs if not run.weighing_path(spec).exists()]
     if unweighed:
         with bench.stage("weigh", len(unweighed), "layers") as advance:
-            weigh_layers(_look(bench), unweighed, run, pattern, _quick(outputs), advance)
+            weigh_layers(_look(bench), unweighed, run, pattern, quick(outputs), advance)
 
 
-def _quick(outputs: Outputs) -> Solver:
+def quick(outputs: Outputs) -> Solver:
     """What fits layers that are only looked at."""
     return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
 
@@ -149,7 +149,7 @@ def _fit(
     unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
     if unfitted:
         with bench.stage("fit", len(unfitted), "layers") as advance:
-            fit_layers(bench.layers, unfitted, run, pattern, _quick(outputs), chosen, advance)
+            fit_layers(bench.layers, unfitted, run, pattern, quick(outputs), chosen, advance)
 
 
 def _measure(bench: Bench, run: Run) -> None:

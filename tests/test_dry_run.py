@@ -96,7 +96,7 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
 
 def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "resident", lambda: 10**6)
-    job = Job(0.5, get_solver("wanda"), searches=False, refines=True, sweeps=True)
+    job = Job(0.5, get_solver("wanda"), get_solver("wanda"), searches=False, refines=True, sweeps=True)
     size = 4 * parameter_count(tiny_model("llama"))
     states = 4 * 8 * 16 * 32 * 3
     assert not planned(ModelOptions(str(model), max_memory=str(10**6 + 3 * size + states)), job)["lazy"]
@@ -114,7 +114,7 @@ def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("solver", ["magnitude", "svd", "slab", "3basil"])
 def test_every_kind_of_solver_can_be_timed(solver: str, model: Path) -> None:
-    job = Job(0.5, get_solver(solver), searches=False, refines=True, sweeps=False)
+    job = Job(0.5, get_solver(solver), get_solver(solver), searches=False, refines=True, sweeps=False)
     plan = planned(ModelOptions(str(model)), job)
     assert plan["fit_seconds"] > 0
     assert plan["memory"]["hidden states"] == 2 * 4 * 8 * 16 * 32

@@ -84,6 +84,7 @@ def compress(
         from globalopt.dry_run import Job, Structure
         from globalopt.models import model_fingerprint
         from globalopt.protocols import Outputs
+        from globalopt.stages import quick
         from globalopt.store import Run
         from solvers import get_solver
 
@@ -102,7 +103,8 @@ def compress(
             structure = Structure.of(models)
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
             swept = sensitivity != "none" and fitting.outputs is not Outputs.NONE
-            job = Job(file.used / file.total, fitting, searches=False, refines=True, sweeps=swept)
+            kept, glance = file.used / file.total, quick(fitting.outputs)
+            job = Job(kept, fitting, glance, searches=False, refines=True, sweeps=swept)
             show_dry_run(structure, models, texts, job, as_json)
             return
         bench = set_up(models, texts, seed, quiet)

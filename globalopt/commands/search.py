@@ -178,7 +178,7 @@ def search(
 def _job(options: SearchOptions, several: bool) -> Job:
     """What a search comes to, for an estimate."""
     from globalopt.dry_run import Job
-    from globalopt.protocols import Needs
+    from globalopt.stages import fitted, quick
     from solvers import get_solver
 
     solver = get_solver(options.solver, options.solver_options)
@@ -188,7 +188,8 @@ def _job(options: SearchOptions, several: bool) -> Job:
         searches=True,
         refines=not several,
         sweeps=options.sensitivity != "none",
-        fits=options.pricing == "fit" and solver.needs is Needs.GRAM,
+        quick=quick(solver.outputs),
+        fits=fitted(options, solver),
         search_tokens=options.search_tokens,
     )
 
