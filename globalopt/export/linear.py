@@ -208,9 +208,11 @@ class SparseLowRankLinear(nn.Module):
         if self.compute == UNPACK or _offloaded(self):
             self.path = UNPACK
             return
-        choices = self._choices()
-        chosen = next(iter(choices)) if len(choices) == 1 else self._measured(choices)
-        self._hold(chosen, choices[chosen])
+        # Weights made in inference mode could never be cast or differentiated through.
+        with torch.inference_mode(False), torch.no_grad():
+            choices = self._choices()
+            chosen = next(iter(choices)) if len(choices) == 1 else self._measured(choices)
+            self._hold(chosen, choices[chosen])
 
     def _choices(self) -> dict[str, Tensor | None]:
         """The weight that each way to compute holds, the least memory first; None where it needs none."""
@@ -297,7 +299,9 @@ _MEASURED: dict[tuple[object, ...], str] = {}
 def _two_four(S: Tensor) -> Tensor:
     """`S` in the semi-structured layout of its device; `UsageError` where there is none."""
     try:
-        return torch.sparse.to_sparse_semi_structured(S)
+        W = torch.sparse.to_sparse_semi_structured(S)
+        F.linear(S.new_zeros(1, S.shape[1]), W)
+        return W
     # torch raises what its backends raise: of the device, the type, the sizes, the pattern, and builds without them.
     except (RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

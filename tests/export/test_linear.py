@@ -64,6 +64,20 @@ def test_a_cast_after_loading_casts_what_is_stored(compute):
     assert torch.equal(layer.value().S, value.S.bfloat16())
 
 
+@pytest.mark.parametrize("compute", ["auto", "split", "merged", "unpack"])
+def test_a_first_call_in_inference_mode_leaves_an_ordinary_layer(compute):
+    layer = SparseLowRankLinear.of(value_of("both"), torch.zeros(24))
+    layer.use(compute)
+    with torch.inference_mode():
+        layer(inputs(1))
+    x = inputs(2).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    layer.bfloat16()
+    layer.use("split")
+    layer(inputs(1).bfloat16())
+
+
 def test_a_cast_that_makes_values_zero_is_stored_as_what_is_left():
     value = value_of("sparse")
     value.S[value.S != 0] *= 1e-3
