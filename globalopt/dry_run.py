@@ -5,7 +5,8 @@ machine: a product of matrices, and a fit of one small layer by the solver. With
 size h, b bytes per value computed with, vocabulary V, and P parameters of which P_out lie outside the blocks:
 
     peak    = this process now + weights + hidden states + the largest of the stages
-    weights = 3 b P of a model that fits (the changed one, the original, the saved one), else b (P_out + largest block)
+    weights = 3 b P of a model that fits (the changed one, the original, the saved one); else b of the largest block, and
+              P_out in the type it is stored in
     states  = b T h (L + 1) where a backward sweep needs those of all blocks, else 2 b T h; none where they go to files
     stages  : a block's Grams, 4 d_in² bytes each and one more, and what the solver works with (`WORKING`);
               logits, two models' in evaluation, `LABEL_COPIES` of a batch's where labels are sampled;
@@ -26,6 +27,7 @@ import torch
 from globalopt.errors import GlobalOptError
 from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.layers import ModelLayers, find_layers, token_embedding
+from globalopt.lazy import dtype_of
 from globalopt.memory import WHOLE_COPIES, available, resident
 from globalopt.models import load_structure, reference_folder, resolve_device
 from globalopt.objective import LAZY_SHARE, WEIGHTS_AT_ONCE
@@ -191,7 +193,7 @@ class _Shape:
             blocks=len(blocks),
             width=token_embedding(model).embedding_dim,
             vocabulary=model.config.get_text_config(decoder=True).vocab_size,
-            computed=(model.dtype if on_cpu or models.dtype != "auto" else structure.stored).itemsize,
+            computed=(dtype_of(model) if on_cpu or models.dtype != "auto" else structure.stored).itemsize,
             stored=structure.stored.itemsize,
             texts=texts,
         )
@@ -217,7 +219,8 @@ def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, in
     every = row * (shape.blocks + 1)
     lazy = whole + every > room
     in_files = lazy and every + WORKING_BLOCKS * shape.block * shape.computed > room
-    weights = (shape.outside + shape.block) * shape.computed if lazy else whole
+    narrow = min(shape.stored, shape.computed)
+    weights = shape.outside * narrow + shape.block * shape.computed if lazy else whole
     stages = {
         "Grams and solver": _largest_fit(shape, job),
         "logits": _logits(shape, job, lazy),
@@ -248,7 +251,8 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
     # Log probabilities of both models, their exponentials, differences and products.
     evaluation = 2 * rows * window * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
     labels = LABEL_COPIES * 4 * min(shape.texts.batch_size, shape.texts.nsamples) * window if job.sweeps else 0
-    return max(evaluation, labels)
+    head = shape.vocabulary * shape.width * shape.computed if lazy and shape.stored < shape.computed else 0
+    return max(evaluation, labels) + head
 
 
 def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:

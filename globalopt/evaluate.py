@@ -14,7 +14,7 @@ from globalopt.calibration import Split
 from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import NumericalError, UsageError
 from globalopt.layers import walkable
-from globalopt.lazy import lazy_blocks
+from globalopt.lazy import dtype_of, lazy_blocks
 from globalopt.summary import Metrics, WindowLosses
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | Non
         seqlen=seqlen,
         tokens=count * (seqlen - 1),
         text_sha256=split.sha256,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(dtype_of(model)).removeprefix("torch."),
     )
 
 

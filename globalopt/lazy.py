@@ -1,8 +1,9 @@
 """Models larger than memory: decoder blocks that are read from their checkpoint when they are opened, and let go after.
 
-Embeddings, head, and what else lies outside the blocks is in memory as in any model. The parameters of a block are on
-the meta device, real only while the block is open; a block that is called opens itself. What was put in place of a
-weight is not kept either but made again each time: from a saved layer, or a candidate.
+The parameters of a block are on the meta device, real only while the block is open; a block that is called opens
+itself. What was put in place of a weight is not kept either but made again each time: from a saved layer, or a
+candidate. Embeddings, head, and what else lies outside the blocks is in memory; matrices in the type they are stored
+in, cast to that of the computation while their module is called: in float32 they would be half of a small model's file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -20,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from globalopt.errors import ArtefactError, NumericalError, UnsupportedModelError
 from globalopt.memory import give_back
@@ -320,13 +323,19 @@ def fill(
     present = {name: [alias for alias in aliases[name] if alias in source.shapes()] for name in outside}
     found: dict[str, nn.Parameter] = {}
     others = {} if beside is None else dict(beside.named_parameters(remove_duplicate=False))
-    for name, tensor in source.read({names[0] for names in present.values()}, precision):
+    narrow = replace(precision, computed=min(precision.stored, precision.computed, key=lambda dtype: dtype.itemsize))
+    vectors = {names[0] for names in present.values() if len(wanted[names[0]]) < 2}
+    matrices = {names[0] for names in present.values()} - vectors
+    for name, tensor in chain(source.read(matrices, narrow), source.read(vectors, precision)):
         other = others.get(name)
         same = other is not None and _equal(other, tensor)
         found[name] = nn.Parameter(other if same and other is not None else tensor, requires_grad=False)
     for name, names in present.items():
-        _check_tied(source, names, precision)
+        _check_tied(source, names, narrow)
         _put(model, name, found[names[0]])
+    if narrow != precision:
+        for module in {model.get_submodule(name.rpartition(".")[0]) for name in outside if len(wanted[name]) > 1}:
+            module.forward = _widening(module, module.forward, precision.computed)
     for name, buffer in dict(model.named_buffers()).items():
         dtype = precision.computed if buffer.is_floating_point() else buffer.dtype
         _put_buffer(model, name, buffer.to(precision.device, dtype))
@@ -363,6 +372,29 @@ def _check_names(
             raise ArtefactError(
                 f"The weights do not have the shapes its config.json says: {name} is {found[name]}, not {shape}."
             )
+
+
+def _widening(module: nn.Module, forward: Callable[..., Any], computed: torch.dtype) -> Callable[..., Any]:
+    """`forward` of a module whose parameters are in `computed` during the call alone."""
+
+    @wraps(forward)
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        held = dict(module._parameters)
+        try:
+            for name, parameter in held.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to(computed), requires_grad=False)
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(held)
+
+    return widened
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """The type a model computes in, which of a lazy one is not that of all its parameters."""
+    lazy = lazy_blocks(model)
+    return model.dtype if lazy is None else lazy.precision.computed
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -398,7 +398,8 @@ def _load_lazily(
     inside = sum(p.numel() for p in blocks.parameters())
     outside = sum(p.numel() for p in model.parameters()) - inside
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    least = resident() + (outside + 2 * largest) * computed.itemsize
+    narrow = min(stored.itemsize, computed.itemsize)
+    least = resident() + outside * narrow + 2 * largest * computed.itemsize
     if max_memory is not None and beside is None and least > max_memory:
         raise UsageError(
             f"--max-memory {size_text(max_memory)} is too little: even block by block {folder.name} needs more than "

@@ -16,7 +16,7 @@ from globalopt.calibration import Split, Splits, make_splits, read_text, referen
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
 from globalopt.layers import ModelLayers, check_finite, find_layers, token_embedding
-from globalopt.lazy import lazy_blocks
+from globalopt.lazy import dtype_of, lazy_blocks
 from globalopt.memory import available, parse_size, resident
 from globalopt.models import LoadedModel, load_model, model_fingerprint, reference_folder, weights_sha256
 from globalopt.protocols import Progress
@@ -103,7 +103,7 @@ class Bench:
         if lazy is None:
             return None
         blocks = self.layers.blocks
-        item = self.loaded.model.dtype.itemsize
+        item = lazy.precision.computed.itemsize
         width = token_embedding(self.loaded.model).embedding_dim
         states = split.windows.numel() * width * (len(blocks) + 1) * item
         working = WORKING_BLOCKS * max(sum(p.numel() for p in block.parameters()) for block in blocks) * item
@@ -116,7 +116,7 @@ class Bench:
         return {
             "model": self.fingerprint,
             "weights": weights_sha256(self.layers),
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.loaded.model)).removeprefix("torch."),
             "splits": {split.name: split.sha256 for split in self.splits},
             "batch_size": self.text_options.batch_size,
             "seed": seed,
