@@ -71,7 +71,8 @@ class Measured:
         pair = self.metrics(split)
         for losses in self.losses:
             if pair and losses.split == split and losses.text_sha256 == pair[1].text_sha256:
-                return losses if len(losses.nll) == len(losses.kl) == pair[1].windows else None
+                whole = len(losses.nll) == len(losses.kl) == pair[1].windows
+                return losses if whole and all(map(math.isfinite, (*losses.nll, *losses.kl))) else None
         return None
 
 
@@ -94,7 +95,7 @@ def difference(run: Measured, against: Measured, split: str) -> Difference:
     else:
         nll = _independent(mine.nll, mine.nll_stderr, other.nll, other.nll_stderr, q)
         kl = _independent(mine.kl, mine.kl_stderr, other.kl, other.kl_stderr, q)
-    perplexity = nll and Interval(*(math.expm1(end) for end in (nll.value, nll.low, nll.high)))
+    perplexity = None if nll is None else _relative(nll)
     paired = None not in windows
     return Difference(run.label, against.label, split, kl, perplexity, mine.windows, paired, ())
 
@@ -112,12 +113,22 @@ def incomparable(run: Measured, against: Measured, split: str) -> tuple[str, ...
         reasons.append("other text")
     if mine[1].seqlen != other[1].seqlen:
         reasons.append(f"windows of {mine[1].seqlen} tokens, not {other[1].seqlen}")
+    if min(mine[1].windows, other[1].windows) < 2:
+        reasons.append("a single window has no spread")
     if not reasons and abs(mine[0].nll - other[0].nll) > DENSE_TOLERANCE:
         dense = f"{mine[0].perplexity:.4g}, not {other[0].perplexity:.4g}"
         reasons.append(f"another dense model: its perplexity is {dense}")
     if run.summary.accounting != against.summary.accounting:
         reasons.append(f"budget in {run.summary.accounting}, not {against.summary.accounting}")
     return tuple(reasons)
+
+
+def _relative(nll: Interval) -> Interval | None:
+    """The relative change of the perplexity; None where it is too large for a float."""
+    try:
+        return Interval(*(math.expm1(end) for end in (nll.value, nll.low, nll.high)))
+    except OverflowError:
+        return None
 
 
 def _shapes(summary: Summary) -> set[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.summary import Evaluation, LayerPlan, LayerResult, Metrics, Search, Summary
+from globalopt.summary import Evaluation, LayerPlan, LayerResult, MatchResult, Metrics, Search, Summary
 from globalopt.types import Status
 from reports import formats
 from reports.groups import Group, by_block, by_kind
@@ -38,6 +38,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
         by_kind_table(summary),
         by_block_table(summary),
         kept_grid(summary.layers),
+        *([matched(summary.matching)] if summary.matching else []),
         stages(summary),
     ]
     if verbose:
@@ -236,6 +237,26 @@ def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequenc
     means = ["rank", *(["relative"] if "relative" in errors else [])]
     parts = [f"{', '.join(summed)}: sums in {unit}"] if summed else []
     return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
+
+
+def matched(results: Sequence[MatchResult]) -> Stack:
+    """What matching did to every block, and to the whole model: what it minimised, before and after."""
+    table = report_table("Transformer matching")
+    table.add_column("block")
+    table.add_column("loss")
+    add_numbers(table, ("before", "after", "change", "epochs", "kept", "time"))
+    for result in results:
+        table.add_row(
+            "model" if result.block is None else str(result.block),
+            Text(result.loss),
+            formats.significant(result.before),
+            formats.significant(result.after),
+            formats.change(result.before, result.after) if result.before else "-",
+            str(result.epochs),
+            str(result.kept_epoch) if result.kept_epoch else "start",
+            formats.duration(result.seconds),
+        )
+    return footed(table, "loss: on held-out calibration windows where there are any; kept: the epoch that was kept")
 
 
 def stages(summary: Summary) -> Table:

@@ -61,6 +61,7 @@ def test_its_files_are_nested_and_use_their_budgets(tiny_family, tiny_llama):
         assert file.limit == int(file.asked * file.total)
         assert 0.999 * file.limit <= file.used <= file.limit
         assert file.bound is not None
+        assert file.predicted is not None
         assert file.bound <= file.predicted
         path = tiny_family / "budgets" / f"{name}.json"
         assert "valid" in done("budget", "validate", path, "--model", tiny_llama).stdout

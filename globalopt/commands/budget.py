@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at budget files, compare and convert them.", no_args_is_help=True)
 
 BUDGET = "budget"
+EVOPRESS = "evopress"
 
 BudgetPath = Annotated[Path, typer.Argument(help="A budget.json.", show_default=False)]
 
@@ -89,7 +90,9 @@ def convert(
         typer.Option(help="A budget of the same model, for what other formats do not say.", show_default=False),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Instead of --like: the model itself.", show_default=False)] = None,
-    accounting: Annotated[str, typer.Option(help="With --model: params or bytes.")] = "params",
+    accounting: Annotated[
+        str | None, typer.Option(help="With --model: params or bytes.", show_default="params")
+    ] = None,
     rank_as_nonzeros: Annotated[
         bool, typer.Option("--rank-as-nonzeros", help="Keep the cost of low-rank parts as nonzeros.")
     ] = False,
@@ -120,17 +123,21 @@ def convert(
                 raise UnknownNameError("format", name, names)
         if source == wanted == BUDGET and not rank_as_nonzeros:
             raise UsageError("Nothing to convert: name another format with --from or --to.")
+        if EVOPRESS not in (source, wanted) and (level_sparsity is not None or level_step is not None):
+            raise UsageError("--level-sparsity and --level-step say what EvoPress's levels mean; nothing else has any.")
+        if accounting is not None and model is None:
+            raise UsageError("--accounting is for --model; a budget has its own.")
         if written.exists():
             raise UsageError(f"--out {written} exists. Choose another file.")
         formats: dict[str, Format] = {name: made() for name, made in FORMATS.items() if made is not EvoPress}
-        formats["evopress"] = EvoPress(level_sparsity, level_step)
+        formats[EVOPRESS] = EvoPress(level_sparsity, level_step)
         notes: tuple[str, ...] = ()
         if source == BUDGET:
             if like is not None or model is not None:
                 raise UsageError("A budget file says everything itself: leave out --like and --model.")
             file = budget_file.read(path)
         else:
-            file, notes = _imported(path, formats[source], like, model, trust_remote_code, accounting)
+            file, notes = _imported(path, formats[source], like, model, trust_remote_code, accounting or "params")
         if rank_as_nonzeros:
             ranked = sum(1 for entry in file.layers if entry.rank)
             file = budget_file.without_rank(file)

@@ -68,7 +68,7 @@ def test_windows_that_were_not_kept_make_the_interval_wide():
     assert not loose.kl.excludes_zero
 
 
-@pytest.mark.parametrize("changed", [{"text_sha256": "0" * 64}, {"kl": (0.1,)}])
+@pytest.mark.parametrize("changed", [{"text_sha256": "0" * 64}, {"kl": (0.1,)}, {"nll": (math.nan,) * N}])
 def test_windows_of_another_evaluation_are_not_used(changed):
     a, b = run("a", 0.0), run("b", 0.02)
     stale = replace(b, losses=(replace(b.losses[0], **changed),))
@@ -89,6 +89,7 @@ def dense(measured: Measured, metrics: Metrics) -> Measured:
     [
         (altered(run("b", 0.0), text_sha256="0" * 64), "other text"),
         (altered(run("b", 0.0), seqlen=9), "windows of 9 tokens, not 512"),
+        (altered(run("b", 0.0), windows=1), "a single window has no spread"),
         (altered(run("b", 0.0), split="validation"), "b has no figures on test"),
         (run("b", 0.0, accounting="bytes"), "budget in bytes, not params"),
         (run("b", 0.0, layers=make_summary(blocks=2).layers), "its layers have other names or shapes"),
@@ -119,6 +120,12 @@ def test_the_table_says_better_worse_and_undecided():
     assert verdicts == {"b": "worse", "c": "better", "d": "undecided"}
     assert "paired" not in text
     assert "not paired by windows, so too wide: b" in shown([run("a", 0.0), run("b", 0.02, kept=False)])
+
+
+def test_a_perplexity_beyond_all_floats_is_left_out():
+    found = difference(altered(run("b", 0.0, kept=False), nll=1000.0), run("a", 0.0), "test")
+    assert found.perplexity is None
+    assert found.kl is not None
 
 
 def test_one_run_alone_is_held_against_nothing():

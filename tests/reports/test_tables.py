@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Evaluation, Search
+from globalopt.summary import Evaluation, MatchResult, Search
 from globalopt.types import Status
 from reports import render
 from reports.groups import Grid, Group
@@ -121,6 +121,23 @@ def test_a_model_with_many_kinds_gets_several_grids() -> None:
     text = shown(kept_grid(layers))
     assert sum(line.lstrip().startswith("block ") for line in text.splitlines()) == 4
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_matching_is_shown_where_it_was_done() -> None:
+    results = (
+        MatchResult(0, "nats", 0.002, 0.001, 8, 6, 12.3),
+        MatchResult(1, "nats", 0.0, 0.0, 8, 0, 12.3),
+        MatchResult(None, "kl", 0.0123, 0.0111, 2, 2, 80.0),
+    )
+    console = Console(file=StringIO(), width=80, color_system=None)
+    render(make_summary(matching=results), console)
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue().partition("Transformer matching")[2].partition("Stages")[0]
+    assert row(text, "0") == ["0", "nats", "0.002000", "0.001000", "-50.0", "%", "8", "6", "12.3", "s"]
+    assert row(text, "1")[2:7] == ["0", "0", "-", "8", "start"]
+    assert row(text, "model")[1:6] == ["kl", "0.01230", "0.01110", "-9.8", "%"]
+    render(make_summary(), console)
+    assert console.file.getvalue().count("Transformer matching") == 1
 
 
 def test_two_layers_in_one_place_are_refused() -> None:
