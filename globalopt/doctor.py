@@ -177,7 +177,7 @@ def examine() -> Health:
         system=f"{platform.system()} {platform.machine()}",
         required=required,
         optional=optional,
-        devices=_devices() if works["torch"] else (),
+        devices=_devices(total, free) if works["torch"] else (),
         threads=_threads() if works["torch"] else None,
         cores=_cores(),
         memory_total=total,
@@ -208,11 +208,12 @@ def _part(name: str, module: str, enables: str = "", install: str = "") -> Part:
 
 def _too_old(name: str, version: str) -> str | None:
     """What globalopt asks of a package, where the version does not meet it."""
-    from packaging.requirements import Requirement
-
     try:
+        # Others bring it; where they are broken it may be missing.
+        from packaging.requirements import Requirement
+
         asked = [Requirement(line) for line in metadata.requires("globalopt") or ()]
-    except metadata.PackageNotFoundError:
+    except (ImportError, metadata.PackageNotFoundError):
         return None
     for requirement in asked:
         if requirement.name.replace("-", "_") != name.replace("-", "_") or not requirement.specifier:
@@ -222,12 +223,11 @@ def _too_old(name: str, version: str) -> str | None:
     return None
 
 
-def _devices() -> tuple[Device, ...]:
-    """The CPU, then accelerators."""
+def _devices(total: int | None, free: int | None) -> tuple[Device, ...]:
+    """The CPU, whose memory is given, then accelerators."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    total, free = _memory() if _version("psutil") else (None, None)
     processor = f"{platform.processor() or platform.machine()}, {capability}"
     found = [Device("cpu", processor, total, free, _products("cpu"))]
     for i in range(torch.cuda.device_count()):

@@ -104,7 +104,8 @@ def test_peft_reads_its_config_as_it_was_meant(tmp_path):
 
     path = write(tmp_path / "b.json", make(target, blocks=12))
     said = done("budget", "convert", path, "--to", "peft", "--out", tmp_path / "adapter_config.json").stderr
-    assert "note: the nonzeros of 36 layers: PEFT knows ranks only" in said
+    assert done("budget", "convert", path, "--to", "peft", "-q", "--out", tmp_path / "again").stderr == said
+    assert "note: the nonzeros of 36 layers are not in it: PEFT knows ranks only." in said
     config = peft.LoraConfig.from_pretrained(str(tmp_path))
     assert config.r == config.lora_alpha == 12
     for spec in specs(12):
@@ -188,7 +189,8 @@ def test_levels_that_are_off_are_rounded_and_said(tmp_path):
         (two_of_four, ["--to", "evopress", *levels()], USAGE, "has a pattern, which EvoPress cannot carry"),
         (one_of_four_with_rank, ["--to", "csv", "--rank-as-nonzeros"], USAGE, "leaves no room to keep rank 1"),
         (sparse, ["--to", "evopress"], USAGE, "need --level-step"),
-        (sparse, ["--to", "evopress", "--level-step", 0], USAGE, "at least 1; got 0"),
+        (sparse, ["--to", "evopress", "--level-step", 0], USAGE, "from 1 to 2^53; got 0"),
+        (sparse, ["--to", "evopress", "--level-step", 10**400], USAGE, "from 1 to 2^53"),
         (sparse, ["--to", "evopress", "--level-step", 8, "--level-sparsity", 1.5], USAGE, "in [0, 1); got 1.5"),
         (sparse, ["--to", "cvs"], USAGE, "did you mean 'csv'?"),
         (sparse, ["--from", "cvs"], USAGE, "did you mean 'csv'?"),

@@ -65,7 +65,7 @@ def test_a_broken_required_part_fails_and_is_named(health, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    monkeypatch.setattr(doctor, "_devices", lambda: health.devices)
+    monkeypatch.setattr(doctor, "_devices", lambda total, free: health.devices)
     monkeypatch.setattr(doctor, "_run_reference", lambda: None)
     made = run("doctor")
     assert made.exit_code == FAILED

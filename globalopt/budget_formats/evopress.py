@@ -15,6 +15,7 @@ from globalopt.budget_formats.checks import check_names, refuse_rank
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.types import Target
 
+MOST_WEIGHTS = 2**53  # whole numbers of float64
 LEVELS = 8  # each way, which EvoPress makes unless told otherwise
 
 
@@ -33,8 +34,8 @@ class EvoPress:
     def __post_init__(self) -> None:
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise UsageError(f"--level-sparsity is the sparsity of level 0, in [0, 1); got {self.sparsity:g}.")
-        if self.step is not None and self.step < 1:
-            raise UsageError(f"--level-step is a number of weights, at least 1; got {self.step}.")
+        if self.step is not None and not 1 <= self.step <= MOST_WEIGHTS:
+            raise UsageError(f"--level-step is a number of weights, from 1 to 2^53; got {self.step}.")
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
         """Levels rounded to the nearest; notes say what that costs, and what reads the file back."""
@@ -46,16 +47,16 @@ class EvoPress:
         sparsity = 1 - nnz / sum(entry.spec.numel for entry in file.layers) if self.sparsity is None else self.sparsity
         levels = {entry.name: round(((1 - sparsity) * entry.spec.numel - entry.nnz) / step) for entry in file.layers}
         made = {entry.name: _nnz(sparsity, step, levels[entry.name], entry.spec.numel) for entry in file.layers}
-        notes = [f"--level-sparsity {sparsity!r} --level-step {step} reads them back: the levels do not say it"]
+        notes = [f"--level-sparsity {sparsity!r} --level-step {step} reads them back; the file does not say it."]
         off = [abs(made[entry.name] - entry.nnz) for entry in file.layers]
         if rounded := sum(map(bool, off)):
             change = sum(made.values()) - nnz
             notes.append(
                 f"{rounded} layers do not lie on a level and were rounded, by at most {max(off)} nonzeros; "
-                f"{change:+d} in all"
+                f"{change:+d} in all."
             )
         if (most := max(map(abs, levels.values()))) > LEVELS:
-            notes.append(f"the farthest level is {most}; EvoPress makes {LEVELS} each way by default (--num_levels)")
+            notes.append(f"the farthest level is {most}; EvoPress makes {LEVELS} each way by default (--num_levels).")
         return "\n".join(f"{name}: {level}" for name, level in levels.items()), tuple(notes)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:

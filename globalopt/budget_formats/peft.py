@@ -48,7 +48,7 @@ class Peft:
             "alpha_pattern": patterns,
         }
         sparse = sum(1 for entry in file.layers if entry.nnz)
-        notes = [f"the nonzeros of {sparse} layers: PEFT knows ranks only"] if sparse else []
+        notes = [f"the nonzeros of {sparse} layers are not in it: PEFT knows ranks only."] if sparse else []
         return json.dumps(config, indent=1) + "\n", tuple(notes)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
@@ -84,7 +84,7 @@ class Peft:
         for entry in like.layers:
             target = entry.target
             targets[entry.name] = Target(found[entry.name], target.nnz, target.pattern)
-        return targets, ("nonzeros are those of --like: PEFT knows ranks only.",)
+        return targets, ("the nonzeros are those of --like: PEFT knows ranks only.",)
 
 
 def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:

@@ -100,16 +100,15 @@ def convert(
         float | None,
         typer.Option(help="EvoPress: sparsity of level 0. Left out: that of the budget.", show_default=False),
     ] = None,
-    level_step: Annotated[
-        int | None, typer.Option(help="EvoPress: weights per level.", show_default=False, max=2**62)
-    ] = None,
+    level_step: Annotated[int | None, typer.Option(help="EvoPress: weights per level.", show_default=False)] = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a budget in the format of another program, or make a budget file of one.
 
-    csv carries everything. sparsities (llm-compressor) and evopress have no low rank, peft has nothing else: what would
-    be lost is refused, or said.
+    csv carries everything; sparsities (llm-compressor) and evopress no low rank, peft nothing else.
+
+    What would be lost is refused, or said.
     """
     with errors():
         from globalopt import budget_file
@@ -150,8 +149,9 @@ def convert(
             notes += left_out
         if not quiet:
             out.out(f"{written}: {wanted}, {len(file.layers)} layers", highlight=False)
-            for note in notes:
-                err.out(f"note: {note}", highlight=False)
+        # What was lost is said to whoever asked for quiet, too.
+        for note in notes:
+            err.out(f"note: {note}", highlight=False)
 
 
 def _imported(
