@@ -114,7 +114,7 @@ def test_another_family_in_the_same_folder_is_refused(tiny_search, tiny_family, 
         assert "holds another run" in refused(1, *tiny_search, *options, *other, "--out", tiny_family)
     assert "different budgets" in refused(1, *tiny_search, "--budget", "0.3,0.5", "-q", "--out", tiny_family)
     assert "different family" in refused(1, *tiny_search, *options, "--out", tiny_run)
-    assert "different search" in refused(1, *tiny_search, "--out", tiny_family, "-q")
+    assert "different refining, search" in refused(1, *tiny_search, "--out", tiny_family, "-q")
     assert "report it alone" in refused(1, "report", tiny_family, tiny_run)
 
 
