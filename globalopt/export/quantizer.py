@@ -89,6 +89,10 @@ class SparseLowRankQuantizer(HfQuantizer):
                 layer.value()
             except (ArtefactError, ArithmeticError) as cause:
                 raise ArtefactError(f"Layer {name} of the packed model is broken: {cause}") from None
+            # Uncast, they are views of the file, and would keep all of it mapped.
+            for bits in ("support", "signs"):
+                if getattr(layer, bits) is not None:
+                    setattr(layer, bits, getattr(layer, bits).clone())
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
