@@ -21,7 +21,7 @@ from transformers import Cache
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
 from globalopt.layers import ModelLayers, input_hooks, token_embedding
-from globalopt.memory import in_file
+from globalopt.memory import give_back, in_file
 from globalopt.types import Gram, LayerSpec
 
 
@@ -245,7 +245,10 @@ class BlockVisit:
         moments = {site: _Moment(site) for site in wanted}
         self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
         # Each sum is let go when its Gram is made: with wide layers they are larger than the block.
-        return {site: moments.pop(site).gram() for site in tuple(moments)}
+        grams = {site: moments.pop(site).gram() for site in tuple(moments)}
+        if self.layers.lazy is not None:
+            give_back()
+        return grams
 
     def outputs(self) -> list[Tensor]:
         """Hidden states (b, t, d) that leave the block as it now is, by batch; computed once per change."""
@@ -322,8 +325,10 @@ class _Moment:
                 f"The inputs of layer {self.site} are not finite: the activations overflow or a weight before it is "
                 "NaN. Use --dtype float32 or bfloat16."
             )
-        mean = self.sum.div_(self.tokens)
-        return Gram(torch.add(mean, mean.mT).div_(2), self.tokens)
+        mean, self.sum = self.sum.div_(self.tokens), None
+        matrix = torch.add(mean, mean.mT).div_(2)
+        del mean
+        return Gram(matrix, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ machine: a product of matrices, and a fit of one small layer by the solver. With
 size h, b bytes per value computed with, vocabulary V, and P parameters of which P_out lie outside the blocks:
 
     peak    = this process now + weights + hidden states + the largest of the stages
-    weights = 3 b P of a model that fits (the changed one, the original, the saved one); else b of the largest block, and
+    weights = 3 b P of a model that fits (the changed one, the original, the saved one); else b of the largest block and
               P_out in the type it is stored in
     states  = b T h (L + 1) where a backward sweep needs those of all blocks, else 2 b T h; none where they go to files
     stages  : a block's Grams, 4 d_in² bytes each and one more, and what the solver works with (`WORKING`);

@@ -218,6 +218,10 @@ class Budget:
         return replace(target, **{axis: low})
 
 
+STRIP = 512
+"""Rows of a Gram that are checked at once."""
+
+
 @dataclass(frozen=True, eq=False)
 class Gram:
     """Second moment `matrix` (d, d) float32 of a tensor over `tokens` tokens; never modified."""
@@ -231,12 +235,14 @@ class Gram:
             raise CalibrationError(f"A Gram must be square; got shape {tuple(m.shape)}.")
         if self.tokens < 1:
             raise CalibrationError("A Gram needs at least one token; no token reached this input.")
-        if not bool(torch.isfinite(m).all()):
+        # A strip at a time: copies of the matrix would be what a run needs most memory for.
+        strips = [slice(first, first + STRIP) for first in range(0, len(m), STRIP)]
+        if not all(bool(torch.isfinite(m[rows]).all()) for rows in strips):
             raise CalibrationError("The Gram is not finite: the activations overflow or the model holds NaN.")
         if bool((m.diagonal() < 0).any()):
             raise CalibrationError("The Gram has a negative diagonal entry; it is no second moment.")
-        scale = m.abs().max()
-        if bool((m - m.mT).abs().max() > 1e-4 * scale):
+        scale = max(m[rows].abs().max() for rows in strips)
+        if any(bool((m[rows] - m.mT[rows]).abs().max() > 1e-4 * scale) for rows in strips):
             raise CalibrationError("The Gram is not symmetric; it is no second moment.")
 
     @property
@@ -274,8 +280,11 @@ class Metric:
         residual = residual.to(self.inputs.matrix.dtype)
         EG = residual @ self.inputs.matrix
         AE = residual if self.outputs is None else self.outputs.matrix.to(residual.dtype) @ residual
+        # In place, as float64 copies are large.
+        product = EG.double()
+        del EG
         # Rounding can push an exact zero below it.
-        return max(0.0, float((EG.double() * AE.double()).sum()))
+        return max(0.0, float(product.mul_(AE).sum()))
 
 
 @dataclass(frozen=True, eq=False)
