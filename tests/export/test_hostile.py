@@ -26,7 +26,7 @@ from globalopt.export.quantizer import packed_layers
 from tests.export.runs import ALL, made_run
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
-MUTATIONS = 1200
+MUTATIONS = 1000
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_transformers_refuses_the_same_changes(folder):
     original = AutoModelForCausalLM.from_pretrained(folder)
     body = (folder / WEIGHTS).read_bytes()
     refusals = 0
-    for _ in range(60):
+    for _ in range(40):
         (folder / WEIGHTS).write_bytes(mutated(body, draw))
         try:
             loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -134,7 +134,7 @@ def test_transformers_refuses_the_same_changes(folder):
             refusals += 1
         else:
             assert identical(loaded, original)
-    assert refusals > 45
+    assert refusals > 30
 
 
 def resealed(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from globalopt.errors import ArtefactError, UnknownNameError, UsageError
+from globalopt.export import fastest as fastest_module
 from globalopt.export import linear
 from globalopt.export.fastest import fastest
 from globalopt.export.linear import COMPUTES, Shape, SparseLowRankLinear
@@ -125,17 +126,23 @@ def test_one_size_is_measured_once(monkeypatch):
     assert asked == [("split", "merged"), ("split", "merged")]
 
 
-def test_the_fastest_is_the_fastest_and_a_draw_goes_to_the_first():
-    def slow(x: torch.Tensor) -> torch.Tensor:
-        return sum((x.sin() for _ in range(300)), x)
+def test_the_fastest_is_the_fastest_and_a_draw_goes_to_the_first(monkeypatch):
+    def took(seconds: float):
+        return lambda x: torch.full((), seconds)
 
-    def quick(x: torch.Tensor) -> torch.Tensor:
-        return x
-
+    # A clock of our own: this machine's is shared.
+    monkeypatch.setattr(fastest_module, "_seconds", lambda path, x: float(path(x)))
     like = torch.zeros(1)
-    assert fastest({"slow": slow, "quick": quick}, 64, like) == "quick"
-    assert fastest({"quick": quick, "slow": slow}, 64, like) == "quick"
-    assert fastest({"one": slow, "other": slow}, 64, like) == "one"
+    assert fastest({"slow": took(3.0), "quick": took(1.0)}, 64, like) == "quick"
+    assert fastest({"quick": took(1.0), "slow": took(3.0)}, 64, like) == "quick"
+    assert fastest({"frugal": took(1.0), "hardly faster": took(0.95)}, 64, like) == "frugal"
+    assert fastest({"frugal": took(1.0), "a tenth faster": took(0.89)}, 64, like) == "a tenth faster"
+
+
+def test_measuring_calls_every_path_with_one_token_and_with_many():
+    seen = []
+    fastest({"one": lambda x: seen.append(tuple(x.shape)) or x, "other": lambda x: x}, 8, torch.zeros(1))
+    assert set(seen) == {(1, 8), (64, 8)}
 
 
 def test_unknown_and_impossible_ways_are_refused():

@@ -205,14 +205,13 @@ print("SparseLowRankLinear" in str(model))
     assert python(code).split() == ["True", "True"]
 
 
-def test_the_import_costs_nothing_and_registers_once_transformers_is_there(packed):
-    code = f"""
+def test_the_import_costs_nothing_and_registers_once_transformers_is_there():
+    code = """
 import sys
 import globalopt
-print(bool({{"torch", "transformers", "numpy", "pydantic"}} & set(sys.modules)))
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(packed)!r})
-print("SparseLowRankLinear" in str(model))
+print(bool({"torch", "transformers", "numpy", "pydantic"} & set(sys.modules)))
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+print("globalopt" in AUTO_QUANTIZER_MAPPING and "globalopt" in AUTO_QUANTIZATION_CONFIG_MAPPING)
 """
     assert python(code).split() == ["False", "True"]
 
