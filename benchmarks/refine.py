@@ -88,7 +88,7 @@ class Published:
         return [self.solve(state, target) for target in targets]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rung:
     """One way to refine.
 

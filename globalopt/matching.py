@@ -10,7 +10,7 @@ decide, and supports that no step can leave (`globalopt.trainable`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -29,12 +29,19 @@ class Loss(StrEnum):
     """How the error `e` of a token's hidden state is measured, `y` being the state it should be.
 
     `sum`: `|e|²`. `token`: `|e|² / |y|²`. `nats`: `eᵀ A e / 2`, `A` the output Gram of the block, so that a token costs
-    what the end loss minds.
+    what the end loss minds. `both`: the mean of `token` and `nats`, each over what it is at the start: `A` is curvature
+    at no loss, and a state that it hardly feels may still be one that later blocks rely on.
     """
 
     SUM = "sum"
     TOKEN = "token"
     NATS = "nats"
+    BOTH = "both"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it reads `A`."""
+        return self in (Loss.NATS, Loss.BOTH)
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,18 @@ def match_block(
     device = layers.module(next(iter(values))).weight.device
     norm = _Norm(options, outputs, device)
 
-    def loss_of(i: int) -> Tensor:
+    def errors(i: int) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
             found = runner.run(index, i, inputs[i], trainable.tensors(f"{root}."))
         batch = runner.batches[i]
-        return norm(batch.select(found), batch.select(targets[i]).to(found.device))
+        return batch.select(found), batch.select(targets[i]).to(found.device)
+
+    def loss_of(i: int) -> Tensor:
+        return norm(*errors(i))
+
+    if options.loss is Loss.BOTH:
+        with torch.no_grad():
+            norm.settle(errors(i) for i in range(len(runner)))
 
     return trainable, train(trainable, loss_of, len(runner), options, seed, f"block {index}")
 
@@ -116,17 +130,32 @@ class _Norm:
 
     def __init__(self, options: Matching, outputs: Gram | None, device: torch.device) -> None:
         self.loss = options.loss
-        if self.loss is Loss.NATS:
+        self.units = (1.0, 1.0)
+        if self.loss.weighted:
             if outputs is None:
-                raise UsageError("Matching in nats needs the output Gram of the block; use loss=token.")
+                raise UsageError(f"Matching with loss={self.loss} needs the output Gram of the block; use loss=token.")
             values, vectors = torch.linalg.eigh(outputs.damped(options.damping).matrix.double())
             # eᵀ A e / 2 as |Fᵀ e|²: one product, and never below zero.
             self.factor = (vectors * (values.clamp_min(0) / 2).sqrt()).float().to(device)
 
+    def settle(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Make one the mean of each error of `both` over `pairs` of what is found and wanted."""
+        sums = torch.stack([torch.stack([self._token(*pair), self._nats(*pair)]) for pair in pairs]).double().mean(0)
+        # Nothing is lost yet: then nothing is to be gained either.
+        self.units = tuple(1 / (2 * value) if value > 0 else 0.0 for value in sums.tolist())
+
     def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
-        error = found.float() - wanted.float()
         if self.loss is Loss.NATS:
-            return (error @ self.factor).square().sum(-1).mean()
+            return self._nats(found, wanted)
         if self.loss is Loss.TOKEN:
-            return (error.square().sum(-1) / wanted.float().square().sum(-1).clamp_min(1e-12)).mean()
-        return error.square().sum(-1).mean()
+            return self._token(found, wanted)
+        if self.loss is Loss.BOTH:
+            return self.units[0] * self._token(found, wanted) + self.units[1] * self._nats(found, wanted)
+        return (found.float() - wanted.float()).square().sum(-1).mean()
+
+    def _nats(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return ((found.float() - wanted.float()) @ self.factor).square().sum(-1).mean()
+
+    def _token(self, found: Tensor, wanted: Tensor) -> Tensor:
+        wanted = wanted.float()
+        return ((found.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()

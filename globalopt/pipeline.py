@@ -16,7 +16,7 @@ from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
 from globalopt.errors import ArtefactError
 from globalopt.evaluate import evaluate, evaluate_both
-from globalopt.matching import Loss, Matching
+from globalopt.matching import Matching
 from globalopt.models import reference_folder, save_dense
 from globalopt.protocols import Allocator, Outputs, Solver
 from globalopt.recorder import Selection
@@ -246,7 +246,7 @@ def finish(
     order = Order(refining.order)
     plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted, order, matching, seed)
 
-    if matching is not None and matching.loss is Loss.NATS:
+    if matching is not None and matching.loss.weighted:
         collect_block_outputs(bench, run, seed)
     with bench.stage("refine", len(layers.specs), "layers") as advance:
         runner = bench.runner(run.folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.errors import GlobalOptError, NumericalError, UsageError
-from globalopt.matching import Loss, Matching, match_block
+from globalopt.matching import Matching, match_block
 from globalopt.protocols import Solver
 from globalopt.rounding import rounded
 from globalopt.store import Run
@@ -198,7 +198,7 @@ def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tenso
     path = run.matched_path(visit.index)
     if not path.exists():
         values = {spec.name: run.read_fitted(spec)[0] for spec in visit.specs}
-        outputs = run.read_block_outputs(visit.index) if plan.matching.loss is Loss.NATS else None
+        outputs = run.read_block_outputs(visit.index) if plan.matching.loss.weighted else None
         started = time.perf_counter()
         trained, match = match_block(
             visit.runner, visit.index, visit.inputs, wanted, values, plan.matching, outputs, plan.seed

@@ -53,9 +53,11 @@ class RefineOptions:
         if self.match == "none":
             return None
         found = Matching.read(self.match_options)
-        if sensitivity == "none" and found.loss is Loss.NATS:
+        if sensitivity == "none" and found.loss.weighted:
             if "loss" in self.match_options:
-                raise UsageError("Matching with loss=nats needs the backward sweep that --sensitivity none leaves out.")
+                raise UsageError(
+                    f"Matching with loss={found.loss} needs the backward sweep that --sensitivity none leaves out."
+                )
             return replace(found, loss=Loss.TOKEN)
         return found
 

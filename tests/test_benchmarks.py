@@ -185,6 +185,37 @@ def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, c
     assert json.loads((out / "spans.json").read_text()) == result
 
 
+def test_refine_climbs_its_ladder_and_reads_finished_cells_back(tiny, tmp_path, monkeypatch, capsys):
+    refine = script("refine")
+    out = tmp_path / "out"
+    command = ["--out", str(out), *tiny, "--budgets", "0.5", "--seeds", "0", "--set", "steps=10"]
+    command += ["--allocator", "knapsack", "--solvers", "wanda"]
+    assert refine.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Refinement, on validation" in printed
+    assert "Refinement, on test" in printed
+    cells = json.loads((out / "refine.json").read_text())["cells"]
+    labels = ["published", "published+tm", "solver", "allocation", "matching", "model", "wanda", "wanda+matching"]
+    assert [cell["rung"] for cell in cells] == labels
+    assert all(0 < cell["used"] <= cell["total"] // 2 for cell in cells)
+    # Uniform rungs share a budget file, searched ones another.
+    folders = [out / "seed0" / "0.5" / label.replace("+", "-") for label in labels]
+    budgets = [(folder / "budget.json").read_bytes() for folder in folders]
+    assert len(set(budgets[:3])) == len(set(budgets[3:6])) == 1
+    assert budgets[0] != budgets[3]
+    assert budgets[6] == budgets[7] == budgets[0]
+    # The model rung goes on from the layers and blocks of the one below.
+    below, above = (folder / "matched" / "block.0.safetensors" for folder in folders[4:6])
+    assert below.read_bytes() == above.read_bytes()
+    for cell in cells:
+        found = cell["splits"]["validation"]
+        assert cell["splits"]["validation"]["gap"] == pytest.approx(found["perplexity"] - found["dense_perplexity"])
+
+    monkeypatch.setattr(pipeline, "finish", never)
+    assert refine.main(command) == 0
+    assert capsys.readouterr().out == printed
+
+
 def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, monkeypatch, capsys):
     cells = tmp_path / "cells"
     command = ["--out", str(cells), *tiny, "--budgets", "0.4", "--seeds", "0", "--allocators", "knapsack"]
