@@ -172,12 +172,13 @@ class _DenseStates:
 
     def __init__(self, runner: BlockRunner) -> None:
         self._runner = runner
-        self.states = [runner.first(i) for i in range(len(runner))]
+        self.states = [runner.keep(runner.first(i)) for i in range(len(runner))]
 
     @torch.no_grad()
     def advance(self, block: int) -> list[Tensor]:
         """Those behind `block`, whose weights are still dense."""
-        self.states = [self._runner.run(block, i, hidden).to(hidden.device) for i, hidden in enumerate(self.states)]
+        runner = self._runner
+        self.states = [runner.keep(runner.run(block, i, x).to(x.device)) for i, x in enumerate(self.states)]
         return self.states
 
 

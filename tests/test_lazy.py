@@ -344,7 +344,8 @@ def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch:
     # Also no hidden state has room in memory.
     monkeypatch.setattr("globalopt.workbench.resident", lambda: 10**9)
     options = ("--calibration", text, *WINDOWS, "--device", "cpu", "--quiet")
-    method = ("--allocator", "knapsack", "--set", "preset=fast")
+    method = ("--allocator", "knapsack", "--set", "preset=fast", "--batch-size", "4")
+    method += ("--match", "block", "--match-set", "epochs=2,share=0.5,held-out=0")
     done("search", model, "--budget", "0.5", "--out", tmp_path / "whole", *method, *options)
     with one_block_at_a_time(monkeypatch):
         limited = (*options, "--max-memory", "200KB")
@@ -353,7 +354,7 @@ def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch:
         done("compress", model, *file, "--solver", "hassle-free", "--out", tmp_path / "again", *limited)
     whole, lazy = contents(tmp_path / "whole"), contents(tmp_path / "lazy")
     made = {name for name in whole if name.partition("/")[0] not in ("model", "report") and name.count("/")}
-    assert {name.partition("/")[0] for name in made} >= {"layers", "fits", "spans", "grams", "outputs", "measured"}
+    assert {name.partition("/")[0] for name in made} >= {"layers", "matched", "fits", "spans", "grams", "outputs"}
     for name in (*sorted(made), "budget.json"):
         if name.endswith(".safetensors"):
             here, there = load_file(tmp_path / "lazy" / name), load_file(tmp_path / "whole" / name)
@@ -370,6 +371,11 @@ def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch:
             assert here["nll"] == pytest.approx(there["nll"], rel=1e-6)
             assert here["text_sha256"] == there["text_sha256"]
     assert no_partial_files(tmp_path / "lazy")
+    assert [match["kept_epoch"] for match in summaries[0]["matching"]] == [2, 2]
+    norms = [name for name in expected if "norm" in name and ".layers." in name]
+    dense = tensors_of(model)
+    assert norms
+    assert not any(torch.equal(found[name], dense[name]) for name in norms)
     # A run that was made lazily is the same run when it is gone on with whole.
     done("search", model, "--budget", "0.5", "--out", tmp_path / "lazy", *method, *options)
 
