@@ -30,11 +30,12 @@ from globalopt.layers import ModelLayers, find_layers, token_embedding
 from globalopt.lazy import dtype_of
 from globalopt.memory import WHOLE_COPIES, available, resident
 from globalopt.models import load_structure, reference_folder, resolve_device
-from globalopt.objective import LAZY_SHARE, WEIGHTS_AT_ONCE
+from globalopt.objective import LAZY_SHARE, TOP, WEIGHTS_AT_ONCE
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.search_objective import FITS_AT_ONCE
 from globalopt.span import compute_span
 from globalopt.surface import Options
+from globalopt.training import Training
 from globalopt.types import Gram, LayerSpec, Metric, Target
 from globalopt.workbench import WORKING_BLOCKS, ModelOptions, TextOptions
 
@@ -49,6 +50,9 @@ SIDE = 256
 
 PRODUCT = 1024
 """Side of the matrices whose product is timed."""
+
+TRAINED = 5 * 4 + 8
+"""Bytes per trained number: itself, its gradient, Adam's two moments, the best so far, and where it belongs."""
 
 LOOKS = 4
 """Windows on which single layers are asked about."""
@@ -66,6 +70,7 @@ class Job:
         refines: whether a model comes out; of a family of budgets none does.
         sweeps: whether a backward sweep prices layers or collects output Grams.
         fits: whether layers are priced by fits.
+        matching, distillation: how blocks, and the whole model, are trained after the fits, or None.
     """
 
     kept: float
@@ -76,6 +81,8 @@ class Job:
     sweeps: bool
     fits: bool = False
     search_tokens: int = 0
+    matching: Training | None = None
+    distillation: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,7 @@ def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, in
         "Grams and solver": _largest_fit(shape, job),
         "logits": _logits(shape, job, lazy),
         "candidates": _candidates(shape, job, lazy),
+        "matching": _training(shape, job),
     }
     largest = max(stages, key=lambda name: stages[name])
     states = every if job.sweeps else 2 * row
@@ -263,6 +271,24 @@ def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
     return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
 
+def _training(shape: _Shape, job: Job) -> int:
+    """What training holds: of every kept number five copies and its index, and a block's answers and inner states."""
+    if not job.refines or job.matching is None:
+        return 0
+    weights = max(sum(spec.numel for spec in shape.specs if spec.block == block) for block in range(shape.blocks))
+    inner = max(sum(spec.d_out + spec.d_in for spec in shape.specs if spec.block == b) for b in range(shape.blocks))
+    found = TRAINED * weights * job.kept + 2 * 4 * weights
+    found += shape.tokens * shape.width * shape.computed
+    found += 3 * 4 * job.matching.windows * shape.texts.seqlen * inner
+    if job.distillation is not None:
+        total = sum(spec.numel for spec in shape.specs)
+        rows = job.distillation.windows * shape.texts.seqlen
+        teacher = shape.tokens * min(TOP, shape.vocabulary) * 8
+        states = 3 * 4 * rows * (inner * shape.blocks + LABEL_COPIES * shape.vocabulary)
+        found = max(found, TRAINED * total * job.kept + 2 * 4 * total + teacher + states)
+    return int(found)
+
+
 def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     """Bytes by folder of the run, at most."""
     weights = sum(spec.numel for spec in shape.specs)
@@ -283,6 +309,8 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
             found["sensitivity"] = outputs
     if job.refines:
         found["layers"] = int((1 + job.kept) * weights * shape.stored)
+        if job.matching is not None:
+            found["matched"] = (1 + (job.distillation is not None)) * found["layers"]
         found["model"] = shape.parameters * shape.stored
     return found
 
@@ -305,8 +333,10 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     found: dict[str, float] = {}
     weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
     glance = fits(_fit_seconds(job.quick, job.kept, device)) if weighed or job.fits else 0.0
-    if weighed:
+    # Matching asks for those of the blocks, in a sweep of its own where the solver reads none.
+    if weighed or (job.sweeps and job.matching is not None):
         found["outputs"] = 4 * forward(tokens) + grams + outputs
+    if weighed:
         found["weigh"] = 2 * look + 2 * glance
     if job.searches:
         found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
@@ -318,6 +348,11 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         found["search"] = forward(job.search_tokens)
     if job.refines:
         found["refine"] = 2 * forward(tokens) + grams + fits(fit)
+        if job.matching is not None:
+            # Forward and backward, with a look at the held-out windows, and as much again for what is no product.
+            found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
+        if job.distillation is not None:
+            found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
     return found
 

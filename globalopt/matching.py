@@ -76,7 +76,9 @@ class Matching(Training):
 
 PRESETS = {
     "default": Matching(),
-    "tm": Matching(epochs=19, rate=2e-5, floor=0.2, relative=False, held_out=0.0, patience=19, loss=Loss.SUM),
+    "tm": Matching(
+        epochs=19, rate=2e-5, floor=0.2, relative=False, held_out=0.0, patience=19, loss=Loss.SUM, windows=8
+    ),
 }
 """`tm`: as published; of its twenty epochs the first only evaluates."""
 

@@ -33,6 +33,7 @@ class Distillation(Training):
 
     epochs: int = 6
     rate: float = 0.005
+    patience: int = 3
 
     @classmethod
     def read(cls, options: Mapping[str, str]) -> Distillation:

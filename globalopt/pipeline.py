@@ -63,6 +63,7 @@ def search(
     specs = bench.layers.specs
     budget = Budget.fraction(options.budget, specs, options.accounting)
     check_pattern(pattern, specs, budget)
+    refining.check(bench.layers)
 
     run = Run.start(folder, search_identity(bench, options, refining), bench.facts(command), fresh)
     if run.summary_path.exists():
@@ -197,6 +198,7 @@ def compress(
     check_word("sensitivity", sensitivity, SENSITIVITIES)
     solver = solver or get_solver(solver_name, solver_options)
     allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
+    refining.check(bench.layers)
     for spec in bench.layers.specs:
         for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
     identity = compress_identity(bench, file, solver_name, solver_options, seed, sensitivity, refining)
@@ -249,9 +251,9 @@ def finish(
     if matching is not None and matching.loss.weighted:
         collect_block_outputs(bench, run, seed)
     with bench.stage("refine", len(layers.specs), "layers") as advance:
-        runner = bench.runner(run.folder)
+        runner = bench.runner(run.folder, matching and matching.windows)
         results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance, run.weighs_outputs))
-    if refining.match == "model":
+    if refining.distillation is not None:
         match_whole(bench, run, plan, refining.distillation)
     with bench.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.

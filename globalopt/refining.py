@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from globalopt.errors import UsageError
+from globalopt.layers import ModelLayers
 from globalopt.matching import Loss, Matching
 from globalopt.model_matching import Distillation, match_model, teachers
 from globalopt.models import reference_folder
@@ -43,10 +44,18 @@ class RefineOptions:
         self.matching("fisher")
         Distillation.read(self.distill_options)
 
+    def check(self, layers: ModelLayers) -> None:
+        """`UsageError` if the model cannot be matched as asked."""
+        if self.match == "model" and layers.lazy is not None:
+            raise UsageError(
+                "--match model trains the whole model at once, and it does not fit in memory. Use --match block, or "
+                "raise --max-memory."
+            )
+
     @property
-    def distillation(self) -> Distillation:
+    def distillation(self) -> Distillation | None:
         """How the whole model is matched."""
-        return Distillation.read(self.distill_options)
+        return Distillation.read(self.distill_options) if self.match == "model" else None
 
     def matching(self, sensitivity: str) -> Matching | None:
         """How blocks are matched. Without a backward sweep there are no nats, and errors are relative to the token."""
@@ -68,11 +77,9 @@ AS_FITTED = RefineOptions()
 def match_whole(bench: Bench, run: Run, plan: Refinement, options: Distillation) -> None:
     """Match the refined model to the dense one if that is not done yet, and put what came of it in place."""
     layers, path = bench.layers, run.matched_path(None)
-    if layers.lazy is not None:
-        raise UsageError("--match model trains the whole model at once, and it does not fit; use --match block.")
     if not path.exists():
         with bench.stage("match", options.epochs, "epochs") as advance:
-            batches = bench.batches(bench.splits.calibration)
+            batches = bench.batches(bench.splits.calibration, options.windows)
             source = bench.model_options.model or str(reference_folder())
             original = load_from(source, bench.model_options, like=bench.loaded.model)
             dense = teachers(original.model, batches)

@@ -31,19 +31,21 @@ class Training:
         relative: steps are in units of the root mean square of the tensor they change, else absolute.
         held_out: share of the batches that is not trained on and decides which epoch is kept; 0 keeps the last.
         patience: refused epochs in a row after which it ends.
+        windows: calibration windows per step, at most as many as `--batch-size`.
         autocast: multiply in bfloat16; parameters stay in float32.
     """
 
-    epochs: int = 8
+    epochs: int = 4
     rate: float = 0.01
     floor: float = 0.1
     relative: bool = True
     held_out: float = 0.125
     patience: int = 2
+    windows: int = 2
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        at_least(1, epochs=self.epochs, patience=self.patience)
+        at_least(1, epochs=self.epochs, patience=self.patience, windows=self.windows)
         at_least(0, rate=self.rate, floor=self.floor, held_out=self.held_out)
 
 

@@ -89,12 +89,18 @@ class Bench:
     def fingerprint(self) -> str:
         return model_fingerprint(self.layers)
 
-    def batches(self, split: Split) -> list[Batch]:
-        return [Batch(windows) for windows in split.windows.split(self.text_options.batch_size)]
+    def batches(self, split: Split, most: int | None = None) -> list[Batch]:
+        """The windows of a split, `--batch-size` in each batch, or `most` if that is less."""
+        size = self.text_options.batch_size
+        return [Batch(windows) for windows in split.windows.split(size if most is None else min(size, most))]
 
-    def runner(self, run: Path) -> BlockRunner:
-        """The blocks on the calibration text; hidden states that do not fit in memory go to the folder `run`."""
-        batches = self.batches(self.splits.calibration)
+    def runner(self, run: Path, most: int | None = None) -> BlockRunner:
+        """The blocks on the calibration text; hidden states that do not fit in memory go to the folder `run`.
+
+        Args:
+            most: windows of a batch.
+        """
+        batches = self.batches(self.splits.calibration, most)
         return BlockRunner(self.layers, batches, self.scratch(run, self.splits.calibration))
 
     def scratch(self, run: Path, split: Split) -> Path | None:

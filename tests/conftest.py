@@ -46,7 +46,18 @@ def tiny_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_search(tiny_llama, tiny_text) -> tuple[str, ...]:
     """A quick `search` of the tiny Llama, all but its `--out`."""
-    options = ("--solver", "oats", "--set", "steps=5", "--pricing", "span", "--search-tokens", "2000")
+    options = (
+        "--solver",
+        "oats",
+        "--set",
+        "steps=5",
+        "--pricing",
+        "span",
+        "--search-tokens",
+        "2000",
+        "--match",
+        "none",
+    )
     options += ("--calibration", str(tiny_text))
     return ("search", str(tiny_llama), *options, *WINDOWS)
 

@@ -87,7 +87,8 @@ def test_every_field_is_needed(tmp_path, field):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 1.5), ("nnz", -1), ("d_in", 0), ("cost", "many"), ("pattern", 4), ("predicted", "low")]
+    ("field", "value"),
+    [("rank", 1.5), ("nnz", -1), ("d_in", 0), ("cost", "many"), ("pattern", 4), ("predicted", "low")],
 )
 def test_bad_values_are_named(tmp_path, field, value):
     path = tmp_path / "budget.json"

@@ -58,8 +58,9 @@ def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Pat
     assert record["covered"] + sum(record["skipped"].values()) == record["parameters"]
     assert record["peak_bytes"] == sum(record["memory"].values())
     assert record["disk_bytes"] == sum(record["disk"].values())
-    assert set(record["disk"]) == {"grams", "outputs", "spans", "fits", "sensitivity", "layers", "model"}
-    assert {"span", "fit", "price", "search", "refine", "evaluate"} <= set(record["seconds"])
+    folders = {"grams", "outputs", "spans", "fits", "sensitivity", "layers", "matched", "model"}
+    assert set(record["disk"]) == folders
+    assert {"span", "fit", "price", "search", "refine", "match blocks", "evaluate"} <= set(record["seconds"])
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert contents(tmp_path) == before
 
@@ -77,17 +78,20 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     method = ("--allocator", "knapsack", "--set", "preset=fast")
     record = json.loads(done(*words, *method, "--out", tmp_path / "run", "--dry-run", "--json").stdout)
     done(*words, *method, "--out", tmp_path / "run", "--quiet")
-    for folder in ("grams", "outputs", "fits", "layers", "model"):
+    for folder in ("grams", "outputs", "fits", "layers", "matched", "model"):
         written = sum(path.stat().st_size for path in (tmp_path / "run" / folder).glob("*.safetensors"))
         headers = 1000 * sum(1 for _ in (tmp_path / "run" / folder).iterdir())
         assert 0.5 * record["disk"][folder] < written < record["disk"][folder] + headers, folder
     file = ("--budget-file", tmp_path / "run" / "budget.json")
     before = contents(tmp_path)
     words = ("compress", model, *file, "--calibration", text, "--out", tmp_path / "again", "--dry-run", "--json")
-    again = json.loads(done(*words, "--solver", "wanda").stdout)
+    again = json.loads(done(*words, "--solver", "wanda", "--match", "none").stdout)
     assert set(again["disk"]) == {"layers", "model"}
     assert set(again["seconds"]) == {"refine", "evaluate"}
-    assert "outputs" in json.loads(done(*words, "--solver", "hassle-free").stdout)["disk"]
+    assert "outputs" in json.loads(done(*words, "--solver", "hassle-free", "--match", "none").stdout)["disk"]
+    matched = json.loads(done(*words, "--solver", "wanda", "--match", "model").stdout)
+    assert {"outputs", "match blocks", "match model"} <= set(matched["seconds"])
+    assert matched["disk"]["matched"] == 2 * matched["disk"]["layers"]
     assert contents(tmp_path) == before
     other = save_tiny(tmp_path / "other", "gpt2")
     said = refused(1, "compress", other, *file, "--dry-run", "--out", tmp_path / "third")

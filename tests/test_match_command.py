@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from globalopt.layers import find_layers
+from globalopt.errors import UsageError
+from globalopt.layers import ModelLayers, find_layers
 from globalopt.models import load_model
+from globalopt.refining import RefineOptions
 from globalopt.store import Run
 from tests.command import WINDOWS, done, no_partial_files, read, refused, results, write_text
 from tests.tiny_models import save_tiny
@@ -103,6 +107,13 @@ def test_site_by_site(model, searched, tmp_path):
     # The first site of the first block sees the same inputs either way; the last does not.
     assert site[0]["actual"] == block[0]["actual"]
     assert site[-1]["actual"] != block[-1]["actual"]
+
+
+def test_a_model_that_does_not_fit_is_not_matched_as_a_whole():
+    lazy = cast("ModelLayers", SimpleNamespace(lazy=object()))
+    RefineOptions(match="block").check(lazy)
+    with pytest.raises(UsageError, match="Use --match block, or raise --max-memory"):
+        RefineOptions(match="model").check(lazy)
 
 
 @pytest.mark.parametrize(

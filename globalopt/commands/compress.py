@@ -55,7 +55,7 @@ def compress(
         str, typer.Option(help="fisher: a backward sweep weights outputs, for solvers that can; none: inputs only.")
     ] = "fisher",
     sequential: Sequential = "block",
-    match: Match = "none",
+    match: Match = "block",
     match_set: MatchSet = None,
     distill_set: DistillSet = None,
     calibration: Calibration = None,
@@ -102,9 +102,19 @@ def compress(
         if dry_run:
             structure = Structure.of(models)
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
-            swept = sensitivity != "none" and fitting.outputs is not Outputs.NONE
+            matching = refining.matching(sensitivity)
+            weighted = fitting.outputs is not Outputs.NONE or (matching is not None and matching.loss.weighted)
             kept, glance = file.used / file.total, quick(fitting.outputs)
-            job = Job(kept, fitting, glance, searches=False, refines=True, sweeps=swept)
+            job = Job(
+                kept,
+                fitting,
+                glance,
+                searches=False,
+                refines=True,
+                sweeps=sensitivity != "none" and weighted,
+                matching=matching,
+                distillation=refining.distillation,
+            )
             show_dry_run(structure, models, texts, job, as_json)
             return
         bench = set_up(models, texts, seed, quiet)

@@ -43,6 +43,7 @@ from globalopt.commands.results import show, show_dry_run, show_family
 
 if TYPE_CHECKING:
     from globalopt.dry_run import Job
+    from globalopt.refining import RefineOptions
     from globalopt.stages import SearchOptions
 
 BUDGET = 0.5
@@ -95,7 +96,7 @@ def search(
         ),
     ] = 500_000,
     sequential: Sequential = "block",
-    match: Match = "none",
+    match: Match = "block",
     match_set: MatchSet = None,
     distill_set: DistillSet = None,
     calibration: Calibration = None,
@@ -163,7 +164,7 @@ def search(
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
         Run.check_folder(folder)
         if dry_run:
-            show_dry_run(Structure.of(models), models, texts, _job(options, several), as_json)
+            show_dry_run(Structure.of(models), models, texts, _job(options, several, refining), as_json)
             return
         bench = set_up(models, texts, seed, quiet)
         command = pipeline.run_command()
@@ -175,7 +176,7 @@ def search(
             show(*found, quiet, verbose, as_json)
 
 
-def _job(options: SearchOptions, several: bool) -> Job:
+def _job(options: SearchOptions, several: bool, refining: RefineOptions) -> Job:
     """What a search comes to, for an estimate."""
     from globalopt.dry_run import Job
     from globalopt.stages import fitted, quick
@@ -191,6 +192,8 @@ def _job(options: SearchOptions, several: bool) -> Job:
         quick=quick(solver.outputs),
         fits=fitted(options, solver),
         search_tokens=options.search_tokens,
+        matching=refining.matching(options.sensitivity),
+        distillation=refining.distillation,
     )
 
 
