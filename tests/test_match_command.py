@@ -121,7 +121,7 @@ def test_a_model_that_does_not_fit_is_not_matched_as_a_whole():
     [
         (("--match", "layers"), "--match is one of none, block, model"),
         (("--sequential", "layer"), "--sequential is one of site, block"),
-        (("--match-set", "epochs=2"), "--match-set is for --match block or model"),
+        (("--match", "none", "--match-set", "epochs=2"), "--match-set is for --match block or model"),
         (("--match", "block", "--distill-set", "epochs=2"), "--distill-set is for --match model"),
         (("--match", "block", "--match-set", "epochs=two"), "must be a whole number"),
         (("--match", "block", "--match-set", "preset=published"), "preset of matching"),
