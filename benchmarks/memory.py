@@ -169,7 +169,17 @@ def main() -> None:
         *("--budget-file", str(options.out / "budget.json"), "--solver", options.solver, "--out", str(run)),
         *("--calibration", "reference", "--nsamples", str(options.nsamples), "--seqlen", str(options.seqlen)),
         *("--eval-windows", str(options.eval_windows), "--batch-size", str(options.batch_size)),
-        *("--sensitivity", options.sensitivity, "--max-memory", options.max_memory, "--device", "cpu", "--quiet"),
+        *(
+            "--sensitivity",
+            options.sensitivity,
+            "--match",
+            options.match,
+            "--max-memory",
+            options.max_memory,
+            "--device",
+            "cpu",
+            "--quiet",
+        ),
         *(("--set", options.set) if options.set else ()),
         *(("--fresh",) if options.fresh else ()),
     ]
@@ -211,6 +221,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--solver", default="wanda")
     parser.add_argument("--set", default="")
     parser.add_argument("--sensitivity", default="none", choices=("none", "fisher"))
+    parser.add_argument("--match", default="none", choices=("none", "block"))
     parser.add_argument("--kept", type=float, default=0.5)
     parser.add_argument("--rank-share", type=float, default=0.0)
     for name, default in (

@@ -4,11 +4,11 @@
     python benchmarks/refine.py --out OUT --budgets 0.3 --rungs --solvers wanda sparsegpt oats hassle-free
     python benchmarks/refine.py --out OUT --model FOLDER --calibration TEXT
 
-Rungs of the ladder: `published` is a transcription of 3BASiL at a uniform budget, `published+tm` its transformer matching
-on top with the published settings; `solver` is our 3basil at the same budget, `allocation` gives it the budget of
-`--allocator`, `matching` and `model` match blocks and then the whole model. With `--solvers` every solver is run at the
-uniform budget without and with block matching. A budget `2:4@0.56` keeps 0.56 of the parameters under pattern 2:4; the
-other uniform budgets spend a tenth on rank. The gap is the perplexity above the dense model's; its ratio is to
+Rungs of the ladder: `published` is a transcription of 3BASiL at a uniform budget, `published+tm` its transformer
+matching on top with the published settings; `solver` is our 3basil at the same budget, `allocation` gives it the budget
+of `--allocator`, `matching` and `model` match blocks and then the whole model. With `--solvers` every solver is run at
+the uniform budget without and with block matching. A budget `2:4@0.56` keeps 0.56 of the parameters under pattern 2:4;
+the other uniform budgets spend a tenth on rank. The gap is the perplexity above the dense model's; its ratio is to
 `published+tm`, or to what the solver does without matching.
 """
 
