@@ -127,8 +127,11 @@ def refine(
         grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
         wanted = _wanted(visit, plan, run, dense)
         _solve(visit, unsolved, grams, plan, run, outputs, weighs)
+        # Not held while the next block makes its own.
+        del grams
         if plan.matching is not None:
             _match(visit, plan, run, wanted)
+        del wanted
         for spec in visit.specs:
             value, facts = run.read_layer(spec)
             layers.place(spec.name, partial(_saved_weight, run, spec))
