@@ -159,21 +159,25 @@ def make(
         predicted=allocation.predicted,
         bound=allocation.bound,
         layers=tuple(
-            LayerEntry(
-                name=spec.name,
-                block=spec.block,
-                kind=spec.kind,
-                d_out=spec.d_out,
-                d_in=spec.d_in,
-                rank=target.rank,
-                nnz=target.nnz,
-                pattern=str(target.pattern) if target.pattern else None,
-                cost=budget.cost(target, spec),
-                predicted=surface.predict(target),
-            )
+            _entry(surface.spec, target, budget, surface.predict(target))
             for surface in problem.surfaces
-            for spec, target in [(surface.spec, allocation.targets[surface.spec.name])]
+            for target in [allocation.targets[surface.spec.name]]
         ),
+    )
+
+
+def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
+    return LayerEntry(
+        name=spec.name,
+        block=spec.block,
+        kind=spec.kind,
+        d_out=spec.d_out,
+        d_in=spec.d_in,
+        rank=target.rank,
+        nnz=target.nnz,
+        pattern=str(target.pattern) if target.pattern else None,
+        cost=budget.cost(target, spec),
+        predicted=predicted,
     )
 
 
@@ -197,21 +201,7 @@ def whole(
         error_unit=NOT_PREDICTED,
         predicted=None,
         bound=None,
-        layers=tuple(
-            LayerEntry(
-                name=spec.name,
-                block=spec.block,
-                kind=spec.kind,
-                d_out=spec.d_out,
-                d_in=spec.d_in,
-                rank=0,
-                nnz=spec.numel,
-                pattern=None,
-                cost=budget.cost(Target.dense(spec), spec),
-                predicted=None,
-            )
-            for spec in specs
-        ),
+        layers=tuple(_entry(spec, Target.dense(spec), budget, None) for spec in specs),
     )
 
 

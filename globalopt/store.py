@@ -168,6 +168,12 @@ def _key(spec: LayerSpec) -> dict[str, Any]:
     return {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
 
 
+def _parts(value: Decomposition) -> dict[str, Tensor]:
+    """What a decomposition is made of, by the names of its fields."""
+    parts = {"S": value.S, "U": value.U, "V": value.V}
+    return parts if value.signs is None else {**parts, "signs": value.signs}
+
+
 def _words(target: Target) -> list[Any]:
     return [target.rank, target.nnz, str(target.pattern) if target.pattern else None]
 
@@ -443,10 +449,7 @@ class Run:
         return surface, Gram(tensors["A"], facts["tokens"]) if "A" in tensors else None
 
     def write_layer(self, spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any]) -> None:
-        tensors = {"S": value.S, "U": value.U, "V": value.V}
-        if value.signs is not None:
-            tensors["signs"] = value.signs
-        write_tensors(self.layer_path(spec), tensors, {**_key(spec), **facts})
+        write_tensors(self.layer_path(spec), _parts(value), {**_key(spec), **facts})
 
     def read_fitted(self, spec: LayerSpec) -> tuple[Decomposition, dict[str, Any]]:
         """A layer as its solver left it."""
@@ -476,10 +479,7 @@ class Run:
         """Layers by name, and parameters of norms by theirs."""
         tensors = {f"norm:{name}": norm for name, norm in norms.items()}
         for name, value in values.items():
-            parts = {"S": value.S, "U": value.U, "V": value.V}
-            if value.signs is not None:
-                parts["signs"] = value.signs
-            tensors.update({f"{part}:{name}": tensor for part, tensor in parts.items()})
+            tensors.update({f"{part}:{name}": tensor for part, tensor in _parts(value).items()})
         write_tensors(path, tensors, {"layers": sorted(values), **facts})
 
     def read_matched(
