@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from globalopt.errors import NumericalError
+from globalopt.errors import ArtefactError, NumericalError
 from globalopt.registry import at_least
 from globalopt.store import read_tensors, write_tensors
 from globalopt.trainable import Trainable
@@ -162,10 +162,14 @@ class _Progress:
 
     @torch.no_grad()
     def read(self, path: Path) -> bool:
-        """Take up what was written, if anything was."""
+        """Take up what was written, if anything was; `ArtefactError` if it is not of this training."""
         if not path.exists():
             return False
         tensors, facts = read_tensors(path)
+        count = len(self._trainable.parameters())
+        wanted = {f"{part}:{k}" for part in ("now", "kept", "first", "second", "step") for k in range(count)}
+        if set(tensors) != wanted or not set(self.FACTS) <= facts.keys():
+            raise ArtefactError(f"{path} is of another training. Delete it and run the same command again.")
         for fact in self.FACTS:
             setattr(self, fact, facts[fact])
         self.kept = []

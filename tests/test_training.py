@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from globalopt.errors import NumericalError, UsageError
+from globalopt.errors import ArtefactError, NumericalError, UsageError
+from globalopt.store import write_tensors
 from globalopt.trainable import Trainable
 from globalopt.training import Trained, Training, train
 
@@ -131,6 +132,13 @@ def test_a_training_that_was_killed_ends_with_the_same_bits(tmp_path, stop):
     assert found == expected
     assert torch.equal(again.a, whole.a)
     assert torch.equal(again.b, whole.b)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "training.safetensors"
+    write_tensors(path, {"now:0": torch.zeros(1)}, {"epoch": 1})
+    with pytest.raises(ArtefactError, match="is of another training"):
+        trained(Training(), checkpoint=path)
 
 
 def test_a_loss_that_is_not_finite():
