@@ -312,15 +312,12 @@ def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[M
     splits = (bench.splits.validation, bench.splits.test)
     windows = sum(len(split.windows) for split in splits)
     with bench.stage("evaluate", windows, "windows") as advance:
-        like = bench.loaded.model
-        original = load_from(options.model or str(reference_folder()), options, like=like)
-        saved = load_from(str(run.model_folder), options, like=like)
+        original = bench.dense()
+        saved = load_from(str(run.model_folder), options, like=bench.loaded.model)
         size = bench.text_options.batch_size
         losses: list[WindowLosses] = []
         pairs = [
-            evaluate_both(
-                saved.model, original.model, split, size, advance, bench.scratch(run.folder, split), losses.append
-            )
+            evaluate_both(saved.model, original, split, size, advance, bench.scratch(run.folder, split), losses.append)
             for split in splits
         ]
     run.write_window_losses(losses)

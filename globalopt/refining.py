@@ -10,11 +10,10 @@ from globalopt.errors import UsageError
 from globalopt.layers import ModelLayers
 from globalopt.matching import Loss, Matching
 from globalopt.model_matching import Distillation, match_model, teachers
-from globalopt.models import reference_folder
 from globalopt.refine import Order, Refinement, checked, for_solver
 from globalopt.stages import check_word
 from globalopt.store import Run
-from globalopt.workbench import Bench, load_from
+from globalopt.workbench import Bench
 
 MATCHES = ("none", "block", "model")
 
@@ -80,10 +79,7 @@ def match_whole(bench: Bench, run: Run, plan: Refinement, options: Distillation)
     if not path.exists():
         with bench.stage("match", options.epochs, "epochs") as advance:
             batches = bench.batches(bench.splits.calibration, options.windows)
-            source = bench.model_options.model or str(reference_folder())
-            original = load_from(source, bench.model_options, like=bench.loaded.model)
-            dense = teachers(original.model, batches)
-            del original
+            dense = teachers(bench.dense(), batches)
             values = {spec.name: run.read_layer(spec)[0] for spec in layers.specs}
             started = time.perf_counter()
             trained, match = match_model(layers, batches, dense, values, options, plan.seed, run.training_path, advance)

@@ -71,7 +71,11 @@ class TextOptions:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A loaded model with its layers and its windows, and where stages say how far they are."""
+    """A loaded model with its layers and its windows, and where stages say how far they are.
+
+    Args:
+        live: the dense model where it is in memory and has no place to be loaded from.
+    """
 
     model_options: ModelOptions
     text_options: TextOptions
@@ -80,10 +84,18 @@ class Bench:
     splits: Splits
     progress: Progress
     clock: StageClock
+    live: PreTrainedModel | None = None
 
     @property
     def name(self) -> str:
         return self.model_options.model or REFERENCE
+
+    def dense(self) -> PreTrainedModel:
+        """The model before anything was changed, beside the one that stages change."""
+        if self.live is not None:
+            return self.live
+        source = self.model_options.model or str(reference_folder())
+        return load_from(source, self.model_options, like=self.loaded.model).model
 
     @property
     def fingerprint(self) -> str:
