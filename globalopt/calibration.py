@@ -176,21 +176,21 @@ def read_text(spec: str, column: str | None = None) -> Text:
     path = Path(spec)
     kind = path.suffix.lower()
     if path.is_dir():
-        return _join(_folder_documents(path, column), spec)
+        return join(_folder_documents(path, column), spec)
     if path.is_file() and kind not in FILE_KINDS:
         raise CalibrationError(f"Cannot tell what {spec} holds from its name; a text is {FORMS}.")
     if kind in FILE_KINDS:
         return _read_file(path, column)
     if spec.startswith((".", "/", "~")):
         raise CalibrationError(f"There is no file or folder '{spec}'; a text is {FORMS}.")
-    return _join(_hub_documents(spec, column), spec, most=HUB_CHARACTERS)
+    return join(_hub_documents(spec, column), spec, most=HUB_CHARACTERS)
 
 
 def _read_file(path: Path, column: str | None) -> Text:
     if not path.is_file():
         raise CalibrationError(f"There is no file '{path}'.")
     if path.suffix.lower() == ".parquet":
-        return _join(_parquet_documents(path, column), str(path))
+        return join(_parquet_documents(path, column), str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -202,11 +202,11 @@ def _read_file(path: Path, column: str | None) -> Text:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text: bad byte at offset {error.start}.") from error
     if path.suffix.lower() == ".jsonl":
-        return _join(_jsonl_documents(content, path, column), str(path))
+        return join(_jsonl_documents(content, path, column), str(path))
     return Text.of(content, str(path))
 
 
-def _join(documents: Iterable[str], spec: str, most: int | None = None) -> Text:
+def join(documents: Iterable[str], spec: str, most: int | None = None) -> Text:
     """Join documents into a text; with `most`, stop after the document that reaches so many characters."""
     held: list[str] = []
     characters = 0
@@ -393,7 +393,12 @@ def reference_splits(
 
 
 def consecutive_split(
-    tokenizer: PreTrainedTokenizerBase, text: Text, name: str, seqlen: int, eval_windows: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    name: str,
+    seqlen: int,
+    eval_windows: int | None = None,
+    max_length: int | None = None,
 ) -> Split:
     """The first `eval_windows` windows (None: all) of a whole text, one after the other, remainder dropped.
 
@@ -403,7 +408,7 @@ def consecutive_split(
         CalibrationError: the text has fewer than 2 windows.
         UsageError: an argument is out of its range.
     """
-    _check(1, seqlen, eval_windows, None)
+    _check(1, seqlen, eval_windows, max_length)
     (region,) = _cut(tokenizer, text, (name,), 1, seqlen)
     return region.consecutive(seqlen, eval_windows)
 

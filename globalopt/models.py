@@ -114,7 +114,7 @@ def load_model(
     lazy = lazy_blocks(model)
     if lazy is None:
         # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
-        cast("nn.Module", model).to(place, _computed(dtype, place, stored))
+        cast("nn.Module", model).to(place, computed_dtype(dtype, place, stored))
     else:
         stored = lazy.precision.stored
     model.eval().requires_grad_(False)
@@ -146,7 +146,8 @@ def load_structure(
     return model.eval().requires_grad_(False), stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _computed(dtype: str, place: torch.device, stored: torch.dtype) -> torch.dtype:
+def computed_dtype(dtype: str, place: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What `dtype` means on a device, for weights stored in `stored`; "auto" is float32 on a CPU."""
     return DTYPES.get(dtype, torch.float32 if place.type == "cpu" else stored)
 
 
@@ -366,7 +367,7 @@ def _stored(folder: Path, config: Any) -> torch.dtype:
 def _fits(folder: Path, config: Any, dtype: str, place: torch.device, max_memory: int | None, tokens: int) -> bool:
     """Whether whole copies of the model fit, beside the hidden states of `tokens` tokens in front of every block."""
     stored = _stored(folder, config)
-    item = _computed(dtype, place, stored).itemsize
+    item = computed_dtype(dtype, place, stored).itemsize
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * item // stored.itemsize
     text = config.get_text_config(decoder=True)
     width, depth = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
@@ -387,7 +388,7 @@ def _load_lazily(
     stored = _stored(folder, config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{folder} is quantised. Load the unquantised checkpoint.")
-    computed = _computed(dtype, place, stored)
+    computed = computed_dtype(dtype, place, stored)
     model = _empty(str(folder), config, options, stored)
     if stored != torch.float32 and (kept := _kept_in_float32(model, stored)):
         raise UnsupportedModelError(

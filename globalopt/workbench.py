@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from globalopt.calibration import Split, Splits, make_splits, read_text, reference_splits
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
+from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
 from globalopt.layers import ModelLayers, check_finite, find_layers, token_embedding
 from globalopt.lazy import dtype_of, lazy_blocks
 from globalopt.memory import available, parse_size, resident
@@ -30,7 +31,13 @@ WORKING_BLOCKS = 4
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded. `model` None is the bundled reference model; `max_memory` is as typed."""
+    """Which model, and how it is loaded.
+
+    Args:
+        model: None is the bundled reference model.
+        max_memory: as typed.
+        in_memory: it was given as an object, and `model` only says what it is called.
+    """
 
     model: str | None = None
     dtype: str = "auto"
@@ -38,6 +45,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_low_coverage: bool = False
     max_memory: str | None = None
+    in_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -74,7 +82,7 @@ class Bench:
     """A loaded model with its layers and its windows, and where stages say how far they are.
 
     Args:
-        live: the dense model where it is in memory and has no place to be loaded from.
+        live: makes the dense model where it is in memory and has no place to be loaded from.
     """
 
     model_options: ModelOptions
@@ -84,7 +92,7 @@ class Bench:
     splits: Splits
     progress: Progress
     clock: StageClock
-    live: PreTrainedModel | None = None
+    live: Callable[[], PreTrainedModel] | None = None
 
     @property
     def name(self) -> str:
@@ -93,7 +101,7 @@ class Bench:
     def dense(self) -> PreTrainedModel:
         """The model before anything was changed, beside the one that stages change."""
         if self.live is not None:
-            return self.live
+            return self.live()
         source = self.model_options.model or str(reference_folder())
         return load_from(source, self.model_options, like=self.loaded.model).model
 
@@ -190,29 +198,38 @@ def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLaye
 
 
 def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrainedModel | None = None) -> LoadedModel:
-    """The model in `source`, loaded as the options say of theirs; lazily or whole as `like`, beside which it is."""
+    """The model in `source`, loaded as the options say of theirs; lazily or whole as `like`, beside which it is.
+
+    Packed and adapter exports become ordinary models of the same weights.
+    """
+    if is_adapter_export(source):
+        return load_adapter_export(Path(source), options.dtype, options.device, options.trust_remote_code)
     lazily = None if like is None else lazy_blocks(like) is not None
-    return load_model(
+    loaded = load_model(
         source, options.dtype, options.device, options.trust_remote_code, options.limit, tokens, lazily, like
     )
+    return unpacked(loaded)
 
 
-def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    sizes: dict[str, Any] = {
+def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
+    """How a text is cut for a model, as `make_splits` takes it."""
+    return {
         "nsamples": text.nsamples,
         "seqlen": text.seqlen,
         "seed": seed,
         "eval_windows": text.eval_windows,
-        "max_length": longest,
+        "max_length": getattr(loaded.model.config, "max_position_embeddings", None),
     }
+
+
+def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
     if text.calibration in (None, REFERENCE):
         if model.model is not None and text.calibration is None:
             raise UsageError(
                 "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
                 "folder saved by `datasets`, or a hub data set."
             )
-        return reference_splits(loaded.tokenizer, **sizes)
+        return reference_splits(loaded.tokenizer, **sizes(loaded, text, seed))
     calibration = read_text(text.calibration, text.text_column)
     evaluation = read_text(text.eval_text, text.text_column) if text.eval_text else None
-    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes)
+    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes(loaded, text, seed))

@@ -1,0 +1,210 @@
+"""Search and compress from Python, on a model that is in memory: `globalopt.search`, `globalopt.compress`."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from globalopt import budget_file, pipeline
+from globalopt.budget_file import BudgetFile
+from globalopt.live import Documents, live_bench
+from globalopt.models import load_model
+from globalopt.protocols import Allocator, Progress, Solver
+from globalopt.refining import RefineOptions
+from globalopt.stages import SearchOptions, check_options
+from globalopt.store import Run
+from globalopt.summary import Summary
+from globalopt.types import Allocation, Decomposition
+from globalopt.workbench import Bench, TextOptions
+from reports import make_progress, render
+
+MATCH_BLOCKS = RefineOptions(match="block")
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed model, and how it came about.
+
+    Args:
+        model: an ordinary model whose layers are the sums of their parts, in the type and on the device of the dense
+            one.
+        layers: the parts of every compressed layer, by name, as saved.
+        budget: what `compress` takes again, and what `budget_file.write` makes a file of.
+        summary: what was measured.
+        folder: the run folder, which every command reads; None where none was asked for.
+    """
+
+    model: PreTrainedModel
+    layers: Mapping[str, Decomposition]
+    budget: BudgetFile
+    summary: Summary
+    folder: Path | None
+
+    @property
+    def allocation(self) -> Allocation:
+        """The target of every layer."""
+        return self.budget.allocation
+
+    def show(self, verbose: bool = False) -> None:
+        """Print what the commands print after a run."""
+        render(self.summary, Console(), verbose)
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Documents,
+    budget: float = 0.5,
+    *,
+    eval_text: Documents | None = None,
+    allocator: str | Allocator = "auto",
+    allocator_options: Mapping[str, Any] | None = None,
+    solver: str = "3basil",
+    solver_options: Mapping[str, Any] | None = None,
+    accounting: str = "params",
+    pattern: str = "unstructured",
+    sensitivity: str = "fisher",
+    search_tokens: int = 500_000,
+    refining: RefineOptions = MATCH_BLOCKS,
+    nsamples: int = 128,
+    seqlen: int = 256,
+    eval_windows: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool | Progress = True,
+) -> Compressed:
+    """Span, allocate, refine and evaluate: what `globalopt search` does, on a copy of `model`, which is not changed.
+
+    Args:
+        model: a causal language model of transformers, whole on one device.
+        text: to calibrate and search on: documents as strings, or a file, a folder or a hub data set by name.
+        budget: fraction kept of the compressible layers, in (0, 1].
+        eval_text: the test split; without it a part of `text` is held out.
+        allocator: by name, with `allocator_options`, or one of your own, whose `repr` tells runs apart.
+        solver: by name, with `solver_options`.
+        accounting, pattern, sensitivity, search_tokens, nsamples, seqlen, eval_windows, batch_size, seed: as the
+            options of `globalopt search`.
+        refining: how layers are refined and matched; `RefineOptions()` matches nothing.
+        out: run folder, in which a run that was stopped goes on; without it nothing stays on the disk.
+        fresh: delete an earlier run in `out`.
+        progress: on stderr, or to a display of your own.
+    Raises:
+        GlobalOptError: one of its kinds, saying what was wrong and what to do.
+    """
+    own = None if isinstance(allocator, str) else allocator
+    options = SearchOptions(
+        budget=budget,
+        accounting=accounting,
+        pattern=pattern,
+        allocator=allocator if isinstance(allocator, str) else allocator.name,
+        allocator_options=_texts(allocator_options) if own is None else {"own": repr(own)},
+        solver=solver,
+        solver_options=_texts(solver_options),
+        sensitivity=sensitivity,
+        seed=seed,
+        search_tokens=search_tokens,
+    )
+    # An allocator of one's own is in no table.
+    check_options(options if own is None else replace(options, allocator="uniform", allocator_options={}))
+    refining.matching(sensitivity)
+    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
+    bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
+    with _folder(out) as folder:
+        found = pipeline.search(bench, options, folder, "globalopt.search", fresh, own, refining)
+        return _compressed(bench, *found, out)
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Documents,
+    budget: BudgetFile | str | Path,
+    *,
+    eval_text: Documents | None = None,
+    solver: str | Solver = "3basil",
+    solver_options: Mapping[str, Any] | None = None,
+    sensitivity: str = "fisher",
+    refining: RefineOptions = MATCH_BLOCKS,
+    nsamples: int = 128,
+    seqlen: int = 256,
+    eval_windows: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool | Progress = True,
+) -> Compressed:
+    """Refine a found budget: what `globalopt compress` does, on a copy of `model`, which is not changed.
+
+    Args:
+        budget: a budget file, or what `search` returned as `Compressed.budget`.
+        solver: by name, with `solver_options`, or one of your own, whose `repr` tells runs apart.
+        the others: as of `search`.
+    Raises:
+        GlobalOptError: one of its kinds, saying what was wrong and what to do.
+    """
+    source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
+    file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
+    own = None if isinstance(solver, str) else solver
+    name = solver if isinstance(solver, str) else solver.name
+    options = _texts(solver_options) if own is None else {"own": repr(own)}
+    refining.matching(sensitivity)
+    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
+    bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
+    with _folder(out) as folder:
+        found = pipeline.compress(
+            bench,
+            source,
+            file,
+            name,
+            options,
+            seed,
+            folder,
+            "globalopt.compress",
+            fresh,
+            sensitivity,
+            refining,
+            own,
+        )
+        return _compressed(bench, *found, out)
+
+
+def _texts(options: Mapping[str, Any] | None) -> dict[str, str]:
+    """Options as the tables take them: the texts that the command line would be given."""
+    return {name: str(value) for name, value in (options or {}).items()}
+
+
+def _progress(wanted: bool | Progress) -> Progress:
+    if isinstance(wanted, bool):
+        return make_progress(Console(stderr=True), quiet=not wanted)
+    return wanted
+
+
+@contextlib.contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    """The run folder, or one that is gone afterwards."""
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="globalopt-") as folder:
+        yield Path(folder) / "run"
+
+
+def _compressed(bench: Bench, summary: Summary, run: Run, out: str | Path | None) -> Compressed:
+    """What a finished run holds, in memory."""
+    stored = str(bench.loaded.checkpoint_dtype).removeprefix("torch.")
+    model = load_model(run.model_folder, stored, str(bench.loaded.device), lazily=False).model
+    model.config.name_or_path = bench.name if out is None else str(run.model_folder)
+    model.config.use_cache = True
+    layers = {spec.name: run.read_layer(spec)[0] for spec in bench.layers.specs}
+    file = budget_file.read(run.budget_path)
+    return Compressed(model, layers, file, summary, None if out is None else run.folder)
