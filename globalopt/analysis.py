@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
+from globalopt.curves import layer_curves
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers
 from globalopt.objective import ModelObjective
@@ -37,7 +38,7 @@ def span_layers(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> list[list[Tensor]]:
-    """Write the Gram of every site, and the span and the profile of every layer that are not there yet.
+    """Write the Gram of every site, and the span, curves and profile of every layer that are not there yet.
 
     Args:
         scaling: of the spans; `output` reads output Grams that are there already (`output_grams`).
@@ -55,6 +56,8 @@ def span_layers(
             if not run.span_path(spec).exists():
                 outputs = run.read_outputs(spec) if scaling == "output" else None
                 run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
+            if not run.curves_path(spec).exists():
+                run.write_curves(spec, layer_curves(layers.weight(spec.name), grams[spec.site]))
             advance(spec.name)
         if not all(run.profile_path(spec).exists() for spec in visit.specs):
             weights = {spec.name: layers.weight(spec.name) for spec in visit.specs}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,7 +236,7 @@ class Job:
     target: Target
 
 
-Saved = tuple[Decomposition, dict[str, float | str]]
+Saved = tuple[Decomposition, dict[str, Any]]
 
 
 def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
@@ -277,6 +278,7 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Sa
         "status": solution.status.value,
         "damping": float(solution.stats.get("damping", 0.0)),
         "seconds": seconds,
+        "trace": solution.trace,
     }
 
 
@@ -290,7 +292,7 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
     return value
 
 
-def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, float | str], plan: Refinement) -> LayerResult:
+def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], plan: Refinement) -> LayerResult:
     target = Target(value.rank, value.nnz, signs=value.signs is not None)
     asked = plan.targets[spec.name]
     return LayerResult(

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Family, MatchResult, Summary, WindowLosses
+from globalopt.summary import Details, Family, LayerCurves, MatchResult, Samples, Summary, Trace, WindowLosses
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Profile, Span, Target
 
 T = TypeVar("T")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-FILES = ("summary.json", "windows.json", "family.json", "budget.json", MANIFEST)
+FILES = ("summary.json", "windows.json", "samples.json", "family.json", "budget.json", MANIFEST)
 FOLDERS = (
     "report",
     "budgets",
@@ -44,6 +44,7 @@ FOLDERS = (
     "weighing",
     "fits",
     "profiles",
+    "curves",
     "spans",
     "grams",
 )
@@ -139,10 +140,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken."""
+    with _opened(path) as (file, facts):
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of what `write_tensors` wrote, without its tensors; errors as in `read_tensors`."""
+    with _opened(path) as (_, facts):
+        return facts
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open safetensors file with its facts; `ArtefactError` if it, or what is read from it, is missing or broken."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+            yield file, json.loads((file.metadata() or {}).get("facts", "{}"))
     except FileNotFoundError:
         raise ArtefactError(f"There is no file {path}.") from None
     except (SafetensorError, ValueError, OSError) as cause:
@@ -332,6 +345,12 @@ class Run:
     def profile_path(self, spec: LayerSpec) -> Path:
         return self.folder / "profiles" / f"{spec.name}.json"
 
+    def curves_path(self, spec: LayerSpec) -> Path:
+        return self._curves_path(spec.name)
+
+    def _curves_path(self, layer: str) -> Path:
+        return self.folder / "curves" / f"{layer}.json"
+
     @property
     def study_path(self) -> Path:
         """The journal of the search."""
@@ -346,7 +365,10 @@ class Run:
         return self.folder / "outputs" / f"{spec.name}.safetensors"
 
     def layer_path(self, spec: LayerSpec) -> Path:
-        return self.folder / "layers" / f"{spec.name}.safetensors"
+        return self._layer_path(spec.name)
+
+    def _layer_path(self, layer: str) -> Path:
+        return self.folder / "layers" / f"{layer}.safetensors"
 
     def write_span(self, spec: LayerSpec, span: Span) -> None:
         tensors = {"U": span.U, "s": span.s, "Vh": span.Vh, "S": span.S, "scale": span.scale, "rows": span.rows}
@@ -413,6 +435,19 @@ class Run:
             return Profile({int(m): float(share) for m, share in record["outliers"].items()}, float(record["alpha"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
+
+    def write_curves(self, spec: LayerSpec, curves: LayerCurves) -> None:
+        write_json(self.curves_path(spec), asdict(curves))
+
+    def read_curves(self, layer: str) -> LayerCurves | None:
+        """The curves of a layer by its name; None where none were written."""
+        path = self._curves_path(layer)
+        return _validated(path, LayerCurves) if path.exists() else None
+
+    def read_trace(self, layer: str) -> Trace:
+        """How the solver's objective fell, of a layer by its name; empty where that was not written down."""
+        path = self._layer_path(layer)
+        return _checked(path, Trace, read_facts(path).get("trace", ())) if path.exists() else ()
 
     def write_outputs(self, spec: LayerSpec, outputs: Gram) -> None:
         """The layer's output Gram `A`."""
@@ -536,6 +571,24 @@ class Run:
             return ()
         return _validated(self.window_losses_path, tuple[WindowLosses, ...])
 
+    @property
+    def samples_path(self) -> Path:
+        return self.folder / "samples.json"
+
+    def write_samples(self, samples: Samples) -> None:
+        write_json(self.samples_path, asdict(samples))
+
+    def read_samples(self) -> Samples | None:
+        """Text of the dense and the compressed model; None for a run that has none."""
+        return _validated(self.samples_path, Samples) if self.samples_path.exists() else None
+
+    def read_details(self, layers: Iterable[str]) -> Details:
+        """What a report of the run shows beside its summary, of the `layers` by their names."""
+        names = list(layers)
+        curves = {name: found for name in names if (found := self.read_curves(name)) is not None}
+        traces = {name: found for name in names if (found := self.read_trace(name))}
+        return Details(curves, traces, self.read_samples())
+
     def _refuse_family(self) -> None:
         if self.family_path.exists():
             raise ArtefactError(
@@ -553,8 +606,13 @@ class Run:
 
 def _validated(path: Path, kind: type[T]) -> T:
     """What `asdict` of a dataclass wrote to `path`."""
+    return _checked(path, kind, read_json(path))
+
+
+def _checked(path: Path, kind: type[T], found: Any) -> T:
+    """What was `found` in `path`, as a `kind`."""
     try:
-        return TypeAdapter(kind).validate_python(read_json(path))
+        return TypeAdapter(kind).validate_python(found)
     except ValidationError as cause:
         first = cause.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -56,6 +56,81 @@ class WindowLosses:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Some of many values in descending order.
+
+    Args:
+        count: how many there are in all.
+        places: whose `values` are kept, ascending; 1 is the largest value, `count` the least.
+    """
+
+    count: int
+    places: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """What there is to keep in a layer: singular values of its activation-scaled weight, and saliencies of its entries.
+
+    Args:
+        singular: of `W D`, `D = diag(d)` the root mean squares of the inputs.
+        saliency: `|W_ij| d_j`.
+    """
+
+    singular: Curve
+    saliency: Curve
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How two models go on with one prompt, each taking its most likely token every time.
+
+    Args:
+        agreed: how many of the new tokens are the same before the first that is not.
+    """
+
+    prompt: str
+    dense: str
+    compressed: str
+    agreed: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Text written by the dense model and by the compressed one.
+
+    Args:
+        split: whose first windows the prompts are the beginnings of.
+        prompt_tokens, new_tokens: of every sample.
+        skipped: why there are none, or None.
+    """
+
+    split: str
+    prompt_tokens: int
+    new_tokens: int
+    samples: tuple[Sample, ...]
+    skipped: str | None = None
+
+
+Trace = tuple[tuple[int, float], ...]
+"""Iterations of a solver and its objective after them; after 0 it is that of keeping nothing."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a report shows beside the summary, of runs that have it.
+
+    Args:
+        curves, traces: by layer; runs without spans have no curves, solvers without iterations no traces.
+    """
+
+    curves: Mapping[str, LayerCurves] = field(default_factory=dict)
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+    samples: Samples | None = None
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One layer and what it is given.
 

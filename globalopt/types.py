@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import BudgetError, CalibrationError, NumericalError, UnknownNameError, UsageError
+from globalopt.summary import Trace
 
 ACCOUNTINGS = ("params", "bytes")
 BYTES_PER_VALUE = 2  # values are stored in 16 bits in every format we count
@@ -369,12 +370,17 @@ class Status(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solver's answer: `value`, its undamped `error` (`Metric.error`), how it ended, and figures (`stats`)."""
+    """A solver's answer: `value`, its undamped `error` (`Metric.error`), how it ended, and figures (`stats`).
+
+    `trace` holds iterations and the objective after them, in the solver's own damped norm; first, after 0, that of
+    keeping nothing. It is empty where there is no iteration, or where writing it down would cost time.
+    """
 
     value: Decomposition
     error: float
     status: Status = Status.CONVERGED
     stats: Mapping[str, float] = field(default_factory=dict)
+    trace: Trace = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.error) and self.error >= 0):

@@ -15,6 +15,7 @@ from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import indicate_nm, indicate_top
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
+from globalopt.summary import Trace
 from globalopt.types import NM, Target
 
 # The penalty runs from FIRST[0] g^FIRST[1] to LAST[0] g^LAST[1], where g is the geometric mean of the eigenvalues of
@@ -26,14 +27,17 @@ TWO_SIDED = 1.67
 HOLD = 8  # steps between changes of the penalty, each of which costs a factorisation
 LEVELS = 12  # and the fewest changes that still are a slow rise
 SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps promise little
+LOOK = 32  # fewest steps between looks at the objective
 
 
 class Found(NamedTuple):
-    """A fit per layer, the steps taken, and whether the supports had settled."""
+    """A fit per layer; steps of ADMM, and `taken` with those of the refit; whether the supports had settled; traces."""
 
     fits: tuple[Fit, ...]
     steps: int
+    taken: int
     settled: bool
+    traces: tuple[Trace, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Search:
         full: share of the steps after which the support has its full size.
         rounds: of refitting the values on the support that was found, `S` and `L` by turns.
         conjugate: conjugate-gradient steps per round.
+        traced: whether to look at the objective now and then: see `RidgeADMM.traces`.
     """
 
     steps: int
@@ -53,6 +58,7 @@ class Search:
     full: float = 0.4
     rounds: int = 2
     conjugate: int = 4
+    traced: bool = False
 
     def run(
         self,
@@ -88,12 +94,14 @@ class Search:
             grown=_grown(start, targets),
             full=self.full,
         )
-        found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start)
+        look = LOOK if self.traced else 0
+        found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start, look)
         fits = tuple(
             Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
-        return Found(fits, found.steps, found.moved <= SETTLED * hold)
+        taken = found.steps + self.rounds * self.conjugate
+        return Found(fits, found.steps, taken, found.moved <= SETTLED * hold, found.traces)
 
 
 def prune(

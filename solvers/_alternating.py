@@ -11,16 +11,18 @@ from torch import Tensor
 
 from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
 from globalopt.kernels.norm import Norm
+from globalopt.summary import Trace
 
 
 class Fit(NamedTuple):
-    """`W ~ S + U V`, the steps taken, and whether the error had settled."""
+    """`W ~ S + U V`, the steps taken, whether the error had settled, and the error after every step, from 0 on."""
 
     S: Tensor
     U: Tensor
     V: Tensor
     steps: int
     settled: bool
+    trace: Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +60,12 @@ class Alternating:
 
     def run(self, W: Tensor) -> Fit:
         """Fit `W` (d_out, d_in), which is not modified."""
-        subspace = self.low_rank_step(W, self.norm.times(W), None) if self.low_rank_first else None
+        AWG = self.norm.times(W)
+        subspace = self.low_rank_step(W, AWG, None) if self.low_rank_first else None
         L = torch.zeros_like(W) if subspace is None else subspace.U @ subspace.factor(W)
         S = best = torch.zeros_like(W)
         best_error, previous, settled, taken = float("inf"), float("inf"), False, 0
+        trace = [(0, float((W * AWG).sum(dtype=torch.float64)))]
         while taken < self.steps and not settled:
             taken += 1
             S = self.sparse_step(W - L, S)
@@ -72,10 +76,11 @@ class Alternating:
             L = subspace.U @ V
             # L is a projection of M, so Pythagoras gives the error of the pair.
             error = float((M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64))
+            trace.append((taken, max(0.0, error)))
             if error < best_error:
                 best, best_error = S, error
             settled = subspace.rank == 0 or abs(previous - error) <= self.tolerance * error
             previous = error
         M = W - best
         subspace = self.low_rank_step(M, self.norm.times(M), None)
-        return Fit(best, subspace.U, subspace.factor(M), taken, settled)
+        return Fit(best, subspace.U, subspace.factor(M), taken, settled, tuple(trace))

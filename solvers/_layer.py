@@ -12,6 +12,7 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
+from globalopt.summary import Trace
 from globalopt.types import Decomposition, LayerSpec, Metric, Solution, Status, Target
 
 # Of the mean importance: a row whose output the loss does not feel still has a finite scale.
@@ -139,12 +140,13 @@ class Layer:
         damping: float = 0.0,
         steps: int = 1,
         settled: bool = True,
+        trace: Trace = (),
     ) -> Solution:
         """The better of `value` and a feasible `start`, with its undamped error.
 
         Args:
             asked, damping: the damping asked for and used, as fractions of the mean diagonal.
-            steps, settled: of an iterative method.
+            steps, settled, trace: of an iterative method.
         """
         error = self.metric.error(self.weight - value.dense())
         if start is not None and start.fits(target):
@@ -154,4 +156,4 @@ class Layer:
         status = Status.CONVERGED if settled else Status.MAX_STEPS
         if damping > asked:
             status = Status.FALLBACK
-        return Solution(value, error, status, {"damping": damping, "steps": float(steps)})
+        return Solution(value, error, status, {"damping": damping, "steps": float(steps)}, trace)

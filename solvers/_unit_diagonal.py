@@ -92,18 +92,22 @@ class UnitDiagonal:
         """`S + U V` in these coordinates, as parts of the weight."""
         return self.layer.restored(S, U, V, self.columns)
 
-    def best_low_rank(self, S: Tensor, rank: int) -> Decomposition:
-        """`S`, with the exact optimum of `L` for it."""
+    def best_low_rank(self, S: Tensor, rank: int) -> tuple[Decomposition, float]:
+        """`S` with the exact optimum of `L` for it, and the error of both in these coordinates."""
         M = self.W - S
-        subspace = leading_subspace(M, self.norm.times(M), self.norm, rank)
-        return self.restored(S, subspace.U, subspace.factor(M))
+        N = self.norm.times(M)
+        subspace = leading_subspace(M, N, self.norm, rank)
+        V = subspace.factor(M)
+        # L is a projection of M, so Pythagoras gives the error.
+        left = (M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64)
+        return self.restored(S, subspace.U, V), max(0.0, float(left))
 
     def without_search(self, target: Target) -> Decomposition | None:
         """The optimum where there is no support to choose, all weights kept or none; None otherwise."""
         if target.nnz == self.W.numel():
             return self.layer.kept(torch.ones_like(self.W, dtype=torch.bool))
         if target.nnz == 0:
-            return self.best_low_rank(torch.zeros_like(self.W), target.rank)
+            return self.best_low_rank(torch.zeros_like(self.W), target.rank)[0]
         return None
 
 

@@ -88,5 +88,5 @@ class EoRA(OneByOne):
         value = unit.without_search(target)
         if value is None:
             pruned = state.pruner.solve(state.prunable, Target(0, target.nnz, target.pattern)).value
-            value = unit.best_low_rank(pruned.S * unit.columns, target.rank)
+            value = unit.best_low_rank(pruned.S * unit.columns, target.rank)[0]
         return unit.layer.solution(value, target, start, asked=self.damping, damping=unit.damping)

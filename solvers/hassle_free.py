@@ -105,6 +105,7 @@ class HassleFree(OneByOne):
             damping=state.damping,
             steps=fit.steps,
             settled=fit.settled,
+            trace=fit.trace,
         )
 
     def _sweep(self, state: Sweepable, target: Target) -> SparseFit:

@@ -81,4 +81,4 @@ class OATS(OneByOne):
             low_rank_first=True,
         ).run(state.WD)
         value = layer.restored(fit.S, fit.U, fit.V, state.scale)
-        return layer.solution(value, target, start, steps=fit.steps, settled=fit.settled)
+        return layer.solution(value, target, start, steps=fit.steps, settled=fit.settled, trace=fit.trace)

@@ -90,12 +90,18 @@ class SLaB(OneByOne):
         def keep(magnitudes: Tensor) -> Tensor:
             return keep_weights(magnitudes, target.nnz, target.pattern, self.per_row)
 
-        best = alternate(W, keep, target.rank, self.steps, squared)
+        trace = [(0, squared(W))]
+
+        def noted(reached: float) -> float:
+            trace.append((len(trace), reached))
+            return reached
+
+        best = alternate(W, keep, target.rank, self.steps, lambda residual: noted(squared(residual)))
         taken, settled = 0, self.refit == 0
         while taken < self.refit and not settled:
             taken += 1
             swept = self._swept(state, best.plane, target)
-            settled = error(swept) >= error(best)
+            settled = noted(error(swept)) >= error(best)
             best = best if settled else swept
         if self.search and target.nnz:
             taken += self.search
@@ -109,6 +115,7 @@ class SLaB(OneByOne):
             damping=state.damping,
             steps=self.steps + taken,
             settled=settled,
+            trace=tuple(trace),
         )
 
     def _swept(self, state: Sweepable, plane: SignPlane, target: Target) -> SparseAndSigns:

@@ -41,7 +41,7 @@ class ThreeBASiL:
     Departures: the support starts empty and grows, where the published one starts from the largest entries at full
     count; that is most of the gain in error. The penalty follows a fixed rise fitted to the layer's spectrum instead of
     the support's changes. The values are refitted on the support that was found, and the error may weight outputs by
-    `A`. Damping is the public repository's.
+    `A`. Damping is the public repository's. The fits of `solve_path` have no trace: they are quick looks.
 
     Args:
         preset: fast, default or best: how long to search.
@@ -76,7 +76,7 @@ class ThreeBASiL:
         return UnitDiagonal.read(weight, metric, damping, self.outputs)
 
     def solve(self, state: UnitDiagonal, target: Target, start: Decomposition | None = None) -> Solution:
-        ((solution, _),) = self._fit([state], [target], [start])
+        ((solution, _),) = self._fit([state], [target], [start], traced=True)
         return solution
 
     def solve_site(self, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
@@ -85,7 +85,7 @@ class ThreeBASiL:
         states: list[UnitDiagonal] = []
         for weight, metric, _ in layers:
             states.append(UnitDiagonal.read(weight, metric, damping, self.outputs, states[0] if states else None))
-        fits = self._fit(states, [target for _, _, target in layers], [None] * len(layers))
+        fits = self._fit(states, [target for _, _, target in layers], [None] * len(layers), traced=True)
         return [solution for solution, _ in fits]
 
     def solve_path(self, state: UnitDiagonal, targets: Sequence[Target]) -> list[Solution]:
@@ -112,6 +112,7 @@ class ThreeBASiL:
         targets: Sequence[Target],
         starts: Sequence[Decomposition | None],
         neighbour: Fit | None = None,
+        traced: bool = False,
     ) -> list[tuple[Solution, Fit | None]]:
         """Solutions, and the fits behind those that had a support to search; a `neighbour` is of the only state."""
         made: dict[int, tuple[Solution, Fit | None]] = {}
@@ -124,28 +125,30 @@ class ThreeBASiL:
             else:
                 made[i] = state.layer.solution(simple, target, start, asked=self.damping, damping=state.damping), None
         if searched:
-            found = self._search(neighbour).run(
+            found = self._search(neighbour, traced).run(
                 [states[i].W for i in searched],
                 [states[i].norm for i in searched],
                 [targets[i] for i in searched],
                 None if neighbour is None else [neighbour],
             )
-            for i, fit in zip(searched, found.fits, strict=True):
+            for i, fit, trace in zip(searched, found.fits, found.traces, strict=True):
                 state, target = states[i], targets[i]
+                value, error = state.best_low_rank(fit.S, target.rank)
                 solution = state.layer.solution(
-                    state.best_low_rank(fit.S, target.rank),
+                    value,
                     target,
                     starts[i],
                     asked=self.damping,
                     damping=state.damping,
                     steps=found.steps,
                     settled=found.settled,
+                    trace=(*trace, (found.taken, error)) if traced else (),
                 )
                 made[i] = solution, fit
         return [made[i] for i in range(len(states))]
 
-    def _search(self, neighbour: Fit | None) -> Search:
+    def _search(self, neighbour: Fit | None, traced: bool) -> Search:
         steps = self.steps or STEPS[self.preset]
         if neighbour is None:
-            return Search(steps)
+            return Search(steps, traced=traced)
         return Search(max(1, round(PATH_STEPS * steps)), begun=PATH_BEGUN, full=PATH_FULL)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from globalopt.errors import ArtefactError
 from globalopt.store import Run, digest, read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.summary import Curve, Details, LayerCurves, Sample, Samples
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Span, Target
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)
@@ -193,6 +194,33 @@ def test_artefacts_round_trip(opened):
     assert torch.equal(read.dense(), value.dense())
     assert read.signs is not None
     assert facts["actual"] == 0.5
+
+
+def test_what_a_report_shows_beside_the_summary(opened):
+    assert opened.read_details([SPEC.name, OTHER.name]) == Details()
+    curves = LayerCurves(Curve(4, (1, 4), (2.0, 0.5)), Curve(32, (1, 6, 32), (1.0, 0.25, 0.0)))
+    opened.write_curves(SPEC, curves)
+    value = Decomposition(torch.eye(4, 8), torch.ones(4, 0), torch.ones(0, 8))
+    opened.write_layer(SPEC, value, {"trace": ((0, 8.0), (32, 0.1 + 0.2))})
+    # As runs were written before there were traces.
+    opened.write_layer(OTHER, value, {})
+    samples = Samples("validation", 2, 3, (Sample("ü<b>", "a", "b", 1),))
+    opened.write_samples(samples)
+    traces = {SPEC.name: ((0, 8.0), (32, 0.1 + 0.2))}
+    assert opened.read_details([SPEC.name, OTHER.name]) == Details({SPEC.name: curves}, traces, samples)
+
+
+def test_what_a_report_shows_may_be_broken(opened):
+    write_json(opened.curves_path(SPEC), {"singular": 1})
+    with pytest.raises(ArtefactError, match=r"curves.*does not fit: singular"):
+        opened.read_curves(SPEC.name)
+    opened.layer_path(SPEC).parent.mkdir()
+    opened.layer_path(SPEC).write_bytes(b"no tensors")
+    with pytest.raises(ArtefactError, match="is broken"):
+        opened.read_trace(SPEC.name)
+    write_tensors(opened.layer_path(SPEC), {}, {"trace": [[0]]})
+    with pytest.raises(ArtefactError, match="does not fit"):
+        opened.read_trace(SPEC.name)
 
 
 def test_an_artefact_of_another_layer_is_refused(opened):

@@ -12,6 +12,7 @@ from torch import Tensor
 from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
 from globalopt.kernels.norm import Norm, Side, ridge
 from globalopt.kernels.precision import fast_products
+from globalopt.summary import Trace
 
 BEND = 1.3
 EXACT_FROM = 0.8  # share of the steps after which an accelerator's products are in full precision
@@ -79,15 +80,24 @@ class Fit(NamedTuple):
 
 
 class RidgeADMM(NamedTuple):
-    """A fit per part, the steps taken, and the share of the support that changed at the last change of the penalty."""
+    """A fit per part, the steps taken, and the share of the support that changed at the last change of the penalty.
+
+    `traces` has for every part the steps after which it was looked at and `||W - Z - L||²` there; `||W||²` at step 0.
+    """
 
     fits: tuple[Fit, ...]
     steps: int
     moved: float
+    traces: tuple[Trace, ...]
 
 
 def ridge_admm(
-    W: Tensor, inputs: Side, parts: Sequence[Part], schedule: Schedule, start: Sequence[Fit] | None = None
+    W: Tensor,
+    inputs: Side,
+    parts: Sequence[Part],
+    schedule: Schedule,
+    start: Sequence[Fit] | None = None,
+    trace_every: int = 0,
 ) -> RidgeADMM:
     """Minimise `tr(A (W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`.
 
@@ -111,6 +121,7 @@ def ridge_admm(
         inputs: G (d_in, d_in), best with a unit diagonal (`A` too), which makes the penalty free of scale.
         parts: in the order of their rows, covering all.
         start: for every part a fit of a neighbouring target; without it both parts start from zero.
+        trace_every: fewest steps between looks at the objective, each of which costs one more product; 0: no looks.
     """
     outputs = [(part.rows, part.outputs) for part in parts]
     norms = [Norm(inputs, part.outputs) for part in parts]
@@ -133,6 +144,9 @@ def ridge_admm(
         rest.sub_(times(L))
         Y = (rest - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
     support, moved, step = Z != 0, 1.0, 0
+    traces: list[list[tuple[int, float]]] = [[] for _ in parts]
+    if trace_every:
+        traces = [[(0, _inner(W[part.rows], AWG[part.rows]))] for part in parts]
     with fast_products(W) as exact_from_here:
         while step < schedule.steps and moved > 0:
             if step >= EXACT_FROM * schedule.steps:
@@ -164,8 +178,18 @@ def ridge_admm(
             support = Z != 0
             if schedule.size(step - 1) == 1:
                 moved = int((support != seen).sum()) / max(1, int(support.sum()))
+            if trace_every and step >= traces[0][-1][0] + trace_every:
+                for part, norm, subspace, trace in zip(parts, norms, subspaces, traces, strict=True):
+                    left = W[part.rows] - Z[part.rows]
+                    if subspace is not None:
+                        left.addmm_(subspace.U, subspace.factor(P[part.rows]), alpha=-1)
+                    trace.append((step, _inner(left, norm.times(left))))
     fits = []
     for part, subspace in zip(parts, subspaces, strict=True):
         empty = W[part.rows, :0]
         fits.append(Fit(Z[part.rows], Subspace(empty, empty) if subspace is None else subspace))
-    return RidgeADMM(tuple(fits), step, moved)
+    return RidgeADMM(tuple(fits), step, moved, tuple(tuple(trace) for trace in traces))
+
+
+def _inner(X: Tensor, Y: Tensor) -> float:
+    return float((X * Y).sum(dtype=torch.float64))

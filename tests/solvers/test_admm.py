@@ -19,7 +19,7 @@ def runs(monkeypatch):
     """The schedule and the masks of every run of ADMM: `(schedule, [(magnitudes, share, mask), ...])`."""
     seen, original = [], _admm.ridge_admm
 
-    def recording(W, inputs, parts, schedule, start=None):
+    def recording(W, inputs, parts, schedule, start=None, trace_every=0):
         masks = []
         seen.append((schedule, masks))
 
@@ -32,7 +32,7 @@ def runs(monkeypatch):
             return watched
 
         watched = [type(part)(part.rows, part.outputs, part.rank, watch(part.keep)) for part in parts]
-        return original(W, inputs, watched, schedule, start)
+        return original(W, inputs, watched, schedule, start, trace_every)
 
     monkeypatch.setattr(_admm, "ridge_admm", recording)
     return seen
