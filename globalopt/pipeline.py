@@ -22,6 +22,7 @@ from globalopt.protocols import Allocator, Outputs, Solver
 from globalopt.recorder import Selection
 from globalopt.refine import Order, Refinement, for_solver, refine
 from globalopt.refining import AS_FITTED, RefineOptions, match_whole
+from globalopt.samples import write_samples
 from globalopt.search_objective import SearchObjective
 from globalopt.stages import (
     SENSITIVITIES,
@@ -307,7 +308,7 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
 
 
 def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
-    """Metrics of the dense model and of the saved one, reloaded, on validation and test windows."""
+    """Metrics of the dense model and of the saved one, reloaded, on validation and test windows; samples of both."""
     options = bench.model_options
     splits = (bench.splits.validation, bench.splits.test)
     windows = sum(len(split.windows) for split in splits)
@@ -320,7 +321,9 @@ def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[M
             evaluate_both(saved.model, original, split, size, advance, bench.scratch(run.folder, split), losses.append)
             for split in splits
         ]
+        written = write_samples(original, saved.model, saved.tokenizer, bench.splits.validation)
     run.write_window_losses(losses)
+    run.write_samples(written)
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 
