@@ -15,9 +15,9 @@ from globalopt import budget_file
 from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
 from globalopt.errors import ArtefactError
-from globalopt.evaluate import evaluate, evaluate_both
+from globalopt.evaluate import evaluate_both
 from globalopt.matching import Matching
-from globalopt.models import reference_folder, save_dense
+from globalopt.models import save_dense
 from globalopt.protocols import Allocator, Outputs, Solver
 from globalopt.recorder import Selection
 from globalopt.refine import Order, Refinement, for_solver, refine
@@ -37,7 +37,7 @@ from globalopt.stages import (
 from globalopt.store import Run, digest
 from globalopt.summary import Metrics, Search, Summary, WindowLosses
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
-from globalopt.workbench import REFERENCE, Bench, ModelOptions, TextOptions, load_from, versions
+from globalopt.workbench import Bench, ModelOptions, TextOptions, load_from, versions
 from solvers import get_solver
 
 NATS = "nats per token"
@@ -325,19 +325,6 @@ def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[M
     run.write_window_losses(losses)
     run.write_samples(written)
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
-
-
-def evaluate_folder(bench: Bench, dense: str | None) -> tuple[Metrics, ...]:
-    """Metrics of the bench's model on its validation and test windows, with KL to the model `dense` if given."""
-    splits = (bench.splits.validation, bench.splits.test)
-    with bench.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
-        options = bench.model_options
-        against = None
-        if dense is not None:
-            source = str(reference_folder()) if dense == REFERENCE else dense
-            against = load_from(source, options, like=bench.loaded.model).model
-        size = bench.text_options.batch_size
-        return tuple(evaluate(bench.loaded.model, split, against, size, advance) for split in splits)
 
 
 def run_command() -> str:

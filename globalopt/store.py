@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
+from globalopt.scores import Scorecard
 from globalopt.summary import Details, Family, LayerCurves, MatchResult, Samples, Summary, Trace, WindowLosses
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Profile, Span, Target
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-FILES = ("summary.json", "windows.json", "samples.json", "family.json", "budget.json", MANIFEST)
+FILES = ("summary.json", "windows.json", "eval.json", "samples.json", "family.json", "budget.json", MANIFEST)
 FOLDERS = (
     "report",
     "budgets",
@@ -588,6 +589,18 @@ class Run:
         curves = {name: found for name in names if (found := self.read_curves(name)) is not None}
         traces = {name: found for name in names if (found := self.read_trace(name))}
         return Details(curves, traces, self.read_samples())
+
+    @property
+    def scores_path(self) -> Path:
+        return self.folder / "eval.json"
+
+    def write_scores(self, scores: Scorecard) -> None:
+        """What `globalopt eval` measured last."""
+        write_json(self.scores_path, asdict(scores))
+
+    def read_scores(self) -> Scorecard | None:
+        """What `write_scores` wrote; None for a run that has none, `ArtefactError` if the file is broken."""
+        return _validated(self.scores_path, Scorecard) if self.scores_path.exists() else None
 
     def _refuse_family(self) -> None:
         if self.family_path.exists():

@@ -14,6 +14,7 @@ from reports.frontier import frontier_table, write_frontier
 from reports.heatmaps import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
 from reports.tables import metrics_table, render
+from reports.tasks import render_scores
 
 __all__ = [
     "LineProgress",
@@ -26,6 +27,7 @@ __all__ = [
     "make_progress",
     "metrics_table",
     "render",
+    "render_scores",
     "report",
     "report_family",
     "write_figures",

@@ -1,4 +1,4 @@
-"""`globalopt eval`: perplexity, and KL to the dense model."""
+"""`globalopt eval`: perplexity, KL to the dense model, and zero-shot tasks."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands.arguments import named, set_up
-from globalopt.commands.console import errors, out, print_json
+from globalopt.commands.arguments import named
+from globalopt.commands.console import err, errors, out, print_json
 from globalopt.commands.options import (
     BatchSize,
     Calibration,
@@ -27,11 +27,43 @@ from globalopt.commands.options import (
 def evaluate(
     target: Annotated[
         str | None,
-        typer.Argument(help="A model, or a run folder. Left out: the reference model.", show_default=False),
+        typer.Argument(
+            help="A model, a run folder, or a packed or adapter export. Left out: the reference model.",
+            show_default=False,
+        ),
     ] = None,
     dense: Annotated[
         str | None,
-        typer.Option(help="Measure KL to this model. For a run: the model it compressed.", show_default=False),
+        typer.Option(
+            help="Hold against this model, `reference` for the bundled one. For a run: the model it compressed.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Zero-shot tasks, comma separated; `papers` is piqa, hellaswag, arc_easy, arc_challenge, winogrande, "
+            "rte, openbookqa, boolq. Needs lm-eval.",
+            metavar="NAME[,...]",
+            show_default=False,
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of task files (.jsonl, .parquet) or YAML tasks of lm-eval's kind, instead of the hub. Without "
+            "--tasks: every file in it. A YAML task that is named may run code that comes with it.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks_limit: Annotated[
+        int | None, typer.Option(help="Most items of every task. Left out: all.", show_default=False)
+    ] = None,
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ppl", help="Another text, measured whole in windows of --seqlen; may be repeated.", metavar="NAME=TEXT"
+        ),
     ] = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
@@ -50,18 +82,22 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity on validation and test windows, and KL to the dense model.
+    """Perplexity, KL to the dense model, and zero-shot tasks, of a model and of the dense one beside it.
 
-    A run is measured on the windows it was made with, unless other ones are asked for.
+    A run is measured on the windows it was made with, unless other ones are asked for, and keeps the result as
+    eval.json. A model of your own is measured on validation and test windows of --calibration; with --tasks or --ppl
+    that may be left out.
     """
     with errors():
         from dataclasses import asdict, replace
 
-        from globalopt import pipeline, workbench
+        from globalopt import pipeline, scoring, workbench
         from globalopt.store import MANIFEST
+        from reports import make_progress
 
         models = workbench.ModelOptions(named(target), allow_low_coverage=True)
         texts = workbench.TextOptions(nsamples=1)
+        run = None
         if target is not None and (Path(target) / MANIFEST).exists():
             run, recorded, texts = pipeline.recorded(Path(target))
             dense = dense or recorded.model or workbench.REFERENCE
@@ -79,10 +115,33 @@ def evaluate(
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         texts = replace(texts, batch_size=batch_size, **chosen)
-        metrics = pipeline.evaluate_folder(set_up(models, texts, 0, quiet), dense)
-        if as_json:
-            print_json([asdict(m) for m in metrics])
-        elif not quiet:
-            from reports import metrics_table
+        asked = tasks is not None or tasks_path is not None
+        others = named_texts(ppl)
+        splits = models.model is None or texts.calibration is not None or not (asked or others)
+        options = scoring.ScoreOptions(dense, splits, others, limit=tasks_limit)
+        if asked:
+            from globalopt.zeroshot import choose_tasks
 
-            out.print(metrics_table(metrics))
+            options = replace(options, tasks=choose_tasks(tasks, tasks_path))
+        scores = scoring.score(models, texts, options, make_progress(err, quiet), pipeline.run_command())
+        if as_json:
+            print_json(asdict(scores))
+        elif not quiet:
+            from reports import render_scores
+
+            render_scores(scores, out)
+        if run is not None:
+            run.write_scores(scores)
+
+
+def named_texts(words: list[str] | None) -> dict[str, str]:
+    """NAME=TEXT, repeated; `UsageError` for anything else."""
+    from globalopt.errors import UsageError
+
+    found: dict[str, str] = {}
+    for word in words or ():
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not (name and equals and text) or name in found:
+            raise UsageError(f"--ppl takes NAME=TEXT, every name once; got '{word}'.")
+        found[name] = text
+    return found

@@ -36,7 +36,7 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         UsageError: a layer has a plane of signs, which no adapter holds; or none has rank; or peft is not installed.
     """
     check_out(folder)
-    _require_peft()
+    require_peft("--format adapter needs peft.")
     source = read_source(run, trust_remote_code)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     transposed = True
@@ -99,8 +99,9 @@ def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
     )
 
 
-def _require_peft() -> None:
+def require_peft(why: str) -> None:
+    """`UsageError` that says `why` if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise UsageError("--format adapter needs peft. Install it with: pip install 'globalopt[adapter]'") from None
+        raise UsageError(f"{why} Install it with: pip install 'globalopt[adapter]'") from None

@@ -1,0 +1,120 @@
+"""What models score, as terminal tables: perplexities and zero-shot tasks, the dense model beside the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from globalopt.scores import ACCURACIES, ModelScore, Score, Scorecard
+from globalopt.summary import Metrics
+from reports import formats
+from reports.tables import add_numbers, footed, metrics_table, perplexity, report_table
+
+LARGE = 1e5
+"""From where on a perplexity is shown as a power of ten."""
+
+
+def render_scores(scores: Scorecard, console: Console) -> None:
+    """Print all of it."""
+    sign = "+-" if console.options.ascii_only else "±"
+    parts: list[RenderableType] = []
+    if scores.model.metrics:
+        parts.append(metrics_table(scores.model.metrics, sign))
+    if scores.dense is not None and scores.dense.metrics:
+        parts.append(dense_table(scores.dense.metrics, sign))
+    if scores.model.tasks:
+        parts.append(tasks_table(scores, sign))
+    for part in parts:
+        console.print(Padding(part, (0, 0, 1, 0)))
+
+
+def dense_table(metrics: Sequence[Metrics], sign: str = "±") -> Table:
+    """Perplexity of the dense model on the same windows."""
+    table = report_table("Quality of the dense model")
+    table.add_column("split")
+    add_numbers(table, ("perplexity",))
+    for m in metrics:
+        table.add_row(Text(m.split), perplexity(m, sign))
+    return table
+
+
+def tasks_table(scores: Scorecard, sign: str = "±") -> Stack:
+    """Every metric of every task: accuracies in percent, with standard errors over items and the average last.
+
+    With a dense model beside it, `change` is the mean of the differences item by item.
+    """
+    model, dense = scores.model, scores.dense
+    table = report_table(f"Zero-shot tasks ({sign} standard error over items)")
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    columns = ("dense", "model", "change") if dense else ("score",)
+    add_numbers(table, ("items", *columns))
+    theirs = {task.name: task.scores for task in dense.tasks} if dense else {}
+    for number, task in enumerate(model.tasks):
+        rows = [
+            (metric, *_cells(metric, task.scores, theirs.get(task.name), scores.changes.get(task.name, {}), sign))
+            for metric in task.scores
+        ]
+        heads = ((Text(task.name), formats.count(task.items)), *[(Text(), "")] * (len(rows) - 1))
+        for (name, items), (metric, *cells) in zip(heads, rows, strict=True):
+            table.add_row(name, Text(metric), items, *cells)
+        if number == len(model.tasks) - 1 and model.averages:
+            table.add_section()
+    for metric in model.averages:
+        count = sum(metric in task.scores for task in model.tasks)
+        cells = _cells(metric, model.averages, dense.averages if dense else None, scores.average_changes, sign)
+        table.add_row(Text(f"average of {count}"), Text(metric), "", *cells)
+    return footed(table, *_notes(scores))
+
+
+def _cells(
+    metric: str,
+    mine: Mapping[str, Score],
+    theirs: Mapping[str, Score] | None,
+    changes: Mapping[str, Score],
+    sign: str,
+) -> list[str]:
+    own = _shown(metric, mine[metric], sign)
+    if theirs is None:
+        return [own]
+    change = _shown(metric, changes[metric], sign, plus=True) if metric in changes else "-"
+    return [_shown(metric, theirs[metric], sign), own, change]
+
+
+def _shown(metric: str, score: Score, sign: str, plus: bool = False) -> str:
+    if metric not in ACCURACIES:
+        if score.value >= LARGE:
+            return f"{score.value:.1e}" + (f" {sign}{score.stderr:.0e}" if score.stderr else "")
+        return formats.measured(score.value, score.stderr, sign)
+    value = f"{100 * score.value:{'+' if plus else ''}.1f}"
+    return value if score.stderr is None else f"{value} {sign}{100 * score.stderr:.1f}"
+
+
+def _notes(scores: Scorecard) -> list[str]:
+    """Where items and versions are from, and what a reader must know."""
+    tasks = scores.model.tasks
+    lines = [f"{_model('model', scores.model)}" + (f"; {_model('dense', scores.dense)}" if scores.dense else "")]
+    local = [task for task in tasks if task.sha256]
+    hub = [task for task in tasks if not task.sha256]
+    if hub:
+        which = ", ".join(f"{task.name} {task.version}" for task in hub)
+        lines.append(f"lm-eval {scores.versions['lm-eval']}: {which}")
+    if local:
+        which = ", ".join(f"{task.source} {(task.sha256 or '')[:8]}" for task in local)
+        lines.append(f"lm-eval {scores.versions['lm-eval']}, items from files: {which}")
+    if scores.limit is not None:
+        lines.append(f"at most {formats.count(scores.limit)} items of a task: not comparable with whole tasks")
+    if scores.missing:
+        lines.append(f"not in the folder, and not averaged: {', '.join(scores.missing)}")
+    if scores.model.cut:
+        lines.append(f"{formats.count(scores.model.cut)} requests were cut at the left to the model's context")
+    return lines
+
+
+def _model(role: str, model: ModelScore) -> str:
+    return f"{role}: {model.dtype}, weights {model.weights_sha256[:8]}"
