@@ -14,7 +14,7 @@ from globalopt.types import Allocation, Problem
 
 @dataclass(frozen=True)
 class Alpha:
-    """Take from block b, alike in all its layers, the sparsity
+    """Prune less where spectra have heavier tails: of block b, alike in all its layers,
 
         sparsity_b = eta (1 - epsilon + 2 epsilon (alpha_b - min alpha) / (max alpha - min alpha))
 

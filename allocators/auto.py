@@ -57,7 +57,8 @@ class Auto:
     surfaces as they were predicted.
 
     Args:
-        rounds: of calibration. designs: disturbed knapsacks in each.
+        rounds: of calibration.
+        designs: disturbed knapsacks in each round.
         spread: standard deviation of a disturbance's log multipliers, of every kind and of every layer.
         local: whether there is a third stage.
     """

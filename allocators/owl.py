@@ -16,7 +16,7 @@ from globalopt.types import Allocation, Problem
 
 @dataclass(frozen=True)
 class Owl:
-    """Keep of block b, alike in all its layers, the fraction
+    """Keep more of blocks with more outliers: of block b, alike in all its layers,
 
         kept_b = 2 spread (D_b - min D) / (max D - min D) + shift
 

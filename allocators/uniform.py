@@ -17,6 +17,9 @@ class Uniform:
     `rank = floor(rank_share * kept * d_out d_in / (d_out + d_in))`, the rest as nonzeros (OATS, arXiv:2409.13652;
     HASSLE-free, arXiv:2502.00899, section on unstructured sparsity). Under an N:M pattern the nonzeros are fixed and
     all the rest is rank. What rounding leaves of the budget is spent on the layers that gain most.
+
+    Args:
+        rank_share: share of what a layer keeps that is rank.
     """
 
     name: ClassVar[str] = "uniform"

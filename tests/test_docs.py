@@ -1,0 +1,115 @@
+"""Every command and every block of Python in the guide is run, on a tiny model; pages link to what exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from globalopt import api
+from tests.command import done, write_text
+from tests.tiny_models import save_tiny
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+EVERY = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *PAGES, *METHODS]
+
+SMALL = {"nsamples": 8, "seqlen": 16, "eval_windows": 2}
+"""What the guide leaves at defaults that are made for real models."""
+
+SIZED = ("search", "compress")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks in these languages, in order."""
+    return [(found[1], found[2]) for found in FENCE.finditer(page.read_text(encoding="utf-8")) if found[1] in languages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of a block, without comments."""
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model and the text that the guide names, shared by all pages."""
+    folder = tmp_path_factory.mktemp("guide")
+    save_tiny(folder / "my-model")
+    write_text(folder / "my-text.txt")
+    return folder
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    small: dict[str, object] = {**SMALL, "progress": False}
+    for function, sizes in ((api.search, {**small, "search_tokens": 2000}), (api.compress, small)):
+        monkeypatch.setattr(function, "__kwdefaults__", {**(function.__kwdefaults__ or {}), **sizes})
+    return home
+
+
+def run_command(words: list[str], drawn: bool = False) -> None:
+    """Run a command of a page at small sizes; pictures are slow, and drawn only if asked for."""
+    program, verb, *rest = words
+    assert program == "globalopt", f"a page asks for `{program}`, which is not run here"
+    if verb in SIZED:
+        rest += [] if drawn else ["--quiet"]
+        for name, value in {**SMALL, **({"search_tokens": 2000} if verb == "search" else {})}.items():
+            option = "--" + name.replace("_", "-")
+            rest += [] if option in rest else [option, str(value)]
+    done(verb, *rest)
+
+
+def make_half(home: Path) -> None:
+    """The run of the first page, which later pages begin with."""
+    if not (home / "runs" / "half" / "summary.json").exists():
+        words = "globalopt search my-model --budget 0.5 --calibration my-text.txt --out runs/half"
+        run_command(shlex.split(words), drawn=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_does_what_it_says(page: Path, at_home: Path) -> None:
+    make_half(at_home)
+    names: dict[str, object] = {"__name__": "page"}
+    for language, text in blocks(page, "bash", "python"):
+        if language == "bash":
+            for words in commands(text):
+                run_command(words)
+        else:
+            # Dataclasses look their module up by name.
+            exec(compile(text, f"{page.name}", "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("page", EVERY, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def script(name: str) -> ModuleType:
+    path = ROOT / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_method_pages_are_what_the_docstrings_say() -> None:
+    for name, text in script("methods").pages().items():
+        assert (ROOT / "docs" / "methods" / name).read_text(encoding="utf-8") == text, "run python docs/methods.py"
