@@ -15,15 +15,22 @@ from tests.command import done, write_text
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
-EVERY = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *PAGES, *METHODS]
+EVERY = [ROOT / "benchmarks" / "README.md", *PAGES, *METHODS]
 
 SMALL = {"nsamples": 8, "seqlen": 16, "eval_windows": 2}
 """What the guide leaves at defaults that are made for real models."""
 
+INSTALLS = "python -m venv "
+"""Begins the two commands of a newcomer, which no test can run from inside."""
+
 SIZED = ("search", "compress")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT).with_suffix("")).replace("/", "-")
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -33,7 +40,8 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 def commands(text: str) -> list[list[str]]:
     """The words of every command of a block, without comments."""
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    lines = [line for line in text.splitlines() if not line.startswith(INSTALLS)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def make_half(home: Path) -> None:
         run_command(shlex.split(words), drawn=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_does_what_it_says(page: Path, at_home: Path) -> None:
     make_half(at_home)
     names: dict[str, object] = {"__name__": "page"}
@@ -86,7 +94,7 @@ def test_a_page_does_what_it_says(page: Path, at_home: Path) -> None:
             exec(compile(text, f"{page.name}", "exec", dont_inherit=True), names)
 
 
-@pytest.mark.parametrize("page", EVERY, ids=lambda page: f"{page.parent.name}-{page.stem}")
+@pytest.mark.parametrize("page", EVERY, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
