@@ -49,6 +49,13 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+def in_use() -> int:
+    """Bytes of this process on the accelerator that it uses, else in memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    return resident()
+
+
 def available(device: torch.device) -> int:
     """Bytes that can still be had on `device`."""
     if device.type == "cuda":

@@ -13,6 +13,7 @@ from rich.progress import Progress as Display
 from rich.table import Column
 from rich.text import Text
 
+from globalopt.memory import in_use
 from globalopt.protocols import Progress
 from reports import formats
 
@@ -79,10 +80,11 @@ class LiveProgress:
         self._display = Display(
             # Widths that hold what usually stands in them, so that nothing jumps while it counts.
             TextColumn("{task.description}", style="bold", markup=False, table_column=Column(min_width=11)),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=8),
             _Count(Column(min_width=12, no_wrap=True)),
             _Rate(Column(min_width=7, no_wrap=True)),
             _Times(Column(min_width=16, no_wrap=True)),
+            _Memory(Column(min_width=4, no_wrap=True)),
             _Detail(Column(ratio=1, no_wrap=True)),
             console=console,
             transient=True,
@@ -145,6 +147,15 @@ class _Times(ProgressColumn):
             return Text(formats.clock(elapsed))
         left = elapsed * max(0.0, task.total / task.completed - 1)
         return Text(f"{formats.clock(elapsed)}, {formats.clock(left)} left")
+
+
+class _Memory(ProgressColumn):
+    """What is in memory now, on the accelerator where one is used; the summary says what was most."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{in_use() / 2**30:.1f}G", "dim")
 
 
 class _Detail(ProgressColumn):

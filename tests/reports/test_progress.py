@@ -120,3 +120,10 @@ def test_an_inner_stage_leaves_the_outer_one_running() -> None:
     text = plain(console)
     assert text.index("span done") < text.index("outer done")
     assert written(console).count(SHOW) == 1
+
+
+def test_memory_in_use_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reports.progress.in_use", lambda: 3 * 2**29)
+    console = terminal(80)
+    run(make_progress(console), 2)
+    assert " 1.5G " in plain(console)
