@@ -21,7 +21,7 @@ from globalopt.protocols import Needs, Outputs
 from globalopt.types import Allocation, Decomposition, Metric, Problem, Solution, Target
 from globalopt.workbench import TextOptions
 from reports import QuietProgress
-from tests.command import WINDOWS, done, results, write_text
+from tests.command import WINDOWS, done, refused, results, write_text
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"nsamples": 8, "seqlen": 16, "eval_windows": 2, "progress": False}
@@ -91,6 +91,18 @@ def test_documents_are_strings_or_the_name_of_a_text(place: tuple[Path, Path], m
     assert found.summary.splits["calibration"]["source"] == "text in memory"
     with pytest.raises(CalibrationError, match=r"Document 1 of the text is a int"):
         globalopt.search(model, tiny_tokenizer(), ["one", 2], **QUICK, **SIZES)  # pyright: ignore[reportArgumentType]
+
+
+def test_commands_read_a_run_of_a_model_in_memory(
+    place: tuple[Path, Path], model: PreTrainedModel, tmp_path: Path
+) -> None:
+    documents = place[1].read_text().split(" and ")
+    globalopt.search(model, tiny_tokenizer(), documents, out=tmp_path / "run", **QUICK, **SIZES)
+    assert "globalopt compress MODEL" in done("report", tmp_path / "run").stdout
+    assert "--calibration TEXT" in done("report", tmp_path / "run").stdout
+    assert "was made of a model in memory; say where it is with --dense" in refused(2, "eval", tmp_path / "run")
+    assert "with a text in memory" in refused(2, "eval", tmp_path / "run", "--dense", place[0])
+    done("eval", tmp_path / "run", "--dense", place[0], "--calibration", place[1])
 
 
 def test_half_precision_comes_back_as_it_was(place: tuple[Path, Path]) -> None:

@@ -92,6 +92,8 @@ def evaluate(
         from dataclasses import asdict, replace
 
         from globalopt import pipeline, scoring, workbench
+        from globalopt.errors import UsageError
+        from globalopt.live import IN_MEMORY
         from globalopt.store import MANIFEST
         from reports import make_progress
 
@@ -100,6 +102,10 @@ def evaluate(
         run = None
         if target is not None and (Path(target) / MANIFEST).exists():
             run, recorded, texts = pipeline.recorded(Path(target))
+            if recorded.in_memory and dense is None:
+                raise UsageError(f"{target} was made of a model in memory; say where it is with --dense MODEL.")
+            if texts.calibration == IN_MEMORY and calibration is None:
+                raise UsageError(f"{target} was made with a text in memory; say where it is with --calibration TEXT.")
             dense = dense or recorded.model or workbench.REFERENCE
             trust_remote_code = trust_remote_code or recorded.trust_remote_code
             models = replace(models, model=str(run.saved_model))

@@ -72,20 +72,22 @@ def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
 
 
 def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:
-    """What refines a budget of the run with a solver, on the same model and text."""
+    """What refines a budget of the run with a solver, on the same model and text; MODEL and TEXT were in memory."""
     from globalopt import pipeline
+    from globalopt.live import IN_MEMORY
 
     _, models, texts = pipeline.recorded(run.folder)
-    words = ["globalopt", "compress", *([models.model] if models.model else [])]
+    model = "MODEL" if models.in_memory else models.model
+    words = ["globalopt", "compress", *([model] if model else [])]
     words += ["--budget-file", str(budget), "--solver", solver]
     if options:
         words += ["--set", ",".join(f"{name}={value}" for name, value in options.items())]
     for recorded in (models, texts):
         for name, default in defaults(type(recorded)).items():
             value = getattr(recorded, name)
-            if name != "model" and value != default:
+            if name not in ("model", "in_memory") and value != default:
                 words.append("--" + name.replace("_", "-"))
-                words += [] if value is True else [str(value)]
+                words += [] if value is True else ["TEXT" if value == IN_MEMORY else str(value)]
     return shlex.join(words)
 
 
