@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from globalopt import budget_file, pipeline, stages, workbench
+from globalopt.analysis import MEASURED_WINDOWS
 from globalopt.errors import GlobalOptError, UsageError
 from globalopt.protocols import Allocator
 from globalopt.refining import AS_FITTED
@@ -127,7 +128,7 @@ def analysis_tokens(bench: Bench, priced: bool) -> int:
     windows = bench.splits.calibration.windows
     if not priced:
         return windows.numel()
-    looks = 7 * len(bench.layers.specs) * min(len(windows), stages.MEASURED_WINDOWS)
+    looks = 7 * len(bench.layers.specs) * min(len(windows), MEASURED_WINDOWS)
     return 8 * windows.numel() + looks * windows.shape[1]
 
 

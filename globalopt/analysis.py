@@ -27,6 +27,9 @@ WEIGHED_KEPT = 0.2
 MEASURED_KEPT = 0.25
 """Fits that keep at most this are priced by a measurement."""
 
+MEASURED_WINDOWS = 4
+"""Calibration windows on which single layers are measured."""
+
 Priced = Iterator[tuple[ErrorSurface, Gram | None]]
 
 

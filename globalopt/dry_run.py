@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from globalopt.analysis import MEASURED_WINDOWS
 from globalopt.errors import GlobalOptError
 from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.layers import ModelLayers, find_layers, token_embedding
@@ -53,9 +54,6 @@ PRODUCT = 1024
 
 TRAINED = 5 * 4 + 8
 """Bytes per trained number: itself, its gradient, Adam's two moments, the best so far, and where it belongs."""
-
-LOOKS = 4
-"""Windows on which single layers are asked about."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,7 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
     # Asked about one layer, half of the blocks are run again on average.
-    look = len(shape.specs) * forward(LOOKS * texts.seqlen) / 2
+    look = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
     found: dict[str, float] = {}
     weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
     glance = fits(_fit_seconds(job.quick, job.kept, device)) if weighed or job.fits else 0.0

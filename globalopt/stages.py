@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from allocators import get_allocator
 from globalopt.analysis import (
+    MEASURED_WINDOWS,
     fit_layers,
     measure_layers,
     output_grams,
@@ -27,8 +28,6 @@ from solvers import get_solver
 
 SENSITIVITIES = ("fisher", "none")
 PRICINGS = ("fit", "span")
-MEASURED_WINDOWS = 4
-"""Calibration windows on which single layers are measured."""
 
 OTHER_LABELS = 2**31
 """Turns a seed of labels into that of others."""
