@@ -29,6 +29,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
+from globalopt.refining import MATCHES, RefineOptions
 from globalopt.search_objective import CANDIDATES
 from globalopt.stages import SearchOptions
 from globalopt.store import replacing, write_json
@@ -221,7 +222,8 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
             for contender in contenders:
                 where = folder / f"{budget:g}" / cells.folder_name(contender.label)
                 search = asked(options, budget, seed, contender)
-                measured[contender] = cells.search(bench, search, analysis, where, command, contender.make())
+                refining = RefineOptions(match=options.match)
+                measured[contender] = cells.search(bench, search, analysis, where, command, contender.make(), refining)
                 losses[contender] = cells.selection_loss(bench, search, where)
                 done += 1
                 cells.say(done, total, f"seed {seed}  budget {budget:g}  {contender.label}", measured[contender])
@@ -372,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
     )
+    parser.add_argument("--match", default="none", choices=MATCHES, help="train what is kept, as `search` does")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or KEEP:OF such as 2:4")
     parser.add_argument("--accounting", default="params", choices=ACCOUNTINGS)
     return cells.run_script(work, parser, arguments)

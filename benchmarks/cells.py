@@ -25,7 +25,7 @@ from globalopt import budget_file, pipeline, stages, workbench
 from globalopt.analysis import MEASURED_WINDOWS
 from globalopt.errors import GlobalOptError, UsageError
 from globalopt.protocols import Allocator
-from globalopt.refining import AS_FITTED
+from globalopt.refining import AS_FITTED, RefineOptions
 from globalopt.resources import StageClock
 from globalopt.stages import SearchOptions
 from globalopt.store import Run, read_json, write_json
@@ -157,12 +157,13 @@ def search(
     folder: Path,
     command: str,
     allocator: Allocator | None = None,
+    refining: RefineOptions = AS_FITTED,
 ) -> Summary:
     """`pipeline.search` of one cell on an analysis that is there already."""
-    run = Run.start(folder, pipeline.search_identity(bench, options, AS_FITTED), bench.facts(command))
+    run = Run.start(folder, pipeline.search_identity(bench, options, refining), bench.facts(command))
     share_analysis(analysis, run)
     with dense_after(bench) as fresh:
-        return pipeline.search(fresh, options, folder, command, allocator=allocator)[0]
+        return pipeline.search(fresh, options, folder, command, allocator=allocator, refining=refining)[0]
 
 
 def selection_loss(bench: Bench, options: SearchOptions, folder: Path) -> float:
