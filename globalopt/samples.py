@@ -35,10 +35,10 @@ def write_samples(
     written = [continued(model, prompts, new) for model in (dense, compressed)]
     samples = []
     try:
-        for start, *ends in zip(prompts, *written, strict=True):
-            differ = (ends[0] != ends[1]).nonzero()
+        for start, one, other in zip(prompts, *written, strict=True):
+            differ = (one != other).nonzero()
             agreed = int(differ[0]) if len(differ) else new
-            samples.append(Sample(*(_text(tokenizer, ids) for ids in (start, *ends)), agreed))
+            samples.append(Sample(_text(tokenizer, start), _text(tokenizer, one), _text(tokenizer, other), agreed))
     # Which of these a tokenizer raises for ids that it does not know is its own affair.
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as cause:
         return _none(split, f"the tokenizer cannot turn tokens into text ({cause!r})")

@@ -11,7 +11,7 @@ from globalopt.summary import Family, Summary
 from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison, held_against_first
 from reports.frontier import frontier_table, write_frontier
-from reports.heatmaps import write_figures
+from reports.pictures import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
 from reports.tables import metrics_table, render
 from reports.tasks import render_scores

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from globalopt.store import replacing
 from globalopt.summary import Summary
@@ -18,6 +22,9 @@ DPI = 150
 
 # Okabe and Ito's palette without yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+
+# With the colours, 49 kinds differ.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
@@ -60,6 +67,16 @@ def in_corner(axes: Axes, *lines: str) -> None:
         axes.text(0.98, 0.02, text, fontsize=7, color="0.4", bbox=behind, **corner)
 
 
+def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
+    """Ticks at a few round numbers where a log axis over `ends` has too few powers of ten to be read by."""
+    decades = math.log10(ends[1] / ends[0])
+    if decades < 3:
+        subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
+        axis.set_major_locator(MaxNLocator(5) if decades < 0.4 else LogLocator(subs=subs))
+        axis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        axis.set_minor_locator(NullLocator())
+
+
 def error_unit(unit: str) -> str:
     """A summary's unit with its formula, where it is one."""
     return f"output error {OUTPUT_ERROR}" if unit == "output error" else unit
@@ -73,9 +90,12 @@ def save(figure: Figure, path: Path) -> Path:
     Raises:
         ArtefactError: it cannot be written.
     """
+    # Settled once for both files: the layout is most of the work, and `savefig` would draw everything twice.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     # Without versions, dates and random names in the files, the same run gives the same bytes.
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
     with replacing(path.with_suffix(".svg")) as temporary, rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(temporary, format="svg", metadata={"Creator": None, "Date": None})
+        FigureCanvasSVG(figure).print_svg(temporary, metadata={"Creator": None, "Date": None})
     return path

@@ -22,6 +22,15 @@ def compact(n: int) -> str:
     return str(n)
 
 
+def prefixed(n: float) -> str:
+    """Two or three significant digits with a decimal prefix, for cells and ticks: 7, 0.5, 940, 8.3k, 147k, 12M."""
+    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
+        if n >= 10**power * (1 - 5e-4):
+            part = n / 10**power
+            return f"{part:.1f}{prefix}" if part < 9.95 else f"{part:.0f}{prefix}"
+    return f"{n:g}"
+
+
 def percent(part: int, whole: int) -> str:
     """Share in percent, rounded down to 0.01, so that 100.00 % is reached only by all of it."""
     return f"{part * 10_000 // whole / 100:.2f} %"

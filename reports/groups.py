@@ -76,6 +76,14 @@ def by_block(layers: Sequence[LayerPlan]) -> list[Group]:
     return [Group.pool(str(block), [layer for layer in layers if layer.block == block]) for block in blocks]
 
 
+def typical(layers: Sequence[P]) -> list[P]:
+    """The layers that keep the largest, the middle and the least fraction, and one of the highest rank, if any has."""
+    ranked = sorted(layers, key=lambda layer: -layer.kept)
+    chosen = ranked if len(ranked) <= 3 else [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    highest = max(ranked, key=lambda layer: layer.rank)
+    return chosen if highest.rank == 0 or highest in chosen else [*chosen, highest]
+
+
 @dataclass(frozen=True)
 class Grid(Generic[P]):
     """Layers by block (rows: every block from the first to the last) and kind (columns: model order)."""

@@ -4,55 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
 from globalopt.summary import LayerResult, Summary
 from globalopt.types import Status
-from reports.figures import COLOURS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain, save
+from reports import formats
+from reports.figures import COLOURS, MARKERS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain
 from reports.groups import Grid
-from reports.search_figure import search_figure
 from reports.shaded_grid import span
 from reports.tables import unit_name
 
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
 LABELLED = 24  # most blocks that are all named on an axis
 
-# With the colours, 49 kinds differ.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
-def write_figures(summary: Summary, folder: Path) -> list[Path]:
-    """Write `allocation.png`, `error.png` and, of a search, `search.png` into `folder`, and each as SVG beside it.
-
-    Returns:
-        Paths of the PNGs.
-    Raises:
-        ArtefactError: a file cannot be written.
-    """
-    figures = {"allocation.png": allocation_figure(summary), "error.png": error_figure(summary)}
-    if summary.search is not None:
-        figures["search.png"] = search_figure(summary, summary.search)
-    return [save(figure, folder / name) for name, figure in figures.items()]
-
 
 def allocation_figure(summary: Summary) -> Figure:
-    """Kept fraction, density, rank share and relative error (log scale) of every layer, block by kind."""
+    """What every layer keeps, as a fraction, in the budget's unit and as density; its rank; what it loses (log scale).
+
+    Block by kind.
+    """
     grid = Grid.of(summary.layers)
     width, height = _panel_size(grid)
-    figure = new_figure(summary, 2 * width, 2 * height)
-    axes = figure.subplots(2, 2)
+    figure = new_figure(summary, 3 * width, 2 * height)
+    axes = figure.subplots(2, 3)
+    unit = unit_name(summary.accounting)
     relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
-    heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit_name(summary.accounting)}")
-    heatmap(axes[0, 1], grid, lambda layer: layer.density, "density: nonzeros of S / weights")
-    heatmap(axes[1, 0], grid, lambda layer: layer.rank_share, "rank share: low-rank / kept parameters")
-    heatmap(axes[1, 1], grid, lambda layer: layer.relative, relative, log=True)
+    heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit}")
+    heatmap(axes[0, 1], grid, lambda layer: layer.rank, "rank of L", whole=True)
+    heatmap(axes[0, 2], grid, lambda layer: layer.rank_share, "rank share: low-rank / kept parameters")
+    heatmap(axes[1, 0], grid, lambda layer: layer.cost, f"kept {unit}", whole=True)
+    heatmap(axes[1, 1], grid, lambda layer: layer.density, "density: nonzeros of S / weights")
+    heatmap(axes[1, 2], grid, lambda layer: layer.relative, relative, log=True)
     return figure
 
 
@@ -75,19 +63,27 @@ def error_figure(summary: Summary) -> Figure:
 
 
 def heatmap(
-    axes: Axes, grid: Grid[LayerResult], value: Callable[[LayerResult], float], title: str, log: bool = False
+    axes: Axes,
+    grid: Grid[LayerResult],
+    value: Callable[[LayerResult], float],
+    title: str,
+    log: bool = False,
+    whole: bool = False,
 ) -> None:
     """Draw `value` of every layer, blocks down and kinds across; a place without a layer is hatched.
 
     Args:
         title: what is drawn, with its unit.
         log: colours by the logarithm; zeros take the lowest colour.
+        whole: values are counts, coloured from zero on.
     """
     values = grid.values(value)
-    norm = _log_norm(values) if log else Normalize(*span(values))
+    norm = _log_norm(values) if log else _count_norm(values) if whole else Normalize(*span(values))
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")
     image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="none")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    if whole:
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: formats.prefixed(n)))
     bar.ax.tick_params(which="both", labelsize=7)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40 if len(grid.kinds) <= WRITTEN else 90, fontsize=7)
@@ -107,7 +103,7 @@ def heatmap(
         for (i, j), cell in np.ndenumerate(values):
             if not math.isnan(cell):
                 dark = float(norm(cell)) < 0.6
-                text = _short(cell) if log or cell == 0 else f"{cell:.2f}"
+                text = formats.prefixed(cell) if whole else _short(cell) if log or cell == 0 else f"{cell:.2f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
 
 
@@ -121,7 +117,7 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
     for n, kind in enumerate(kinds):
         points = [(predicted, actual) for layer, predicted, actual in shown if layer.kind == kind]
         if points:
-            marker = _MARKERS[(n // len(COLOURS) + n) % len(_MARKERS)]
+            marker = MARKERS[(n // len(COLOURS) + n) % len(MARKERS)]
             colour = COLOURS[n % len(COLOURS)]
             axes.scatter(*zip(*points, strict=True), s=22, c=colour, marker=marker, alpha=0.8, linewidths=0, label=kind)
     ringed = [(predicted, actual) for la, predicted, actual in shown if Status(la.status) is not Status.CONVERGED]
@@ -157,6 +153,10 @@ def _log_norm(values: NDArray[np.float64]) -> Normalize:
     low, high = float(positive.min()), float(positive.max())
     # One value alone, or all alike, still needs two ends.
     return LogNorm(low, high if high > low else 10 * low, clip=True)
+
+
+def _count_norm(values: NDArray[np.float64]) -> Normalize:
+    return Normalize(0, max(1.0, float(np.nanmax(values))))
 
 
 def _short(value: float) -> str:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import EngFormatter
 
 from globalopt.summary import Evaluation, Search, Summary
 from reports import formats
-from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain
+from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.surrogate import Surrogate, chosen, whole
 
 ROOM = 3.0  # the diagonal is shown while it leaves the points at least one part in so many of the axes
@@ -65,8 +64,8 @@ def agreement(axes: Axes, summary: Summary, search: Search) -> None:
         if choice in shown:
             _mark(axes, choice.predicted, choice.loss)
         axes.set(xlim=_padded(across), ylim=_padded(up))
-        _round_ticks(axes.xaxis, across)
-        _round_ticks(axes.yaxis, up)
+        round_ticks(axes.xaxis, across)
+        round_ticks(axes.yaxis, up)
         _legend(axes)
     axes.set_box_aspect(1)
     in_corner(axes, ratio, not_drawn({"at zero": len(found) - len(shown)}))
@@ -108,7 +107,7 @@ def progress(axes: Axes, summary: Summary, search: Search) -> None:
         low, high = _padded(ends)
         outside = sum(not low <= loss <= high for loss in every)
         axes.set(yscale="log", ylim=(low, high))
-        _round_ticks(axes.yaxis, ends)
+        round_ticks(axes.yaxis, ends)
         _legend(axes)
     axes.set_xlim(0, 1.02 * max(search.tokens, 1))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -139,13 +138,3 @@ def _padded(ends: tuple[float, float]) -> tuple[float, float]:
     low, high = ends
     room = max((high / low) ** 0.06, 1.01)
     return low / room, high * room
-
-
-def _round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
-    """Ticks at a few round numbers where a log axis over `ends` has too few powers of ten to be read by."""
-    decades = math.log10(ends[1] / ends[0])
-    if decades < 3:
-        subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
-        axis.set_major_locator(MaxNLocator(5) if decades < 0.4 else LogLocator(subs=subs))
-        axis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
-        axis.set_minor_locator(NullLocator())

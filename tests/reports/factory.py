@@ -7,7 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from globalopt.summary import Evaluation, LayerResult, Metrics, Search, StageCost, Summary
+from globalopt.summary import (
+    Curve,
+    Details,
+    Evaluation,
+    LayerCurves,
+    LayerResult,
+    MatchResult,
+    Metrics,
+    Sample,
+    Samples,
+    Search,
+    StageCost,
+    Summary,
+    Trace,
+)
 
 KINDS = {
     "q_proj": (256, 256),
@@ -158,3 +172,57 @@ def make_searched(search: Search, **changed: Any) -> Summary:
     """A run whose allocation is the whole evaluation with the loss of `search`."""
     predicted = next((e.predicted for e in search.evaluations if e.whole and e.loss == search.loss), 0.0013)
     return make_summary(**{"search": search, "allocator": "evolution", "predicted": predicted, **changed})
+
+
+def make_matching(blocks: int = 8, model: bool = True) -> tuple[MatchResult, ...]:
+    """Every block a little better, the later the more; the whole model too."""
+    random = np.random.default_rng(2)
+    found = []
+    for block in range(blocks):
+        before = 2e-5 * math.exp(3 * block / blocks + 0.3 * random.normal())
+        after = before * (0.9 - 0.5 * block / blocks)
+        found.append(MatchResult(block, "nats", before, after, 8, 0 if block == 0 else 7, 4.2))
+    if model:
+        found.append(MatchResult(None, "kl", 0.0031, 0.0024, 3, 3, 61.0))
+    return tuple(found)
+
+
+def make_curve(count: int, scale: float, slope: float) -> Curve:
+    """`scale / place^slope`, zero in the last place."""
+    places = sorted({round(place) for place in np.geomspace(1, count, 40)})
+    values = [scale / place**slope for place in places]
+    return Curve(count, tuple(places), (*values[:-1], 0.0))
+
+
+def make_curves(layer: LayerResult) -> LayerCurves:
+    scale = 1 + layer.block / 4
+    singular = make_curve(min(layer.d_out, layer.d_in), 3 * scale, 0.8)
+    return LayerCurves(singular, make_curve(layer.d_out * layer.d_in, scale / 4, 0.45))
+
+
+def make_trace(layer: LayerResult) -> Trace:
+    """Ten looks at an objective that falls to the layer's relative error."""
+    least = max(layer.relative, 1e-6)
+    return tuple((32 * n, 40.0 * (least + (1 - least) * math.exp(-0.9 * n))) for n in range(10))
+
+
+def make_samples() -> Samples:
+    """Two prompts, one on which both models agree to the end, and text that looks like HTML."""
+    return Samples(
+        "validation",
+        32,
+        48,
+        (
+            Sample("The tower was built in", " 1889 , and is one of the most visited", " 1889 , and was", 6),
+            Sample("<script>alert('x')</script> & so", " on </p><b>", " on </p><b>", 48),
+        ),
+    )
+
+
+def make_details(summary: Summary, samples: Samples | None = None) -> Details:
+    """Curves of all layers, traces of all but the dense one."""
+    return Details(
+        {layer.name: make_curves(layer) for layer in summary.layers},
+        {layer.name: make_trace(layer) for layer in summary.layers if layer.relative},
+        samples,
+    )

@@ -7,18 +7,19 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from reports import report, write_figures
+from reports import figures, report, write_figures
+from reports.formats import prefixed
 from reports.groups import Grid
 from reports.heatmaps import allocation_figure, error_figure
 from tests.command import contents
 from tests.reports.factory import MISSING, make_layers, make_search, make_searched, make_summary
 
-VALUES = ("kept", "density", "rank_share", "relative")
+VALUES = ("kept", "rank", "rank_share", "cost", "density", "relative")
 
 
 def test_the_panels_hold_the_values() -> None:
@@ -26,7 +27,7 @@ def test_the_panels_hold_the_values() -> None:
     figure = allocation_figure(summary)
     cells = Grid.of(summary.layers).cells
     kinds = list(dict.fromkeys(layer.kind for layer in summary.layers))
-    for axes, name in zip(figure.axes[:4], VALUES, strict=True):
+    for axes, name in zip(figure.axes[:6], VALUES, strict=True):
         drawn = axes.images[0].get_array()
         assert isinstance(drawn, np.ma.MaskedArray)
         assert drawn.shape == (8, 7)
@@ -38,9 +39,16 @@ def test_the_panels_hold_the_values() -> None:
 
 
 def test_relative_error_is_on_a_log_scale_where_zero_takes_the_lowest_colour() -> None:
-    image = allocation_figure(make_summary()).axes[3].images[0]
+    image = allocation_figure(make_summary()).axes[5].images[0]
     assert isinstance(image.norm, LogNorm)
     assert float(image.norm(0.0)) == 0.0
+
+
+def test_counts_are_coloured_from_zero_on_and_written_short() -> None:
+    axes = allocation_figure(make_summary()).axes[3]
+    largest = max(layer.cost for layer in make_layers())
+    assert (axes.images[0].norm.vmin, axes.images[0].norm.vmax) == (0, largest)
+    assert prefixed(largest) in {text.get_text() for text in axes.texts}
 
 
 def test_few_blocks_have_their_values_written_and_many_do_not() -> None:
@@ -119,11 +127,12 @@ def test_an_svg_is_whole_and_shows_the_title(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_old_picture_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "allocation.png").write_bytes(b"old")
 
-    def full(self: Figure, path: Path, **options: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    class Full(FigureCanvasAgg):
+        def print_png(self, path: Path, **options: object) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", full)
+    monkeypatch.setattr(figures, "FigureCanvasAgg", Full)
     with pytest.raises(ArtefactError, match=r"allocation\.png"):
         write_figures(make_summary(2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["allocation.png"]

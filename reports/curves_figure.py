@@ -1,0 +1,80 @@
+"""Picture of what there was to keep in a layer: singular values and saliencies, and how far down it was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from globalopt.summary import Curve, LayerCurves, LayerResult, Summary
+from reports import formats
+from reports.figures import COLOURS, MARKERS, new_figure, plain
+from reports.groups import typical
+
+
+def curves_figure(summary: Summary, curves: Mapping[str, LayerCurves]) -> Figure:
+    """Singular values (left) and saliencies (right), descending, log axes, of a few `typical` layers.
+
+    A curve is bold as far as its layer keeps: to the rank, to the count of nonzeros. What is kept need not be what is
+    largest here, as solvers see the whole Gram; the place on the curve says how deep the budget reached.
+    """
+    figure = new_figure(summary, 11.6, 5.4)
+    left, right = figure.subplots(1, 2)
+    shown = typical([layer for layer in summary.layers if layer.name in curves])
+    lows: dict[Axes, list[float]] = {left: [], right: []}
+    for n, layer in enumerate(shown):
+        found = curves[layer.name]
+        lows[left] += _descent(left, found.singular, layer.rank, n, label(layer))
+        lows[right] += _descent(right, found.saliency, layer.nnz, n)
+    for axes, low in lows.items():
+        if low:
+            axes.set(xscale="log", yscale="log")
+            # The very last values fall to nothing, and would leave no room for the others.
+            axes.set_ylim(bottom=min(low) / 2)
+        plain(axes)
+        axes.set_ylabel("root mean square of the output", fontsize=8)
+    left.set_title(r"singular values of $W D$, $D$ the root mean squares of the inputs", fontsize=10, loc="left")
+    left.set_xlabel("direction, the largest first; marked: the rank of L", fontsize=8)
+    right.set_title(r"saliencies $|W_{ij}|\, d_j$", fontsize=10, loc="left")
+    right.set_xlabel("weight, the largest first; marked: the nonzeros of S", fontsize=8)
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False)
+    return figure
+
+
+def label(layer: LayerResult) -> str:
+    """A layer in a legend: where it is, its shape, and what it keeps."""
+    return (
+        f"block {layer.block} {layer.kind}, {layer.d_out} x {layer.d_in}: keeps {layer.kept:.3f}, "
+        f"rank {layer.rank}, {formats.compact(layer.nnz)} nonzeros"
+    )
+
+
+def _descent(axes: Axes, curve: Curve, kept: int, n: int, name: str | None = None) -> list[float]:
+    """One curve, bold up to the place `kept`, which is marked; zeros have no place on log axes.
+
+    Returns:
+        Heights that must be in sight: where the mark is, and where nine tenths of the values are larger.
+    """
+    places, values = np.array(curve.places, dtype=float), np.array(curve.values)
+    places, values = places[values > 0], values[values > 0]
+    bold = {"color": COLOURS[n], "marker": MARKERS[n], "markersize": 7, "markeredgecolor": "white", "linewidth": 2.4}
+    if not len(places):
+        axes.plot([], [], label=name, **bold)
+        return []
+
+    def height(place: float) -> float:
+        # Between two places the logarithms are nearly straight.
+        return float(np.exp(np.interp(np.log(place), np.log(places), np.log(values))))
+
+    axes.plot(places, values, color=COLOURS[n], linewidth=1.0, alpha=0.6)
+    sight = [height(max(1.0, 0.9 * places[-1]))]
+    xs, ys = [], []
+    if kept:
+        end = min(float(kept), places[-1])
+        inside = places < end
+        xs, ys = [*places[inside], end], [*values[inside], height(end)]
+        sight.append(ys[-1])
+    axes.plot(xs, ys, label=name, markevery=[-1], **bold)
+    return sight
