@@ -35,7 +35,8 @@ class Database:
     """Every layer's targets by level: at level l, what costs `l step` more than the start's.
 
     `step = ½ min(s, 1 - s) / LEVELS hidden²` weights, s the sparsity (1 - budget) and hidden the smallest input
-    dimension; the same for all layers, so that a swap keeps the budget. Under a pattern a level is a rank at least.
+    dimension; the same for all layers, so that a swap keeps the budget. Where only rank is free a level is a step of
+    it at least.
     """
 
     def __init__(self, problem: Problem, start: Mapping[str, Target]) -> None:
@@ -43,7 +44,7 @@ class Database:
         self.layers = layers_of(problem)
         kept, hidden = problem.budget.kept, min(spec.d_in for spec in problem.specs)
         weights = round(0.5 * min(kept, 1 - kept) / LEVELS * hidden**2)
-        rank = 0 if problem.pattern is None else max(layer.unit for layer in self.layers.values())
+        rank = 0 if problem.axis == "nnz" else max(layer.unit for layer in self.layers.values())
         self.step = max(1, rank, weights * (BYTES_PER_VALUE if problem.budget.accounting == "bytes" else 1))
         self.levels = {name: self._levels(layer, start[name]) for name, layer in self.layers.items()}
 

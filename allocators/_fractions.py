@@ -71,7 +71,7 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
     Args:
         kept: fraction of each block, of parameters or bytes as the budget counts; may leave [0, 1].
         rank_share: of what a layer keeps, as rank: `rank = floor(rank_share kept d_out d_in / (d_out + d_in))`, at
-            most the largest its surface offers. Under an N:M pattern all that is free is rank.
+            most the largest its surface offers, and within the problem's limits. Where only rank is free all of it is.
     """
     layers = [_Layer.of(surface, problem) for surface in problem.surfaces]
     limit = problem.budget.limit
@@ -97,7 +97,7 @@ class _Layer:
     Args:
         dense: cost of the untouched layer.
         least, most: the fractions of it that can be kept: 0 and 1, or under a pattern what its nonzeros cost alone and
-            with the largest rank the surface offers.
+            with the largest rank the surface offers. Without sparse parts there is nothing between that rank and 1.
     """
 
     spec: LayerSpec
@@ -122,13 +122,15 @@ class _Layer:
 
     def target(self, fraction: float, problem: Problem, rank_share: float) -> Target:
         """The target that costs at most the clipped `fraction`."""
-        budget, spec = problem.budget, self.spec
+        spec = self.spec
         kept = self.clip(fraction)
         limit = math.floor(kept * self.dense * (1 + ROUNDING))
         if problem.pattern is not None:
             nnz = Target(0, problem.pattern.nnz(spec), problem.pattern)
-            return budget.grow(nnz, spec, "rank", self.most_rank, limit)
+            return problem.grow(nnz, spec, "rank", self.most_rank, limit)
         if limit == self.dense:
             return Target.dense(spec)
+        if problem.axis == "rank":
+            return problem.grow(Target.zero(), spec, "rank", self.most_rank, limit)
         rank = min(int(rank_share * limit / self.dense * spec.numel / (spec.d_out + spec.d_in)), self.most_rank)
-        return budget.grow(Target(rank, 0), spec, "nnz", spec.numel - 1, limit)
+        return problem.grow(Target(problem.limits.floor(rank), 0), spec, "nnz", spec.numel - 1, limit)

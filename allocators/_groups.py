@@ -45,7 +45,8 @@ class Groups:
     layer pay `P = start's price + g (c_r - start's) + g (c_s - start's)`: its rank is what `c_r` pay for, rounded down,
     and the rest of P buys entries, to the unit. So a group smaller than a direction needs no rule of its own, and the
     counts of the start are the start itself. A rank above those of the surface, or beside which it offers more entries
-    than P buys, is lowered until the surface prices it. A layer that could pay for itself is dense.
+    than P buys, is lowered until the surface prices it. A layer that could pay for itself is dense. Without sparse
+    parts there are rank groups alone; ranks are within the problem's limits.
 
     Args:
         problem: surfaces, budget, pattern.
@@ -111,6 +112,7 @@ class _Layer:
         self.spec = surface.spec
         self.budget = problem.budget
         self.pattern = problem.pattern
+        self.limits = problem.limits
         nnz = self.pattern.nnz(self.spec) if self.pattern else 0
         self.bare = Target(0, nnz, self.pattern)
         self.base = self.budget.cost(self.bare, self.spec)
@@ -120,27 +122,33 @@ class _Layer:
 
     def tops(self) -> dict[str, int]:
         """The most that each part is worth paying."""
+        if not self.limits.sparse:
+            return {"rank": self.dense}
         ranks = {"rank": self.most_rank * self.per_rank}
         return ranks if self.pattern else {**ranks, "nnz": self.dense}
 
     def paid(self, target: Target) -> dict[str, int]:
         """What `target` pays for each part."""
+        if not self.limits.sparse:
+            return {"rank": self.budget.cost(target, self.spec)}
         rank = target.rank * self.per_rank
         return {"rank": rank, "nnz": self.budget.cost(target, self.spec) - self.base - rank}
 
     def bought(self, rank: int, nnz: int) -> Target:
         """The target that `rank` and `nnz` pay for together."""
+        ranks = self.limits.floor(min(rank // self.per_rank, self.most_rank))
         if self.pattern is not None:
-            return replace(self.bare, rank=min(rank // self.per_rank, self.most_rank))
+            return replace(self.bare, rank=ranks)
         price = rank + nnz
         if price >= self.dense:
             return Target.dense(self.spec)
-        ranks = min(rank // self.per_rank, self.most_rank)
+        if not self.limits.sparse:
+            return Target(ranks, 0)
         while True:
             target = self.budget.grow(Target(ranks, 0), self.spec, "nnz", self.spec.numel, price)
             if not ranks or target.nnz >= self._least(ranks):
                 return target
-            ranks -= 1
+            ranks -= self.limits.rank_multiple
 
     def _least(self, rank: int) -> int:
         """The fewest entries that the surface offers beside so many directions or more."""

@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 
 
 def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta: int) -> dict[str, Target] | None:
-    """`giver` gives up `delta` of cost and `taker` takes it, in nonzeros, under a pattern in ranks.
+    """`giver` gives up `delta` of cost and `taker` takes it, in nonzeros, or in ranks where only these are free.
 
     Less is moved where one has no more to give, or the other no more room; more where one rank of the taker costs more.
     What the taker cannot use goes back to the giver, and what neither can (a rank or an index too dear) is spent where
@@ -46,7 +46,7 @@ def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta
 def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str, Target] | None:
     """Change one layer's rank by `ranks`, within the ranks its surface offers, and settle it in nonzeros.
 
-    Returns: the new targets, or None where the layer cannot; under a pattern, which fixes the nonzeros, always.
+    Returns: the new targets, or None where the layer cannot; where only ranks are free, always.
     """
     layers = layers_of(problem)
     moved = layers[name].traded(targets[name], ranks, _slack(problem, targets))
@@ -189,9 +189,11 @@ class Layer:
     """With so many ranks more, and what its cost and a slack pay of nonzeros; None where it cannot."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
+        self.problem = problem
         self.budget = problem.budget
         self.spec = surface.spec
-        self.axis = "nnz" if problem.pattern is None else "rank"
+        self.axis = problem.axis
+        self.multiple = problem.limits.rank_multiple
         self.dense = self.cost(Target.dense(self.spec))
         self.per_rank = self.spec.d_out + self.spec.d_in
         least: dict[int, int] = {}
@@ -215,7 +217,7 @@ class Layer:
     def unit(self) -> int:
         """Cost that surely buys one more of what is free: a rank, a parameter, or a 16-bit value and its index."""
         if self.axis == "rank":
-            return self.cost(Target(1, 0))
+            return self.cost(Target(self.multiple, 0))
         return 1 if self.budget.accounting == "params" else 4
 
     def _bare(self, target: Target) -> Target:
@@ -228,7 +230,7 @@ class Layer:
 
     def _shrunk(self, target: Target, amount: int) -> Target:
         top = getattr(target, self.axis)
-        return self.budget.grow(self._bare(target), self.spec, self.axis, top, self.cost(target) - amount)
+        return self.problem.grow(self._bare(target), self.spec, self.axis, top, self.cost(target) - amount)
 
     def _grown(self, target: Target, amount: int) -> Target:
         if self.axis == "rank":
@@ -238,10 +240,12 @@ class Layer:
         if top <= getattr(target, self.axis):
             return target
         limit = min(self.dense, self.cost(target) + amount)
-        return self.budget.grow(target, self.spec, self.axis, top, limit)
+        return self.problem.grow(target, self.spec, self.axis, top, limit)
 
     def _traded(self, target: Target, ranks: int, slack: int) -> Target | None:
-        rank = min(max(target.rank + ranks, self.ranks[0]), self.ranks[-1])
+        # To the next multiple at least, or nothing would move.
+        change = max(self.multiple, abs(ranks) // self.multiple * self.multiple)
+        rank = min(max(target.rank + (change if ranks > 0 else -change), self.ranks[0]), self.ranks[-1])
         if self.axis == "rank" or rank == target.rank:
             return None
         least = self._bare(replace(target, rank=rank, nnz=self.spec.numel))

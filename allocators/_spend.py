@@ -10,18 +10,17 @@ from globalopt.types import ErrorSurface, Problem, Target
 
 
 def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
-    """Turn the slack of `targets` into nonzeros (into rank under a pattern), where it lowers the error fastest.
+    """Turn the slack of `targets` into nonzeros (into rank where only that is free), where it lowers the error fastest.
 
     Each step goes at most to the next option of the same layer, so the predicted error stays an interpolation
     between neighbouring options; the cheapest gain per unit of cost is taken first. Targets that exceed the budget
     are returned as they are: `Problem.finish` refuses them.
 
     Args:
-        problem: surfaces, budget, pattern.
+        problem: surfaces, budget, pattern, limits.
         targets: one per layer.
     """
-    # Under a pattern the count is fixed, and only the rank can grow.
-    axis = "rank" if problem.pattern is not None else "nnz"
+    axis = problem.axis
     chosen = dict(targets)
     slack = problem.budget.limit - problem.used(chosen)
     surfaces = {surface.spec.name: surface for surface in problem.surfaces}
@@ -41,7 +40,7 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
         _, name, step = heapq.heappop(queue)
         spec = surfaces[name].spec
         before = problem.budget.cost(chosen[name], spec)
-        reached = problem.budget.grow(chosen[name], spec, axis, getattr(step, axis), before + slack)
+        reached = problem.grow(chosen[name], spec, axis, getattr(step, axis), before + slack)
         slack -= problem.budget.cost(reached, spec) - before
         moved = reached != chosen[name]
         chosen[name] = reached

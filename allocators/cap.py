@@ -108,7 +108,8 @@ class Components:
     `magnitude` is a component's root energy per parameter against the layer's: `s_i / sqrt(d_out + d_in)` for a
     direction, `|S_ij|` for an entry, over the root mean square of them all, in the span's coordinates. `price` is in
     the budget's unit; in bytes it leaves out the index of `S`. Entries where `S` is zero have magnitude 0 and are never
-    kept. Under a pattern the entries are fixed, and a layer has no more directions than make up what it drops.
+    kept. Under a pattern the entries are fixed, and a layer has no more directions than make up what it drops; without
+    sparse parts there are none. Counts of directions are rounded down to the problem's limits.
     """
 
     def __init__(self, problem: Problem, objective: Objective) -> None:
@@ -122,7 +123,8 @@ class Components:
             span = objective.span(spec.name)
             bare = Target(0, pattern.nnz(spec) if pattern else 0, pattern)
             room = (spec.numel - bare.nnz) // (spec.d_out + spec.d_in) if pattern else span.max_rank
-            directions, entries = min(span.max_rank, room), 0 if pattern else spec.numel
+            directions = problem.limits.floor(min(span.max_rank, room))
+            entries = spec.numel if problem.axis == "nnz" else 0
             part = _Part(spec, bare, start, directions, entries)
             energy = float((span.s.double() ** 2).sum() + (span.S.double() ** 2).sum())
             parts = (span.s[:directions] / (spec.d_out + spec.d_in) ** 0.5, span.S.flatten()[:entries].abs())
@@ -176,13 +178,14 @@ class Components:
 
     def _kept(self, part: _Part, mask: Tensor) -> Target | Mask:
         directions = mask[part.start : part.middle]
-        if part.bare.pattern is not None:
-            return replace(part.bare, rank=int(directions.sum()))
+        if self._problem.axis == "rank":
+            return self._target(part, int(directions.sum()), 0)
         entries = mask[part.middle : part.end].reshape(part.spec.d_out, part.spec.d_in)
         return Mask(directions, entries)
 
     def _target(self, part: _Part, directions: int, entries: int) -> Target:
-        target = replace(part.bare, rank=directions, nnz=part.bare.nnz + entries)
+        rank = self._problem.limits.floor(directions)
+        target = replace(part.bare, rank=rank, nnz=part.bare.nnz + entries)
         if part.bare.pattern is None and target.params(part.spec) >= part.spec.numel:
             return Target.dense(part.spec)
         return target

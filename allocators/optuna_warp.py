@@ -114,9 +114,9 @@ def nearest(problem: Problem, warp: Warp, targets: Mapping[str, Target]) -> Thet
 
 def _price(problem: Problem, surface: ErrorSurface, target: Target) -> float:
     """Mean fall of the error per unit of cost, from a tenth less to a tenth more of what is free."""
-    axis = "nnz" if problem.pattern is None else "rank"
+    axis = problem.axis
     spec = surface.spec
-    top = spec.numel if problem.pattern is None else max(t.rank for t in surface.targets)
+    top = spec.numel if axis == "nnz" else max(t.rank for t in surface.targets)
     here = getattr(target, axis)
     less = replace(target, **{axis: math.floor(0.9 * here)})
     more = replace(target, **{axis: min(top, math.ceil(1.1 * here) + 1)})

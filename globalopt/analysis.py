@@ -19,7 +19,7 @@ from globalopt.sensitivity import backward_sweep
 from globalopt.span import compute_span
 from globalopt.store import Run
 from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
-from globalopt.types import NM, ErrorSurface, Gram, LayerSpec, Mask, Metric, Target
+from globalopt.types import FREE, NM, ErrorSurface, Gram, LayerSpec, Limits, Mask, Metric, Target
 
 WEIGHED_KEPT = 0.2
 """Fraction kept at which a layer's metric is chosen; losses that grow faster than the square show there."""
@@ -85,6 +85,7 @@ def weigh_layers(
     pattern: NM | None,
     solver: Solver,
     advance: Callable[[str], None] = lambda detail: None,
+    limits: Limits = FREE,
 ) -> None:
     """Write whether the layers `unweighed` are better fitted with their output Grams, or in `tr(E G Eᵀ)` alone.
 
@@ -102,13 +103,17 @@ def weigh_layers(
         assert isinstance(kept, Target), "a layer is asked about as a target"
         return fits[spec.name][kept.rank] if kept.nnz == 0 else objective.dense(spec.name)
 
+    def asked_for(spec: LayerSpec) -> Target:
+        if not limits.sparse:
+            return Target(max(1, int(WEIGHED_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
+        return Target(0, pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel), pattern)
+
     objective = ModelObjective(runner, materialise)
     everything: Candidate = {spec.name: Target.dense(spec) for spec in runner.layers.specs}
     try:
         for spec in unweighed:
             dense = objective.dense(spec.name)
-            nnz = pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel)
-            target = Target(0, nnz, pattern)
+            target = asked_for(spec)
             gram = run.read_gram(spec.site).to(dense.device)
             metrics = Metric(gram), Metric(gram, run.read_outputs(spec).to(dense.device))
             plain, weighted = (solver.solve(solver.prepare(dense, metric), target).value.dense() for metric in metrics)
@@ -131,6 +136,7 @@ def fit_layers(
     solver: Solver,
     outputs: Callable[[LayerSpec], Gram | None],
     advance: Callable[[str], None] = lambda detail: None,
+    limits: Limits = FREE,
 ) -> None:
     """Write what fits by `solver` at the anchors of the layers `unfitted` lose.
 
@@ -139,7 +145,7 @@ def fit_layers(
     """
     for spec in unfitted:
         weight, found = layers.weight(spec.name), outputs(spec)
-        options = Options.of(spec, run.read_span(spec).max_rank, pattern)
+        options = Options.of(spec, run.read_span(spec).max_rank, pattern, limits)
         metric = Metric(run.read_gram(spec.site).to(weight.device), found and found.to(weight.device))
         run.write_fits(spec, options.anchors, fit_anchors(weight, metric, options, solver))
         advance(spec.name)
@@ -216,6 +222,7 @@ def price_by_gradients(
     pattern: NM | None,
     seed: int,
     device: torch.device | None = None,
+    limits: Limits = FREE,
 ) -> Priced:
     """Surfaces in nats per token with the output Grams of the layers `unpriced`, last block first.
 
@@ -231,7 +238,7 @@ def price_by_gradients(
 
     def sketches_of(spec: LayerSpec) -> list[PrefixSketch | DenseSketch]:
         span = run.read_span(spec).to(layers.device_of(spec.block))
-        grid[spec.name] = Options.of(spec, span.max_rank, pattern)
+        grid[spec.name] = Options.of(spec, span.max_rank, pattern, limits)
         made = sketches(span, grid[spec.name])
         if run.fits_path(spec).exists():
             made.append(DenseSketch(_Fits.read(run, spec).residuals.to(span.S.device).float()))
@@ -273,12 +280,14 @@ def output_grams(
         advance(found.spec.name)
 
 
-def price_by_grams(layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None) -> Priced:
+def price_by_grams(
+    layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None, limits: Limits = FREE
+) -> Priced:
     """Surfaces in output error `tr(E G Eᵀ)` of the layers `unpriced`, without a backward pass."""
     for spec in unpriced:
         weight = layers.weight(spec.name)
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
-        options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern), metric)
+        options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern, limits), metric)
         lost = _Fits.read(run, spec).residuals.to(weight.device).float() if run.fits_path(spec).exists() else ()
         yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None

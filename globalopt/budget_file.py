@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.store import read_json, write_json
 from globalopt.summary import LayerPlan
-from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem, Target
+from globalopt.types import FREE, NM, Allocation, Budget, LayerSpec, Limits, Problem, Target
 
 SCHEMA_VERSION = 1
 NOT_PREDICTED = "not predicted"
@@ -47,12 +47,22 @@ class LayerEntry(BaseModel):
         return Target(self.rank, self.nnz, NM.parse(self.pattern) if self.pattern else None)
 
 
+class LimitsEntry(BaseModel):
+    """What every layer is within, so that it can be served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rank_multiple: int = Field(ge=1)
+    max_rank: int | None = Field(ge=0)
+    sparse: bool
+
+
 class BudgetFile(BaseModel):
     """A whole budget file; `read` also checks that it adds up.
 
     `fingerprint` identifies the model by type and layer shapes. `asked` is the fraction kept that was asked for,
     `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
-    `predicted` is None where targets came from elsewhere and nothing was predicted for them.
+    `predicted` is None where targets came from elsewhere and nothing was predicted for them. `limits` are those of the
+    search, if it had some.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -71,6 +81,12 @@ class BudgetFile(BaseModel):
     predicted: float | None
     bound: float | None
     layers: tuple[LayerEntry, ...]
+    limits: LimitsEntry | None = None
+
+    @property
+    def served(self) -> Limits:
+        """The limits of the search."""
+        return FREE if self.limits is None else Limits(**self.limits.model_dump())
 
     @property
     def plans(self) -> tuple[LayerPlan, ...]:
@@ -98,6 +114,8 @@ class BudgetFile(BaseModel):
         try:
             budget = Budget(self.limit, self.total, self.accounting)
             costs = [budget.cost(entry.target.check(entry.spec), entry.spec) for entry in self.layers]
+            for entry in self.layers:
+                self.served.check(entry.target, entry.spec)
         except GlobalOptError as cause:
             raise ArtefactError(f"{source}: {cause}") from None
         for entry, cost in zip(self.layers, costs, strict=True):
@@ -163,6 +181,7 @@ def make(
             for surface in problem.surfaces
             for target in [allocation.targets[surface.spec.name]]
         ),
+        limits=None if problem.limits == FREE else LimitsEntry(**asdict(problem.limits)),
     )
 
 
@@ -243,6 +262,8 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
         "predicted": None,
         "bound": None,
         "layers": tuple(entries),
+        # Nobody promised them of targets from elsewhere.
+        "limits": None,
     }
     return like.model_copy(update=changed)
 
@@ -269,7 +290,12 @@ def without_rank(file: BudgetFile) -> BudgetFile:
 
 def write(path: Path, file: BudgetFile) -> None:
     """Write atomically; the same file gives the same bytes."""
-    write_json(path, file.model_dump(mode="json"))
+    write_json(path, record(file))
+
+
+def record(file: BudgetFile) -> dict[str, Any]:
+    """As JSON; a file without limits says nothing of them."""
+    return file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
 
 
 def read(path: Path) -> BudgetFile:

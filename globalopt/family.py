@@ -12,7 +12,7 @@ from globalopt import budget_file
 from globalopt.errors import BudgetError
 from globalopt.pipeline import budget_of, pose, true_loss
 from globalopt.registry import read_options
-from globalopt.stages import SearchOptions, analyse, check_pattern
+from globalopt.stages import SearchOptions, analyse, check_feasible
 from globalopt.store import Run
 from globalopt.summary import Family, FamilyPoint, Outcome
 from globalopt.types import NM, Allocation, Budget, LayerSpec, Problem
@@ -53,9 +53,9 @@ def family(
     knapsack = Knapsack(**read_options(Knapsack, f"allocator '{ALLOCATOR}'", options.allocator_options))
     pattern = NM.parse(options.pattern)
     specs = bench.layers.specs
-    reached = _reached(pattern, specs, options.accounting, budgets, leave_out)
+    reached = _reached(options, specs, budgets, leave_out)
     left_out = tuple(sorted(set(budgets) - reached.keys()))
-    words = {name: value for name, value in asdict(options).items() if name not in UNREAD}
+    words = {name: value for name, value in options.words().items() if name not in UNREAD}
     identity = {
         **bench.identity(options.seed),
         "family": {**words, "budgets": list(reached), "measured": options.search_tokens > 0},
@@ -119,14 +119,14 @@ def family(
 
 
 def _reached(
-    pattern: NM | None, specs: tuple[LayerSpec, ...], accounting: str, budgets: Sequence[float], leave_out: bool
+    options: SearchOptions, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
 ) -> Mapping[float, Budget]:
     """The budgets by their fractions, ascending, without those below the pattern's own cost if they may be left out."""
     reached = {}
     for kept in sorted(budgets):
-        budget = Budget.fraction(kept, specs, accounting)
+        budget = Budget.fraction(kept, specs, options.accounting)
         try:
-            check_pattern(pattern, specs, budget)
+            check_feasible(options, specs, budget)
         except BudgetError:
             if not leave_out or kept == max(budgets):
                 raise

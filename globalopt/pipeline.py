@@ -28,7 +28,7 @@ from globalopt.stages import (
     SENSITIVITIES,
     SearchOptions,
     analyse,
-    check_pattern,
+    check_feasible,
     check_word,
     collect_block_outputs,
     collect_outputs,
@@ -63,7 +63,7 @@ def search(
     pattern = NM.parse(options.pattern)
     specs = bench.layers.specs
     budget = Budget.fraction(options.budget, specs, options.accounting)
-    check_pattern(pattern, specs, budget)
+    check_feasible(options, specs, budget)
     refining.check(bench.layers)
 
     run = Run.start(folder, search_identity(bench, options, refining), bench.facts(command), fresh)
@@ -109,7 +109,7 @@ def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
     surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
     profiles = {spec.name: run.read_profile(spec) for spec in specs}
     budget = Budget.fraction(options.budget, specs, options.accounting)
-    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles)
+    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles, options.limits)
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
@@ -155,7 +155,7 @@ def true_loss(
 
 def search_identity(bench: Bench, options: SearchOptions, refining: RefineOptions) -> dict[str, Any]:
     """What decides the results of a search."""
-    return {**bench.identity(options.seed), "search": asdict(options), "refining": asdict(refining)}
+    return {**bench.identity(options.seed), "search": options.words(), "refining": asdict(refining)}
 
 
 def compress_identity(
@@ -170,7 +170,7 @@ def compress_identity(
     """What decides the results of a refinement."""
     return {
         **bench.identity(seed),
-        "budget": digest(file.model_dump(mode="json")),
+        "budget": digest(budget_file.record(file)),
         "solver": [solver_name, dict(solver_options)],
         "sensitivity": sensitivity,
         "refining": asdict(refining),
@@ -201,7 +201,8 @@ def compress(
     allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
     refining.check(bench.layers)
     for spec in bench.layers.specs:
-        for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
+        made = for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
+        file.served.check(made, spec)
     identity = compress_identity(bench, file, solver_name, solver_options, seed, sensitivity, refining)
     run = Run.start(folder, identity, bench.facts(command), fresh)
     if run.summary_path.exists():
@@ -213,7 +214,7 @@ def compress(
         unit, outputs = NATS, run.read_outputs
         collect_outputs(bench, run, seed)
         patterns = {target.pattern for target in allocation.targets.values()}
-        weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs)
+        weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs, file.served)
     matching = refining.matching(sensitivity)
     return finish(bench, run, file, allocation, solver, command, seed, unit, outputs, refining, matching), run
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from allocators import get_allocator
 from globalopt.analysis import (
@@ -20,9 +21,11 @@ from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.search_objective import CANDIDATES
+from globalopt.serving import check_solver, get_profile, limits_of
 from globalopt.span import SCALINGS
 from globalopt.store import Run
-from globalopt.types import NM, Budget, ErrorSurface, Gram, LayerSpec, Problem, Target
+from globalopt.surface import Options
+from globalopt.types import FREE, NM, Budget, ErrorSurface, Gram, LayerSpec, Limits, Problem, Target
 from globalopt.workbench import Bench
 from solvers import get_solver
 
@@ -50,12 +53,41 @@ class SearchOptions:
     pricing: str = "fit"
     candidates: str = "auto"
     search_tokens: int = 500_000
+    serving_profile: str = "dense"
+    rank_multiple: int | None = None
 
     def __post_init__(self) -> None:
+        profile = get_profile(self.serving_profile)
+        limits = self.limits
+        if profile.pattern is not None and self.pattern != profile.pattern:
+            raise UsageError(f"--serving-profile {self.serving_profile} is of pattern {profile.pattern} alone.")
+        if not limits.sparse and self.pattern != "unstructured":
+            raise UsageError(
+                f"--serving-profile {self.serving_profile} keeps no sparse parts, and --pattern {self.pattern} is of "
+                "these."
+            )
+        if not limits.sparse and self.scaling != "direct":
+            raise UsageError(
+                f"--serving-profile {self.serving_profile} takes --span-scaling direct: other spans have few ranks."
+            )
         check_word("candidates", self.candidates, CANDIDATES)
         check_word("sensitivity", self.sensitivity, SENSITIVITIES)
         check_word("span-scaling", self.scaling, SCALINGS)
         check_word("pricing", self.pricing, PRICINGS)
+
+    @property
+    def limits(self) -> Limits:
+        """What every layer must be within, so that it can be served."""
+        return limits_of(self.serving_profile, self.rank_multiple)
+
+    def words(self) -> dict[str, Any]:
+        """As JSON, for the identity of a run; runs without a place to be served are what they ever were."""
+        words = asdict(self)
+        if self.serving_profile == "dense":
+            del words["serving_profile"]
+        if self.rank_multiple is None:
+            del words["rank_multiple"]
+        return words
 
 
 def check_word(option: str, value: str, known: Sequence[str]) -> None:
@@ -73,6 +105,7 @@ def check_options(options: SearchOptions) -> None:
             "is span. Use --candidates span."
         )
     NM.parse(options.pattern)
+    check_solver(options.serving_profile, options.limits, solver)
     Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
 
 
@@ -81,8 +114,21 @@ def fitted(options: SearchOptions, solver: Solver) -> bool:
     return options.pricing == "fit" and solver.needs is Needs.GRAM
 
 
-def check_pattern(pattern: NM | None, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
-    """Refuse a pattern that does not divide a layer or does not fit the budget, before anything is computed."""
+def check_feasible(options: SearchOptions, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
+    """Refuse what no allocation can be, before anything is computed.
+
+    Raises:
+        UsageError: the pattern does not divide a layer, or no layer has room for a rank that can be served.
+        BudgetError: the pattern does not fit the budget.
+    """
+    pattern, limits = NM.parse(options.pattern), options.limits
+    if get_profile(options.serving_profile).low_rank_part:
+        room = max(Options.of(spec, spec.max_rank, pattern, limits).rows[-1][0] for spec in specs)
+        if not room:
+            raise UsageError(
+                f"No layer has room for rank {limits.rank_multiple}, and --serving-profile {options.serving_profile} "
+                "needs some rank. Lower --rank-multiple."
+            )
     if pattern is None:
         return
     surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
@@ -99,36 +145,37 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     if not unpriced:
         return
     solver = get_solver(options.solver, options.solver_options)
+    limits = options.limits
     weighted = solver.outputs is not Outputs.NONE and options.sensitivity != "none"
     if weighted or options.scaling == "output":
         # Of other labels than the prices': what was fitted to gradients looks too good when they price it.
         collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
     if weighted:
-        weigh(bench, run, pattern, solver.outputs)
+        weigh(bench, run, pattern, solver.outputs, limits)
     runner = bench.runner(run.folder)
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
     if fitted(options, solver):
-        _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None)
+        _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None, limits)
         # A pattern keeps more than what needs measuring.
         if options.sensitivity != "none" and pattern is None:
             _measure(bench, run)
     with bench.stage("price", len(unpriced), "layers") as advance:
         if options.sensitivity == "none":
-            found = price_by_grams(layers, unpriced, run, pattern)
+            found = price_by_grams(layers, unpriced, run, pattern, limits)
         else:
-            found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device)
+            found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device, limits)
         for surface, outputs in found:
             run.write_sensitivity(surface, outputs)
             advance(surface.spec.name)
 
 
-def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs) -> None:
+def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, limits: Limits = FREE) -> None:
     """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and as much of `A` as `outputs` says."""
     unweighed = [spec for spec in bench.layers.specs if not run.weighing_path(spec).exists()]
     if unweighed:
         with bench.stage("weigh", len(unweighed), "layers") as advance:
-            weigh_layers(_look(bench), unweighed, run, pattern, quick(outputs), advance)
+            weigh_layers(_look(bench), unweighed, run, pattern, quick(outputs), advance, limits)
 
 
 def quick(outputs: Outputs) -> Solver:
@@ -142,13 +189,18 @@ def _look(bench: Bench) -> BlockRunner:
 
 
 def _fit(
-    bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, chosen: Callable[[LayerSpec], Gram | None]
+    bench: Bench,
+    run: Run,
+    pattern: NM | None,
+    outputs: Outputs,
+    chosen: Callable[[LayerSpec], Gram | None],
+    limits: Limits,
 ) -> None:
     """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
     unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
     if unfitted:
         with bench.stage("fit", len(unfitted), "layers") as advance:
-            fit_layers(bench.layers, unfitted, run, pattern, quick(outputs), chosen, advance)
+            fit_layers(bench.layers, unfitted, run, pattern, quick(outputs), chosen, advance, limits)
 
 
 def _measure(bench: Bench, run: Run) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from globalopt.kernels.projection import keep_nm
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.protocols import Solver
-from globalopt.types import NM, ErrorSurface, LayerSpec, Metric, Span, Target, interpolate
+from globalopt.types import FREE, NM, ErrorSurface, LayerSpec, Limits, Metric, Span, Target, interpolate
 
 RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.28)
 """Ranks offered beside free nonzeros, as fractions of the rank whose factors cost as much as the dense layer."""
@@ -47,26 +47,36 @@ class Options:
     bucket: int
 
     @classmethod
-    def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None) -> Options:
+    def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None, limits: Limits = FREE) -> Options:
         """The default grid: dense and zero included for unstructured `S`; with a pattern only the rank is free.
 
-        Options that cost more parameters than the dense layer are left out.
+        Without sparse parts there are ranks alone, and the dense layer. Options that cost more parameters than the
+        dense layer are left out.
 
         Args:
             max_rank: the largest rank the span offers.
+            limits: every option is within them.
         """
         per_rank = spec.d_out + spec.d_in
-        if pattern is not None:
-            nnz = pattern.nnz(spec)
-            most = min(max_rank, (spec.numel - nnz) // per_rank)
-            ranks = sorted({round(most * i / PATTERN_LEVELS) for i in range(PATTERN_LEVELS + 1)})
-            return cls(spec, pattern, tuple((rank, (nnz,)) for rank in ranks), nnz)
         bucket = -(-spec.numel // NNZ_LEVELS)
+        if pattern is not None or not limits.sparse:
+            nnz = pattern.nnz(spec) if pattern is not None else 0
+            # What costs as much as the dense layer is no option beside it.
+            most = limits.floor(min(max_rank, (spec.numel - (nnz or 1)) // per_rank))
+            ranks = sorted({limits.floor(round(most * i / PATTERN_LEVELS)) for i in range(PATTERN_LEVELS + 1)})
+            if pattern is None:
+                return cls(spec, None, ((0, (0, spec.numel)), *((rank, (0,)) for rank in ranks if rank)), bucket)
+            return cls(spec, pattern, tuple((rank, (nnz,)) for rank in ranks), nnz)
         counts = [*range(0, spec.numel, bucket), spec.numel]
         even = spec.numel / per_rank
-        ranks = sorted({min(max_rank, round(level * even)) for level in RANK_LEVELS})
+        ranks = sorted({limits.floor(min(max_rank, round(level * even))) for level in RANK_LEVELS})
         rows = ((rank, tuple(n for n in counts if _offered(Target(rank, n), spec))) for rank in ranks)
         return cls(spec, None, tuple((rank, row) for rank, row in rows if row), bucket)
+
+    @property
+    def factors(self) -> bool:
+        """Whether ranks alone are offered."""
+        return self.pattern is None and not any(count % self.spec.numel for _, row in self.rows for count in row)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -80,6 +90,9 @@ class Options:
             picked = sorted({ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)})
             return (tuple(Target(rank, self.rows[0][1][0], self.pattern) for rank in picked),)
         per_rank = self.spec.d_out + self.spec.d_in
+        if self.factors:
+            ranks = sorted({max(1, int(kept * self.spec.numel / per_rank)) for kept in ANCHOR_KEPT})
+            return (tuple(Target(rank, 0) for rank in ranks),)
         most = self.rows[-1][0]
         rows = []
         for share in ANCHOR_SHARES:
@@ -111,6 +124,11 @@ def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
     if options.pattern is not None:
         dropped = [_dropped_by_pattern(span, rank, options.pattern) for rank, _ in options.rows]
         return [DenseSketch(torch.stack(dropped))]
+    if options.factors:
+        left = [span.unscaled(span.residual(target.rank)) for target in options.targets]
+        dense = Target.dense(options.spec)
+        parts = zip(options.targets, left, strict=True)
+        return [DenseSketch(torch.stack([torch.zeros_like(X) if target == dense else X for target, X in parts]))]
     made: list[PrefixSketch | DenseSketch] = []
     for rank, counts in options.rows:
         residual = span.residual(rank)

@@ -163,6 +163,52 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the place where a model will be served can hold of every layer.
+
+    A layer that is kept whole has rank 0 and all its weights, which every such place can hold.
+
+    Args:
+        rank_multiple: every rank is a multiple of it, or 0.
+        max_rank: the largest rank; None: any.
+        sparse: whether there are sparse parts; without, a layer is factors alone, or kept or dropped whole.
+    """
+
+    rank_multiple: int = 1
+    max_rank: int | None = None
+    sparse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank_multiple < 1:
+            raise UsageError(f"Ranks are multiples of 1 or more; got {self.rank_multiple}.")
+        if self.max_rank is not None and self.max_rank < 0:
+            raise UsageError(f"The largest rank must be at least 0; got {self.max_rank}.")
+
+    def floor(self, rank: int) -> int:
+        """The largest rank within the limits that is at most `rank`."""
+        most = rank if self.max_rank is None else min(rank, self.max_rank)
+        return most // self.rank_multiple * self.rank_multiple
+
+    def check(self, target: Target, spec: LayerSpec) -> Target:
+        """Return `target` if it is within the limits; `UsageError` naming the layer otherwise."""
+        if self.floor(target.rank) != target.rank:
+            most = "" if self.max_rank is None else f", at most {self.max_rank}"
+            raise UsageError(
+                f"Layer {spec.name}: rank {target.rank} is no multiple of {self.rank_multiple}{most}, and that is all "
+                "that can be served."
+            )
+        if not self.sparse and target.nnz and target != Target.dense(spec):
+            raise UsageError(
+                f"Layer {spec.name} has {target.nnz} nonzeros; it is to be served as factors alone, or whole."
+            )
+        return target
+
+
+FREE = Limits()
+"""No limits."""
+
+
+@dataclass(frozen=True)
 class Budget:
     """A limit on what all layers keep together, in the unit of an accounting.
 
@@ -200,23 +246,30 @@ class Budget:
         """What `target` uses of this budget."""
         return target.params(spec) if self.accounting == "params" else target.bytes(spec)
 
-    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int) -> Target:
+    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int, step: int = 1) -> Target:
         """`target` with its `axis` ("rank" or "nnz") raised as far as a cost of `limit` allows, at most to `top`.
 
         By bisection: a cost grows along either axis, except that a full `S` may be cheaper than a nearly full one.
         A target that costs more than `limit` already is returned as it is.
+
+        Args:
+            step: it is raised by multiples of it.
         """
-        end = replace(target, **{axis: top})
-        if self.cost(end, spec) <= limit:
-            return end
-        low, high = getattr(target, axis), top
+        start = getattr(target, axis)
+
+        def at(steps: int) -> Target:
+            return replace(target, **{axis: start + steps * step})
+
+        low, high = 0, (top - start) // step
+        if self.cost(at(high), spec) <= limit:
+            return at(high)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.cost(replace(target, **{axis: middle}), spec) <= limit:
+            if self.cost(at(middle), spec) <= limit:
                 low = middle
             else:
                 high = middle
-        return replace(target, **{axis: low})
+        return at(low)
 
 
 STRIP = 512
@@ -575,7 +628,8 @@ class Allocation:
 class Problem:
     """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, a seed, and what heuristics read.
 
-    `profiles`, by layer name, may be empty: the allocators that read them then refuse.
+    `profiles`, by layer name, may be empty: the allocators that read them then refuse. Every option of the surfaces,
+    and every answer, is within the `limits`.
     """
 
     surfaces: tuple[ErrorSurface, ...]
@@ -583,10 +637,15 @@ class Problem:
     pattern: NM | None = None
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=dict)
+    limits: Limits = FREE
 
     def __post_init__(self) -> None:
         if not self.surfaces:
             raise BudgetError("There is no layer to allocate to.")
+        if self.limits != FREE:
+            for surface in self.surfaces:
+                for target in surface.targets:
+                    self.limits.check(target, surface.spec)
         least = sum(min(self.budget.cost(t, s.spec) for t in s.targets) for s in self.surfaces)
         if least > self.budget.limit:
             share = least / self.budget.total
@@ -599,6 +658,19 @@ class Problem:
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(surface.spec for surface in self.surfaces)
+
+    @property
+    def axis(self) -> str:
+        """What is spent on to the end: "nnz", or "rank" where a pattern or the limits leave nothing else free."""
+        return "nnz" if self.pattern is None and self.limits.sparse else "rank"
+
+    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int) -> Target:
+        """`Budget.grow` within the limits, from a target that is."""
+        if axis == "rank":
+            # A target that is above `top` already stays.
+            top = max(target.rank, self.limits.floor(top))
+            return self.budget.grow(target, spec, axis, top, limit, self.limits.rank_multiple)
+        return self.budget.grow(target, spec, axis, top, limit)
 
     def scaled(self, factors: Mapping[str, float]) -> Problem:
         """The same problem with every layer's errors multiplied by its factor."""
@@ -621,9 +693,9 @@ class Problem:
 
         Raises:
             BudgetError: the targets exceed the budget, or their layers are not the problem's.
-            UsageError: a target does not fit its layer.
+            UsageError: a target does not fit its layer or the limits.
         """
         if set(targets) != {spec.name for spec in self.specs}:
             raise BudgetError(f"{by} returned targets for {len(targets)} layers; the problem has {len(self.specs)}.")
-        ordered = {spec.name: targets[spec.name].check(spec) for spec in self.specs}
+        ordered = {spec.name: self.limits.check(targets[spec.name].check(spec), spec) for spec in self.specs}
         return Allocation(ordered, self.budget, self.used(ordered), self.predicted(ordered), by, bound)

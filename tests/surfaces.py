@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import random
 
-from globalopt.types import NM, Budget, ErrorSurface, LayerSpec, Problem, Profile, Target
+from globalopt.types import FREE, NM, Budget, ErrorSurface, LayerSpec, Limits, Problem, Profile, Target
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
 
 
-def surface(name: str, d_out: int, d_in: int, importance: float, rng: random.Random, pattern: NM | None = None):
+def surface(
+    name: str,
+    d_out: int,
+    d_in: int,
+    importance: float,
+    rng: random.Random,
+    pattern: NM | None = None,
+    limits: Limits = FREE,
+):
     """A grid of ranks and counts; the error falls with both, with a seeded ripple that makes it non-convex."""
     spec = LayerSpec(name, int(name.rsplit(".", 1)[-1]) // 4, name, "kind", d_out, d_in)
     targets: list[Target] = []
     errors: list[float] = []
-    for rank in range(4):
-        for step in range(9):
+    ranks = range(4) if limits.sparse else range((spec.numel - 1) // (d_out + d_in) + 1)
+    for rank in (rank for rank in ranks if limits.floor(rank) == rank):
+        for step in range(9) if limits.sparse else (0, 8):
             nnz = pattern.nnz(spec) if pattern else spec.numel * step // 8
             target = Target(rank, nnz, pattern)
             if (pattern and step) or (target.params(spec) > spec.numel and nnz < spec.numel):
@@ -29,16 +38,22 @@ def surface(name: str, d_out: int, d_in: int, importance: float, rng: random.Ran
 
 
 def problem(
-    kept: float, seed: int = 0, layers: int = 6, accounting: str = "params", pattern: NM | None = None
+    kept: float,
+    seed: int = 0,
+    layers: int = 6,
+    accounting: str = "params",
+    pattern: NM | None = None,
+    limits: Limits = FREE,
 ) -> Problem:
     """A problem of `layers` layers of mixed shapes whose importances differ by up to a hundredfold."""
     rng = random.Random(seed)
     surfaces = tuple(
-        surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], importance=10 ** rng.uniform(-1, 1), rng=rng, pattern=pattern)
+        surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], 10 ** rng.uniform(-1, 1), rng, pattern, limits)
         for i in range(layers)
     )
     profiles = {
         s.spec.name: Profile({m: rng.uniform(0.0, 0.1) / m for m in (3, 5, 7, 10)}, rng.uniform(2.0, 6.0))
         for s in surfaces
     }
-    return Problem(surfaces, Budget.fraction(kept, [s.spec for s in surfaces], accounting), pattern, seed, profiles)
+    budget = Budget.fraction(kept, [s.spec for s in surfaces], accounting)
+    return Problem(surfaces, budget, pattern, seed, profiles, limits)

@@ -8,7 +8,7 @@ import pytest
 
 from allocators import ALLOCATORS, get_allocator
 from globalopt.errors import BudgetError
-from globalopt.types import NM, Budget, Problem
+from globalopt.types import NM, Budget, Limits, Problem, Target
 from tests.objectives import BentObjective
 from tests.reference.knapsack import best_on_grid
 from tests.surfaces import problem
@@ -22,6 +22,22 @@ CASES = [
         (0.5, "bytes", None),
         (0.6, "params", NM(2, 4)),
         (0.7, "bytes", NM(2, 4)),
+    ]
+]
+
+
+LIMITED = [
+    pytest.param({"kept": kept, "accounting": accounting, "pattern": pattern, "limits": limits}, id=name)
+    for name, kept, accounting, pattern, limits in [
+        ("even ranks", 0.4, "params", None, Limits(2)),
+        ("even ranks in bytes", 0.6, "bytes", None, Limits(2)),
+        ("triples, at most 4", 0.5, "params", None, Limits(3, 4)),
+        ("no rank", 0.5, "params", None, Limits(max_rank=0)),
+        ("2:4 and even ranks", 0.75, "params", NM(2, 4), Limits(2)),
+        ("2:4 and even ranks in bytes", 0.85, "bytes", NM(2, 4), Limits(2)),
+        ("factors", 0.4, "params", None, Limits(sparse=False)),
+        ("factors of even ranks", 0.6, "params", None, Limits(2, sparse=False)),
+        ("factors of even ranks in bytes", 0.3, "bytes", None, Limits(2, sparse=False)),
     ]
 ]
 
@@ -72,6 +88,21 @@ def test_every_target_fits_its_layer_and_pattern(allocator, case):
     for spec in p.specs:
         target = found.targets[spec.name].check(spec)
         assert target.pattern == p.pattern
+
+
+@pytest.mark.parametrize("case", LIMITED)
+def test_every_target_is_within_the_limits(allocator, case):
+    p, found = solve(allocator, case)
+    assert p.used(found.targets) == found.used <= p.budget.limit
+    for spec in p.specs:
+        target = found.targets[spec.name]
+        assert target.rank % p.limits.rank_multiple == 0
+        assert p.limits.max_rank is None or target.rank <= p.limits.max_rank
+        assert p.limits.sparse or target.nnz == 0 or target == Target.dense(spec)
+        assert target.pattern == p.pattern
+    if p.axis == "nnz":
+        # What ranks leave of the budget goes to nonzeros, so that the limits cost none of it.
+        assert p.budget.limit - found.used < (4 if p.budget.accounting == "bytes" else 1)
 
 
 @pytest.mark.parametrize("case", CASES[:2])

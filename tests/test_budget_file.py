@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from allocators import get_allocator
 from globalopt import budget_file
 from globalopt.budget_file import BudgetFile
 from globalopt.errors import ArtefactError
-from globalopt.types import NM, LayerSpec, Problem
+from globalopt.types import NM, LayerSpec, Limits, Problem
 from tests.surfaces import problem
 
 PROBLEMS = {
@@ -16,6 +17,8 @@ PROBLEMS = {
     "bytes": lambda: problem(0.4, accounting="bytes"),
     "2:4": lambda: problem(0.7, pattern=NM(2, 4)),
     "all": lambda: problem(1.0),
+    "even ranks": lambda: problem(0.5, limits=Limits(2, 4)),
+    "factors": lambda: problem(0.5, limits=Limits(sparse=False)),
 }
 
 
@@ -75,7 +78,7 @@ def test_other_models_are_refused(tmp_path):
             file.for_model("f" * 64, specs, tmp_path)
 
 
-@pytest.mark.parametrize("field", list(BudgetFile.model_fields))
+@pytest.mark.parametrize("field", sorted(BudgetFile.model_fields.keys() - {"limits"}))
 def test_every_field_is_needed(tmp_path, field):
     path = tmp_path / "budget.json"
     budget_file.write(path, made(problem(0.5)))
@@ -98,3 +101,15 @@ def test_bad_values_are_named(tmp_path, field, value):
     path.write_text(json.dumps(raw))
     with pytest.raises(ArtefactError, match=rf"layers\.1\.{field}"):
         budget_file.read(path)
+
+
+def test_a_file_says_only_limits_that_there_are(tmp_path):
+    budget_file.write(tmp_path / "free.json", made(problem(0.5)))
+    assert "limits" not in json.loads((tmp_path / "free.json").read_text())
+    limited = made(problem(0.5, limits=Limits(2, 4)))
+    assert budget_file.record(limited)["limits"] == {"rank_multiple": 2, "max_rank": 4, "sparse": True}
+    # Targets from elsewhere are not promised to be within them.
+    changed = {entry.name: entry.target for entry in limited.layers}
+    first = limited.layers[0]
+    changed[first.name] = replace(first.target, rank=0, nnz=first.target.nnz // 2)
+    assert budget_file.imported(changed, limited).limits is None

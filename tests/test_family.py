@@ -47,7 +47,7 @@ def assert_nested(files: list[BudgetFile]) -> None:
 
 def test_a_family_leaves_budget_files_and_no_model(tiny_family):
     assert {path.name for path in tiny_family.iterdir()} == {
-        "manifest.json", "family.json", "budgets", "grams", "spans", "profiles", "sensitivity", "search"
+        "manifest.json", "family.json", "budgets", "grams", "spans", "curves", "profiles", "sensitivity", "search"
     }  # fmt: skip
     assert {path.name for path in (tiny_family / "budgets").iterdir()} == {f"{name}.json" for name in BUDGETS}
     assert no_partial_files(tiny_family)

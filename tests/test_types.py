@@ -92,6 +92,8 @@ def test_growing_takes_the_last_affordable_value(accounting, limit):
         tried = [replace(start, **{axis: value}) for value in range(top + 1)]
         affordable = [target for target in tried if budget.cost(target, SPEC) <= limit]
         assert budget.grow(start, SPEC, axis, top, limit) == (affordable or [start])[-1]
+        thirds = [target for target in affordable if (getattr(target, axis) - getattr(start, axis)) % 3 == 0]
+        assert budget.grow(start, SPEC, axis, top, limit, step=3) == (thirds or [start])[-1]
 
 
 @pytest.mark.parametrize(

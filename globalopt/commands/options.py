@@ -76,6 +76,21 @@ Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
 EvalWindows = Annotated[int, typer.Option(help="Most windows of each evaluation split.")]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", max=2**20)]
 Seed = Annotated[int, typer.Option(help="Of windows, labels and search.", min=0, max=2**32 - 1)]
+ServingProfile = Annotated[
+    str,
+    typer.Option(
+        help="Where the model will be served: dense (anywhere); adapter (as LoRA: rank at most 512, a multiple of 8); "
+        "two-four (every sparse part 2:4); factors (no sparse parts: rank alone, or layers kept or dropped whole).",
+    ),
+]
+RankMultiple = Annotated[
+    int | None,
+    typer.Option(
+        help="Every rank is a multiple of it, or 0. Left out: what --serving-profile says, else any.",
+        min=1,
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option("--out", help="Run folder. Left out: runs/NAME, made from the options.", show_default=False),

@@ -30,9 +30,11 @@ from globalopt.commands.options import (
     Nsamples,
     Out,
     Quiet,
+    RankMultiple,
     Seed,
     Seqlen,
     Sequential,
+    ServingProfile,
     SolverName,
     SolverSet,
     TextColumn,
@@ -65,8 +67,11 @@ def search(
     frontier: Annotated[bool, typer.Option("--frontier", help="A family of budgets: 0.1, 0.15, ... 0.9.")] = False,
     accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
     pattern: Annotated[
-        str, typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.")
-    ] = "unstructured",
+        str | None,
+        typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.", show_default="unstructured"),
+    ] = None,
+    serving_profile: ServingProfile = "dense",
+    rank_multiple: RankMultiple = None,
     allocator: Annotated[
         str | None,
         typer.Option(help="What divides the budget; `globalopt list` shows them all.", show_default=ALLOCATOR),
@@ -81,8 +86,12 @@ def search(
         str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
     ] = "fisher",
     span_scaling: Annotated[
-        str, typer.Option(help="activation: split W D_x; none: W; output: also by A; direct: whitened SVD.")
-    ] = "activation",
+        str | None,
+        typer.Option(
+            help="activation: split W D_x; none: W; output: also by A; direct: whitened SVD (of profile factors).",
+            show_default="activation",
+        ),
+    ] = None,
     pricing: Annotated[
         str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
     ] = "fit",
@@ -126,6 +135,7 @@ def search(
         from globalopt import family, pipeline, stages, workbench
         from globalopt.dry_run import Structure
         from globalopt.errors import UsageError
+        from globalopt.serving import get_profile
         from globalopt.store import Run
 
         budgets = _budgets(budget, family.FRONTIER if frontier else None)
@@ -135,6 +145,8 @@ def search(
         allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
         if not several and not search_tokens:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
+        place = get_profile(serving_profile)
+        pattern = pattern or place.pattern or "unstructured"
         options = stages.SearchOptions(
             budget=budgets[0],
             accounting=accounting,
@@ -144,11 +156,13 @@ def search(
             solver=solver,
             solver_options=pairs(solver_set, "--set"),
             sensitivity=sensitivity,
-            scaling=span_scaling,
+            scaling=span_scaling or ("activation" if place.limits.sparse else "direct"),
             pricing=pricing,
             candidates=candidates,
             search_tokens=search_tokens,
             seed=seed,
+            serving_profile=serving_profile,
+            rank_multiple=rank_multiple,
         )
         for kept in budgets:
             stages.check_options(replace(options, budget=kept))
@@ -160,6 +174,8 @@ def search(
         texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+        variant += "" if serving_profile == "dense" else f"-{serving_profile}"
+        variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
         Run.check_folder(folder)

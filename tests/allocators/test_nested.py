@@ -8,7 +8,7 @@ import pytest
 from allocators import Knapsack
 from allocators.nested import NAME, is_within, nested, options_around
 from globalopt.errors import BudgetError
-from globalopt.types import NM, Allocation, Budget, Problem, Target
+from globalopt.types import NM, Allocation, Budget, Limits, Problem, Target
 from tests.surfaces import problem
 
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -38,6 +38,16 @@ def test_smaller_budgets_are_within_larger_ones_and_exact(seed, accounting):
     for allocation in found:
         assert allocation.by == NAME
         assert allocation.budget.limit - unit < allocation.used <= allocation.budget.limit
+
+
+@pytest.mark.parametrize("limits", [Limits(2), Limits(sparse=False), Limits(2, sparse=False)])
+def test_every_point_is_within_the_limits(limits):
+    p = problem(0.5, layers=8, limits=limits)
+    found = family(p)
+    assert_nested(p, found)
+    for allocation in found:
+        for spec in p.specs:
+            limits.check(allocation.targets[spec.name], spec)
 
 
 @pytest.mark.parametrize("seed", range(3))
