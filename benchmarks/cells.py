@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -104,7 +104,7 @@ def analysed(
 ) -> Run:
     """The finished analysis of a seed, which depends on neither budget nor allocator."""
     options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing, scaling=scaling)
-    run = Run.start(folder, {**bench.identity(seed), "analysis": asdict(options)}, bench.facts("analysis"))
+    run = Run.start(folder, {**bench.identity(seed), "analysis": options.words()}, bench.facts("analysis"))
     timed = replace(bench, clock=StageClock())
     stages.analyse(timed, options, run, NM.parse(pattern))
     if timed.clock.costs:

@@ -119,6 +119,14 @@ def test_a_limit_asks_the_first_items_and_progress_ends_at_all(loaded, folder):
     assert "100/100 % of 8 requests" in shown.getvalue()
 
 
+def test_local_files_need_no_network(loaded, folder, monkeypatch):
+    def connect(*_: Any) -> None:
+        raise AssertionError("there is no network here")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    assert len(ask(loaded, choose_tasks(None, folder), None, 8, QuietProgress()).scores) == 3
+
+
 def test_batches_change_nothing(loaded, folder):
     one, many = (ask(loaded, choose_tasks(None, folder), None, size, QuietProgress()) for size in (1, 16))
     assert one.items.keys() == many.items.keys()
