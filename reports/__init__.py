@@ -1,25 +1,32 @@
-"""Reports: what a run found, as tables in the terminal and heatmaps as pictures. They read summaries, no model."""
+"""Reports: what a run found, as tables, pictures and a page. They read summaries, no model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
 
-from globalopt.summary import Family, Summary
+from globalopt.summary import Details, Family, Summary
 from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison, held_against_first
+from reports.family_page import family_page
 from reports.frontier import frontier_table, write_frontier
+from reports.html import write_page
 from reports.pictures import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
+from reports.run_page import run_page
 from reports.tables import metrics_table, render
 from reports.tasks import render_scores
+
+PAGE = "report.html"
 
 __all__ = [
     "LineProgress",
     "LiveProgress",
     "QuietProgress",
+    "Written",
     "budget_diff",
     "budget_file",
     "comparison",
@@ -34,22 +41,37 @@ __all__ = [
 ]
 
 
-def report(summary: Summary, folder: Path, console: Console, verbose: bool = False) -> list[Path]:
-    """Print the report of a run, write its pictures into `folder`, and return their paths.
+class Written(NamedTuple):
+    """The page of a report, which holds its pictures too, and the pictures alone."""
+
+    page: Path
+    pictures: list[Path]
+
+
+def report(
+    summary: Summary, folder: Path, console: Console, verbose: bool = False, details: Details | None = None
+) -> Written:
+    """Print the report of a run, and write its pictures and `report.html` into `folder`.
+
+    Args:
+        details: what the pictures and the page show beside the summary.
 
     Raises:
-        ArtefactError: a picture cannot be written.
+        ArtefactError: a file cannot be written.
     """
     render(summary, console, verbose)
-    return write_figures(summary, folder)
+    pictures = write_figures(summary, folder, details)
+    page = run_page(summary, details or Details(), pictures)
+    return Written(write_page(page, folder / PAGE), pictures)
 
 
-def report_family(family: Family, folder: Path, console: Console) -> Path:
-    """Print the table of a family of budgets, draw its curve into `folder`, and return its path.
+def report_family(family: Family, folder: Path, console: Console) -> Written:
+    """Print the table of a family of budgets, and write its curve and `report.html` into `folder`.
 
     Raises:
-        ArtefactError: the picture cannot be written.
+        ArtefactError: a file cannot be written.
     """
     sign = "+-" if console.options.ascii_only else "±"
     console.print(Padding(frontier_table(family, sign), (0, 0, 1, 0)))
-    return write_frontier(family, folder)
+    picture = write_frontier(family, folder)
+    return Written(write_page(family_page(family, picture), folder / PAGE), [picture])

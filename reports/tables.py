@@ -64,6 +64,11 @@ def heading(summary: Summary) -> Text:
 
 def budget(summary: Summary) -> Table:
     """Asked, limit, used, prediction, certificate and coverage, one per row."""
+    return facts("Budget", budget_facts(summary))
+
+
+def budget_facts(summary: Summary) -> list[tuple[str, str]]:
+    """Labels and what they say about the budget."""
     unit = unit_name(summary.accounting)
     rows = [
         ("asked", f"keep {summary.asked:g} of the compressible {unit}"),
@@ -82,7 +87,7 @@ def budget(summary: Summary) -> Table:
     if summary.skipped:
         left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
         rows.append(("not covered", left))
-    return facts("Budget", rows)
+    return rows
 
 
 def prediction(label: str, predicted: float | None, bound: float | None, unit: str) -> list[tuple[str, str]]:
@@ -92,8 +97,19 @@ def prediction(label: str, predicted: float | None, bound: float | None, unit: s
     return [(label, f"{formats.significant(predicted)} {unit}"), ("certificate", formats.certificate(predicted, bound))]
 
 
+SEARCH_NOTE = (
+    "first, best, chosen: mean KL to dense on the whole selection text. The best of",
+    "many looks better there than it is; the quality above is on other text.",
+)
+
+
 def searched(summary: Summary, search: Search) -> Stack:
     """What a search on the true loss spent, asked and found, and how well the surrogate foretold it."""
+    return footed(facts("Search on the true loss", search_facts(summary, search)), *SEARCH_NOTE)
+
+
+def search_facts(summary: Summary, search: Search) -> list[tuple[str, str]]:
+    """Labels and what they say about a search."""
     evaluations = whole(summary, search)
     first, best, choice = evaluations[0], min(evaluations, key=lambda e: e.loss), chosen(summary, search)
     parts = sum(not e.whole for e in search.evaluations)
@@ -104,7 +120,7 @@ def searched(summary: Summary, search: Search) -> Stack:
         return f"{formats.significant(evaluation.loss)} nats per token{against}, {when}"
 
     measured = f"{formats.count(len(evaluations))} on the whole selection text"
-    rows = [
+    return [
         ("tokens", f"{formats.count(search.tokens)} spent of {formats.count(search.limit)}"),
         ("candidates", f"made of {search.candidates}s"),
         ("measured", measured + (f", {formats.count(parts)} on parts of it" if parts else "")),
@@ -114,11 +130,6 @@ def searched(summary: Summary, search: Search) -> Stack:
         *_foretold(Surrogate.of(evaluations)),
         ("dense", f"top {search.top} tokens, {formats.share(search.tail)} of the probability outside, counted as one"),
     ]
-    return footed(
-        facts("Search on the true loss", rows),
-        "first, best, chosen: mean KL to dense on the whole selection text. The best of",
-        "many looks better there than it is; the quality above is on other text.",
-    )
 
 
 def _foretold(surrogate: Surrogate) -> list[tuple[str, str]]:
@@ -153,7 +164,7 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
     """
     if not summary.compressed:
         return Stack(Text("Quality: not evaluated", "bold"))
-    lines = [_windows(m) for m in summary.compressed]
+    lines = [windows_line(m) for m in summary.compressed]
     table = report_table(f"Quality ({sign} standard error over windows)")
     table.add_column("\nsplit")
     add_numbers(table, ("dense\nperplexity", "compressed\nperplexity", "\nchange", "KL to dense,\nnats per token"))
@@ -175,10 +186,11 @@ def metrics_table(metrics: Sequence[Metrics], sign: str = "±") -> Stack:
     add_numbers(table, ("\nperplexity", "KL to dense,\nnats per token"))
     for m in metrics:
         table.add_row(Text(m.split), perplexity(m, sign), "-" if m.kl is None else divergence(m, sign))
-    return footed(table, *(_windows(m) for m in metrics))
+    return footed(table, *(windows_line(m) for m in metrics))
 
 
-def _windows(m: Metrics) -> str:
+def windows_line(m: Metrics) -> str:
+    """How many windows of which text the metrics are of."""
     return (
         f"{m.split}: {formats.count(m.windows)} windows of {formats.count(m.seqlen)} tokens, "
         f"{formats.count(m.tokens)} predicted, {m.dtype}, text {m.text_sha256[:8]}"
@@ -197,12 +209,12 @@ def divergence(metrics: Metrics, sign: str = "±") -> str:
 
 def by_kind_table(summary: Summary) -> Stack:
     """What each kind of layer got and lost, pooled as `Group` says, with a total row."""
-    return group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, _errors_unit(summary))
+    return group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, errors_unit(summary))
 
 
 def by_block_table(summary: Summary) -> Stack:
     """What each block got and lost, pooled as `Group` says, with a total row."""
-    return group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, _errors_unit(summary))
+    return group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, errors_unit(summary))
 
 
 def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
@@ -318,19 +330,23 @@ def layer_results(summary: Summary) -> Stack:
             f"{layer.damping:g}",
             formats.duration(layer.seconds),
         )
-    return footed(table, f"{under}predicted, actual error: {_errors_unit(summary)}")
+    return footed(table, f"{under}predicted, actual error: {errors_unit(summary)}")
 
 
 def notes(summary: Summary) -> Stack | None:
     """The run's notes and, per status other than converged, its layers with advice; None where there are none."""
+    lines = [Text.assemble((f"{status.value}: ", "red"), advice) for status, advice in troubles(summary)]
+    lines += [Text(note) for note in summary.notes]
+    return Stack(Text("Notes", "bold"), *(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else None
+
+
+def troubles(summary: Summary) -> list[tuple[Status, str]]:
+    """Per status other than converged, its layers with advice."""
     troubled = sorted(
         (layer for layer in summary.layers if Status(layer.status) is not Status.CONVERGED), key=lambda la: la.status
     )
-    lines = []
-    for status, layers in groupby(troubled, key=lambda layer: Status(layer.status)):
-        lines.append(Text.assemble((f"{status.value}: ", "red"), f"{_some_names(list(layers))}. {status.advice}"))
-    lines += [Text(note) for note in summary.notes]
-    return Stack(Text("Notes", "bold"), *(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else None
+    grouped = groupby(troubled, key=lambda layer: Status(layer.status))
+    return [(status, f"{_some_names(list(layers))}. {status.advice}") for status, layers in grouped]
 
 
 def provenance(summary: Summary) -> Table:
@@ -368,7 +384,8 @@ def common_prefix(names: Sequence[str]) -> str:
     return "".join(shared)
 
 
-def _errors_unit(summary: Summary) -> str:
+def errors_unit(summary: Summary) -> str:
+    """The unit of the layers' errors, in plain text."""
     return "tr(E G E^T)" if summary.error_unit == "output error" else summary.error_unit
 
 

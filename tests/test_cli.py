@@ -292,8 +292,10 @@ def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
     assert "Search on the true loss" in shown
     # A path is no markup, and is not folded.
     assert f"   model  {folder}/model\n" in shown
-    pictures = {f"{name}.{kind}" for name in ("allocation", "error", "search") for kind in ("png", "svg")}
-    assert {path.name for path in (folder / "report").iterdir()} == pictures
+    assert f"  report  {folder}/report/report.html\n" in shown
+    names = ("allocation", "error", "curves", "search", "convergence")
+    pictures = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in (folder / "report").iterdir()} == {"report.html", *pictures}
     assert len(done("report", folder, "-v").stdout.splitlines()) >= len(shown.splitlines()) + 2 * 14
     compared = done("report", folder, tiny_run).stdout
     assert "Comparison" in compared

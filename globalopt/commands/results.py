@@ -47,13 +47,15 @@ def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions,
 
 
 def show_report(summary: Summary, run: Run, verbose: bool) -> None:
-    """Print the tables of a run, draw its pictures, and say where things are."""
+    """Print the tables of a run, write its page and its pictures, and say where things are."""
     import reports
 
-    pictures = reports.report(summary, run.report_folder, out, verbose)
-    pictured = [("picture", path) for path in pictures]
+    details = run.read_details(layer.name for layer in summary.layers)
+    written = reports.report(summary, run.report_folder, out, verbose, details)
+    pictured = [("picture", path) for path in written.pictures]
     refine = _compress_command(run, run.budget_path, "hassle-free")
-    say([("budget", run.budget_path), ("model", run.model_folder), *pictured, ("next", refine)])
+    made = [("budget", run.budget_path), ("model", run.model_folder), ("report", written.page)]
+    say([*made, *pictured, ("next", refine)])
 
 
 def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
@@ -65,10 +67,11 @@ def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(asdict(family))
     elif not quiet:
-        picture = reports.report_family(family, run.report_folder, out)
+        written = reports.report_family(family, run.report_folder, out)
         middle = family.points[len(family.points) // 2]
         refine = _compress_command(run, run.folder / middle.file, family.solver, family.solver_options)
-        say([("budgets", run.folder / "budgets"), ("picture", picture), ("next", refine)])
+        pictured = [("picture", path) for path in written.pictures]
+        say([("budgets", run.folder / "budgets"), ("report", written.page), *pictured, ("next", refine)])
 
 
 def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:

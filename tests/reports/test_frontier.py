@@ -11,6 +11,7 @@ from rich.console import Console
 from globalopt.summary import Family, FamilyPoint, Outcome
 from reports import formats, report_family
 from reports.frontier import frontier_figure, frontier_table
+from tests.command import contents
 
 KEPT = (0.1, 0.35, 0.6, 1.0)
 
@@ -101,10 +102,11 @@ def test_units_that_differ_have_panels_of_their_own() -> None:
 
 def test_the_report_of_a_family_is_a_table_and_a_picture(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=80)
-    first = report_family(make_family(), tmp_path, console)
-    assert first == tmp_path / "frontier.png"
-    before = first.read_bytes()
-    assert report_family(make_family(), tmp_path, console).read_bytes() == before
+    page, (picture,) = report_family(make_family(), tmp_path, console)
+    assert (page, picture) == (tmp_path / "report.html", tmp_path / "frontier.png")
+    before = contents(tmp_path)
+    report_family(make_family(), tmp_path, console)
+    assert contents(tmp_path) == before
     # Nothing but the dense model has no place on a log axis at all.
     report_family(make_family(points=(make_point(1.0),)), tmp_path, console)
 

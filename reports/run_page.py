@@ -1,0 +1,326 @@
+"""The page of a run: its summary, pictures and texts, section by section."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+
+from globalopt.summary import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
+from globalopt.types import Status
+from reports import formats, tables
+from reports.groups import Group, by_block, by_kind
+from reports.html import (
+    Card,
+    Cell,
+    Code,
+    Column,
+    Facts,
+    Lines,
+    Page,
+    Part,
+    Picture,
+    SampleText,
+    Section,
+    Table,
+)
+
+MISSING = Cell("-", "")
+
+CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "allocation": ("What every layer keeps and loses, block by kind", ()),
+    "error": ("Predicted and actual error of every layer", ("On the dashed line the prediction came true.",)),
+    "curves": (
+        "Singular values and saliencies of a few layers, and how far down they were kept",
+        ("What is kept need not be what is largest here: solvers see the whole Gram of the inputs, and move weights.",),
+    ),
+    "search": ("What the surrogate foretold, and what the tokens of the search bought", ()),
+    "convergence": (
+        "Objective of the solver in every layer",
+        ("Each layer in its own damped norm, over what keeping nothing would cost.",),
+    ),
+    "matching": ("Held-out loss of every block before and after matching", ()),
+}
+"""Of a picture, by its name: what stands in for it, and notes below it."""
+
+
+def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Page:
+    """The page of a finished run.
+
+    Args:
+        pictures: PNGs by `write_figures`, with an SVG beside each.
+    """
+    drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
+    model = "the bundled reference model" if summary.model == "reference" else summary.model
+    unit = tables.unit_name(summary.accounting)
+
+    def picture(name: str) -> list[Part]:
+        return [drawn[name]] if name in drawn else []
+
+    search: list[Part] = []
+    if summary.search is not None:
+        rows = tables.search_facts(summary, summary.search)
+        search = [Facts(rows, notes=(" ".join(tables.SEARCH_NOTE),)), *picture("search")]
+    matching: list[Part] = [*picture("matching"), _matched(summary.matching)] if summary.matching else []
+    return Page(
+        title=f"{model}, {100 * summary.asked:g} % kept",
+        lede=f"{summary.allocator} + {summary.solver}: {len(summary.layers)} layers, "
+        f"{formats.count(summary.used)} of {formats.count(summary.total)} {unit}",
+        cards=cards(summary),
+        sections=[
+            Section("quality", "Quality", [_quality(summary)]),
+            Section("budget", "Budget", [Facts(tables.budget_facts(summary))]),
+            Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
+            Section("curves", "What there was to keep", picture("curves")),
+            Section("errors", "Errors", picture("error")),
+            Section("search", "Search", search),
+            Section("solver", "Solver", picture("convergence")),
+            Section("matching", "Matching", matching),
+            Section("samples", "Samples", _samples(details.samples)),
+            Section("cost", "Cost", [stage_table(summary.stages)]),
+            Section("reproduce", "Reproduce", _made_from(summary)),
+            Section("notes", "Notes", _notes(summary)),
+        ],
+        version=summary.versions.get("globalopt", ""),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- cards
+
+
+def cards(summary: Summary) -> list[Card]:
+    """What a reader wants to know first."""
+    shown = []
+    if summary.compressed:
+        first, *others = zip(summary.dense, summary.compressed, strict=True)
+        dense, compressed = first
+        rest = "".join(f"; {other.split} {tables.divergence(other)}" for _, other in others)
+        shown.append(
+            _measured("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
+        )
+        change = formats.change(dense.perplexity, compressed.perplexity)
+        against = f"dense {tables.perplexity(dense)}, {change}, {compressed.split}"
+        shown.append(_measured("Perplexity", tables.perplexity(compressed), against))
+    unit = tables.unit_name(summary.accounting)
+    of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
+    shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
+    if summary.predicted is not None:
+        shown.append(_certificate(summary.predicted, summary.bound))
+    if (gain := mean_change(summary.matching)) is not None:
+        blocks = sum(match.block is not None for match in summary.matching)
+        shown.append(Card("Matching", gain, f"held-out loss of {blocks} blocks, geometric mean"))
+    seconds = math.fsum(stage.seconds for stage in summary.stages)
+    peak = max((stage.peak_bytes for stage in summary.stages), default=0)
+    shown.append(Card("Cost", formats.duration(seconds), f"{formats.memory(peak)} at the peak"))
+    return shown
+
+
+def _measured(label: str, text: str, detail: str) -> Card:
+    value, sign, error = text.partition(" ±")
+    return Card(label, value, detail, sign.strip() + error)
+
+
+def _certificate(predicted: float, bound: float | None) -> Card:
+    said = formats.certificate(predicted, bound)
+    if bound is None or bound <= 0:
+        return Card("Certificate", "none", said)
+    gap = max(0.0, predicted - bound) / bound
+    return Card("Certificate", "optimal" if gap <= formats.EXACT else f"≤ {formats.at_most(gap)}", said)
+
+
+def mean_change(matching: Sequence[MatchResult]) -> str | None:
+    """Geometric mean over blocks of what matching made of their loss; None where there is nothing to take it of."""
+    ratios = [m.after / m.before for m in matching if m.block is not None and m.before > 0 and m.after > 0]
+    return formats.change(1, math.exp(math.fsum(map(math.log, ratios)) / len(ratios))) if ratios else None
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def columns(*titles: str) -> list[Column]:
+    """Columns of numbers, but for titles that end with a quote mark, which are of words."""
+    return [Column(title.rstrip("'"), not title.endswith("'")) for title in titles]
+
+
+def _quality(summary: Summary) -> Part:
+    if not summary.compressed:
+        return Lines(["Not evaluated."])
+    rows = [
+        [Cell(compressed.split), _perplexity(dense), _perplexity(compressed), *_losses(dense, compressed)]
+        for dense, compressed in zip(summary.dense, summary.compressed, strict=True)
+    ]
+    heads = columns("split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense, nats per token")
+    notes = ["± standard error over windows", *map(tables.windows_line, summary.compressed)]
+    return Table("On text that nothing was chosen on", heads, rows, notes=notes)
+
+
+def _perplexity(metrics: Metrics) -> Cell:
+    return Cell(tables.perplexity(metrics), metrics.perplexity)
+
+
+def _losses(dense: Metrics, compressed: Metrics) -> list[Cell]:
+    change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
+    return [change, Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)]
+
+
+def _groups(summary: Summary) -> list[Part]:
+    unit = tables.errors_unit(summary)
+    whole = Group.pool("all", summary.layers)
+    found: list[Part] = []
+    for title, label, groups in (
+        ("By kind", "kind'", by_kind(summary.layers)),
+        ("By block", "block", by_block(summary.layers)),
+    ):
+        heads = columns(
+            label, "layers", "kept", "density", "mean rank", "rank share", "predicted", "actual", "relative"
+        )
+        rows = [_pooled(group) for group in groups]
+        notes = (f"predicted, actual: sums in {unit}; rank, relative: means weighted by size",)
+        found.append(Table(title, heads, rows, _pooled(whole), notes, tall=len(rows) > 16))
+    return found
+
+
+def _pooled(group: Group) -> list[Cell]:
+    label = Cell(group.label, int(group.label) if group.label.isdecimal() else None)
+    return [
+        label,
+        Cell(str(group.layers)),
+        _share(group.kept),
+        Cell(f"{group.density:.3f}", group.density),
+        Cell(f"{group.rank:.1f}", group.rank),
+        Cell(f"{group.rank_share:.3f}", group.rank_share),
+        *(_error(value) for value in (group.predicted, group.actual, group.relative)),
+    ]
+
+
+def _share(value: float) -> Cell:
+    return Cell(f"{value:.3f}", value, bar=round(100 * value, 1))
+
+
+def _error(value: float | None) -> Cell:
+    return MISSING if value is None else Cell(formats.scientific(value), value)
+
+
+def layer_table(summary: Summary) -> Table:
+    """Every layer: what it was given and what came of it."""
+    patterns = any(layer.pattern for layer in summary.layers)
+    heads = columns("layer", "block", "kind'", "shape'", "rank", "nonzeros", *(["N:M'"] if patterns else []))
+    heads += columns("kept", "cost", "density", "rank share", "predicted", "actual", "relative")
+    heads += columns("status'", "damping", "time")
+    rows = [_layer(n, layer, patterns) for n, layer in enumerate(summary.layers, 1)]
+    notes = (f"cost: {tables.unit_name(summary.accounting)}; predicted, actual: {tables.errors_unit(summary)}",)
+    return Table("Layer by layer", heads, rows, notes=notes, tall=True)
+
+
+def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
+    return [
+        Cell(str(number)),
+        Cell(str(layer.block)),
+        Cell(layer.kind),
+        Cell(f"{layer.d_out} x {layer.d_in}", layer.d_out * layer.d_in),
+        Cell(str(layer.rank)),
+        Cell(formats.count(layer.nnz), layer.nnz),
+        *([Cell(layer.pattern or "-")] if patterns else []),
+        _share(layer.kept),
+        Cell(formats.count(layer.cost), layer.cost),
+        Cell(f"{layer.density:.3f}", layer.density),
+        Cell(f"{layer.rank_share:.3f}", layer.rank_share),
+        *(_error(value) for value in (layer.predicted, layer.actual, layer.relative)),
+        Cell(layer.status, alert=Status(layer.status) is not Status.CONVERGED),
+        Cell(f"{layer.damping:g}", layer.damping),
+        Cell(formats.duration(layer.seconds), layer.seconds),
+    ]
+
+
+def _matched(matching: Sequence[MatchResult]) -> Table:
+    heads = columns("block", "loss'", "before", "after", "change", "epochs", "kept", "time")
+    rows = [
+        [
+            Cell("model", "") if match.block is None else Cell(str(match.block)),
+            Cell(match.loss),
+            Cell(formats.significant(match.before), match.before),
+            Cell(formats.significant(match.after), match.after),
+            Cell(formats.change(match.before, match.after), match.after / match.before) if match.before else MISSING,
+            Cell(str(match.epochs)),
+            Cell(str(match.kept_epoch) if match.kept_epoch else "start", match.kept_epoch),
+            Cell(formats.duration(match.seconds), match.seconds),
+        ]
+        for match in matching
+    ]
+    note = "loss: on held-out calibration windows where there are any; kept: the epoch that was kept"
+    return Table("Block by block", heads, rows, notes=(note,), tall=len(rows) > 16)
+
+
+def stage_table(stages: Sequence[StageCost]) -> Table:
+    """Time and peak memory per stage."""
+    whole = math.fsum(stage.seconds for stage in stages)
+    peak = max((stage.peak_bytes for stage in stages), default=0)
+    rows = [
+        [
+            Cell(stage.name),
+            Cell(formats.duration(stage.seconds), stage.seconds),
+            _part(stage.seconds, whole),
+            Cell(formats.memory(stage.peak_bytes), stage.peak_bytes),
+        ]
+        for stage in stages
+    ]
+    total = [Cell("all"), Cell(formats.duration(whole)), Cell(""), Cell(formats.memory(peak))]
+    return Table("Time and memory of every stage", columns("stage'", "time", "share", "peak memory"), rows, total)
+
+
+def _part(seconds: float, whole: float) -> Cell:
+    share = 100 * seconds / whole if whole else 0.0
+    return Cell(f"{share:.0f} %", share, bar=round(share, 1))
+
+
+# ------------------------------------------------------------------------------------------------- texts
+
+
+def _samples(samples: Samples | None) -> list[Part]:
+    if samples is None:
+        return []
+    if samples.skipped is not None:
+        return [Lines([f"None: {samples.skipped}."])]
+    note = (
+        f"Beginnings of {samples.split} windows, {samples.prompt_tokens} tokens, and the {samples.new_tokens} most "
+        "likely next ones. Marked: from where the models part."
+    )
+    found: list[SampleText] = []
+    for sample in samples.samples:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(sample.dense, sample.compressed, strict=False))
+        shared = "".join(one for one, _ in alike)
+        ends = [text.removeprefix(shared) for text in (sample.dense, sample.compressed)]
+        agreed = f"{sample.agreed} of {samples.new_tokens} tokens before the first that differs"
+        if sample.agreed == samples.new_tokens:
+            agreed = f"the same {sample.agreed} tokens"
+        found.append(SampleText(sample.prompt, shared, ends[0], ends[1], agreed))
+    return [*found[:-1], replace(found[-1], notes=(note,))] if found else []
+
+
+def _made_from(summary: Summary) -> list[Part]:
+    splits = [
+        (name, ", ".join(f"{key} {_short(value)}" for key, value in made.items() if value is not None))
+        for name, made in summary.splits.items()
+    ]
+    return [
+        Code(summary.command, "Command"),
+        Facts([("seed", str(summary.seed)), *versions(summary.versions)], "Versions"),
+        Facts(splits, "Text"),
+    ]
+
+
+def versions(found: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Packages and their versions."""
+    return list(found.items())
+
+
+def _short(value: object) -> str:
+    return f"({len(value)} of them)" if isinstance(value, list | tuple) and len(value) > 2 else str(value)
+
+
+def _notes(summary: Summary) -> list[Part]:
+    lines = [f"{status.value}: {advice}" for status, advice in tables.troubles(summary)]
+    lines += summary.notes
+    return [Lines(lines)] if lines else []
