@@ -73,7 +73,7 @@ def test_list_names_every_method_and_its_options():
 
 def test_search_leaves_a_whole_run(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
-        "manifest.json", "budget.json", "summary.json", "windows.json",
+        "manifest.json", "budget.json", "summary.json", "windows.json", "samples.json", "curves",
         "grams", "spans", "profiles", "sensitivity", "search", "layers", "model",
     }  # fmt: skip
     assert no_partial_files(tiny_run)
@@ -264,9 +264,11 @@ def test_a_budget_is_refined_by_other_solvers(tiny_llama, tiny_text, tiny_run, t
         assert "kept as nonzeros" in " ".join(summary["notes"])
 
 
-def test_eval_of_a_run_repeats_what_its_summary_says(tiny_run):
-    measured = json.loads(done("eval", tiny_run, "--json").stdout)
+def test_eval_of_a_run_repeats_what_its_summary_says(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    measured = json.loads(done("eval", folder, "--json").stdout)
     summary = read(tiny_run / "summary.json")
+    assert read(folder / "eval.json") == measured
     assert measured["model"]["metrics"] == summary["compressed"]
     assert measured["dense"]["metrics"] == summary["dense"]
 
@@ -280,10 +282,11 @@ def test_eval_of_a_model(tiny_run, tiny_llama, tiny_text):
     assert json.loads(compressed)["model"]["metrics"] == read(tiny_run / "summary.json")["compressed"]
 
 
-def test_eval_can_use_other_windows(tiny_run):
-    shown = done("eval", tiny_run, "--seqlen", 8, "--eval-windows", 5).stdout
+def test_eval_can_use_other_windows(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    shown = done("eval", folder, "--seqlen", 8, "--eval-windows", 5).stdout
     assert "5 windows of 8 tokens" in shown
-    assert done("eval", tiny_run, "-q").output == ""
+    assert done("eval", folder, "-q").output == ""
 
 
 def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
