@@ -184,7 +184,7 @@ def allocated(bench: Bench, search: SearchOptions, analysis: Run, folder: Path) 
         problem = pipeline.pose(bench, search, run)
         allocator = get_allocator(search.allocator, search.allocator_options)
         timed = replace(bench, clock=StageClock())
-        allocation, _ = pipeline.allocate(timed, search, run, problem, allocator)
+        allocation, _, _ = pipeline.allocate(timed, search, run, problem, allocator)
         budget_file.write(run.budget_path, pipeline.budget_of(bench, search, problem, allocation))
     return budget_file.read(run.budget_path)
 

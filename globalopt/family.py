@@ -10,7 +10,7 @@ from allocators import Knapsack, Uniform
 from allocators.nested import nested
 from globalopt import budget_file
 from globalopt.errors import BudgetError
-from globalopt.pipeline import budget_of, pose, true_loss
+from globalopt.pipeline import budget_of, outcome, pose, true_loss
 from globalopt.registry import read_options
 from globalopt.stages import SearchOptions, analyse, check_feasible
 from globalopt.store import Run
@@ -140,12 +140,7 @@ def _outcomes(
 ) -> tuple[list[Outcome], str | None]:
     """What every allocation comes to, measured on all of the selection text, and what candidates were made from."""
     if not options.search_tokens:
-        return [Outcome(one.used, one.predicted, None, None) for one in allocations], None
-    outcomes = []
+        return [outcome(one) for one in allocations], None
     whole = replace(options, search_tokens=len(allocations) * bench.splits.selection.windows.numel())
     with true_loss(bench, whole, run, problem, "measure") as objective:
-        for one in allocations:
-            losses = objective.losses([one.targets], range(objective.chunks))[0]
-            stderr = float(losses.std() / len(losses) ** 0.5)
-            outcomes.append(Outcome(one.used, one.predicted, float(losses.mean()), stderr))
-    return outcomes, objective.candidates
+        return [outcome(one, objective) for one in allocations], objective.candidates

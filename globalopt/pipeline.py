@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from allocators import get_allocator
+from allocators import Uniform, get_allocator
 from globalopt import budget_file
 from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
@@ -35,7 +35,7 @@ from globalopt.stages import (
     weigh,
 )
 from globalopt.store import Run, digest
-from globalopt.summary import Metrics, Search, Summary, WindowLosses
+from globalopt.summary import Metrics, Outcome, Search, Summary, WindowLosses
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
 from globalopt.workbench import Bench, ModelOptions, TextOptions, load_from, versions
 from solvers import get_solver
@@ -73,7 +73,7 @@ def search(
 
     analyse(bench, options, run, pattern)
     problem = pose(bench, options, run)
-    allocation, searched = allocate(bench, options, run, problem, allocator)
+    allocation, searched, uniform = allocate(bench, options, run, problem, allocator)
     file = budget_of(bench, options, problem, allocation)
     budget_file.write(run.budget_path, file)
 
@@ -83,23 +83,46 @@ def search(
     unit = file.error_unit
     matching = refining.matching(options.sensitivity)
     return finish(
-        bench, run, file, allocation, solver, command, options.seed, unit, outputs, refining, matching, searched
+        bench,
+        run,
+        file,
+        allocation,
+        solver,
+        command,
+        options.seed,
+        unit,
+        outputs,
+        refining,
+        matching,
+        searched,
+        uniform,
     ), run
 
 
 def allocate(
     bench: Bench, options: SearchOptions, run: Run, problem: Problem, allocator: Allocator
-) -> tuple[Allocation, Search | None]:
-    """The allocator's answer, and what it asked of the model, if it asks."""
+) -> tuple[Allocation, Search | None, Outcome]:
+    """The allocator's answer, what it asked of the model, if it asks, and what the uniform allocation comes to."""
+    flat = Uniform().allocate(problem)
     if not allocator.asks:
         with bench.stage("allocate", 1, "budgets") as advance:
             allocation = allocator.allocate(problem)
             advance(allocator.name)
-        return allocation, None
+        return allocation, None, outcome(flat)
     with true_loss(bench, options, run, problem) as objective:
         allocation = allocator.allocate(problem, objective)
-        loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
-    return allocation, objective.facts(loss)
+        facts = objective.facts(float(objective.losses([allocation.targets], range(objective.chunks)).mean()))
+        # Afterwards: it is none of the search's evaluations, and not paid from its tokens.
+        return allocation, facts, outcome(flat, objective)
+
+
+def outcome(allocation: Allocation, objective: SearchObjective | None = None) -> Outcome:
+    """What an allocation is predicted to lose and, with an objective, loses on all of the selection text."""
+    if objective is None:
+        return Outcome(allocation.used, allocation.predicted, None, None)
+    losses = objective.losses([allocation.targets], range(objective.chunks))[0]
+    stderr = float(losses.std() / len(losses) ** 0.5)
+    return Outcome(allocation.used, allocation.predicted, float(losses.mean()), stderr)
 
 
 def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
@@ -236,6 +259,7 @@ def finish(
     refining: RefineOptions,
     matching: Matching | None,
     searched: Search | None = None,
+    uniform: Outcome | None = None,
 ) -> Summary:
     """Refine to the allocation, match, save the model, evaluate what was saved, and write the summary.
 
@@ -289,6 +313,7 @@ def finish(
         versions=versions(),
         notes=tuple(notes),
         search=searched,
+        uniform=uniform,
         matching=run.read_matches(len(layers.blocks)),
     )
     run.write_summary(summary)

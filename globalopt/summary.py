@@ -343,6 +343,8 @@ class Summary:
         notes: what a reader must know (conversions, fallbacks).
         search: None where the allocator did not ask the model.
         matching: one entry per matched block, and one for the model if it was matched.
+        uniform: what the uniform allocation of the same budget comes to, in `budget_unit`; None where nothing was
+            searched.
     """
 
     command: str
@@ -371,3 +373,4 @@ class Summary:
     notes: tuple[str, ...] = ()
     search: Search | None = None
     matching: tuple[MatchResult, ...] = ()
+    uniform: Outcome | None = None

@@ -78,6 +78,7 @@ def budget_facts(summary: Summary) -> list[tuple[str, str]]:
         ("allocator", summary.allocator),
         ("solver", summary.solver),
         *prediction("predicted loss", summary.predicted, summary.bound, f"{summary.budget_unit}, summed over layers"),
+        *against_uniform(summary),
         (
             "covered",
             f"{formats.count(summary.covered)} of {formats.count(summary.block_params)} block parameters, "
@@ -87,6 +88,19 @@ def budget_facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.skipped:
         left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
         rows.append(("not covered", left))
+    return rows
+
+
+def against_uniform(summary: Summary) -> list[tuple[str, str]]:
+    """What the uniform allocation is predicted to lose and, in a search on the true loss, what candidates lose."""
+    uniform, search = summary.uniform, summary.search
+    if uniform is None or not summary.predicted:
+        return []
+    times = formats.significant(uniform.predicted / summary.predicted)
+    rows = [("uniform", f"predicted {formats.significant(uniform.predicted)}, {times} times as much")]
+    if search is not None and search.loss > 0 and uniform.measured is not None:
+        loss, times = formats.significant(uniform.measured), formats.significant(uniform.measured / search.loss)
+        rows.append(("", f"candidates lose {loss} against {formats.significant(search.loss)}, {times} times"))
     return rows
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Evaluation, MatchResult, Search
+from globalopt.summary import Evaluation, MatchResult, Outcome, Search
 from globalopt.types import Status
 from reports import render
 from reports.groups import Grid, Group
@@ -39,6 +39,15 @@ def shown(part: RenderableType | None, width: int = 80) -> str:
 def row(text: str, first: str) -> list[str]:
     """The cells of the line that starts with `first`."""
     return next(line.split() for line in text.splitlines() if line.split()[:1] == [first])
+
+
+def test_the_budget_stands_beside_the_uniform_one() -> None:
+    assert "uniform" not in shown(budget(make_summary()))
+    told = make_summary(predicted=0.001, uniform=Outcome(999, 0.0042, None, None))
+    assert row(shown(budget(told)), "uniform") == "uniform predicted 0.004200, 4.200 times as much".split()
+    search = make_search(loss=0.002)
+    asked = make_searched(search, predicted=0.001, uniform=Outcome(999, 0.0042, 0.005, 0.001))
+    assert "candidates lose 0.005000 against 0.002000, 2.500 times" in shown(budget(asked))
 
 
 def test_the_budget_says_asked_limit_used_and_certificate() -> None:
