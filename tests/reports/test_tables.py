@@ -44,7 +44,7 @@ def row(text: str, first: str) -> list[str]:
 def test_the_budget_stands_beside_the_uniform_one() -> None:
     assert "uniform" not in shown(budget(make_summary()))
     told = make_summary(predicted=0.001, uniform=Outcome(999, 0.0042, None, None))
-    assert row(shown(budget(told)), "uniform") == "uniform predicted 0.004200, 4.200 times as much".split()
+    assert row(shown(budget(told)), "uniform") == ["uniform", "predicted", "0.004200,", "4.200", "times", "as", "much"]
     search = make_search(loss=0.002)
     asked = make_searched(search, predicted=0.001, uniform=Outcome(999, 0.0042, 0.005, 0.001))
     assert "candidates lose 0.005000 against 0.002000, 2.500 times" in shown(budget(asked))
