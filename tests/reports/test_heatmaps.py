@@ -17,7 +17,7 @@ from reports.formats import prefixed
 from reports.groups import Grid
 from reports.heatmaps import allocation_figure, error_figure
 from tests.command import contents
-from tests.reports.factory import MISSING, make_layers, make_search, make_searched, make_summary
+from tests.reports.factory import MISSING, make_layers, make_summary
 
 VALUES = ("kept", "rank", "rank_share", "cost", "density", "relative")
 
@@ -106,13 +106,13 @@ def test_a_run_that_kept_everything_can_be_drawn(blocks: int, tmp_path: Path) ->
 
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
-    summary = make_searched(make_search(), blocks=1)
+    summary = make_summary(1)
     folder = tmp_path / "new" / "folder"
     write_figures(summary, folder)
     first = contents(folder)
     write_figures(summary, folder)
     assert contents(folder) == first
-    names = [f"{name}.{kind}" for name in ("allocation", "error", "search") for kind in ("png", "svg")]
+    names = [f"{name}.{kind}" for name in ("allocation", "error") for kind in ("png", "svg")]
     assert sorted(first) == names
 
 
