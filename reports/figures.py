@@ -50,7 +50,7 @@ def plain(axes: Axes) -> None:
     """A faint grid behind the points, small figures on the axes."""
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
 
 
 def not_drawn(hidden: Mapping[str, int]) -> str:
