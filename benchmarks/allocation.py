@@ -29,10 +29,10 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
+from globalopt.files import replacing, write_json
 from globalopt.refining import MATCHES, RefineOptions
 from globalopt.search_objective import CANDIDATES
 from globalopt.stages import SearchOptions
-from globalopt.store import replacing, write_json
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS
 from reports import formats

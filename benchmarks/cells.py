@@ -24,11 +24,12 @@ from rich.console import Console
 from globalopt import budget_file, pipeline, stages, workbench
 from globalopt.analysis import MEASURED_WINDOWS
 from globalopt.errors import GlobalOptError, UsageError
+from globalopt.files import read_json, write_json
 from globalopt.protocols import Allocator
 from globalopt.refining import AS_FITTED, RefineOptions
 from globalopt.resources import StageClock
 from globalopt.stages import SearchOptions
-from globalopt.store import Run, read_json, write_json
+from globalopt.store import Run
 from globalopt.summary import Metrics, Summary
 from globalopt.types import NM, Target
 from globalopt.workbench import Bench, ModelOptions, TextOptions

@@ -30,10 +30,10 @@ from allocators.bernoulli import FREE, Baseline, Bernoulli, History
 from allocators.knapsack import Knapsack
 from globalopt import pipeline
 from globalopt.errors import UsageError
+from globalopt.files import write_json
 from globalopt.resources import StageClock
 from globalopt.search_objective import SearchObjective
 from globalopt.stages import SearchOptions
-from globalopt.store import write_json
 from globalopt.types import Problem
 from reports import formats
 from reports.tables import add_numbers, footed, report_table

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, UsageError
-from globalopt.store import read_json, read_tensors
+from globalopt.files import read_json, read_tensors
 from globalopt.types import NM, Gram, LayerSpec, Metric, Target
 
 RANK_SHARE = 0.3  # of the parameters kept, in the unstructured settings

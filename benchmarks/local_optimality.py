@@ -25,9 +25,10 @@ from rich.text import Text
 from allocators._moves import improving_share
 from globalopt import pipeline, workbench
 from globalopt.errors import ArtefactError
+from globalopt.files import write_json
 from globalopt.resources import StageClock
 from globalopt.stages import SearchOptions
-from globalopt.store import Run, write_json
+from globalopt.store import Run
 from reports import formats, make_progress
 from reports.tables import add_numbers, footed, report_table
 

@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
 
 from globalopt import budget_file
+from globalopt.files import replacing, write_json
 from globalopt.layers import ModelLayers, find_layers
 from globalopt.lazy import INDEX
 from globalopt.memory import size_text
 from globalopt.models import load_structure, model_fingerprint, reference_folder
-from globalopt.store import replacing, write_json
 from globalopt.types import Budget, ErrorSurface, LayerSpec, Problem, Target
 from reports.tables import add_numbers, report_table
 

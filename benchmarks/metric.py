@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.console import Group as Stack
 from rich.text import Text
 
+from globalopt.files import write_json
 from globalopt.protocols import Outputs
 from globalopt.stages import SearchOptions, check_options
-from globalopt.store import write_json
 from globalopt.summary import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table

@@ -32,11 +32,12 @@ from torch import Tensor
 from allocators import get_allocator
 from globalopt import budget_file, pipeline
 from globalopt.budget_file import BudgetFile
+from globalopt.files import write_json
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.refining import AS_FITTED, RefineOptions
 from globalopt.resources import StageClock
 from globalopt.stages import SearchOptions, check_options
-from globalopt.store import Run, write_json
+from globalopt.store import Run
 from globalopt.summary import Summary
 from globalopt.types import Decomposition, Metric, Solution, Target
 from globalopt.workbench import Bench

@@ -23,9 +23,10 @@ from allocator_contenders import Contender, check
 from rich.console import Group as Stack
 from rich.text import Text
 
+from globalopt.files import write_json
 from globalopt.span import SCALINGS
 from globalopt.stages import PRICINGS, SearchOptions
-from globalopt.store import Run, write_json
+from globalopt.store import Run
 from globalopt.summary import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table

@@ -31,9 +31,10 @@ from rich.text import Text
 from globalopt import budget_file, pipeline
 from globalopt.budget_file import BudgetFile
 from globalopt.errors import UsageError
+from globalopt.files import write_json
 from globalopt.refine import for_solver
 from globalopt.stages import SearchOptions
-from globalopt.store import Run, write_json
+from globalopt.store import Run
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS, Budget
 from globalopt.workbench import Bench

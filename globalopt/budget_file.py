@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
-from globalopt.store import read_json, write_json
+from globalopt.files import read_json, write_json
 from globalopt.summary import LayerPlan
 from globalopt.types import FREE, NM, Allocation, Budget, LayerSpec, Limits, Problem, Target
 

@@ -16,6 +16,7 @@ from globalopt.budget_file import BudgetFile
 from globalopt.capture import BlockRunner
 from globalopt.errors import ArtefactError
 from globalopt.evaluate import evaluate_both
+from globalopt.files import digest
 from globalopt.matching import Matching
 from globalopt.models import save_dense
 from globalopt.protocols import Allocator, Outputs, Solver
@@ -34,7 +35,7 @@ from globalopt.stages import (
     collect_outputs,
     weigh,
 )
-from globalopt.store import Run, digest
+from globalopt.store import Run
 from globalopt.summary import Metrics, Outcome, Search, Summary, WindowLosses
 from globalopt.types import NM, Allocation, Budget, ErrorSurface, Gram, LayerSpec, Problem
 from globalopt.workbench import Bench, ModelOptions, TextOptions, load_from, versions

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from globalopt.candidates import FittedLayer, span_weight
 from globalopt.capture import BlockRunner
+from globalopt.files import read_json, write_json
 from globalopt.objective import LAZY_SHARE, Materialise, ModelObjective
 from globalopt.protocols import Candidate
 from globalopt.recorder import RecordedObjective, Selection
-from globalopt.store import Run, read_json, write_json
+from globalopt.store import Run
 from globalopt.summary import Search
 from globalopt.types import LayerSpec, Mask, Problem, Target
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
+from globalopt.files import read_tensors, write_tensors
 from globalopt.registry import at_least
-from globalopt.store import read_tensors, write_tensors
 from globalopt.trainable import Trainable
 
 BACK_OFF = 0.3

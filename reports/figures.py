@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from globalopt.store import replacing
+from globalopt.files import replacing
 from globalopt.summary import Summary
 from reports.tables import unit_name
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import globalopt.pipeline  # noqa: F401
-from globalopt import store
+from globalopt import files
 from globalopt.cli import main
 
 
@@ -57,7 +57,7 @@ def fill_disk_after(writes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)  # pyright: ignore[reportArgumentType]
 
-    store.os.replace = replaced  # pyright: ignore[reportAttributeAccessIssue]
+    files.os.replace = replaced  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def ended(pid: int) -> int:

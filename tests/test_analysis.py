@@ -15,8 +15,9 @@ from globalopt.analysis import (
     weigh_layers,
 )
 from globalopt.capture import Batch, BlockRunner
+from globalopt.files import read_json
 from globalopt.layers import find_layers
-from globalopt.store import Run, read_json
+from globalopt.store import Run
 from globalopt.types import NM, Gram, Metric, Target
 from solvers import get_solver
 from tests.test_objective import kl

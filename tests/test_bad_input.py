@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from globalopt import store
+from globalopt import files
 from globalopt.store import Run
 from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, results, run
 from tests.tiny_models import save_tiny
@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_at_a_rename(tiny_search, tiny_run, tmp_path, monke
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "replace", replace)
+        patch.setattr(files.os, "replace", replace)
         message = refused(FAILED, *tiny_search, "--out", folder, "-q")
     assert "the disk is full. Free space and run the same command again" in message
     assert name in message
@@ -411,7 +411,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(tiny_search, tiny_run, t
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_file", cut_off)
+        patch.setattr(files, "save_file", cut_off)
         assert "No space left" in refused(FAILED, *tiny_search, "--out", folder, "-q")
     assert set(contents(folder)) == {"manifest.json"}
     done(*tiny_search, "--out", folder, "-q")
@@ -432,7 +432,7 @@ def test_a_disk_that_fills_up_while_the_model_is_written(tiny_search, tiny_run, 
 def test_a_disk_that_fills_up_while_a_picture_is_written(tiny_run, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "replace", full_disk)
+        patch.setattr(files.os, "replace", full_disk)
         result = run("report", folder)
     assert result.exit_code == FAILED
     assert result.stderr.startswith("error: Cannot write")

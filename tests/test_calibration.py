@@ -163,9 +163,9 @@ def test_a_hub_data_set_is_streamed_and_cut(tmp_path, monkeypatch):
         list(calibration._hub_documents(f"{spec}@nosuch", None))
     with pytest.raises(CalibrationError, match="no column 'body'"):
         list(calibration._hub_documents(spec, "body"))
-    cut = calibration._join(iter(ROWS), "x", most=len(ROWS[0]) + 1)
+    cut = calibration.join(iter(ROWS), "x", most=len(ROWS[0]) + 1)
     assert (cut.text, cut.documents, cut.complete) == ("\n\n".join(ROWS[:2]), 2, False)
-    assert calibration._join(iter(ROWS), "x", most=10**6) == Text.of(JOINED, "x", 3)
+    assert calibration.join(iter(ROWS), "x", most=10**6) == Text.of(JOINED, "x", 3)
 
 
 # ------------------------------------------------------------------------------------------------- cutting

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import UnknownNameError, UsageError
+from globalopt.files import read_tensors
 from globalopt.layers import find_layers
 from globalopt.matching import Loss, Matching, match_block
 from globalopt.refine import Order, Refinement, refine
-from globalopt.store import Run, read_tensors
+from globalopt.store import Run
 from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Target, follows
 from solvers import SOLVERS, get_solver
 from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model

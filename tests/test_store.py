@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from globalopt.errors import ArtefactError
-from globalopt.store import Run, digest, read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.files import digest, read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.store import Run
 from globalopt.summary import Curve, Details, LayerCurves, Sample, Samples
 from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Span, Target
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import ArtefactError, NumericalError, UsageError
-from globalopt.store import write_tensors
+from globalopt.files import write_tensors
 from globalopt.trainable import Trainable
 from globalopt.training import Trained, Training, train
 

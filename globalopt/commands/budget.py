@@ -114,7 +114,7 @@ def convert(
         from globalopt import budget_file
         from globalopt.budget_formats import FORMATS, EvoPress
         from globalopt.errors import UnknownNameError, UsageError
-        from globalopt.store import write_text
+        from globalopt.files import write_text
 
         names = (BUDGET, *FORMATS)
         for name in (source, wanted):
@@ -161,7 +161,7 @@ def _imported(
     from globalopt import budget_file
     from globalopt.budget_formats import Peft
     from globalopt.errors import ArtefactError, UsageError
-    from globalopt.store import read_text
+    from globalopt.files import read_text
 
     if (like is None) == (model is None):
         raise UsageError("Shapes are not in the file: give a budget of the model with --like, or --model.")

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import UsageError
 from globalopt.export.source import Source, check_out, read_source
+from globalopt.files import replacing
 from globalopt.models import save_dense
-from globalopt.store import replacing
 from globalopt.types import LayerSpec
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
 from globalopt.export.source import check_out, read_source
+from globalopt.files import read_json, read_tensors, replacing, write_json, write_tensors
 from globalopt.models import quiet
-from globalopt.store import read_json, read_tensors, replacing, write_json, write_tensors
 from globalopt.types import Decomposition
 
 LAYERS, REST = "layers.json", "rest.safetensors"

@@ -175,6 +175,6 @@ def _generation_digest(model: PreTrainedModel) -> str | None:
 
 
 def _read_json(path: Path) -> Any:
-    from globalopt.store import read_json
+    from globalopt.files import read_json
 
     return read_json(path)

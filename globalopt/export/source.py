@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
+from globalopt.files import read_json
 from globalopt.layers import ModelLayers, find_layers
 from globalopt.models import DTYPES, LoadedModel, load_model
-from globalopt.store import Run, read_json
+from globalopt.store import Run
 from globalopt.types import NM, Decomposition, LayerSpec
 
 # The saved weight is the sum rounded once, or twice where the model computed in another type.
