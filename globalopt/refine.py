@@ -293,8 +293,8 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
 
 
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], plan: Refinement) -> LayerResult:
-    target = Target(value.rank, value.nnz, signs=value.signs is not None)
     asked = plan.targets[spec.name]
+    target = Target(value.rank, value.nnz, asked.pattern, value.signs is not None)
     return LayerResult(
         name=spec.name,
         block=spec.block,
@@ -304,7 +304,7 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         rank=value.rank,
         nnz=value.nnz,
         pattern=str(asked.pattern) if asked.pattern else None,
-        cost=plan.budget.cost(replace(target, pattern=asked.pattern), spec),
+        cost=plan.budget.cost(target, spec),
         dense_cost=plan.budget.cost(Target.dense(spec), spec),
         predicted=plan.predicted[spec.name],
         actual=float(facts["actual"]),
@@ -312,4 +312,5 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         status=Status(facts["status"]).value,
         damping=float(facts["damping"]),
         seconds=float(facts["seconds"]),
+        bytes=target.bytes(spec),
     )

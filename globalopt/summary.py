@@ -181,6 +181,7 @@ class LayerResult(LayerPlan):
         actual: the refined layer's error in `Summary.error_unit`: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
         relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
         status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
+        bytes: of what is kept at 16 bits a value with the cheapest index (`Target.bytes`); 0 where nobody counted.
     """
 
     actual: float
@@ -188,6 +189,7 @@ class LayerResult(LayerPlan):
     status: str
     damping: float
     seconds: float
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

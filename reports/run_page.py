@@ -26,6 +26,7 @@ from reports.html import (
     Section,
     Table,
 )
+from reports.size import size_facts
 
 MISSING = Cell("-", "")
 
@@ -72,6 +73,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
         sections=[
             Section("quality", "Quality", [_quality(summary)]),
             Section("budget", "Budget", [Facts(tables.budget_facts(summary))]),
+            Section("size", "Size", [Facts(size_facts(summary))]),
             Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
             Section("curves", "What there was to keep", picture("curves")),
             Section("errors", "Errors", picture("error")),

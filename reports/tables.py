@@ -19,6 +19,7 @@ from globalopt.types import Status
 from reports import formats
 from reports.groups import Group, by_block, by_kind
 from reports.shaded_grid import kept_grid
+from reports.size import size_facts
 from reports.surrogate import FEWEST, Surrogate, chosen, whole
 
 GAP = 2  # spaces between columns
@@ -39,6 +40,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
         by_block_table(summary),
         kept_grid(summary.layers),
         *([matched(summary.matching)] if summary.matching else []),
+        facts("Size", size_facts(summary)),
         stages(summary),
     ]
     if verbose:

@@ -71,6 +71,7 @@ def make_layers(blocks: int = 8, pattern: str | None = None) -> tuple[LayerResul
                     status="fallback" if (block, kind) == FALLBACK else "converged",
                     damping=0.1 if (block, kind) == FALLBACK else 0.01,
                     seconds=0.35 + 0.1 * random.random(),
+                    bytes=2 * numel if untouched else 2 * (rank * (d_out + d_in) + nnz) + numel // 8,
                 )
             )
     return tuple(layers)

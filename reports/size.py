@@ -1,0 +1,32 @@
+"""What a compressed model holds: parameters, and bytes as they would be packed."""
+
+from __future__ import annotations
+
+from globalopt.summary import Summary
+from globalopt.types import BYTES_PER_VALUE
+from reports import formats
+
+
+def size_facts(summary: Summary) -> list[tuple[str, str]]:
+    """Labels and what they say about size and speed; packed bytes are left out where nobody counted them."""
+    layers = summary.layers
+    dense = sum(layer.d_out * layer.d_in for layer in layers)
+    kept = sum(layer.rank_params + layer.nnz for layer in layers)
+    rest = sum(summary.skipped.values())
+    rows = [
+        ("of the layers", _part(kept, dense, f"{formats.count(kept)} of {formats.count(dense)} parameters")),
+        ("of the model", _part(kept + rest, dense + rest, f"{formats.count(kept + rest)} parameters")),
+    ]
+    if all(layer.bytes or not layer.rank + layer.nnz for layer in layers):
+        packed, whole = sum(layer.bytes for layer in layers), BYTES_PER_VALUE * dense
+        sizes = f"{formats.memory(packed)} of {formats.memory(whole)} at 16 bits a value, indices counted"
+        rows.append(("packed layers", _part(packed, whole, sizes)))
+    return [
+        *rows,
+        ("unpacked", "model/ is as large as the dense model: it stores sums"),
+        ("speed", "not measured by a run; benchmarks/serving.py measures every export"),
+    ]
+
+
+def _part(part: int, whole: int, said: str) -> str:
+    return f"{formats.percent(part, whole)}: {said}"
