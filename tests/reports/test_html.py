@@ -86,13 +86,13 @@ def full() -> Parsed:
 
 def test_sections_are_those_the_run_has_something_for(full):
     anchors = [link["href"] for link in full.named("a")]
-    names = ["quality", "budget", "allocation", "search", "matching", "samples", "cost", "reproduce", "notes"]
+    names = ["quality", "budget", "size", "allocation", "search", "matching", "samples", "cost", "reproduce", "notes"]
     assert anchors == [f"#{name}" for name in names]
     assert [section["id"] for section in full.named("section")] == names
     layers = tuple(replace(layer, predicted=None, status="converged") for layer in make_layers(2))
     bare = make_summary(layers=layers, predicted=None, bound=None, compressed=(), dense=(), notes=())
     found = parsed(bare)
-    assert [section["id"] for section in found.named("section")] == [*names[:3], "cost", "reproduce"]
+    assert [section["id"] for section in found.named("section")] == [*names[:4], "cost", "reproduce"]
     assert "Not evaluated." in found.text
     assert "the budget was not found by a search" in found.text
 
