@@ -30,6 +30,7 @@ REQUIRED = (
     "scipy",
     "numpy",
     "matplotlib",
+    "jinja2",
     "rich",
     "typer",
     "pydantic",
