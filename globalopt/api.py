@@ -18,6 +18,7 @@ from globalopt.live import Documents, live_bench
 from globalopt.models import load_model
 from globalopt.protocols import Allocator, Progress, Solver
 from globalopt.refining import RefineOptions
+from globalopt.serving import get_profile
 from globalopt.stages import SearchOptions, check_options
 from globalopt.store import Run
 from globalopt.summary import Summary
@@ -69,7 +70,9 @@ def search(
     solver: str = "3basil",
     solver_options: Mapping[str, Any] | None = None,
     accounting: str = "params",
-    pattern: str = "unstructured",
+    pattern: str | None = None,
+    serving_profile: str = "dense",
+    rank_multiple: int | None = None,
     sensitivity: str = "fisher",
     search_tokens: int = 500_000,
     refining: RefineOptions = MATCH_BLOCKS,
@@ -91,8 +94,8 @@ def search(
         eval_text: the test split; without it a part of `text` is held out.
         allocator: by name, with `allocator_options`, or one of your own, whose `repr` tells runs apart.
         solver: by name, with `solver_options`.
-        accounting, pattern, sensitivity, search_tokens, nsamples, seqlen, eval_windows, batch_size, seed: as the
-            options of `globalopt search`.
+        accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, nsamples, seqlen, eval_windows,
+            batch_size, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; `RefineOptions()` matches nothing.
         out: run folder, in which a run that was stopped goes on; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -104,7 +107,9 @@ def search(
     options = SearchOptions(
         budget=budget,
         accounting=accounting,
-        pattern=pattern,
+        **get_profile(serving_profile).choices(pattern),
+        serving_profile=serving_profile,
+        rank_multiple=rank_multiple,
         allocator=allocator if isinstance(allocator, str) else allocator.name,
         allocator_options=_texts(allocator_options) if own is None else {"own": repr(own)},
         solver=solver,

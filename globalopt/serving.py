@@ -28,6 +28,13 @@ class ServingProfile:
     sparse_part: bool = False
     low_rank_part: bool = False
 
+    def choices(self, pattern: str | None = None, scaling: str | None = None) -> dict[str, str]:
+        """Pattern and span scaling, which the profile decides where nothing was said of them."""
+        return {
+            "pattern": pattern or self.pattern or "unstructured",
+            "scaling": scaling or ("activation" if self.limits.sparse else "direct"),
+        }
+
 
 PROFILES: Mapping[str, ServingProfile] = {
     # An ordinary checkpoint holds any sum.

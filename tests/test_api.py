@@ -105,6 +105,14 @@ def test_commands_read_a_run_of_a_model_in_memory(
     done("eval", tmp_path / "run", "--dense", place[0], "--calibration", place[1])
 
 
+def test_a_serving_profile_limits_the_search(place: tuple[Path, Path], model: PreTrainedModel) -> None:
+    words = {**QUICK, "solver": "oats", "solver_options": {"steps": 2}}
+    found = globalopt.search(model, tiny_tokenizer(), place[1], 0.6, serving_profile="two-four", **words, **SIZES)
+    assert {entry.pattern for entry in found.budget.layers} == {"2:4"}
+    found = globalopt.search(model, tiny_tokenizer(), place[1], 0.6, rank_multiple=3, **words, **SIZES)
+    assert all(value.rank % 3 == 0 for value in found.layers.values())
+
+
 def test_half_precision_comes_back_as_it_was(place: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.bfloat16).train()
     found = globalopt.search(model, tiny_tokenizer(), place[1], **QUICK, **SIZES)

@@ -145,18 +145,16 @@ def search(
         allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
         if not several and not search_tokens:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
-        place = get_profile(serving_profile)
-        pattern = pattern or place.pattern or "unstructured"
+        choices = get_profile(serving_profile).choices(pattern, span_scaling)
         options = stages.SearchOptions(
             budget=budgets[0],
             accounting=accounting,
-            pattern=pattern,
             allocator=allocator,
             allocator_options=pairs(allocator_set, "--allocator-set"),
             solver=solver,
             solver_options=pairs(solver_set, "--set"),
             sensitivity=sensitivity,
-            scaling=span_scaling or ("activation" if place.limits.sparse else "direct"),
+            **choices,
             pricing=pricing,
             candidates=candidates,
             search_tokens=search_tokens,
@@ -173,7 +171,7 @@ def search(
         )
         texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         variant = "" if accounting == "params" else "-bytes"
-        variant += "" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+        variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
