@@ -21,6 +21,7 @@ from globalopt.protocols import Needs, Outputs
 from globalopt.types import Allocation, Decomposition, Metric, Problem, Solution, Target
 from globalopt.workbench import TextOptions
 from reports import QuietProgress
+from solvers._layer import OneByOne
 from tests.command import WINDOWS, done, refused, results, write_text
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
@@ -122,7 +123,7 @@ def test_half_precision_comes_back_as_it_was(place: tuple[Path, Path]) -> None:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Halves(OneByOne):
     """A solver of one's own: it keeps the first entries."""
 
     name: ClassVar[str] = "halves"
@@ -143,12 +144,6 @@ class Halves:
         S.view(-1)[target.nnz :] = 0
         empty = S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1])
         return Solution(Decomposition(S, *empty), metric.error(weight - S))
-
-    def solve_site(self, layers: Any) -> list[Solution]:
-        return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
-
-    def solve_path(self, state: tuple[Tensor, Metric], targets: Any) -> list[Solution]:
-        return [self.solve(state, target) for target in targets]
 
 
 @dataclass(frozen=True)
