@@ -12,6 +12,7 @@ import pytest
 
 from globalopt import api
 from tests.command import done, write_text
+from tests.test_task_files import write
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +47,12 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model and the text that the guide names, shared by all pages."""
+    """A folder with the model, the text and the tasks that the guide names, shared by all pages."""
     folder = tmp_path_factory.mktemp("guide")
     save_tiny(folder / "my-model")
     write_text(folder / "my-text.txt")
+    (folder / "my-tasks").mkdir()
+    write(folder / "my-tasks" / "piqa.jsonl", {"query": "the cat sat on", "choices": ["a mat", "the dog"], "gold": 0})
     return folder
 
 

@@ -163,7 +163,8 @@ def search(model: Path, text: Path, out: Path, *options: object) -> budget_file.
 # peft's, about something of transformers.
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapter(wide, tiny_text, tmp_path):
-    peft: Any = pytest.importorskip("peft")
+    import peft
+
     options = ("--serving-profile", "adapter", "--budget", 0.6, "--allocator", "uniform")
     options += ("--allocator-set", "rank_share=0.3", "--solver", "oats", "--set", "steps=3")
     file = search(wide, tiny_text, tmp_path / "run", *options)

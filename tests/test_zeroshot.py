@@ -25,8 +25,6 @@ from reports import QuietProgress, make_progress, render_scores
 from tests.command import contents, done, read, refused
 from tests.test_task_files import write
 
-pytest.importorskip("lm_eval")
-
 USAGE = 2
 
 ARC = [
@@ -239,8 +237,6 @@ def test_eval_of_a_run_holds_it_against_the_dense_model(tiny_run, tiny_llama, ti
 
 @pytest.mark.parametrize("form", ["packed", "adapter"])
 def test_eval_of_an_export(tiny_run, tiny_llama, folder, tmp_path, form):
-    if form == "adapter":
-        pytest.importorskip("peft")
     done("export", tiny_run, "--format", form, "--out", tmp_path / form, "-q")
     options = ("--tasks-path", folder, "--dense", tiny_llama, "--json")
     found = json.loads(done("eval", tmp_path / form, *options).stdout)
@@ -254,7 +250,6 @@ def test_eval_of_an_export(tiny_run, tiny_llama, folder, tmp_path, form):
 
 
 def test_a_broken_adapter_is_refused(tiny_run, folder, tmp_path):
-    pytest.importorskip("peft")
     done("export", tiny_run, "--format", "adapter", "--out", tmp_path / "adapter", "-q")
     (tmp_path / "adapter" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     said = refused(1, "eval", tmp_path / "adapter", "--tasks-path", folder, "-q")
