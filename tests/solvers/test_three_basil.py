@@ -203,6 +203,24 @@ def test_a_path_is_as_good_at_a_fraction_of_the_steps(outputs):
     assert path[-1].error < short.error
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_coarse_path_is_settled_where_coordinates_are_correlated(seed):
+    """Eigenvalues that fall as squares: a few steps from a support of half the size leave twice the error."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def falling(size: int) -> Gram:
+        Q = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+        matrix = (Q / torch.arange(1, size + 1).square()) @ Q.mT
+        return Gram((matrix + matrix.mT) / 2, 1000)
+
+    norm = Metric(falling(D_IN), falling(D_OUT))
+    W = torch.randn(D_OUT, D_IN, generator=generator)
+    solver, targets = ThreeBASiL(Preset.FAST), [Target(0, int(kept * W.numel())) for kept in (0.08, 0.2, 0.4, 0.7)]
+    state = solver.prepare(W, norm)
+    for warm, target in zip(solver.solve_path(state, targets), targets, strict=True):
+        assert warm.error < 1.4 * solver.solve(state, target).error
+
+
 def test_a_path_of_patterns():
     W, norm = metric(D_OUT, D_IN, 400)
     solver = ThreeBASiL(Preset.FAST)
