@@ -215,7 +215,9 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     for seed in options.seeds:
         folder: Path = options.out / f"seed{seed}"
         bench = cells.set_up(options, seed)
-        analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis", options.solver)
+        analysis = cells.analysed(
+            bench, options.pattern, seed, folder / "analysis", options.solver, solver_options=dict(options.set)
+        )
         for budget in options.budgets:
             measured: dict[Contender, Summary] = {}
             losses: dict[Contender, float] = {}

@@ -41,7 +41,7 @@ err = Console(stderr=True)
 WIDTH = 140
 """Columns of tables that are not printed on a terminal."""
 
-ANALYSIS = ("profiles", "outputs", "weighing", "spans", "fits", "measured", "sensitivity")
+ANALYSIS = ("profiles", "outputs", "weighing", "spans", "ratios", "fits", "measured", "sensitivity")
 """Folders of an analysis; prices last, since a run that has them is taken to have been analysed."""
 
 SEARCHES = ("allocate", "search")
@@ -102,9 +102,18 @@ def analysed(
     solver: str = "3basil",
     pricing: str = SearchOptions.pricing,
     scaling: str = SearchOptions.scaling,
+    solver_options: Mapping[str, str] | None = None,
 ) -> Run:
     """The finished analysis of a seed, which depends on neither budget nor allocator."""
-    options = SearchOptions(budget=1.0, pattern=pattern, solver=solver, seed=seed, pricing=pricing, scaling=scaling)
+    options = SearchOptions(
+        budget=1.0,
+        pattern=pattern,
+        solver=solver,
+        solver_options=solver_options or {},
+        seed=seed,
+        pricing=pricing,
+        scaling=scaling,
+    )
     run = Run.start(folder, {**bench.identity(seed), "analysis": options.words()}, bench.facts("analysis"))
     timed = replace(bench, clock=StageClock())
     stages.analyse(timed, options, run, NM.parse(pattern))

@@ -234,7 +234,9 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
             uniform = asked(budget, seed, "uniform", options)
             pattern = uniform.pattern.replace(":", "of")
             home: Path = options.out / f"seed{seed}"
-            analysis = cells.analysed(bench, uniform.pattern, seed, home / f"analysis-{pattern}")
+            analysis = cells.analysed(
+                bench, uniform.pattern, seed, home / f"analysis-{pattern}", solver_options=dict(options.set)
+            )
             place = Place(bench, analysis, home / budget.replace(":", "of"))
             for searched in sorted({rung.searched for rung in rungs}):
                 search = asked(budget, seed, options.allocator if searched else "uniform", options)

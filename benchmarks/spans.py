@@ -90,7 +90,14 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
         bench = cells.set_up(options, seed)
         analyses = {
             kind: cells.analysed(
-                bench, "unstructured", seed, folder / f"analysis-{'-'.join(kind)}", options.solver, kind[1], kind[0]
+                bench,
+                "unstructured",
+                seed,
+                folder / f"analysis-{'-'.join(kind)}",
+                options.solver,
+                pricing=kind[1],
+                scaling=kind[0],
+                solver_options=dict(options.set),
             )
             for kind in kinds
         }

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.curves import layer_curves
+from globalopt.errors import GlobalOptError
+from globalopt.fit_ratio import NOT_COMPARED, FitRatio, measure_ratios, sampled
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.layers import ModelLayers
 from globalopt.objective import ModelObjective
@@ -19,7 +21,7 @@ from globalopt.sensitivity import backward_sweep
 from globalopt.span import compute_span
 from globalopt.store import Run
 from globalopt.surface import Options, fit_anchors, gram_errors, priced, sketches
-from globalopt.types import FREE, NM, ErrorSurface, Gram, LayerSpec, Limits, Mask, Metric, Target
+from globalopt.types import FREE, NM, Budget, ErrorSurface, Gram, LayerSpec, Limits, Mask, Metric, Target
 
 WEIGHED_KEPT = 0.2
 """Fraction kept at which a layer's metric is chosen; losses that grow faster than the square show there."""
@@ -137,18 +139,66 @@ def fit_layers(
     outputs: Callable[[LayerSpec], Gram | None],
     advance: Callable[[str], None] = lambda detail: None,
     limits: Limits = FREE,
+    ratio: FitRatio = NOT_COMPARED,
 ) -> None:
     """Write what fits by `solver` at the anchors of the layers `unfitted` lose.
 
     Args:
         outputs: output Gram a layer is fitted in, or None.
+        ratio: what another solver leaves of the fits' errors; residuals are scaled by its root.
     """
     for spec in unfitted:
-        weight, found = layers.weight(spec.name), outputs(spec)
-        options = Options.of(spec, run.read_span(spec).max_rank, pattern, limits)
-        metric = Metric(run.read_gram(spec.site).to(weight.device), found and found.to(weight.device))
-        run.write_fits(spec, options.anchors, fit_anchors(weight, metric, options, solver))
+        options, metric = _to_fit(layers, run, spec, pattern, limits, outputs)
+        lost = fit_anchors(layers.weight(spec.name), metric, options, solver)
+        roots = [ratio.at(anchor, spec) ** 0.5 for row in options.anchors for anchor in row]
+        run.write_fits(spec, options.anchors, lost * lost.new_tensor(roots)[:, None, None])
         advance(spec.name)
+
+
+def compare_fits(
+    layers: ModelLayers,
+    run: Run,
+    pattern: NM | None,
+    quick: Solver,
+    solver: Solver,
+    budget: Budget,
+    outputs: Callable[[LayerSpec], Gram | None],
+    advance: Callable[[str], None] = lambda detail: None,
+    limits: Limits = FREE,
+) -> FitRatio:
+    """What `solver` leaves of the errors of the fits by `quick`, from a few layers; what is written is read.
+
+    Args:
+        budget: of the model.
+        outputs: output Gram a layer is fitted in, or None.
+    """
+    measured = []
+    for spec in sampled(layers.specs):
+        options, metric = _to_fit(layers, run, spec, pattern, limits, outputs)
+        if not run.ratios_path(spec).exists():
+            try:
+                found = measure_ratios(layers.weight(spec.name), metric, options, quick, solver, budget)
+            except GlobalOptError as cause:
+                cause.args = (f"Layer {spec.name}: {cause}",)
+                raise
+            run.write_ratios(spec, found)
+        measured.append((options, run.read_ratios(spec)))
+        advance(spec.name)
+    return FitRatio.of(measured)
+
+
+def _to_fit(
+    layers: ModelLayers,
+    run: Run,
+    spec: LayerSpec,
+    pattern: NM | None,
+    limits: Limits,
+    outputs: Callable[[LayerSpec], Gram | None],
+) -> tuple[Options, Metric]:
+    """The options of a layer, and the metric it is fitted in."""
+    device, found = layers.weight(spec.name).device, outputs(spec)
+    metric = Metric(run.read_gram(spec.site).to(device), found and found.to(device))
+    return Options.of(spec, run.read_span(spec).max_rank, pattern, limits), metric
 
 
 def measure_layers(

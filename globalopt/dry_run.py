@@ -19,7 +19,7 @@ and writing files are left out. It is a guess within a factor of three or so; me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ import torch
 from globalopt.analysis import MEASURED_WINDOWS
 from globalopt.errors import GlobalOptError
 from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+from globalopt.fit_ratio import sampled
 from globalopt.layers import ModelLayers, find_layers, token_embedding
 from globalopt.lazy import dtype_of
 from globalopt.memory import WHOLE_COPIES, available, resident
@@ -320,8 +321,8 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     def forward(tokens: float) -> float:
         return 2 * tokens * shape.parameters / rate
 
-    def fits(seconds: float) -> float:
-        return sum(seconds * spec.numel * (spec.d_out + spec.d_in) / (2 * SIDE**3) for spec in shape.specs)
+    def fits(seconds: float, specs: Sequence[LayerSpec] = shape.specs) -> float:
+        return sum(seconds * spec.numel * (spec.d_out + spec.d_in) / (2 * SIDE**3) for spec in specs)
 
     tokens = shape.tokens
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
@@ -330,16 +331,17 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     look = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
     found: dict[str, float] = {}
     weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
-    glance = fits(_fit_seconds(job.quick, job.kept, device)) if weighed or job.fits else 0.0
+    quick = _fit_seconds(job.quick, job.kept, device) if weighed or job.fits else 0.0
     # Matching asks for those of the blocks, in a sweep of its own where the solver reads none.
     if weighed or (job.sweeps and job.matching is not None):
         found["outputs"] = 4 * forward(tokens) + grams + outputs
     if weighed:
-        found["weigh"] = 2 * look + 2 * glance
+        found["weigh"] = 2 * look + 2 * fits(quick)
     if job.searches:
         found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
         if job.fits:
-            found["fit"] = 8 * glance
+            found["compare"] = 8 * fits(quick + fit, sampled(shape.specs))
+            found["fit"] = 8 * fits(quick)
             found["measure"] = 4 * look
         if job.sweeps:
             found["price"] = 3 * forward(tokens) + outputs

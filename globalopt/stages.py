@@ -9,6 +9,7 @@ from typing import Any
 from allocators import get_allocator
 from globalopt.analysis import (
     MEASURED_WINDOWS,
+    compare_fits,
     fit_layers,
     measure_layers,
     output_grams,
@@ -19,6 +20,7 @@ from globalopt.analysis import (
 )
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import UsageError
+from globalopt.fit_ratio import sampled
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.search_objective import CANDIDATES
 from globalopt.serving import check_solver, get_profile, limits_of
@@ -156,7 +158,7 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
     with bench.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
     if fitted(options, solver):
-        _fit(bench, run, pattern, solver.outputs, run.chosen_outputs if weighted else lambda spec: None, limits)
+        _fit(bench, options, run, pattern, solver, run.chosen_outputs if weighted else lambda spec: None)
         # A pattern keeps more than what needs measuring.
         if options.sensitivity != "none" and pattern is None:
             _measure(bench, run)
@@ -190,17 +192,22 @@ def _look(bench: Bench) -> BlockRunner:
 
 def _fit(
     bench: Bench,
+    options: SearchOptions,
     run: Run,
     pattern: NM | None,
-    outputs: Outputs,
+    solver: Solver,
     chosen: Callable[[LayerSpec], Gram | None],
-    limits: Limits,
 ) -> None:
     """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
-    unfitted = [spec for spec in bench.layers.specs if not run.fits_path(spec).exists()]
-    if unfitted:
-        with bench.stage("fit", len(unfitted), "layers") as advance:
-            fit_layers(bench.layers, unfitted, run, pattern, quick(outputs), chosen, advance, limits)
+    layers, limits, glance = bench.layers, options.limits, quick(solver.outputs)
+    unfitted = [spec for spec in layers.specs if not run.fits_path(spec).exists()]
+    if not unfitted:
+        return
+    budget = Budget.fraction(options.budget, layers.specs, options.accounting)
+    with bench.stage("compare", len(sampled(layers.specs)), "layers") as advance:
+        ratio = compare_fits(layers, run, pattern, glance, solver, budget, chosen, advance, limits)
+    with bench.stage("fit", len(unfitted), "layers") as advance:
+        fit_layers(layers, unfitted, run, pattern, glance, chosen, advance, limits, ratio)
 
 
 def _measure(bench: Bench, run: Run) -> None:

@@ -41,6 +41,7 @@ FOLDERS = (
     "measured",
     "weighing",
     "fits",
+    "ratios",
     "profiles",
     "curves",
     "spans",
@@ -74,6 +75,17 @@ def _words(target: Target) -> list[Any]:
 
 def _target(rank: int, nnz: int, pattern: str | None) -> Target:
     return Target(rank, nnz, NM.parse(pattern) if pattern else None)
+
+
+def _write_numbers(path: Path, spec: LayerSpec, name: str, numbers: Sequence[tuple[Target, float]]) -> None:
+    write_json(path, {**_key(spec), name: [[*_words(target), number] for target, number in numbers]})
+
+
+def _read_numbers(path: Path, name: str) -> dict[Target, float]:
+    try:
+        return {_target(*words[:3]): float(words[3]) for words in read_json(path)[name]}
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
 
 
 def _read(
@@ -220,6 +232,9 @@ class Run:
     def weighing_path(self, spec: LayerSpec) -> Path:
         return self.folder / "weighing" / f"{spec.name}.json"
 
+    def ratios_path(self, spec: LayerSpec) -> Path:
+        return self.folder / "ratios" / f"{spec.name}.json"
+
     def measured_path(self, spec: LayerSpec) -> Path:
         return self.folder / "measured" / f"{spec.name}.json"
 
@@ -296,14 +311,17 @@ class Run:
 
     def write_measured(self, spec: LayerSpec, losses: Sequence[tuple[Target, float]]) -> None:
         """The layer's measured `losses`, nats per token, each with nothing else replaced."""
-        write_json(self.measured_path(spec), {**_key(spec), "losses": [[*_words(t), loss] for t, loss in losses]})
+        _write_numbers(self.measured_path(spec), spec, "losses", losses)
 
     def read_measured(self, spec: LayerSpec) -> dict[Target, float]:
-        path = self.measured_path(spec)
-        try:
-            return {_target(*words[:3]): float(words[3]) for words in read_json(path)["losses"]}
-        except (KeyError, TypeError, ValueError, IndexError):
-            raise ArtefactError(f"{path} is broken. Delete it and run the command again.") from None
+        return _read_numbers(self.measured_path(spec), "losses")
+
+    def write_ratios(self, spec: LayerSpec, ratios: Mapping[Target, float]) -> None:
+        """What the solver leaves of the errors of the layer's quick fits: see `fit_ratio`."""
+        _write_numbers(self.ratios_path(spec), spec, "ratios", tuple(ratios.items()))
+
+    def read_ratios(self, spec: LayerSpec) -> dict[Target, float]:
+        return _read_numbers(self.ratios_path(spec), "ratios")
 
     def write_profile(self, spec: LayerSpec, profile: Profile) -> None:
         outliers = {str(threshold): share for threshold, share in profile.outliers.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,37 @@ class Options:
             if row:
                 rows.append(tuple(row))
         return tuple(rows)
+
+
+@dataclass(frozen=True)
+class AnchorValues:
+    """Values known at the anchors of a layer: linear in the kept fraction along a row, in the rank share between rows.
+
+    Outside of them they are constant.
+
+    Args:
+        rows: per row, ascending, its rank share, the kept fractions and the values there.
+    """
+
+    rows: tuple[tuple[float, tuple[float, ...], tuple[float, ...]], ...]
+
+    @classmethod
+    def of(cls, options: Options, values: Mapping[Target, float]) -> AnchorValues:
+        """From values by anchor; anchors without one are left out."""
+        spec, rows = options.spec, []
+        for row in options.anchors:
+            known = [anchor for anchor in row if anchor in values]
+            if known:
+                kept = tuple(anchor.params(spec) / spec.numel for anchor in known)
+                share = max(anchor.rank_share(spec) for anchor in row)
+                rows.append((share, kept, tuple(values[anchor] for anchor in known)))
+        return cls(tuple(rows))
+
+    def at(self, target: Target, spec: LayerSpec) -> float:
+        """The value at any target of a layer, of this one or another; there must be a row."""
+        kept = target.params(spec) / spec.numel
+        values = [interpolate(xs, ys, kept) for _, xs, ys in self.rows]
+        return interpolate([share for share, _, _ in self.rows], values, target.rank_share(spec))
 
 
 def _offered(target: Target, spec: LayerSpec) -> bool:
@@ -222,16 +253,10 @@ def _correction(options: Options, base: ErrorSurface, anchor_error: Sequence[flo
     spec = options.spec
     # Below this a logarithm compares rounding errors.
     floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
-    errors = iter(anchor_error)
-    rows: list[tuple[float, list[float], list[float]]] = []
-    for row in options.anchors:
-        kept = [target.params(spec) / spec.numel for target in row]
-        ratio = [math.log(max(next(errors), floor) / max(base.predict(target), floor)) for target in row]
-        rows.append((max(target.rank_share(spec) for target in row), kept, ratio))
-
-    def correction(target: Target) -> float:
-        kept = target.params(spec) / spec.numel
-        values = [interpolate(xs, ys, kept) for _, xs, ys in rows]
-        return interpolate([share for share, _, _ in rows], values, target.rank_share(spec))
-
-    return correction
+    anchors = [anchor for row in options.anchors for anchor in row]
+    ratios = {
+        anchor: math.log(max(error, floor) / max(base.predict(anchor), floor))
+        for anchor, error in zip(anchors, anchor_error, strict=True)
+    }
+    values = AnchorValues.of(options, ratios)
+    return lambda target: values.at(target, spec)
