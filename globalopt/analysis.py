@@ -149,10 +149,13 @@ def fit_layers(
     """
     for spec in unfitted:
         options, metric = _to_fit(layers, run, spec, pattern, limits, outputs)
-        lost = fit_anchors(layers.weight(spec.name), metric, options, solver)
-        roots = [ratio.at(anchor, spec) ** 0.5 for row in options.anchors for anchor in row]
-        run.write_fits(spec, options.anchors, lost * lost.new_tensor(roots)[:, None, None])
+        _write_fits(run, options, fit_anchors(layers.weight(spec.name), metric, options, solver), ratio)
         advance(spec.name)
+
+
+def _write_fits(run: Run, options: Options, lost: Tensor, ratio: FitRatio) -> None:
+    roots = [ratio.at(anchor, options.spec) ** 0.5 for row in options.anchors for anchor in row]
+    run.write_fits(options.spec, options.anchors, lost * lost.new_tensor(roots)[:, None, None])
 
 
 def compare_fits(
@@ -166,7 +169,9 @@ def compare_fits(
     advance: Callable[[str], None] = lambda detail: None,
     limits: Limits = FREE,
 ) -> FitRatio:
-    """What `solver` leaves of the errors of the fits by `quick`, from a few layers; what is written is read.
+    """What `solver` leaves of the errors of the fits by `quick`, from a few layers, whose fits are written too.
+
+    What is written already is read.
 
     Args:
         budget: of the model.
@@ -176,12 +181,15 @@ def compare_fits(
     for spec in sampled(layers.specs):
         options, metric = _to_fit(layers, run, spec, pattern, limits, outputs)
         if not run.ratios_path(spec).exists():
+            weight = layers.weight(spec.name)
             try:
-                found = measure_ratios(layers.weight(spec.name), metric, options, quick, solver, budget)
+                lost = fit_anchors(weight, metric, options, quick)
+                found = measure_ratios(weight, metric, options, lost, solver, budget)
             except GlobalOptError as cause:
                 cause.args = (f"Layer {spec.name}: {cause}",)
                 raise
             run.write_ratios(spec, found)
+            _write_fits(run, options, lost, FitRatio.of([(options, found)]))
         measured.append((options, run.read_ratios(spec)))
         advance(spec.name)
     return FitRatio.of(measured)

@@ -11,6 +11,7 @@ differs little from layer to layer, so that one layer tells it for all of its ki
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ from torch import Tensor
 from globalopt.errors import UsageError
 from globalopt.protocols import Solver
 from globalopt.refine import for_solver
-from globalopt.surface import AnchorValues, Options, fit_anchors
+from globalopt.surface import AnchorValues, Options
 from globalopt.types import Budget, LayerSpec, Metric, Target
 
 LEAST = 1e-9
 """Errors below this fraction of the layer's energy are rounding."""
+
+TOGETHER = 2**22
+"""Weights that are fitted at once: a small layer to all its targets in little more time than to one."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,30 @@ def sampled(specs: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 
 
 def measure_ratios(
-    weight: Tensor, metric: Metric, options: Options, quick: Solver, solver: Solver, budget: Budget
+    weight: Tensor, metric: Metric, options: Options, lost: Tensor, solver: Solver, budget: Budget
 ) -> dict[Target, float]:
     """`metric.error` of the solver's fits over that of the quick ones, by anchor; without what the solver cannot meet.
 
     Args:
+        lost: (anchors, d_out, d_in) of the quick fits.
         budget: what the solver lacks becomes what it has at no higher cost, as when it refines: see `for_solver`.
     """
     anchors = [anchor for row in options.anchors for anchor in row]
-    lost = fit_anchors(weight, metric, options, quick)
+    targets: dict[Target, Target] = {}
+    for anchor in anchors:
+        with contextlib.suppress(UsageError):
+            targets[anchor] = for_solver(anchor, options.spec, solver, budget)
     least = LEAST * metric.error(weight)
-    state = solver.prepare(weight, metric)
-    found = {}
-    for anchor, E in zip(anchors, lost, strict=True):
-        try:
-            target = for_solver(anchor, options.spec, solver, budget)
-        except UsageError:
-            continue
-        own = metric.error(weight - solver.solve(state, target).value.dense())
+    if least == 0:
         # A layer of zeros loses nothing by any fit.
-        found[anchor] = max(own, least) / max(metric.error(E), least) if least > 0 else 1.0
+        return dict.fromkeys(targets, 1.0)
+    quickly = {anchor: metric.error(E) for anchor, E in zip(anchors, lost, strict=True)}
+    found = {}
+    together = max(1, TOGETHER // weight.numel())
+    for start in range(0, len(targets), together):
+        some = list(targets.items())[start : start + together]
+        solutions = solver.solve_site([(weight, metric, target) for _, target in some])
+        for (anchor, _), solution in zip(some, solutions, strict=True):
+            own = metric.error(weight - solution.value.dense())
+            found[anchor] = max(own, least) / max(quickly[anchor], least)
     return found

@@ -200,12 +200,12 @@ def _fit(
 ) -> None:
     """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
     layers, limits, glance = bench.layers, options.limits, quick(solver.outputs)
-    unfitted = [spec for spec in layers.specs if not run.fits_path(spec).exists()]
-    if not unfitted:
+    if all(run.fits_path(spec).exists() for spec in layers.specs):
         return
     budget = Budget.fraction(options.budget, layers.specs, options.accounting)
     with bench.stage("compare", len(sampled(layers.specs)), "layers") as advance:
         ratio = compare_fits(layers, run, pattern, glance, solver, budget, chosen, advance, limits)
+    unfitted = [spec for spec in layers.specs if not run.fits_path(spec).exists()]
     with bench.stage("fit", len(unfitted), "layers") as advance:
         fit_layers(layers, unfitted, run, pattern, glance, chosen, advance, limits, ratio)
 
