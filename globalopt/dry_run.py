@@ -53,6 +53,9 @@ SIDE = 256
 PRODUCT = 1024
 """Side of the matrices whose product is timed."""
 
+ON_A_PATH = 0.7
+"""What quick fits take on a path of targets, of their time alone."""
+
 TRAINED = 5 * 4 + 8
 """Bytes per trained number: itself, its gradient, Adam's two moments, the best so far, and where it belongs."""
 
@@ -341,7 +344,7 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
         if job.fits:
             found["compare"] = 8 * fits(quick + fit, sampled(shape.specs))
-            found["fit"] = 8 * fits(quick)
+            found["fit"] = ON_A_PATH * 8 * fits(quick)
             found["measure"] = 4 * look
         if job.sweeps:
             found["price"] = 3 * forward(tokens) + outputs
