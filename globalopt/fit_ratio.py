@@ -1,12 +1,12 @@
 """What the solver leaves of the error of a quick fit, learned from a few layers: it corrects the fits of all.
 
 Quick fits price every layer, and are not equally quick to find everything: a support takes a few steps, a low-rank part
-beside many nonzeros takes hundreds. Prices made of them keep rank from where the solver would put it to use. At one
-anchor
+beside many nonzeros takes hundreds. Prices made of them keep rank from where the solver would put it to use. What
 
     error of the solver's own fit / error of the quick fit
 
-differs little from layer to layer, so that one layer tells it for all of its kind.
+says of rank against nonzeros is much alike in layers of one kind, so that one layer tells it for all of them. (Bundled
+model, keys of blocks 1, 4 and 6 at 0.4 kept: .79, .91, .95 without rank, .53, .71, .78 with a quarter as rank.)
 """
 
 from __future__ import annotations
