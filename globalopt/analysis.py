@@ -154,6 +154,7 @@ def fit_layers(
 
 
 def _write_fits(run: Run, options: Options, lost: Tensor, ratio: FitRatio) -> None:
+    """Write `lost` (anchors, d_out, d_in), what fits lost of a layer, scaled so that errors are `ratio` times theirs."""
     roots = [ratio.at(anchor, options.spec) ** 0.5 for row in options.anchors for anchor in row]
     run.write_fits(options.spec, options.anchors, lost * lost.new_tensor(roots)[:, None, None])
 
@@ -204,7 +205,7 @@ def _to_fit(
     outputs: Callable[[LayerSpec], Gram | None],
 ) -> tuple[Options, Metric]:
     """The options of a layer, and the metric it is fitted in."""
-    device, found = layers.weight(spec.name).device, outputs(spec)
+    device, found = layers.device_of(spec.block), outputs(spec)
     metric = Metric(run.read_gram(spec.site).to(device), found and found.to(device))
     return Options.of(spec, run.read_span(spec).max_rank, pattern, limits), metric
 

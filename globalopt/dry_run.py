@@ -18,14 +18,13 @@ and writing files are left out. It is a guess within a factor of three or so; me
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from globalopt import probes
 from globalopt.analysis import MEASURED_WINDOWS
-from globalopt.errors import GlobalOptError
 from globalopt.evaluate import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.fit_ratio import sampled
 from globalopt.layers import ModelLayers, find_layers, token_embedding
@@ -35,10 +34,9 @@ from globalopt.models import load_structure, reference_folder, resolve_device
 from globalopt.objective import LAZY_SHARE, TOP, WEIGHTS_AT_ONCE
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.search_objective import FITS_AT_ONCE
-from globalopt.span import compute_span
 from globalopt.surface import Options
 from globalopt.training import Training
-from globalopt.types import Gram, LayerSpec, Metric, Target
+from globalopt.types import LayerSpec
 from globalopt.workbench import WORKING_BLOCKS, ModelOptions, TextOptions
 
 WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (10, 5)}
@@ -46,12 +44,6 @@ WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (10, 5)}
 
 LABEL_COPIES = 5
 """Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
-
-SIDE = 256
-"""Of the layer that is fitted to time a solver."""
-
-PRODUCT = 1024
-"""Side of the matrices whose product is timed."""
 
 ON_A_PATH = 0.7
 """What quick fits take on a path of targets, of their time alone."""
@@ -153,8 +145,8 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
     shape = _Shape.of(structure, models, texts)
     memory, lazy, in_files = _memory(shape, models, job)
     device = resolve_device(models.device)
-    rate = _rate(device)
-    fit_seconds = _fit_seconds(job.solver, job.kept, device)
+    rate = probes.rate(device)
+    fit_seconds = probes.fit_seconds(job.solver, job.kept, device)
     return DryRun(
         model=models.model or "reference",
         parameters=shape.parameters,
@@ -325,7 +317,7 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         return 2 * tokens * shape.parameters / rate
 
     def fits(seconds: float, specs: Sequence[LayerSpec] = shape.specs) -> float:
-        return sum(seconds * spec.numel * (spec.d_out + spec.d_in) / (2 * SIDE**3) for spec in specs)
+        return sum(seconds * probes.size(spec) for spec in specs)
 
     tokens = shape.tokens
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
@@ -334,14 +326,14 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     look = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
     found: dict[str, float] = {}
     weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
-    quick = _fit_seconds(job.quick, job.kept, device) if weighed or job.fits else 0.0
+    quick = probes.fit_seconds(job.quick, job.kept, device) if weighed or job.fits else 0.0
     # Matching asks for those of the blocks, in a sweep of its own where the solver reads none.
     if weighed or (job.sweeps and job.matching is not None):
         found["outputs"] = 4 * forward(tokens) + grams + outputs
     if weighed:
         found["weigh"] = 2 * look + 2 * fits(quick)
     if job.searches:
-        found["span"] = forward(tokens) + grams + fits(_timed(lambda: compute_span(_weight(device), _gram(device))))
+        found["span"] = forward(tokens) + grams + fits(probes.span_seconds(device))
         if job.fits:
             found["compare"] = 8 * fits(quick + fit, sampled(shape.specs))
             found["fit"] = ON_A_PATH * 8 * fits(quick)
@@ -358,48 +350,3 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
     return found
-
-
-def _rate(device: torch.device) -> float:
-    one = torch.rand(PRODUCT, PRODUCT, generator=torch.Generator().manual_seed(0)).to(device)
-    return 2 * PRODUCT**3 / _timed(lambda: one @ one)
-
-
-def _fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
-    """Seconds of one fit of a layer of `SIDE` x `SIDE`, a tenth of what is kept as rank where the solver has one."""
-    numel = SIDE * SIDE
-    rank = int(0.1 * kept * SIDE / 2) if solver.low_rank else 0
-    if not solver.sparse:
-        rank = max(1, int(kept * SIDE / 2))
-    nnz = int(kept * numel) - 2 * SIDE * rank if solver.sparse else 0
-    if nnz >= numel:
-        return 0.0
-    target = Target(max(1, rank), max(0, nnz - 2 * SIDE), signs=True) if solver.signs else Target(rank, nnz)
-    weight, metric = _weight(device), Metric(_gram(device))
-    try:
-        return _timed(lambda: solver.solve(solver.prepare(weight, metric), target))
-    except GlobalOptError:
-        # A budget that no layer of this size meets says nothing of the model's own layers.
-        return 0.0
-
-
-def _timed(compute: Callable[[], object]) -> float:
-    """The shorter of two runs, in seconds."""
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        compute()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def _weight(device: torch.device) -> torch.Tensor:
-    return torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _gram(device: torch.device) -> Gram:
-    x = torch.randn(4 * SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 2, SIDE)
-    matrix = x.mT @ x / len(x)
-    return Gram((matrix + matrix.mT).div(2).to(device), len(x))

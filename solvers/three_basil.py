@@ -29,9 +29,9 @@ class Preset(StrEnum):
 STEPS = {Preset.FAST: 80, Preset.DEFAULT: 220, Preset.BEST: 800}
 
 # A target with a solved neighbour takes a share of the steps, though never so few that values are far from settled:
-# where inputs are correlated, twenty steps left four times the error of forty. The more of its entries the neighbour
-# has, the later it begins in the penalty's rise, and the longer it grows: the fewer new entries at a time, the better
-# each is chosen. With none of them it would be a cold start.
+# where inputs are correlated, twenty steps left three times the error of forty. The more of its entries the neighbour
+# has, the later it begins in the penalty's rise (by the fourth power: only a near one helps), and the longer it grows:
+# the fewer new entries at a time, the better each is chosen. With none of them it would be a cold start.
 PATH_STEPS = 0.25
 PATH_LEAST = 40
 PATH_BEGUN = 0.3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from globalopt import dry_run
+from globalopt import dry_run, probes
 from globalopt.dry_run import Job, Structure
 from globalopt.layers import find_layers
 from globalopt.models import load_model
@@ -25,8 +25,8 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "SIDE", 32)
-    monkeypatch.setattr(dry_run, "PRODUCT", 64)
+    monkeypatch.setattr(probes, "SIDE", 32)
+    monkeypatch.setattr(probes, "PRODUCT", 64)
 
 
 def planned(models: ModelOptions, job: Job, texts: TextOptions | None = None) -> dict[str, Any]:
