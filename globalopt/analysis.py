@@ -154,7 +154,7 @@ def fit_layers(
 
 
 def _write_fits(run: Run, options: Options, lost: Tensor, ratio: FitRatio) -> None:
-    """Write `lost` (anchors, d_out, d_in), what fits lost of a layer, scaled so that errors are `ratio` times theirs."""
+    """Write `lost` (anchors, d_out, d_in), what fits lost of a layer, with errors multiplied by `ratio`."""
     roots = [ratio.at(anchor, options.spec) ** 0.5 for row in options.anchors for anchor in row]
     run.write_fits(options.spec, options.anchors, lost * lost.new_tensor(roots)[:, None, None])
 
