@@ -12,7 +12,7 @@ from torch import Tensor
 
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
-from globalopt.kernels.projection import indicate_nm, indicate_top
+from globalopt.kernels.projection import indicate_nm, indicate_planes, indicate_roughly, indicate_top, plane_order
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
 from globalopt.summary import Trace
@@ -24,7 +24,7 @@ FIRST = (0.12, 0.75)
 LAST = (0.9, 0.6)
 # With an output side the system's eigenvalues are products, and spread about so much further up.
 TWO_SIDED = 1.67
-HOLD = 8  # steps between changes of the penalty, each of which costs a factorisation
+HOLD = 12  # steps between changes of the penalty, each of which costs a factorisation
 LEVELS = 12  # and the fewest changes that still are a slow rise
 SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps promise little
 LOOK = 32  # fewest steps between looks at the objective
@@ -77,10 +77,12 @@ class Search:
         inputs = norms[0].inputs
         if inputs is None:
             raise ValueError("The search needs an input Gram.")
+        # Columns in planes where all targets have one pattern: then keeping to it copies nothing.
+        pattern = targets[0].pattern if len({target.pattern for target in targets}) == 1 else None
         parts, begin = [], 0
         for weight, norm, target in zip(weights, norms, targets, strict=True):
             end = begin + len(weight)
-            parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target)))
+            parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target, pattern is not None)))
             begin = end
         mean = inputs.geometric_mean * _mean_outputs(norms)
         scale = 1.0 if all(norm.outputs is None for norm in norms) else TWO_SIDED
@@ -95,7 +97,16 @@ class Search:
             full=self.full,
         )
         look = LOOK if self.traced else 0
-        found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start, look)
+        if pattern is None:
+            found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start, look)
+        else:
+            order = plane_order(len(inputs.matrix), pattern, inputs.matrix.device)
+            planes = None if start is None else [fit._replace(S=fit.S[:, order]) for fit in start]
+            found = ridge_admm(
+                torch.cat(list(weights))[:, order], inputs.reordered(order), parts, schedule, planes, look
+            )
+            back = order.argsort()
+            found = found._replace(fits=tuple(fit._replace(S=fit.S[:, back]) for fit in found.fits))
         fits = tuple(
             Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
@@ -113,16 +124,24 @@ def prune(
     return search.run([W], [norm], [Target(0, nnz, pattern)], start).fits[0].S
 
 
-def _keeper(target: Target) -> Callable[[Tensor, float], Tensor]:
-    def keep(magnitudes: Tensor, size: float) -> Tensor:
+def _keeper(target: Target, in_planes: bool) -> Callable[[Tensor, float, bool], Tensor]:
+    """What a layer keeps; its columns may be in the `plane_order` of the target's pattern."""
+    pattern = target.pattern
+
+    def keep(magnitudes: Tensor, size: float, exact: bool) -> Tensor:
         nnz = math.ceil(size * target.nnz)
-        if target.pattern is None:
-            return indicate_top(magnitudes.flatten(), nnz).view_as(magnitudes)
-        allowed = indicate_nm(magnitudes, target.pattern)
+        indicate = indicate_top if exact else indicate_roughly
+        if pattern is None:
+            return indicate(magnitudes.flatten(), nnz).view_as(magnitudes)
+        if in_planes:
+            planes = magnitudes.view(len(magnitudes), pattern.of, -1)
+            allowed = indicate_planes(planes, pattern.keep).view_as(magnitudes)
+        else:
+            allowed = indicate_nm(magnitudes, pattern)
         if nnz == target.nnz:
             return allowed
         # Where too few are above zero, zeros outside the pattern are among the largest.
-        return indicate_top((magnitudes * allowed).flatten(), nnz).view_as(magnitudes).mul_(allowed)
+        return indicate((magnitudes * allowed).flatten(), nnz).view_as(magnitudes).mul_(allowed)
 
     return keep
 

@@ -30,6 +30,27 @@ class Side:
         """Geometric mean of the eigenvalues, from the determinant; the factor is triangular."""
         return float(self.factor.diagonal().double().abs().log().mean().mul(2).exp())
 
+    def reordered(self, order: Tensor) -> Side:
+        """The same side with its coordinates in another `order` (d,); nothing is factorised again."""
+        return _Reordered(self.matrix[order][:, order], self.factor[order], self, order)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reordered(Side):
+    """A `Side` in another order than that of its `origin`; its factor is no longer triangular."""
+
+    origin: Side
+    order: Tensor
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = self.origin.eigen
+        return values, vectors[self.order]
+
+    @cached_property
+    def geometric_mean(self) -> float:
+        return self.origin.geometric_mean
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from globalopt.types import NM
 
 SAMPLE_STRIDE = 61  # prime, so that a strided sample meets every column of a matrix
+ROUGH_FROM = 256 * SAMPLE_STRIDE  # a smaller sample would be off by more than a tenth of a count
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
@@ -42,6 +44,19 @@ def indicate_top(scores: Tensor, count: int) -> Tensor:
     above, tied = scores > threshold, scores == threshold
     first = tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True))
     return (above | first).to(scores.dtype)
+
+
+def indicate_roughly(scores: Tensor, count: int) -> Tensor:
+    """`indicate_top` of about `count` of many scores (n,): the threshold is that of a sample, at a tenth of the cost.
+
+    Off by some `sqrt(SAMPLE_STRIDE count)` entries, and by more where scores are equal; of few scores exact.
+    """
+    if count == len(scores) or len(scores) < ROUGH_FROM:
+        return indicate_top(scores, count)
+    sample = scores[::SAMPLE_STRIDE]
+    below = len(sample) - round(count / len(scores) * len(sample))
+    threshold = sample.kthvalue(min(len(sample), below + 1)).values
+    return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -96,29 +111,51 @@ def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
 
 def indicate_nm(scores: Tensor, pattern: NM) -> Tensor:
     """`keep_nm` as 0 and 1 in the scores' dtype."""
+    rows, columns = scores.shape
     # Members of a group in separate planes, so that each comparison runs over contiguous memory.
-    planes = scores.reshape(scores.shape[0], -1, pattern.of).permute(2, 0, 1).contiguous()
-    return indicate_planes(planes, pattern.keep).permute(1, 2, 0).reshape(scores.shape)
+    planes = scores.reshape(rows, -1, pattern.of).mT.contiguous()
+    return indicate_planes(planes, pattern.keep).mT.reshape(rows, columns)
+
+
+def plane_order(columns: int, pattern: NM, device: torch.device) -> Tensor:
+    """(columns,) the columns in planes: the first of every group, then the second of every group, and so on.
+
+    In that order the scores of a matrix are its planes as they lie, and comparing them copies nothing: the copies of
+    `indicate_nm` cost several times what its comparisons do.
+    """
+    return torch.arange(columns, device=device).view(-1, pattern.of).mT.reshape(-1)
 
 
 def indicate_planes(planes: Tensor, keep: int) -> Tensor:
-    """0 and 1 for the `keep` largest along the first dimension, (of, ...), of few entries; equal ones go by index.
+    """0 and 1 for the `keep` largest along the second to last dimension, (..., of, n); equal ones go by index.
 
-    An entry is kept if fewer than `keep` come before it: every pair is compared once, nothing is sorted.
+    An entry is kept if fewer than `keep` come before it, where an earlier one of the same size does. Every pair is
+    compared once, nothing is sorted.
     """
-    of = len(planes)
-    if of == 1:
-        return torch.full_like(planes, float(keep > 0))
-    # How many come before a member: the earlier ones not below it, and all later ones but those it is not below.
-    ahead = torch.empty_like(planes)
-    torch.sum(torch.ge(planes[0], planes[1:], out=ahead[1:]), 0, out=ahead[0]).neg_()
-    for member in range(1, of - 1):
-        later = planes[member + 1 :]
-        first = torch.ge(planes[member], later, out=torch.empty_like(later))
-        ahead[member + 1 :].add_(first)
-        ahead[member].sub_(first.sum(0))
+    of = planes.shape[-2]
+    members = planes.unbind(-2)
+    kept = torch.empty_like(planes)
+    if (keep, of) == (2, 4):
+        # Sums of comparisons rather than counts: half the passes.
+        a, b, c, d = kept.unbind(-2)
+        ab, ac, ad, bc, bd, cd = (_first(x, y) for x, y in combinations(members, 2))
+        torch.gt(torch.add(bc, bd), ab, out=b)
+        torch.le(torch.add(ac, bc), cd, out=c)
+        torch.lt(cd.add_(ad).add_(bd), 2, out=d)
+        torch.ge(ab.add_(ac).add_(ad), 2, out=a)
+        return kept
+    kept.zero_()
+    for i, j in combinations(range(of), 2):
+        first = _first(members[i], members[j])
+        kept[..., j, :] += first
+        kept[..., i, :] -= first
+    # So far how many come before a member, less the number of those behind it that might.
     room = torch.arange(of, dtype=planes.dtype, device=planes.device) + (keep - of + 1)
-    return ahead.lt_(room.view(-1, *[1] * (planes.ndim - 1)))
+    return kept.lt_(room[:, None])
+
+
+def _first(earlier: Tensor, later: Tensor) -> Tensor:
+    return torch.ge(earlier, later, out=torch.empty_like(later))
 
 
 def keep_weights(scores: Tensor, nnz: int, pattern: NM | None = None, per_row: bool = False) -> Tensor:

@@ -15,7 +15,8 @@ from globalopt.kernels.precision import fast_products
 from globalopt.summary import Trace
 
 BEND = 1.3
-EXACT_FROM = 0.8  # share of the steps after which an accelerator's products are in full precision
+RESTED = 0.015  # share of the support that would move in the steps left, at the pace of the last, below which it ends
+EXACT_FROM = 0.7  # share of the steps after which counts are exact, and an accelerator's products in full precision
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Part:
         rows: its rows.
         outputs: its `A` (d_out, d_out), or None for the identity.
         rank: 0 <= rank <= min(d_out, d_in).
-        keep: magnitudes (d_out, d_in) and a share in (0, 1] -> 0 and 1 in their dtype (bool is slower): so many of the
-            entries to keep in the end, the largest; at least one.
+        keep: magnitudes (d_out, d_in), a share in (0, 1], whether exactly -> 0 and 1 in their dtype (bool is slower):
+            so many of the entries to keep in the end, the largest; at least one.
     """
 
     rows: slice
     outputs: Side | None
     rank: int
-    keep: Callable[[Tensor, float], Tensor]
+    keep: Callable[[Tensor, float, bool], Tensor]
 
 
 class Fit(NamedTuple):
@@ -111,10 +112,12 @@ def ridge_admm(
 
     The linear system hands over `A S G = R - p S`, so `A M G = A W G - R + p S` costs nothing: without `A` a step has a
     single product with a (d_in, d_in) matrix. The support starts empty, and `schedule` says how it grows; the published
-    method starts from the largest entries at full count.
+    method starts from the largest entries at full count. Until `EXACT_FROM` of the steps, or until the support rests,
+    a count may be rough: a threshold that is a little off moves what the next steps would have moved anyway.
 
     Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
-    `A`, count and rank.
+    `A`, count and rank. They end together, after all steps or when at the pace of the last ones less than `RESTED` of
+    their supports would still change.
 
     Args:
         W: (rows of all parts, d_in), not modified.
@@ -143,13 +146,14 @@ def ridge_admm(
         )
         rest.sub_(times(L))
         Y = (rest - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
-    support, moved, step = Z != 0, 1.0, 0
+    support, moved, rests, step, exact = Z != 0, 1.0, False, 0, False
     traces: list[list[tuple[int, float]]] = [[] for _ in parts]
     if trace_every:
         traces = [[(0, _inner(W[part.rows], AWG[part.rows]))] for part in parts]
     with fast_products(W) as exact_from_here:
-        while step < schedule.steps and moved > 0:
-            if step >= EXACT_FROM * schedule.steps:
+        while step < schedule.steps and not (rests and exact):
+            if step >= EXACT_FROM * schedule.steps or rests:
+                exact = True
                 exact_from_here()
             before, penalty = penalty, schedule.penalty(step)
             Y.mul_(before / penalty)
@@ -161,7 +165,7 @@ def ridge_admm(
                 torch.add(S, Y, out=P)
                 size, magnitudes = schedule.size(step), torch.abs(P, out=Y)
                 for part in parts:
-                    torch.mul(P[part.rows], part.keep(magnitudes[part.rows], size), out=Z[part.rows])
+                    torch.mul(P[part.rows], part.keep(magnitudes[part.rows], size, exact), out=Z[part.rows])
                 torch.sub(P, Z, out=Y)
                 M, N = torch.sub(W, S, out=P), torch.sub(AWG, R.sub_(S, alpha=penalty), out=R)
                 for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
@@ -178,6 +182,8 @@ def ridge_admm(
             support = Z != 0
             if schedule.size(step - 1) == 1:
                 moved = int((support != seen).sum()) / max(1, int(support.sum()))
+                ahead = schedule.steps - step
+                rests = ahead >= schedule.hold and moved * ahead <= RESTED * schedule.hold
             if trace_every and step >= traces[0][-1][0] + trace_every:
                 for part, norm, subspace, trace in zip(parts, norms, subspaces, traces, strict=True):
                     left = W[part.rows] - Z[part.rows]

@@ -54,3 +54,15 @@ def test_figures_of_a_side():
     assert side(matrix).geometric_mean == pytest.approx(float(torch.linalg.det(matrix)) ** (1 / 6))
     assert Norm(side(matrix)).factor is not None
     assert Norm(None, side(matrix)).factor is None
+
+
+def test_a_side_in_another_order_is_that_of_the_reordered_matrix():
+    matrix, order = correlated(6), torch.tensor([3, 0, 5, 1, 4, 2])
+    origin = side(matrix)
+    found = origin.reordered(order)
+    torch.testing.assert_close(found.matrix, matrix[order][:, order])
+    torch.testing.assert_close(found.factor @ found.factor.mT, found.matrix)
+    values, vectors = found.eigen
+    torch.testing.assert_close(vectors * values @ vectors.mT, found.matrix)
+    assert found.geometric_mean == origin.geometric_mean
+    assert values is origin.eigen[0]

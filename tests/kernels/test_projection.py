@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 import torch
 
-from globalopt.kernels.projection import SAMPLE_STRIDE, keep_nm, keep_per_row, keep_top, keep_weights
+from globalopt.kernels.projection import (
+    SAMPLE_STRIDE,
+    indicate_planes,
+    indicate_roughly,
+    indicate_top,
+    keep_nm,
+    keep_per_row,
+    keep_top,
+    keep_weights,
+    plane_order,
+)
 from globalopt.types import NM
 
 GRID = torch.randint(0, 4, (7, 24), generator=torch.Generator().manual_seed(1)).float()  # mostly ties
@@ -42,6 +55,21 @@ def test_keep_top_of_many_scores_is_a_sort(shape, count):
     assert torch.equal(keep_top(scores, count), expected)
 
 
+@pytest.mark.parametrize("count", [1, 100, 3000, 10_000, 19_990, 20_000])
+def test_a_rough_count_is_off_by_the_noise_of_its_sample(count):
+    scores = torch.randn(20_000, generator=torch.Generator().manual_seed(3))
+    kept = indicate_roughly(scores, count)
+    found = int(kept.sum())
+    assert abs(found - count) <= 4 * SAMPLE_STRIDE + 4 * math.sqrt(SAMPLE_STRIDE * min(count, 20_000 - count))
+    # Whatever their number, they are the largest.
+    assert torch.equal(kept, indicate_top(scores, found))
+
+
+def test_a_rough_count_of_few_scores_is_exact():
+    scores = GRID.flatten()
+    assert torch.equal(indicate_roughly(scores, 50), indicate_top(scores, 50))
+
+
 def test_keep_top_of_infinite_and_equal_scores():
     assert keep_top(torch.tensor([1.0, torch.inf, torch.inf, 0.0]), 1).tolist() == [False, True, False, False]
     assert int(keep_top(torch.zeros(10), 3)[:3].sum()) == 3
@@ -69,6 +97,22 @@ def test_keep_nm_equals_a_sort_of_every_group(pattern):
         expected = torch.zeros(pattern.of, dtype=torch.bool)
         expected[group.argsort(descending=True, stable=True)[: pattern.keep]] = True
         assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 4), NM(1, 2), NM(2, 3)], ids=str)
+def test_planes_are_kept_as_a_sort_keeps_them_whatever_is_equal(pattern):
+    """Every order of up to three different scores."""
+    planes = torch.tensor(list(product(range(3), repeat=pattern.of))).float().mT.contiguous()
+    before = planes.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    assert torch.equal(indicate_planes(planes, pattern.keep), (before < pattern.keep).float())
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 8), NM(1, 3)], ids=str)
+def test_in_plane_order_a_matrix_is_its_planes(pattern):
+    order = plane_order(24, pattern, GRID.device)
+    planes = GRID[:, order].view(len(GRID), pattern.of, -1)
+    kept = indicate_planes(planes, pattern.keep).view_as(GRID)[:, order.argsort()]
+    assert torch.equal(kept.bool(), keep_nm(GRID, pattern))
 
 
 def test_keep_weights_chooses_the_rule():

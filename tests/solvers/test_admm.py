@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from globalopt.kernels import ridge_admm
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
+from globalopt.kernels.projection import plane_order
 from globalopt.kernels.ridge_admm import Fit
 from globalopt.types import NM, Target, follows
 from solvers import _admm
@@ -24,8 +26,8 @@ def runs(monkeypatch):
         seen.append((schedule, masks))
 
         def watch(keep):
-            def watched(magnitudes, share):
-                mask = keep(magnitudes, share)
+            def watched(magnitudes, share, exact):
+                mask = keep(magnitudes, share, exact)
                 masks.append((magnitudes.clone(), share, mask.bool()))
                 return mask
 
@@ -48,6 +50,8 @@ def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
         assert int(mask.sum()) == math.ceil(share * target.nnz)
         allowed = torch.ones_like(mask)
         if target.pattern is not None:
+            order = plane_order(24, target.pattern, W.device).argsort()
+            magnitudes, mask = magnitudes[:, order], mask[:, order]
             assert follows(mask, target.pattern)
             groups = magnitudes.view(8, -1, target.pattern.of)
             allowed = groups >= groups.sort(descending=True).values[..., target.pattern.keep - 1 : target.pattern.keep]
@@ -58,6 +62,24 @@ def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
     assert masks[0][1] < 0.2
     assert masks[-1][1] == 1
     assert int(found.fits[0].S.count_nonzero()) == target.nnz
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
+def test_patterns_are_searched_in_planes_as_in_the_columns_own_order(weighted, monkeypatch):
+    """A stack of two patterns is solved in the columns' own order, each of them alone in planes."""
+    monkeypatch.setattr(ridge_admm, "RESTED", -1.0)  # alone one might end before the other
+    W, norm = problem((8, 24), weighted)
+    patterns = [NM(2, 4), NM(1, 4)]
+    targets = [Target(2, 96, patterns[0]), Target(1, 48, patterns[1])]
+    starts = [Search(steps=40).run([W], [norm], [Target(t.rank, t.nnz // 2)]).fits[0] for t in targets]
+    for given in (None, starts):
+        search = Search(steps=24, begun=0.0 if given is None else 0.3)
+        together = search.run([W, W], [norm, norm], targets, given).fits
+        for i, target in enumerate(targets):
+            alone = search.run([W], [norm], [target], None if given is None else [given[i]]).fits[0]
+            assert follows(alone.S, patterns[i])
+            torch.testing.assert_close(alone.S, together[i].S)
+            torch.testing.assert_close(alone.subspace.U, together[i].subspace.U)
 
 
 def test_a_start_is_grown_from_the_share_it_has(runs):
