@@ -63,6 +63,13 @@ def at_least(least: float, **values: float) -> None:
             raise UsageError(f"Option {option} must be finite and at least {least:g}; got {value:g}.")
 
 
+def below_one(**values: float) -> None:
+    """`UsageError` for the first option that is not in [0, 1)."""
+    for option, value in values.items():
+        if not 0 <= value < 1:
+            raise UsageError(f"Option {option} must be at least 0 and below 1; got {value:g}.")
+
+
 def _switch(text: str) -> bool:
     if text.lower() not in SWITCH:
         raise ValueError(text)

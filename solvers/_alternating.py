@@ -40,7 +40,11 @@ class TrackedSubspace:
 
 @dataclass(frozen=True, eq=False)
 class Alternating:
-    """`min ||W - S - L||²` by `S <- sparse_step(W - L)`, `L <- U (A U)ᵀ (W - S)`, keeping the best pair.
+    """`min ||W - S - L||²` by `S <- sparse_step(W - L - m (L - L'))`, `L <- U (A U)ᵀ (W - S)`, keeping the best pair.
+
+    `L'` is the `L` of the round before. A support holds on to what `L` would take over, so that rounds are small
+    steps in one direction; the momentum m lengthens them. It takes fewer rounds, and ends lower than any number of
+    them without.
 
     Args:
         sparse_step: `(W - L, previous S)`, both (d_out, d_in) -> the next S. The first previous S is 0.
@@ -48,6 +52,7 @@ class Alternating:
         norm: in which errors are measured.
         steps: most rounds, >= 1.
         tolerance: relative change of the error in one round below which it has settled.
+        momentum: m, in [0, 1).
         low_rank_first: begin with `L` of `W` instead of `L = 0`.
     """
 
@@ -56,6 +61,7 @@ class Alternating:
     norm: Norm
     steps: int
     tolerance: float
+    momentum: float = 0.0
     low_rank_first: bool = False
 
     def run(self, W: Tensor) -> Fit:
@@ -63,17 +69,18 @@ class Alternating:
         AWG = self.norm.times(W)
         subspace = self.low_rank_step(W, AWG, None) if self.low_rank_first else None
         L = torch.zeros_like(W) if subspace is None else subspace.U @ subspace.factor(W)
+        before = L
         S = best = torch.zeros_like(W)
         best_error, previous, settled, taken = float("inf"), float("inf"), False, 0
         trace = [(0, float((W * AWG).sum(dtype=torch.float64)))]
         while taken < self.steps and not settled:
             taken += 1
-            S = self.sparse_step(W - L, S)
+            S = self.sparse_step(W - torch.lerp(before, L, 1 + self.momentum), S)
             M = W - S
             N = self.norm.times(M)
             subspace = self.low_rank_step(M, N, subspace)
             V = subspace.factor(M)
-            L = subspace.U @ V
+            before, L = L, subspace.U @ V
             # L is a projection of M, so Pythagoras gives the error of the pair.
             error = float((M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64))
             trace.append((taken, max(0.0, error)))

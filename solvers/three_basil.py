@@ -26,7 +26,7 @@ class Preset(StrEnum):
     BEST = "best"
 
 
-STEPS = {Preset.FAST: 80, Preset.DEFAULT: 220, Preset.BEST: 800}
+STEPS = {Preset.FAST: 80, Preset.DEFAULT: 200, Preset.BEST: 800}
 
 # A target with a solved neighbour takes a share of the steps, though never so few that values are far from settled:
 # where inputs are correlated, twenty steps left three times the error of forty. The more of its entries the neighbour
@@ -45,9 +45,10 @@ class ThreeBASiL:
     """`min tr(A (W - S - L) G (W - S - L)ᵀ)` by `ridge_admm` (Makni et al. 2025, arXiv:2603.01376).
 
     Departures: the support starts empty and grows, where the published one starts from the largest entries at full
-    count; that is most of the gain in error. The penalty follows a fixed rise fitted to the layer's spectrum instead of
-    the support's changes. The values are refitted on the support that was found, and the error may weight outputs by
-    `A`. Damping is the public repository's. The fits of `solve_path` have no trace: they are quick looks.
+    count; that is most of the gain in error. `L` has momentum, most of the rest. The penalty follows a fixed rise
+    fitted to the layer's spectrum instead of the support's changes. The values are refitted on the support that was
+    found, and the error may weight outputs by `A`. Damping is the public repository's. The fits of `solve_path` have
+    no trace: they are quick looks.
 
     Args:
         preset: fast, default or best: how long to search.

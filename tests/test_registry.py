@@ -7,7 +7,7 @@ import pytest
 
 from allocators import ALLOCATORS, get_allocator
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.registry import READERS, at_least, build, read_options
+from globalopt.registry import READERS, at_least, below_one, build, read_options
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ def test_at_least(value):
     at_least(1, steps=1, most=1e9)
     with pytest.raises(UsageError, match="most"):
         at_least(1, steps=2, most=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_below_one(value):
+    below_one(momentum=0, share=0.99)
+    with pytest.raises(UsageError, match="share must be at least 0 and below 1"):
+        below_one(momentum=0.5, share=value)
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

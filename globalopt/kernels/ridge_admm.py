@@ -16,6 +16,7 @@ from globalopt.summary import Trace
 
 BEND = 1.3
 RESTED = 0.015  # share of the support that would move in the steps left, at the pace of the last, below which it ends
+MOMENTUM = 0.7  # of L; from 0.8 on, some layers get worse and planted parts are lost, and at 1 it diverges
 EXACT_FROM = 0.7  # share of the steps after which counts are exact, and an accelerator's products in full precision
 
 
@@ -104,20 +105,23 @@ def ridge_admm(
 
     With a copy `Z` of `S` that carries the constraint, a dual `p Y` and the penalty p, one step is
 
-        R = A (W - L) G + p (Z - Y)
+        R = A (W - L - m (L - L')) G + p (Z - Y)
         S <- the solution of A S G + p S = R
         Z <- the kept entries of S + Y
         Y <- Y + S - Z
         L <- U (A U)ᵀ M,  U <- orth_A(M (A M G)ᵀ U),  M = W - S
 
+    with `L'` the `L` of the step before. The momentum m is not in the published method. A support holds on to what `L`
+    would take over, so that `L` moves in small steps of one direction, and this lengthens them.
+
     The linear system hands over `A S G = R - p S`, so `A M G = A W G - R + p S` costs nothing: without `A` a step has a
     single product with a (d_in, d_in) matrix. The support starts empty, and `schedule` says how it grows; the published
-    method starts from the largest entries at full count. Until `EXACT_FROM` of the steps, or until the support rests,
-    a count may be rough: a threshold that is a little off moves what the next steps would have moved anyway.
+    method starts from the largest entries at full count. Until `EXACT_FROM` of the steps a count may be rough: a
+    threshold that is a little off moves what the next steps would have moved anyway.
 
     Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
-    `A`, count and rank. They end together, after all steps or when at the pace of the last ones less than `RESTED` of
-    their supports would still change.
+    `A`, count and rank. They end together, after all steps, or in the exact ones as soon as less than `RESTED` of their
+    supports would still change at the pace of the last.
 
     Args:
         W: (rows of all parts, d_in), not modified.
@@ -133,8 +137,9 @@ def ridge_admm(
         return torch.cat([norm.times(E[part.rows]) for part, norm in zip(parts, norms, strict=True)])
 
     AWG = times(W)
-    # A (W - L) G, kept instead of L.
+    # A (W - L) G, kept instead of L: with momentum, and as it was in this and in the last step.
     rest = AWG.clone()
+    now, before = torch.empty_like(W), torch.empty_like(W)
     Z, Y = torch.zeros_like(W), torch.zeros_like(W)
     R, P = torch.empty_like(W), torch.empty_like(W)
     penalty = schedule.penalty(0)
@@ -146,17 +151,17 @@ def ridge_admm(
         )
         rest.sub_(times(L))
         Y = (rest - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
-    support, moved, rests, step, exact = Z != 0, 1.0, False, 0, False
+    support, moved, rests, step = Z != 0, 1.0, False, 0
     traces: list[list[tuple[int, float]]] = [[] for _ in parts]
     if trace_every:
         traces = [[(0, _inner(W[part.rows], AWG[part.rows]))] for part in parts]
     with fast_products(W) as exact_from_here:
-        while step < schedule.steps and not (rests and exact):
-            if step >= EXACT_FROM * schedule.steps or rests:
-                exact = True
+        while step < schedule.steps and not rests:
+            exact = step >= EXACT_FROM * schedule.steps
+            if exact:
                 exact_from_here()
-            before, penalty = penalty, schedule.penalty(step)
-            Y.mul_(before / penalty)
+            last, penalty = penalty, schedule.penalty(step)
+            Y.mul_(last / penalty)
             solve = ridge(inputs, outputs, penalty)
             seen = support
             for _ in range(min(schedule.hold, schedule.steps - step)):
@@ -170,20 +175,21 @@ def ridge_admm(
                 M, N = torch.sub(W, S, out=P), torch.sub(AWG, R.sub_(S, alpha=penalty), out=R)
                 for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
                     if part.rank:
-                        subspace, m, n = subspaces[i], M[part.rows], N[part.rows]
-                        subspace = (
-                            leading_subspace(m, n, norm, part.rank)
-                            if subspace is None
-                            else subspace_step(m, n, norm, subspace)
-                        )
-                        torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=rest[part.rows])
+                        previous, m, n = subspaces[i], M[part.rows], N[part.rows]
+                        if previous is None:
+                            subspace, momentum = leading_subspace(m, n, norm, part.rank), 0.0
+                        else:
+                            subspace, momentum = subspace_step(m, n, norm, previous), MOMENTUM
+                        L = torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=now[part.rows])
+                        torch.lerp(before[part.rows] if momentum else L, L, 1 + momentum, out=rest[part.rows])
                         subspaces[i] = subspace
+                now, before = before, now
                 step += 1
             support = Z != 0
             if schedule.size(step - 1) == 1:
                 moved = int((support != seen).sum()) / max(1, int(support.sum()))
                 ahead = schedule.steps - step
-                rests = ahead >= schedule.hold and moved * ahead <= RESTED * schedule.hold
+                rests = exact and ahead >= schedule.hold and moved * ahead <= RESTED * schedule.hold
             if trace_every and step >= traces[0][-1][0] + trace_every:
                 for part, norm, subspace, trace in zip(parts, norms, subspaces, traces, strict=True):
                     left = W[part.rows] - Z[part.rows]

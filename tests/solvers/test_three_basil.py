@@ -36,11 +36,11 @@ def geometric_mean(ratios: list[float]) -> float:
 @pytest.mark.parametrize("target", [Target(12, 1200), Target(0, 1536)])
 def test_a_longer_search_finds_a_lower_error(target):
     errors = {preset: 0.0 for preset in Preset}
-    for seed in (0, 1):
+    for seed in (0, 1, 2, 3):
         W, norm = metric(D_OUT, D_IN, 400, seed)
         for preset in Preset:
             errors[preset] += fit(ThreeBASiL(preset), W, norm, target).error
-    assert errors[Preset.BEST] < errors[Preset.DEFAULT] < 0.99 * errors[Preset.FAST]
+    assert errors[Preset.BEST] < errors[Preset.DEFAULT] < 0.995 * errors[Preset.FAST]
 
 
 @pytest.mark.parametrize("preset", Preset)
