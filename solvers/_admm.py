@@ -25,7 +25,7 @@ LAST = (0.9, 0.6)
 # With an output side the system's eigenvalues are products, and spread about so much further up.
 TWO_SIDED = 1.67
 HOLD = 12  # steps between changes of the penalty, each of which costs a factorisation
-LEVELS = 12  # and the fewest changes that still are a slow rise
+LEVELS = 6  # and the fewest changes that still are a slow rise
 SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps promise little
 LOOK = 32  # fewest steps between looks at the objective
 

@@ -32,12 +32,10 @@ STEPS = {Preset.FAST: 80, Preset.DEFAULT: 200, Preset.BEST: 800}
 # where inputs are correlated, twenty steps left three times the error of forty. The more of its entries the neighbour
 # has, the later it begins in the penalty's rise (by the fourth power: only a near one helps), and the longer it grows:
 # the fewer new entries at a time, the better each is chosen. With none of them it would be a cold start.
-PATH_STEPS = 0.25
+PATH_STEPS = 0.22
 PATH_LEAST = 40
 PATH_BEGUN = 0.3
 PATH_GROWS = 0.4
-PATH_ROUNDS = 3
-PATH_CONJUGATE = 6
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,4 @@ class ThreeBASiL:
             min(cold.steps, max(PATH_LEAST, round(PATH_STEPS * cold.steps))),
             begun=PATH_BEGUN * there**4,
             full=cold.full + PATH_GROWS * there,
-            rounds=PATH_ROUNDS,
-            conjugate=PATH_CONJUGATE,
         )
