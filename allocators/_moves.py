@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from allocators._trials import t_statistic
 from globalopt.protocols import Objective
@@ -154,7 +154,7 @@ def improving_share(
         now, then = objective.losses([targets, moved], chunks)
         improving += t_statistic(now - then) > SIGNIFICANT
         tried += 1
-    bound = 1.0 if improving == tried else float(beta.ppf(CONFIDENCE, improving + 1, tried - improving))
+    bound = 1.0 if improving == tried else float(betaincinv(improving + 1, tried - improving, CONFIDENCE))
     return ImprovingShare(improving, tried, bound)
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from allocators._evopress import swaps_of_a_mutation
@@ -121,7 +121,7 @@ class Race:
         """Test a candidate on the whole text, and make it the incumbent if it passes."""
         self.tests += 1
         level = ALPHA / (self.tests * (self.tests + 1))
-        if -t_statistic(losses - self.losses) < student.isf(level, len(losses) - 1):
+        if -t_statistic(losses - self.losses) < -stdtrit(len(losses) - 1, level):
             return False
         self.incumbent, self.losses, self.tests = targets, losses, 0
         self.trials.nominate(targets)

@@ -12,9 +12,7 @@ from globalopt.summary import Details, Family, Summary
 from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison, held_against_first
 from reports.family_page import family_page
-from reports.frontier import frontier_table, write_frontier
 from reports.html import write_page
-from reports.pictures import write_figures
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
 from reports.run_page import run_page
 from reports.tables import metrics_table, render
@@ -37,7 +35,6 @@ __all__ = [
     "render_scores",
     "report",
     "report_family",
-    "write_figures",
 ]
 
 
@@ -59,6 +56,9 @@ def report(
     Raises:
         ArtefactError: a file cannot be written.
     """
+    # Here, so that nothing draws, and takes matplotlib's 30 MiB, while a model is compressed.
+    from reports.pictures import write_figures
+
     render(summary, console, verbose)
     pictures = write_figures(summary, folder, details)
     page = run_page(summary, details or Details(), pictures)
@@ -71,6 +71,8 @@ def report_family(family: Family, folder: Path, console: Console) -> Written:
     Raises:
         ArtefactError: a file cannot be written.
     """
+    from reports.frontier import frontier_table, write_frontier
+
     sign = "+-" if console.options.ascii_only else "±"
     console.print(Padding(frontier_table(family, sign), (0, 0, 1, 0)))
     picture = write_frontier(family, folder)

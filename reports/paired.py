@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from globalopt.summary import Metrics, Summary, WindowLosses
 
@@ -87,7 +87,7 @@ def difference(run: Measured, against: Measured, split: str) -> Difference:
     if reasons or pairs[0] is None or pairs[1] is None:
         return Difference(run.label, against.label, split, None, None, 0, False, reasons)
     mine, other = pairs[0][1], pairs[1][1]
-    q = float(student.ppf((1 + CONFIDENCE) / 2, mine.windows - 1))
+    q = float(stdtrit(mine.windows - 1, (1 + CONFIDENCE) / 2))
     windows = run.windows(split), against.windows(split)
     if windows[0] is not None and windows[1] is not None:
         kl = _paired(windows[0].kl, windows[1].kl, q)

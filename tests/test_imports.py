@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +121,11 @@ def test_the_check_sees(module, source, expected):
     else:
         assert len(found) == 1
         assert expected in found[0]
+
+
+def test_what_only_searches_and_pictures_need_is_not_loaded_to_compress():
+    """Optuna and matplotlib take 65 MiB, which would count towards the peak of every compression."""
+    code = "import globalopt.cli, globalopt.commands.compress, globalopt.pipeline, reports, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"optuna", "matplotlib", "scipy.stats"} & set(loaded)

@@ -10,7 +10,8 @@ import pytest
 
 from allocators import Knapsack, Uniform
 from allocators._warp import Warp
-from allocators.optuna_warp import OptunaWarp, Sampler, nearest
+from allocators._warp_study import nearest
+from allocators.optuna_warp import OptunaWarp, Sampler
 from globalopt.errors import ArtefactError
 from globalopt.recorder import RecordedObjective, Selection
 from globalopt.types import NM, Problem

@@ -12,10 +12,11 @@ from matplotlib.colors import LogNorm
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from reports import figures, report, write_figures
+from reports import figures, report
 from reports.formats import prefixed
 from reports.groups import Grid
 from reports.heatmaps import allocation_figure, error_figure
+from reports.pictures import write_figures
 from tests.command import contents
 from tests.reports.factory import MISSING, make_layers, make_summary
 

@@ -1,0 +1,198 @@
+"""A study of the coefficients of a warp, kept by Optuna. Imported where it is run: Optuna takes 40 MiB."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.samplers import GPSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from torch import Tensor
+
+from allocators._trials import Trials, t_statistic
+from allocators._warp import Warp
+from allocators.knapsack import Knapsack
+from allocators.optuna_warp import OptunaWarp, Sampler
+from globalopt.errors import ArtefactError
+from globalopt.types import ErrorSurface, Problem, Target
+
+Theta = tuple[float, ...]
+Told = list[tuple[Theta, float]]
+
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Parts of the selection text after which a trial may be pruned."""
+
+PRUNE = 2.0
+"""Paired t against the best trial so far above which a trial is pruned: one in 44 that are as good falls to a test."""
+
+
+def nearest(problem: Problem, warp: Warp, targets: Mapping[str, Target]) -> Theta:
+    """The coefficients under which `targets` are closest to a solution of the knapsack.
+
+    There every layer's price of a unit, `-d error' / d cost`, is the same: `features theta + constant = -log price`, in
+    the least squares of all layers. Layers whose price is not positive are left out.
+    """
+    rows, rest = [], []
+    for surface in sorted(problem.surfaces, key=lambda s: s.spec.name):
+        price = _price(problem, surface, targets[surface.spec.name])
+        if price > 0:
+            rows.append(np.append(warp.features(surface.spec, [targets[surface.spec.name]])[0], 1.0))
+            rest.append(-math.log(price))
+    if not rows:
+        return (0.0,) * len(warp.names)
+    solution = np.linalg.lstsq(np.stack(rows), np.array(rest), rcond=None)[0]
+    return tuple(solution[:-1].tolist())
+
+
+def _price(problem: Problem, surface: ErrorSurface, target: Target) -> float:
+    """Mean fall of the error per unit of cost, from a tenth less to a tenth more of what is free."""
+    axis = problem.axis
+    spec = surface.spec
+    top = spec.numel if axis == "nnz" else max(t.rank for t in surface.targets)
+    here = getattr(target, axis)
+    less = replace(target, **{axis: math.floor(0.9 * here)})
+    more = replace(target, **{axis: min(top, math.ceil(1.1 * here) + 1)})
+    cost = problem.budget.cost(more, spec) - problem.budget.cost(less, spec)
+    return (surface.predict(less) - surface.predict(more)) / cost if cost > 0 else 0.0
+
+
+class Search:
+    """One worker's part in a study."""
+
+    def __init__(
+        self, options: OptunaWarp, problem: Problem, trials: Trials, starts: Sequence[Mapping[str, Target]]
+    ) -> None:
+        self.options = options
+        self.problem = problem
+        self.trials = trials
+        self.warp = Warp.of(problem)
+        self.space = {name: FloatDistribution(-options.spread, options.spread) for name in self.warp.names}
+        self.study = _open(trials.objective.study)
+        self._solved: dict[Theta, dict[str, Target]] = {}
+        self.knapsack = trials.judge([starts[0]])[0]
+        near = [nearest(problem, self.warp, start) for start in starts[1:]]
+        clipped = np.clip(near, -options.spread, options.spread)
+        self.warm: list[Theta] = [(0.0,) * len(self.warp.names), *(tuple(theta.tolist()) for theta in clipped)]
+        self._told = optuna.create_study()
+
+    def run(self) -> None:
+        """Add trials until the study holds enough; `OutOfTokens` where they cannot be paid."""
+        self._ask_again()
+        while len(told := self._finished()) < self.options.trials:
+            self._evaluate(self._propose([(self._theta(trial), trial.value or 0.0) for trial in told]))
+
+    def improvements(self) -> Iterator[dict[str, Target]]:
+        """The targets of every completed trial that was the best of the study so far."""
+        least = math.inf
+        for trial in self._finished():
+            if trial.state is TrialState.COMPLETE and trial.value is not None and trial.value < least:
+                least = trial.value
+                yield self._targets(self._theta(trial))
+
+    def _finished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+    def _theta(self, trial: FrozenTrial) -> Theta:
+        if trial.distributions != self.space:
+            raise ArtefactError(
+                f"The study {self.trials.objective.study} searches other coefficients or another spread than this "
+                "search; delete it, or set the spread it was made with."
+            )
+        return tuple(trial.params[name] for name in self.warp.names)
+
+    def _targets(self, theta: Theta) -> dict[str, Target]:
+        if theta not in self._solved:
+            found = Knapsack(exact=False).allocate(self.warp.apply(self.problem, theta))
+            self._solved[theta] = dict(found.targets)
+        return self._solved[theta]
+
+    def _ask_again(self) -> None:
+        """Ask what this worker's earlier trials asked, so that the objective counts it as it did then."""
+        for trial in self._finished():
+            if trial.user_attrs["worker"] == self.options.worker:
+                theta = self._theta(trial)
+                seen = 0
+                for count in self._stages:
+                    if count <= trial.user_attrs["chunks"]:
+                        self.trials.objective.losses([self._targets(theta)], range(seen, count))
+                        seen = count
+
+    def _best(self) -> Tensor:
+        """(windows,) losses of the best completed trial so far, whoever's it is, or of the knapsack."""
+        completed = [trial for trial in self._finished() if trial.state is TrialState.COMPLETE]
+        best = min(completed, key=lambda trial: trial.value or 0.0, default=None)
+        if best is None or (best.value or 0.0) >= float(self.knapsack.mean()):
+            return self.knapsack
+        # This worker's own are known already; another's has to be paid.
+        ask = self.trials.objective if best.user_attrs["worker"] == self.options.worker else self.trials
+        return ask.losses([self._targets(self._theta(best))], self.trials.all_chunks)[0]
+
+    @property
+    def _stages(self) -> list[int]:
+        """Numbers of chunks after which a trial may be pruned, and all of them."""
+        return sorted({math.ceil(stage * len(self.trials.all_chunks)) for stage in STAGES})
+
+    def _evaluate(self, theta: Theta) -> None:
+        """Ask for `theta` until it is pruned or known on all chunks, and add the trial to the study."""
+        best, candidate = self._best(), self._targets(theta)
+        losses, seen = torch.empty(0, dtype=torch.float64), 0
+        for count in self._stages:
+            losses = torch.cat((losses, self.trials.losses([candidate], range(seen, count))[0]))
+            seen = count
+            if t_statistic(losses - best[: len(losses)]) > PRUNE:
+                break
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if seen == self._stages[-1] else TrialState.PRUNED,
+                value=float(self.knapsack.mean() + (losses - self.knapsack[: len(losses)]).mean()),
+                params=dict(zip(self.warp.names, theta, strict=True)),
+                distributions=dict(self.space),
+                user_attrs={"worker": self.options.worker, "chunks": seen},
+            )
+        )
+
+    def _propose(self, told: Told) -> Theta:
+        untold = [theta for theta in self.warm if theta not in dict(told)]
+        if untold:
+            return untold[self.options.worker % len(untold)]
+        seed = random.Random(f"{self.problem.seed} {self.options.worker} {len(told)}").getrandbits(31)
+        if self.options.sampler is Sampler.CMAES:
+            return _cmaes(told, self.options.spread, seed)
+        # Told as completed: a pruned trial's value is an estimate of the same mean, which the GP would not look at.
+        known = len(self._told.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        for theta, value in told[known:]:
+            params = dict(zip(self.warp.names, theta, strict=True))
+            self._told.add_trial(create_trial(value=value, params=params, distributions=dict(self.space)))
+        self._told.sampler = TPESampler(seed=seed) if self.options.sampler is Sampler.TPE else GPSampler(seed=seed)
+        asked = self._told.ask(dict(self.space))
+        self._told.tell(asked, state=TrialState.FAIL)
+        return tuple(asked.params[name] for name in self.warp.names)
+
+
+def _cmaes(told: Told, spread: float, seed: int) -> Theta:
+    """CMA-ES' next proposal, its state made anew from all full generations (Optuna's keeps a pickle in the study)."""
+    import cmaes  # half a second, which the command line need not pay
+
+    size = len(told[0][0])
+    optimizer = cmaes.CMA(
+        mean=np.zeros(size), sigma=spread / 3, bounds=np.tile([-spread, spread], (size, 1)), seed=seed
+    )
+    generation = optimizer.population_size
+    for start in range(0, len(told) - generation + 1, generation):
+        optimizer.tell([(np.array(theta), value) for theta, value in told[start : start + generation]])
+    return tuple(optimizer.ask().tolist())
+
+
+def _open(path: str | None) -> optuna.Study:
+    """The study in the journal at `path`, made if it is not there; in memory without one."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = None if path is None else JournalStorage(JournalFileBackend(path))
+    return optuna.create_study(storage=storage, study_name="warp", load_if_exists=True)
