@@ -39,7 +39,7 @@ from globalopt.training import Training
 from globalopt.types import LayerSpec
 from globalopt.workbench import WORKING_BLOCKS, ModelOptions, TextOptions
 
-WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (10, 5)}
+WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (12, 5)}
 """Weights of a site's layers, and Grams of it, that a solver holds at once, by what it reads; float32."""
 
 LABEL_COPIES = 5
