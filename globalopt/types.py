@@ -319,6 +319,10 @@ class Gram:
         return Gram(self.matrix + ridge * torch.eye(len(self.matrix), device=self.matrix.device), self.tokens)
 
 
+ENTRIES_AT_ONCE = 2**22
+"""Of a residual whose error is summed in float64."""
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """The norm a layer error is measured in: `tr(A E G Eᵀ)`, or `tr(E G Eᵀ)` without `outputs`.
@@ -331,14 +335,17 @@ class Metric:
 
     def error(self, residual: Tensor) -> float:
         """`tr(A E G Eᵀ)` for the residual `E` (d_out, d_in), undamped, summed in float64."""
-        residual = residual.to(self.inputs.matrix.dtype)
-        EG = residual @ self.inputs.matrix
+        G = self.inputs.matrix
+        residual = residual.to(G.dtype)
         AE = residual if self.outputs is None else self.outputs.matrix.to(residual.dtype) @ residual
-        # In place, as float64 copies are large.
-        product = EG.double()
-        del EG
+        # Some rows at a time: copies in float64 of a whole layer would be what a small machine runs out of memory for.
+        rows = max(1, ENTRIES_AT_ONCE // len(G))
+        found = 0.0
+        for begin in range(0, len(residual), rows):
+            some = slice(begin, begin + rows)
+            found += float((residual[some] @ G).double().mul_(AE[some]).sum())
         # Rounding can push an exact zero below it.
-        return max(0.0, float(product.mul_(AE).sum()))
+        return max(0.0, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,7 +389,7 @@ class Decomposition:
         L = self.U.to(dtype) @ self.V.to(dtype)
         if self.signs is not None:
             L = L * self.signs
-        return self.S.to(dtype) + L
+        return L.add_(self.S)
 
     def matvec(self, x: Tensor) -> Tensor:
         """Apply to inputs `x` (..., d_in) -> (..., d_out), without forming the low-rank product where possible."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from globalopt import types
 from globalopt.errors import BudgetError, CalibrationError, NumericalError, UnknownNameError, UsageError
 from globalopt.types import (
     NM,
@@ -117,7 +118,7 @@ def test_damping_makes_a_new_gram():
     torch.testing.assert_close(damped.matrix, torch.diag(torch.tensor([1.2, 3.2])))
 
 
-def test_metric_error_is_the_trace():
+def test_metric_error_is_the_trace(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(50, 16, generator=generator)
     g = torch.randn(40, 8, generator=generator)
@@ -125,6 +126,9 @@ def test_metric_error_is_the_trace():
     G, A = Gram(X.mT @ X / 50, 50), Gram(g.mT @ g / 40, 40)
     assert Metric(G).error(E) == pytest.approx(float((X @ E.mT).square().sum(1).mean()), rel=1e-5)
     assert Metric(G, A).error(E) == pytest.approx(float(torch.trace(A.matrix @ E @ G.matrix @ E.mT)), rel=1e-5)
+    whole = Metric(G, A).error(E)
+    monkeypatch.setattr(types, "ENTRIES_AT_ONCE", 2 * len(G.matrix))
+    assert Metric(G, A).error(E) == pytest.approx(whole, rel=1e-12)
 
 
 def test_decomposition_applies_and_counts():

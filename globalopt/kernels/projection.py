@@ -13,6 +13,8 @@ from globalopt.types import NM
 SAMPLE_STRIDE = 61  # prime, so that a strided sample meets every column of a matrix
 ROUGH_FROM = 256 * SAMPLE_STRIDE  # a smaller sample would be off by more than a tenth of a count
 
+SELECTED_AT_ONCE = 2**20  # entries
+
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest scores along the last dimension; equal scores go by index, lowest first.
@@ -37,7 +39,7 @@ def indicate_top(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores)
     if count == size:
         return torch.ones_like(scores)
-    threshold = _largest(scores, count)[None] if scores.ndim == 1 else scores.kthvalue(size - count + 1, -1, True)[0]
+    threshold = _largest(scores, count)[None] if scores.ndim == 1 else _largest_of_rows(scores, count)
     kept = torch.ge(scores, threshold, out=torch.empty_like(scores))
     if _count(kept) == count * (scores.numel() // size):
         return kept
@@ -75,6 +77,16 @@ def _largest(scores: Tensor, count: int) -> Tensor:
             return bracket.kthvalue(len(bracket) - within + 1).values
     # Small, or the sample misled.
     return scores.kthvalue(size - count + 1).values
+
+
+def _largest_of_rows(scores: Tensor, count: int) -> Tensor:
+    """(..., 1) the `count`-th largest of each row of `scores` (..., n), a few rows at a time.
+
+    A selection copies what it is asked about, and three times its size in indices.
+    """
+    size = scores.shape[-1]
+    rows = scores.reshape(-1, size).split(max(1, SELECTED_AT_ONCE // size))
+    return torch.cat([some.kthvalue(size - count + 1).values for some in rows]).view(*scores.shape[:-1], 1)
 
 
 def _count(indicator: Tensor) -> int:

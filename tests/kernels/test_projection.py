@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 
+from globalopt.kernels import projection
 from globalopt.kernels.projection import (
     SAMPLE_STRIDE,
     indicate_planes,
@@ -34,6 +35,13 @@ def test_keep_top_counts_exactly_and_breaks_ties_by_index(count):
 def test_keep_top_works_along_the_last_dimension(count):
     expected = torch.stack([keep_top(row, count) for row in GRID])
     assert torch.equal(keep_top(GRID, count), expected)
+
+
+def test_many_rows_are_selected_from_a_few_at_a_time(monkeypatch):
+    expected = keep_top(GRID, 5)
+    monkeypatch.setattr(projection, "SELECTED_AT_ONCE", 50)
+    assert torch.equal(keep_top(GRID, 5), expected)
+    assert torch.equal(keep_top(GRID.view(7, 3, 8), 2), torch.stack([keep_top(rows, 2) for rows in GRID.view(7, 3, 8)]))
 
 
 @pytest.mark.parametrize("shape", ["smooth", "ties", "two values", "sorted", "period", "constant", "rare"])
