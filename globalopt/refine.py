@@ -14,7 +14,9 @@ from torch import Tensor
 
 from globalopt.capture import BlockRunner, BlockVisit, walk_blocks
 from globalopt.errors import GlobalOptError, NumericalError, UsageError
+from globalopt.layers import ModelLayers
 from globalopt.matching import Matching, match_block
+from globalopt.memory import give_back
 from globalopt.protocols import Solver
 from globalopt.rounding import rounded
 from globalopt.store import Run
@@ -156,19 +158,34 @@ def _solve(
         todo = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
         if todo:
             gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
-            jobs = []
-            for spec in todo:
-                weight, found = layers.weight(spec.name), outputs(spec)
-                target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-                metric = Metric(gram, found and found.to(weight.device))
-                jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(gram), target))
-            for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
-                run.write_layer(job.spec, value, facts)
+            _solve_site(layers, todo, gram, plan, run, outputs, weighs)
+            if layers.lazy is not None:
+                # What a solver freed lies in pieces that the next site would not fit into.
+                give_back()
         if plan.order is Order.SITE:
             for spec in visit.specs:
                 if spec.site == site:
                     layers.place(spec.name, partial(_fitted_weight, run, spec))
             visit.replaced()
+
+
+def _solve_site(
+    layers: ModelLayers,
+    specs: Sequence[LayerSpec],
+    gram: Gram,
+    plan: Refinement,
+    run: Run,
+    outputs: Callable[[LayerSpec], Gram | None],
+    weighs: Callable[[LayerSpec], bool],
+) -> None:
+    jobs = []
+    for spec in specs:
+        weight, found = layers.weight(spec.name), outputs(spec)
+        target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
+        metric = Metric(gram, found and found.to(weight.device))
+        jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(gram), target))
+    for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
+        run.write_layer(job.spec, value, facts)
 
 
 class _DenseStates:

@@ -11,12 +11,13 @@ import torch
 from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import NumericalError, UsageError
 from globalopt.layers import ModelLayers, find_layers
+from globalopt.models import load_model
 from globalopt.protocols import Needs, Outputs
 from globalopt.refine import Refinement, checked, for_solver, refine
 from globalopt.store import Run
 from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
 from solvers import get_solver
-from tests.tiny_models import tiny_ids, tiny_model
+from tests.tiny_models import save_tiny, tiny_ids, tiny_model
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 24, 16)
 
@@ -115,8 +116,10 @@ def test_what_is_stored_must_keep_its_target():
 # ------------------------------------------------------------------------------------------------- refinement
 
 
-def setting(tmp_path, solver, target=None, dtype=torch.float32) -> tuple[ModelLayers, BlockRunner, Refinement, Run]:
-    layers = find_layers(tiny_model("llama"))
+def setting(
+    tmp_path, solver, target=None, dtype=torch.float32, model=None
+) -> tuple[ModelLayers, BlockRunner, Refinement, Run]:
+    layers = find_layers(model or tiny_model("llama"))
     targets = {spec.name: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
     total = sum(spec.numel for spec in layers.specs)
     plan = Refinement(targets, solver, Budget(total, total), dtype, dict.fromkeys(targets))
@@ -270,6 +273,22 @@ def test_later_blocks_see_the_compressed_ones(tmp_path):
     second_block = len(some) // 2
     assert torch.equal(some[0].matrix, most[0].matrix)
     assert not torch.allclose(some[second_block].matrix, most[second_block].matrix, rtol=0.05)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_memory_is_given_back_after_every_site_of_a_model_that_is_never_whole(tmp_path, monkeypatch, lazily):
+    model = load_model(save_tiny(tmp_path / "model"), device="cpu", lazily=lazily).model
+    layers, runner, plan, run = setting(tmp_path, get_solver("magnitude"), model=model)
+    saved_before = []
+
+    def given_back() -> None:
+        saved_before.append(sum(run.layer_path(spec).exists() for spec in layers.specs))
+
+    monkeypatch.setattr("globalopt.refine.give_back", given_back)
+    list(refine(runner, plan, run, no_outputs))
+    sites = by_site(layers)
+    ends = [sum(map(len, sites[: i + 1])) for i in range(len(sites))]
+    assert saved_before == (ends if lazily else [])
 
 
 def test_a_layer_that_is_saved_is_not_solved_again(tmp_path):
