@@ -82,7 +82,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 def _largest_of_rows(scores: Tensor, count: int) -> Tensor:
     """(..., 1) the `count`-th largest of each row of `scores` (..., n), a few rows at a time.
 
-    A selection copies what it is asked about, and three times its size in indices.
+    A selection copies what it is asked about, and makes indices of twice its size.
     """
     size = scores.shape[-1]
     rows = scores.reshape(-1, size).split(max(1, SELECTED_AT_ONCE // size))
@@ -148,7 +148,7 @@ def indicate_planes(planes: Tensor, keep: int) -> Tensor:
     members = planes.unbind(-2)
     kept = torch.empty_like(planes)
     if (keep, of) == (2, 4):
-        # Sums of comparisons rather than counts: half the passes.
+        # A member is kept if it loses to at most one of three: sums of comparisons, half the passes of counting.
         a, b, c, d = kept.unbind(-2)
         ab, ac, ad, bc, bd, cd = (_first(x, y) for x, y in combinations(members, 2))
         torch.gt(torch.add(bc, bd), ab, out=b)

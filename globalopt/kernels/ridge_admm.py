@@ -180,8 +180,8 @@ def ridge_admm(
                             subspace, momentum = leading_subspace(m, n, norm, part.rank), 0.0
                         else:
                             subspace, momentum = subspace_step(m, n, norm, previous), MOMENTUM
-                        L = torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=now[part.rows])
-                        torch.lerp(before[part.rows] if momentum else L, L, 1 + momentum, out=rest[part.rows])
+                        here = torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=now[part.rows])
+                        torch.lerp(before[part.rows] if momentum else here, here, 1 + momentum, out=rest[part.rows])
                         subspaces[i] = subspace
                 now, before = before, now
                 step += 1
