@@ -1,4 +1,4 @@
-"""A study of the coefficients of a warp, kept by Optuna. Imported where it is run: Optuna takes 40 MiB."""
+"""A study of the coefficients of a warp, kept by Optuna. Imported where it is run: Optuna takes 25 MiB."""
 
 from __future__ import annotations
 

@@ -155,10 +155,10 @@ def _solve(
     """Fit and save the layers `unsolved` of a block, site by site; `grams` are those taken before any is replaced."""
     layers = visit.layers
     for site in dict.fromkeys(spec.site for spec in visit.specs):
-        todo = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
-        if todo:
+        here = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
+        if here:
             gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
-            _solve_site(layers, todo, gram, plan, run, outputs, weighs)
+            _solve_site(layers, here, gram, plan, run, outputs, weighs)
             if layers.lazy is not None:
                 # What a solver freed lies in pieces that the next site would not fit into.
                 give_back()
@@ -178,6 +178,7 @@ def _solve_site(
     outputs: Callable[[LayerSpec], Gram | None],
     weighs: Callable[[LayerSpec], bool],
 ) -> None:
+    """Fit and save the layers `specs`, which have the inputs of `gram` (d_in, d_in) in common."""
     jobs = []
     for spec in specs:
         weight, found = layers.weight(spec.name), outputs(spec)

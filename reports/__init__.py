@@ -56,7 +56,7 @@ def report(
     Raises:
         ArtefactError: a file cannot be written.
     """
-    # Here, so that nothing draws, and takes matplotlib's 30 MiB, while a model is compressed.
+    # Here, so that nothing draws, and takes matplotlib's 25 MiB, while a model is compressed.
     from reports.pictures import write_figures
 
     render(summary, console, verbose)

@@ -10,7 +10,8 @@ import torch
 from globalopt.kernels import ridge_admm as kernel
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
-from globalopt.kernels.ridge_admm import Part, Schedule, ridge_admm
+from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
+from globalopt.kernels.support_refit import refit
 from globalopt.types import NM, follows
 from tests.kernels.norms import best_low_rank, correlated, matrices, problem, root, side, squared, unit
 
@@ -293,11 +294,13 @@ def test_recovers_a_sparse_plus_low_rank_matrix(weighted):
     S = torch.zeros(1200)
     S[torch.randperm(1200, generator=generator)[:60]] = 10.0
     S = S.view(30, 40)
-    fit, found = alone((S + L).double(), norm, 2, 60, Schedule(0.05, 5.0, steps=400, hold=8))
+    fit, found = alone((S + L).double(), norm, 2, 60, Schedule(0.01, 5.0, steps=400, hold=8))
     assert torch.equal(fit.S != 0, S != 0)
     assert found.steps < 400
-    # It ends with the support; its values are then near, not at, their optimum.
-    assert float(residual((S + L).double(), fit).norm() / (S + L).norm()) < 0.15
+    assert found.moved == 0
+    # It ends with the support, before the values are at their optimum; the refit of every solver brings them there.
+    refitted = Fit(*refit((S + L).double(), *fit, norm, rounds=2, steps=4))
+    assert float(residual((S + L).double(), refitted).norm() / (S + L).norm()) < 0.05
 
 
 def test_the_share_that_moved_is_of_the_last_change_of_the_penalty():
