@@ -8,8 +8,8 @@ import pytest
 from scipy.optimize import milp
 
 from allocators import Knapsack, Uniform
-from globalopt.types import NM
-from tests.reference.knapsack import best_on_grid
+from globalopt.types import FREE, NM, Limits
+from tests.reference.knapsack import best_in_between, best_on_grid
 from tests.surfaces import problem
 
 
@@ -22,16 +22,38 @@ def test_at_least_as_good_as_dynamic_programming_on_the_grid(seed, accounting):
 
 
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)])
+@pytest.mark.parametrize("kept", [0.55, 0.6, 0.8])
 @pytest.mark.parametrize("seed", range(4))
-def test_bound_holds_and_certifies(seed, pattern):
-    p = problem(0.6, seed=seed, pattern=pattern)
+def test_optimal_among_all_between_the_options_and_proved_so(seed, kept, pattern):
+    p = problem(kept, seed=seed, pattern=pattern)
+    found, best = Knapsack().allocate(p), best_in_between(p)
+    assert found.predicted <= best * (1 + 2e-6)
+    assert found.bound is not None
+    assert best * (1 - 2e-6) <= found.bound <= best * (1 + 1e-6)
+    assert found.gap is not None
+    assert found.gap < 4e-6
+
+
+@pytest.mark.parametrize("limits", [FREE, Limits(2), Limits(sparse=False)])
+@pytest.mark.parametrize("seed", range(2))
+def test_bound_holds_in_bytes_and_within_limits(seed, limits):
+    p = problem(0.5, seed=seed, accounting="bytes", limits=limits)
     found = Knapsack().allocate(p)
     assert found.bound is not None
-    assert found.bound <= best_on_grid(p) + 1e-12
-    assert found.bound <= found.predicted + 1e-12
-    # Six layers: the duality gap is at most one option of one layer.
+    assert found.bound <= min(best_on_grid(p), found.predicted) * (1 + 1e-6)
     assert found.gap is not None
-    assert found.gap < 0.1
+    assert found.gap < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_relaxation_alone_bounds_from_below(seed):
+    p = problem(0.6, seed=seed)
+    relaxed = Knapsack(exact=False).allocate(p)
+    assert relaxed.bound is not None
+    assert relaxed.bound <= best_in_between(p) * (1 + 1e-12)
+    # Six layers: the duality gap is at most one option of one layer.
+    assert relaxed.gap is not None
+    assert relaxed.gap < 0.1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -53,7 +75,7 @@ def test_nothing_is_printed_past_python(capfd, monkeypatch):
         os.write(1, b"a remark")
         return milp(*arguments, **options)
 
-    monkeypatch.setattr("allocators.knapsack.milp", chatty)
+    monkeypatch.setattr("allocators._core.milp", chatty)
     p = problem(0.4)
     Knapsack().allocate(p)
     os.write(1, b"ours")

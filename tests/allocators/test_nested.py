@@ -54,10 +54,14 @@ def test_every_point_is_within_the_limits(limits):
 def test_the_gap_is_the_price_of_nesting(seed):
     p = problem(0.5, seed=seed, layers=16)
     for allocation in family(p):
-        free = Knapsack().allocate(replace(p, budget=allocation.budget))
+        free_problem = replace(p, budget=allocation.budget)
+        free = Knapsack(exact=False).allocate(free_problem)
+        assert free.bound is not None
         assert allocation.bound == free.bound
         assert allocation.predicted == pytest.approx(p.predicted(allocation.targets), rel=1e-12)
-        assert free.predicted <= allocation.predicted * (1 + 1e-9)
+        assert free.bound <= allocation.predicted
+        # A family has ranks between the options too, which can be worth a little more.
+        assert Knapsack().allocate(free_problem).predicted <= allocation.predicted * (1 + 2e-3)
         if allocation.budget.kept < 0.7:
             assert allocation.predicted <= 1.15 * free.predicted
 
