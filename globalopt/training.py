@@ -86,12 +86,14 @@ def train(
     units = [float(p.detach().square().mean().sqrt()) if options.relative else 1.0 for p in parameters]
     adam = torch.optim.Adam([{"params": [p]} for p in parameters])
 
-    @torch.no_grad()
-    def judge() -> float:
-        loss = float(torch.stack([loss_of(i).double() for i in judged]).mean())
+    def finite(loss: float) -> float:
         if not math.isfinite(loss):
             raise NumericalError(f"Training of {where}: the loss is {loss}. Lower its rate, or leave it out.")
         return loss
+
+    @torch.no_grad()
+    def judge() -> float:
+        return finite(float(torch.stack([loss_of(i).double() for i in judged]).mean()))
 
     progress = _Progress(trainable, adam)
     if checkpoint is None or not progress.read(checkpoint):
@@ -102,6 +104,7 @@ def train(
         epoch = progress.epoch + 1
         # A generator of its own for every epoch: an order does not depend on where a run was taken up again.
         order = random.Random(f"{seed} {epoch}").sample(range(batches - held), batches - held)
+        seen = []
         for i in order:
             cosine = (1 + math.cos(math.pi * step / steps)) / 2
             rate = progress.scale * options.rate * (options.floor + (1 - options.floor) * cosine)
@@ -109,10 +112,13 @@ def train(
                 group["lr"] = rate * unit
             adam.zero_grad()
             with torch.enable_grad():
-                loss_of(i).backward()
+                loss = loss_of(i)
+                loss.backward()
+            seen.append(loss.detach().double())
             adam.step()
             step += 1
-        loss = judge()
+        # Where every epoch is kept, what its steps saw says enough of all but the last.
+        loss = judge() if held or epoch == options.epochs else finite(float(torch.stack(seen).mean()))
         progress.tell(epoch, loss, accept=not held or loss < progress.best)
         if checkpoint is not None:
             progress.write(checkpoint)

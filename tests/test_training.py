@@ -98,6 +98,20 @@ def test_without_held_out_batches_the_last_epoch_is_kept():
     assert (found.epochs, found.kept_epoch) == (3, 3)
 
 
+def test_without_held_out_batches_only_the_start_and_the_end_are_judged():
+    line = Line()
+    judged: list[int] = []
+
+    def loss(i: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            judged.append(i)
+        return line.loss(i)
+
+    found = train(line, loss, 4, Training(epochs=5, held_out=0.0), seed=0, where="a line")
+    assert judged == [0, 1, 2, 3] * 2
+    assert found.after == pytest.approx(sum(float(line.loss(i).detach()) for i in range(4)) / 4)
+
+
 def test_one_batch_is_trained_on_and_judged():
     _, found = trained(Training(epochs=3), batches=1)
     assert found.kept_epoch == 3
