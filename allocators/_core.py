@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, hstack
 
@@ -133,7 +134,7 @@ def _whole_ranks(problem: Problem, row: Sequence[Target]) -> list[Target]:
     return [replace(row[0], rank=rank) for rank in range(row[0].rank, row[-1].rank + 1, step)]
 
 
-def _chosen(problem: Problem, pieces: Sequence[Piece], y: np.ndarray) -> list[int]:
+def _chosen(problem: Problem, pieces: Sequence[Piece], y: NDArray[np.float64]) -> list[int]:
     """For every layer the number of its piece with the largest `y`."""
     best: dict[int, int] = {}
     for i, piece in enumerate(pieces):

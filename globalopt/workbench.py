@@ -180,7 +180,7 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress
         UsageError: a model of the user's without a text of the user's.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
     """
-    # Gradients of a loss of a millionth of a nat get that small, and a CPU takes six times as long to multiply them.
+    # Gradients of a loss of a millionth of a nat get that small, and attention's backward pass took six times as long.
     # Before anything is multiplied: threads are born with the mode of the one that asks for them.
     torch.set_flush_denormal(True)
     with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
