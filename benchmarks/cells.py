@@ -279,4 +279,5 @@ def shown(value: float | None) -> str:
 def say(done: int, total: int, what: str, summary: Summary) -> None:
     """One line for a finished cell."""
     kl = divergence(figures(summary)["validation"].compressed)
-    err.print(f"{done}/{total}  {what}  KL {kl}  {formats.duration(seconds(summary))}", markup=False, highlight=False)
+    line = f"{done}/{total}  {what}  KL {kl}  {formats.duration(seconds(summary))}"
+    err.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
 
-from globalopt.summary import Details, Family, Summary
+from globalopt.summary import Details, Family, Summary, WindowLosses
 from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison, held_against_first
+from reports.comparison_page import comparison_page
 from reports.family_page import family_page
 from reports.html import write_page
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
@@ -18,7 +20,7 @@ from reports.run_page import run_page
 from reports.tables import metrics_table, render
 from reports.tasks import render_scores
 
-PAGE = "report.html"
+PAGE, COMPARISON_PAGE = "report.html", "comparison.html"
 
 __all__ = [
     "LineProgress",
@@ -34,6 +36,7 @@ __all__ = [
     "render",
     "render_scores",
     "report",
+    "report_comparison",
     "report_family",
 ]
 
@@ -77,3 +80,18 @@ def report_family(family: Family, folder: Path, console: Console) -> Written:
     console.print(Padding(frontier_table(family, sign), (0, 0, 1, 0)))
     picture = write_frontier(family, folder)
     return Written(write_page(family_page(family, picture), folder / PAGE), [picture])
+
+
+def report_comparison(
+    summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]], folder: Path
+) -> Written:
+    """Write the pictures of several runs and `comparison.html` into `folder`; the tables are `comparison`.
+
+    Raises:
+        ArtefactError: a file cannot be written.
+    """
+    from reports.comparison_figure import write_comparison_figures
+
+    pictures = write_comparison_figures(summaries, labels, folder)
+    page = comparison_page(summaries, labels, losses, pictures)
+    return Written(write_page(page, folder / COMPARISON_PAGE), pictures)

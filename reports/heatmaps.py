@@ -30,7 +30,7 @@ def allocation_figure(summary: Summary) -> Figure:
     Block by kind.
     """
     grid = Grid.of(summary.layers)
-    width, height = _panel_size(grid)
+    width, height = panel_size(grid)
     figure = new_figure(summary, 3 * width, 2 * height)
     axes = figure.subplots(2, 3)
     unit = unit_name(summary.accounting)
@@ -50,7 +50,7 @@ def error_figure(summary: Summary) -> Figure:
     Where the budget was priced in another unit than the errors, no layer has a prediction: only the heatmap is drawn.
     """
     grid = Grid.of(summary.layers)
-    width, height = _panel_size(grid)
+    width, height = panel_size(grid)
     if any(layer.predicted is not None for layer in summary.layers):
         figure = new_figure(summary, 5.6 + width, max(height, 4.8))
         left, right = figure.subplots(1, 2, width_ratios=[5.6, width])
@@ -69,6 +69,7 @@ def heatmap(
     title: str,
     log: bool = False,
     whole: bool = False,
+    norm: Normalize | None = None,
 ) -> None:
     """Draw `value` of every layer, blocks down and kinds across; a place without a layer is hatched.
 
@@ -76,9 +77,10 @@ def heatmap(
         title: what is drawn, with its unit.
         log: colours by the logarithm; zeros take the lowest colour.
         whole: values are counts, coloured from zero on.
+        norm: the colours of several heatmaps; without, from the least to the most of this one.
     """
     values = grid.values(value)
-    norm = _log_norm(values) if log else _count_norm(values) if whole else Normalize(*span(values))
+    norm = norm or colours(values, log, whole)
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")
     image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", aspect="auto", interpolation="none")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
@@ -141,9 +143,14 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
     axes.set_ylabel(_error_label("actual", summary), fontsize=8)
 
 
-def _panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
+def panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
     """Inches: wide enough for the names of the kinds, high enough that a row stays visible."""
     return min(max(5.2, 0.55 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
+
+
+def colours(values: NDArray[np.float64], log: bool = False, whole: bool = False) -> Normalize:
+    """From the least to the most of `values`, by the logarithm, or from zero on."""
+    return _log_norm(values) if log else _count_norm(values) if whole else Normalize(*span(values))
 
 
 def _log_norm(values: NDArray[np.float64]) -> Normalize:

@@ -150,7 +150,7 @@ def _quality(summary: Summary) -> Part:
     if not summary.compressed:
         return Lines(["Not evaluated."])
     rows = [
-        [Cell(compressed.split), _perplexity(dense), _perplexity(compressed), *_losses(dense, compressed)]
+        [Cell(compressed.split), *quality_cells(dense, compressed)]
         for dense, compressed in zip(summary.dense, summary.compressed, strict=True)
     ]
     heads = columns("split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense, nats per token")
@@ -158,13 +158,11 @@ def _quality(summary: Summary) -> Part:
     return Table("On text that nothing was chosen on", heads, rows, notes=notes)
 
 
-def _perplexity(metrics: Metrics) -> Cell:
-    return Cell(tables.perplexity(metrics), metrics.perplexity)
-
-
-def _losses(dense: Metrics, compressed: Metrics) -> list[Cell]:
+def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
+    """Both perplexities, their change, and the KL."""
     change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
-    return [change, Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)]
+    kl = Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)
+    return [*(Cell(tables.perplexity(of), of.perplexity) for of in (dense, compressed)), change, kl]
 
 
 def _groups(summary: Summary) -> list[Part]:
@@ -189,7 +187,7 @@ def _pooled(group: Group) -> list[Cell]:
     return [
         label,
         Cell(str(group.layers)),
-        _share(group.kept),
+        share_cell(group.kept),
         Cell(f"{group.density:.3f}", group.density),
         Cell(f"{group.rank:.1f}", group.rank),
         Cell(f"{group.rank_share:.3f}", group.rank_share),
@@ -197,7 +195,8 @@ def _pooled(group: Group) -> list[Cell]:
     ]
 
 
-def _share(value: float) -> Cell:
+def share_cell(value: float) -> Cell:
+    """A fraction with a bar."""
     return Cell(f"{value:.3f}", value, bar=round(100 * value, 1))
 
 
@@ -225,7 +224,7 @@ def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
         Cell(str(layer.rank)),
         Cell(formats.count(layer.nnz), layer.nnz),
         *([Cell(layer.pattern or "-")] if patterns else []),
-        _share(layer.kept),
+        share_cell(layer.kept),
         Cell(formats.count(layer.cost), layer.cost),
         Cell(f"{layer.density:.3f}", layer.density),
         Cell(f"{layer.rank_share:.3f}", layer.rank_share),

@@ -310,6 +310,11 @@ def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
         ("validation", True, 0.0),
         ("test", True, 0.0),
     ]
+    written = done("report", folder, tiny_run, "--out", tmp_path / "compared").stdout
+    assert written.startswith(compared)
+    assert f"  report  {tmp_path}/compared/comparison.html\n" in written
+    assert len(list((tmp_path / "compared").iterdir())) == 5
+    assert "--out is for several runs" in refused(2, "report", folder, "--out", tmp_path / "one")
     # Runs that did not keep their windows are compared too, less sharply; a broken record of them is an error.
     (folder / "windows.json").unlink()
     assert "not paired by windows" in done("report", folder, tiny_run).stdout

@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands.console import errors, out, print_json
+from globalopt.commands.console import errors, out, print_json, say
 from globalopt.commands.options import Json, Verbose
 from globalopt.commands.results import show_family, show_report
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Of several: write comparison.html and its pictures here.", show_default=False),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -26,14 +30,17 @@ def report(
         from dataclasses import asdict
 
         import reports
+        from globalopt.errors import UsageError
         from globalopt.store import Run
 
-        opened = [Run.open(folder) for folder in runs]
+        if folder is not None and len(runs) == 1:
+            raise UsageError(f"--out is for several runs; the report of one is written into {runs[0]}/report.")
+        opened = [Run.open(run) for run in runs]
         if len(opened) == 1 and opened[0].family_path.exists():
             show_family(opened[0].read_family(), opened[0], quiet=False, as_json=as_json)
             return
         summaries = [run.read_summary() for run in opened]
-        labels = [str(folder) for folder in runs]
+        labels = [str(run) for run in runs]
         losses = [run.read_window_losses() for run in opened]
         if as_json:
             apart = reports.held_against_first(summaries, labels, losses)
@@ -43,3 +50,7 @@ def report(
             show_report(summaries[0], opened[0], verbose)
         else:
             out.print(reports.comparison(summaries, labels, losses=losses))
+        if folder is not None:
+            written = reports.report_comparison(summaries, labels, losses, folder)
+            if not as_json:
+                say([("report", written.page), *(("picture", path) for path in written.pictures)])

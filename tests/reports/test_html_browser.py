@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from reports import report, report_family
+from reports import report, report_comparison, report_family
 from tests.reports.factory import make_details, make_matching, make_samples, make_search, make_searched
+from tests.reports.test_comparison_page import LABELS, runs
 from tests.reports.test_frontier import make_family
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -46,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """A run with everything, and a family."""
+    """A run with everything, a family, and a comparison."""
     folder = tmp_path_factory.mktemp("report")
     console = Console(file=StringIO(), width=80)
     summary = make_searched(make_search(), blocks=3, matching=make_matching(3), model="<b>a model</b> & co")
@@ -54,6 +55,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {
         "run": report(summary, folder / "run", console, details=details).page,
         "family": report_family(make_family(), folder / "family", console).page,
+        "comparison": report_comparison(runs(), LABELS, (), folder / "comparison").page,
     }
 
 
@@ -176,13 +178,13 @@ def test_the_colours_can_be_switched(opened):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("name", ["run", "family"])
+@pytest.mark.parametrize("name", ["run", "family", "comparison"])
 def test_nothing_is_wider_than_the_screen(opened, name, width):
     page = opened(name, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     loaded = page.evaluate("Array.from(document.images, (image) => image.complete && image.naturalWidth > 0)")
     assert loaded == [True] * len(loaded)
-    assert len(loaded) == (6 if name == "run" else 1)
+    assert len(loaded) == {"run": 6, "family": 1, "comparison": 2}[name]
 
 
 def test_text_of_others_is_shown_as_it_is(opened):

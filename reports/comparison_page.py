@@ -1,0 +1,177 @@
+"""The page of several runs held against the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from globalopt.summary import Summary, WindowLosses
+from reports import formats, tables
+from reports.comparison import common_split, differences, held_against_first
+from reports.groups import by_kind
+from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
+from reports.paired import CONFIDENCE, Difference, Interval
+from reports.run_page import MISSING, columns, quality_cells, share_cell
+
+CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "quality": ("KL to the dense model and perplexity of every run", ()),
+    "allocations": (
+        "What every layer keeps and loses, run by run, block by kind",
+        ("A column has the same colours in every run.",),
+    ),
+}
+"""Of a picture, by its name: what stands in for it, and notes below it."""
+
+
+def comparison_page(
+    summaries: Sequence[Summary],
+    labels: Sequence[str],
+    losses: Sequence[tuple[WindowLosses, ...]],
+    pictures: Sequence[Path],
+) -> Page:
+    """The page of at least two runs.
+
+    Args:
+        labels: what to call the runs.
+        losses: what the windows of each run lost, empty where that is unknown.
+        pictures: PNGs by `write_comparison_figures`, with an SVG beside each.
+    """
+    drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
+    apart = held_against_first(summaries, labels, losses)
+    reasons = differences(summaries, labels, common_split(summaries))
+    models = dict.fromkeys(_model(summary) for summary in summaries)
+
+    def picture(name: str) -> list[Part]:
+        return [drawn[name]] if name in drawn else []
+
+    commands: list[Part] = [Code(summary.command, label) for label, summary in zip(labels, summaries, strict=True)]
+    return Page(
+        title=f"{len(summaries)} runs compared",
+        lede=", ".join(models),
+        cards=_cards(summaries, labels, apart),
+        sections=[
+            Section(
+                "quality", "Quality", [*_not_comparable(reasons), _quality(summaries, labels), *picture("quality")]
+            ),
+            Section("apart", f"Against {labels[0]}", _apart(apart)),
+            Section("allocation", "Allocation", [_kinds(summaries, labels), *picture("allocations")]),
+            Section("cost", "Cost", [_costs(summaries, labels)]),
+            Section("reproduce", "Reproduce", commands),
+        ],
+        version=summaries[0].versions.get("globalopt", ""),
+    )
+
+
+def _model(summary: Summary) -> str:
+    return "the bundled reference model" if summary.model == "reference" else summary.model
+
+
+def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference]) -> list[Card]:
+    split = common_split(summaries)
+    kept = dict.fromkeys(f"{summary.asked:g}" for summary in summaries)
+    shown = [Card("Runs", str(len(summaries)), f"kept {', '.join(kept)}")]
+    found = [
+        (metrics.kl, label, metrics)
+        for label, summary in zip(labels, summaries, strict=True)
+        for metrics in summary.compressed
+        if metrics.split == split and metrics.kl is not None
+    ]
+    if found:
+        _, label, metrics = min(found, key=lambda one: one[0])
+        value, sign, error = tables.divergence(metrics).partition(" ±")
+        shown.append(Card("Lowest KL", value, f"{label}, nats per token, {split}", sign.strip() + error))
+    judged = [one.kl for one in apart if one.split == split and one.kl is not None]
+    if judged:
+        better, worse = (sum(one.excludes_zero and (one.high < 0) is low for one in judged) for low in (True, False))
+        detail = f"than {labels[0]} by KL on {split}; {worse} worse, {len(judged) - better - worse} undecided"
+        shown.append(Card("Better", f"{better} of {len(judged)}", detail))
+    return shown
+
+
+def _not_comparable(reasons: Sequence[str]) -> list[Part]:
+    return [Lines([f"Not comparable: {reason}" for reason in reasons])] if reasons else []
+
+
+def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    searched = any(summary.search for summary in summaries)
+    heads = columns("run'", "split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense")
+    heads += columns("kept", "allocator'", "solver'", "seed", "used", *(["tokens"] if searched else []))
+    rows = []
+    for label, summary in zip(labels, summaries, strict=True):
+        used = summary.used / summary.total
+        spent = MISSING if summary.search is None else _tokens(summary.search.tokens)
+        made = [
+            Cell(f"{summary.asked:g}", summary.asked),
+            Cell(summary.allocator),
+            Cell(summary.solver),
+            Cell(str(summary.seed)),
+            Cell(f"{used:.4f}", used),
+            *([spent] if searched else []),
+        ]
+        pairs = list(zip(summary.dense, summary.compressed, strict=True))
+        rows += [[Cell(label), Cell(of.split), *quality_cells(dense, of), *made] for dense, of in pairs]
+        if not pairs:
+            rows.append([Cell(label), Cell("not evaluated"), *[MISSING] * 4, *made])
+    notes = ["± standard error over windows; KL: nats per token; used: of the dense size"]
+    notes += ["tokens: forward tokens that the search spent"] if searched else []
+    return Table("Every run", heads, rows, notes=notes, tall=len(rows) > 20)
+
+
+def _tokens(count: int) -> Cell:
+    return Cell(formats.compact(count), count)
+
+
+def _apart(found: Sequence[Difference]) -> list[Part]:
+    shown = [one for one in found if not one.reasons]
+    said = dict.fromkeys(f"{one.run}: not compared, {'; '.join(one.reasons)}" for one in found if one.reasons)
+    parts: list[Part] = [Lines(list(said))] if said else []
+    if not shown:
+        return parts
+    heads = columns("run'", "split'", "KL", "from", "to", "perplexity, %", "from", "to", "by KL'")
+    rows = [
+        [Cell(one.run), Cell(one.split), *_interval(one.kl), *_interval(one.perplexity, 100), _verdict(one)]
+        for one in shown
+    ]
+    notes = [
+        f"ends of {100 * CONFIDENCE:g} % confidence intervals, each by itself, paired by windows",
+        "KL: difference in nats per token; perplexity: change; below zero the run is better",
+    ]
+    loose = dict.fromkeys(one.run for one in shown if not one.paired)
+    if loose:
+        notes.append(f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)")
+    return [*parts, Table("Lost more or less than it", heads, rows, notes=notes, tall=len(rows) > 20)]
+
+
+def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
+    if found is None:
+        return [MISSING] * 3
+    ends = [scale * end for end in (found.value, found.low, found.high)]
+    half = (ends[2] - ends[1]) / 2
+    decimals = formats.decimals(half, 2) if half > 0 and math.isfinite(half) else 4
+    return [Cell(f"{end:+.{decimals}f}", end) for end in ends]
+
+
+def _verdict(one: Difference) -> Cell:
+    found = one.kl or one.perplexity
+    if found is None:
+        return MISSING
+    if not found.excludes_zero:
+        return Cell("undecided")
+    return Cell("better") if found.high < 0 else Cell("worse", alert=True)
+
+
+def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    groups = [{group.label: group for group in by_kind(summary.layers)} for summary in summaries]
+    kinds = dict.fromkeys(kind for of in groups for kind in of)
+    rows = [[Cell(kind), *(share_cell(of[kind].kept) if kind in of else MISSING for of in groups)] for kind in kinds]
+    return Table("Kept fraction by kind", columns("kind'", *labels), rows)
+
+
+def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    rows = []
+    for label, summary in zip(labels, summaries, strict=True):
+        seconds = math.fsum(stage.seconds for stage in summary.stages)
+        peak = max((stage.peak_bytes for stage in summary.stages), default=0)
+        rows.append([Cell(label), Cell(formats.duration(seconds), seconds), Cell(formats.memory(peak), peak)])
+    return Table("Time and memory of every run", columns("run'", "time", "peak memory"), rows)
