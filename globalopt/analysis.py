@@ -32,7 +32,20 @@ MEASURED_KEPT = 0.25
 MEASURED_WINDOWS = 4
 """Calibration windows on which single layers are measured."""
 
-Priced = Iterator[tuple[ErrorSurface, Gram | None]]
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """What pricing found of a layer.
+
+    Args:
+        outputs: its output Gram, where one was collected.
+        overlap: (anchors, anchors) float64, cosines between what its fits lost, in the norm of the prices; None
+            without fits.
+    """
+
+    surface: ErrorSurface
+    outputs: Gram | None
+    overlap: Tensor | None
 
 
 def span_layers(
@@ -282,7 +295,7 @@ def price_by_gradients(
     seed: int,
     device: torch.device | None = None,
     limits: Limits = FREE,
-) -> Priced:
+) -> Iterator[Priced]:
     """Surfaces in nats per token with the output Grams of the layers `unpriced`, last block first.
 
     Fits that are there set the level, where they were measured by what was measured; otherwise the spans' errors stay
@@ -313,7 +326,8 @@ def price_by_gradients(
         anchors = [anchor for row in options.anchors for anchor in row] if len(found.error) > count else []
         lost = [measured.get(a, error) for a, error in zip(anchors, found.error[count:], strict=True)]
         zero = max(whole, measured.get(Target.zero(), 0.0))
-        yield priced(options, found.error[:count], lost, zero), found.outputs
+        overlap = _cosines(found.products) if anchors and found.products is not None else None
+        yield Priced(priced(options, found.error[:count], lost, zero), found.outputs, overlap)
 
 
 def output_grams(
@@ -341,12 +355,25 @@ def output_grams(
 
 def price_by_grams(
     layers: ModelLayers, unpriced: Sequence[LayerSpec], run: Run, pattern: NM | None, limits: Limits = FREE
-) -> Priced:
+) -> Iterator[Priced]:
     """Surfaces in output error `tr(E G Eᵀ)` of the layers `unpriced`, without a backward pass."""
     for spec in unpriced:
         weight = layers.weight(spec.name)
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
         options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern, limits), metric)
-        lost = _Fits.read(run, spec).residuals.to(weight.device).float() if run.fits_path(spec).exists() else ()
-        yield priced(options, errors, [metric.error(E) for E in lost], metric.error(weight)), None
+        surface, overlap = priced(options, errors, (), metric.error(weight)), None
+        if run.fits_path(spec).exists():
+            lost = _Fits.read(run, spec).residuals.to(weight.device).float()
+            products = ((lost @ metric.inputs.matrix).flatten(1) @ lost.flatten(1).mT).double()
+            surface = priced(options, errors, [metric.error(E) for E in lost], metric.error(weight))
+            overlap = _cosines(products)
+        yield Priced(surface, None, overlap)
+
+
+def _cosines(products: Tensor) -> Tensor:
+    """Inner products (k, k) over both norms, on the CPU; what is zero is at right angles to all else."""
+    norms = products.diagonal().clamp_min(0.0).sqrt()
+    norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    found = products / norms / norms[:, None]
+    return found.fill_diagonal_(1.0).cpu()

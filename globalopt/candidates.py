@@ -2,7 +2,9 @@
 
 A search asks about thousands of allocations; fitting each layer anew would cost more than the search. `span_weight`
 cuts the layer from its span. `FittedLayer` mixes what a few real fits lost, scaled to what the surface predicts: the
-residual of a solver that moves the weights it keeps is of another shape and size than what a span merely drops.
+residual of a solver that moves the weights it keeps is of another shape and size than what a span merely drops. Whole
+residuals are mixed, for their rows belong together: errors of a fit in the output Gram cancel between rows, and rows of
+several fits put together cost up to ten times what each of the fits does.
 """
 
 from __future__ import annotations
@@ -17,9 +19,6 @@ from torch import Tensor
 
 from globalopt.span import take
 from globalopt.types import Decomposition, ErrorSurface, Mask, Span, Target
-
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-"""Rows are dealt out by the multiples of it, so that anchors get evenly spread ones and a small change moves few."""
 
 
 def span_weight(span: Span, kept: Target | Mask) -> Tensor:
@@ -37,11 +36,13 @@ class FittedLayer:
     Args:
         surface: of the layer; prices what a candidate loses.
         anchors: in rows of equal rank share, ascending in what they keep, as `Options.anchors`.
+        overlap: (anchors, anchors) float64, cosines between the residuals in the norm that prices them.
     """
 
     surface: ErrorSurface
     anchors: tuple[tuple[Target, ...], ...]
     residuals: Tensor
+    overlap: Tensor
 
     def weight(self, dense: Tensor, target: Target) -> Tensor:
         """(d_out, d_in) the layer at `target`, about as a fit would leave the weight `dense` (d_out, d_in)."""
@@ -52,16 +53,22 @@ class FittedLayer:
     def residual(self, target: Target) -> Tensor:
         """(d_out, d_in) float32 what a fit at `target` would lose of the weight, about.
 
-        Each row is that of one of the four anchors around the target, in the shares of linear interpolation in the kept
-        fraction and the rank share; all of it is scaled by `sqrt(error(target) / sum of shares x error(anchor))`. The
-        errors of rows add up, so that the candidate's own price is the surface's, at every target.
+        `k sum of w_i R_i` over the anchors around the target, `w` the shares of linear interpolation in the kept
+        fraction and the rank share. With `e_i` the surface at anchor i and `c_ij` the overlap,
+
+            k = sqrt(error(target) / sum of w_i w_j c_ij sqrt(e_i e_j))
+
+        so that the candidate's own price is the surface's, at every target.
         """
-        spec = self.surface.spec
         mix = self._shares(target)
-        mean = math.fsum(share * self.surface.predict(self._flat[i]) for i, share in mix)
-        scale = math.sqrt(self.surface.predict(target) / mean) if mean > 0 else 0.0
-        rows = self._rows(mix, spec.d_out)
-        return self.residuals[rows, torch.arange(spec.d_out)].float() * scale
+        shares = self.overlap.new_zeros(len(self.overlap))
+        for i, share in mix:
+            shares[i] += share
+        norms = shares * self.overlap.new_tensor([self.surface.predict(anchor) for anchor in self._flat]).sqrt()
+        price = float(norms @ self.overlap @ norms)
+        scale = math.sqrt(self.surface.predict(target) / price) if price > 0 else 0.0
+        used = sorted({i for i, _ in mix})
+        return torch.einsum("k,kij->ij", (scale * shares[used]).float(), self.residuals[used].float())
 
     @property
     def _flat(self) -> list[Target]:
@@ -80,14 +87,6 @@ class FittedLayer:
         low, high, t = _between(shares, target.rank_share(spec))
         mixed = [(anchor, part * share) for r, part in ((low, 1 - t), (high, t)) for anchor, share in per_row[r]]
         return [(anchor, share) for anchor, share in mixed if share]
-
-    @staticmethod
-    def _rows(mix: Sequence[tuple[int, float]], d_out: int) -> Tensor:
-        """(d_out,) which anchor every row is from."""
-        at = torch.arange(1, d_out + 1, dtype=torch.float64) * GOLDEN_RATIO % 1.0
-        ends = torch.tensor([share for _, share in mix], dtype=torch.float64).cumsum(0)
-        ends[-1] = 1.0
-        return torch.tensor([anchor for anchor, _ in mix])[torch.searchsorted(ends, at, right=True)]
 
 
 def _between(xs: Sequence[float], x: float) -> tuple[int, int, float]:

@@ -85,7 +85,7 @@ class SearchObjective(RecordedObjective):
 
         @lru_cache(held)
         def fits(spec: LayerSpec) -> FittedLayer:
-            return FittedLayer(surfaces[spec.name], *self._run.read_fits(spec))
+            return FittedLayer(surfaces[spec.name], *self._run.read_fits(spec), self._run.read_overlap(spec))
 
         def weight(spec: LayerSpec, kept: Target | Mask) -> Tensor:
             if self.candidates == "span" or isinstance(kept, Mask):

@@ -29,11 +29,19 @@ Sketches = Sequence[PrefixSketch | DenseSketch]
 
 @dataclass(frozen=True, eq=False)
 class LayerSensitivity:
-    """One layer's answer: the output Gram `A`, and the predicted nats per token of every option asked about."""
+    """One layer's answer.
+
+    Args:
+        outputs: the output Gram `A`.
+        error: predicted nats per token of every option asked about.
+        products: (k, k) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)` of the options c, d of the last
+            sketch where that is a `DenseSketch`, else None. `error` of these is its diagonal.
+    """
 
     spec: LayerSpec
     outputs: Gram
     error: tuple[float, ...]
+    products: Tensor | None = None
 
 
 def backward_sweep(
@@ -120,6 +128,7 @@ class _Tap:
         self.sketches = sketches
         self.sequences = 0
         self.squares: Tensor | None = None
+        self.products: Tensor | None = None
         self.second: Tensor | None = None
 
     def listen(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -135,11 +144,17 @@ class _Tap:
         self.second = second if self.second is None else self.second + second
         if self.sketches:
             per_sequence = g.mT @ x.float().reshape(self.sequences, -1, self.spec.d_in)
-            squares = project(self.sketches, per_sequence).square().sum(0)
+            projected = project(self.sketches, per_sequence)
+            squares = projected.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
+            if isinstance(last := self.sketches[-1], DenseSketch):
+                of_last = projected[:, -len(last.dropped) :]
+                products = of_last.mT @ of_last
+                self.products = products if self.products is None else self.products + products
 
     def finish(self, tokens: int) -> LayerSensitivity:
         if self.second is None:
             raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
         error = () if self.squares is None else tuple((self.squares / (2 * tokens)).tolist())
-        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error)
+        products = None if self.products is None else self.products.cpu() / (2 * tokens)
+        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error, products)

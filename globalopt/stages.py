@@ -167,9 +167,9 @@ def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) 
             found = price_by_grams(layers, unpriced, run, pattern, limits)
         else:
             found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device, limits)
-        for surface, outputs in found:
-            run.write_sensitivity(surface, outputs)
-            advance(surface.spec.name)
+        for one in found:
+            run.write_sensitivity(one.surface, one.outputs, one.overlap)
+            advance(one.surface.spec.name)
 
 
 def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, limits: Limits = FREE) -> None:

@@ -367,20 +367,27 @@ class Run:
         tensors, facts = _read(self.block_outputs_path(block), {"block": block}, ("A",), ("tokens",))
         return Gram(tensors["A"], facts["tokens"])
 
-    def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None) -> None:
-        """The layer's options with their errors, and its output Gram `A` where one was collected."""
+    def write_sensitivity(self, surface: ErrorSurface, outputs: Gram | None, overlap: Tensor | None = None) -> None:
+        """The layer's options with their errors; its output Gram `A`, and the overlap of its fits, where there are."""
         facts = {
             **_key(surface.spec),
             "tokens": outputs.tokens if outputs else 0,
             "options": [[*_words(t), error] for t, error in zip(surface.targets, surface.error, strict=True)],
         }
-        write_tensors(self.sensitivity_path(surface.spec), {"A": outputs.matrix} if outputs else {}, facts)
+        tensors = {"A": outputs.matrix} if outputs else {}
+        if overlap is not None:
+            tensors["overlap"] = overlap
+        write_tensors(self.sensitivity_path(surface.spec), tensors, facts)
 
     def read_sensitivity(self, spec: LayerSpec) -> tuple[ErrorSurface, Gram | None]:
         tensors, facts = _read(self.sensitivity_path(spec), _key(spec), (), ("tokens", "options"))
         targets = tuple(_target(*option[:3]) for option in facts["options"])
         surface = ErrorSurface(spec, targets, tuple(option[3] for option in facts["options"]))
         return surface, Gram(tensors["A"], facts["tokens"]) if "A" in tensors else None
+
+    def read_overlap(self, spec: LayerSpec) -> Tensor:
+        """(anchors, anchors) float64 of the layer's fits: see `candidates.FittedLayer`."""
+        return _read(self.sensitivity_path(spec), _key(spec), ("overlap",))[0]["overlap"]
 
     def write_layer(self, spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any]) -> None:
         write_tensors(self.layer_path(spec), _parts(value), {**_key(spec), **facts})

@@ -11,14 +11,18 @@ from globalopt.analysis import (
     measure_layers,
     output_grams,
     price_by_gradients,
+    price_by_grams,
     span_layers,
     weigh_layers,
 )
 from globalopt.capture import Batch, BlockRunner
+from globalopt.errors import ArtefactError
 from globalopt.files import read_json
+from globalopt.kernels.sketch import DenseSketch
 from globalopt.layers import find_layers
+from globalopt.sensitivity import backward_sweep
 from globalopt.store import Run
-from globalopt.types import NM, Gram, Metric, Target
+from globalopt.types import NM, Gram, LayerSpec, Metric, Target
 from solvers import get_solver
 from tests.test_objective import kl
 from tests.tiny_models import tiny_ids, tiny_model
@@ -74,10 +78,10 @@ def test_measured_is_the_loss_with_one_layer_replaced(analysed):
 
 def test_prices_pass_through_what_was_measured(analysed):
     runner, run, inputs = analysed
-    found = dict(
-        (surface.spec.name, surface)
-        for surface, _ in price_by_gradients(runner, inputs, runner.layers.specs, run, None, 0)
-    )
+    found = {
+        one.surface.spec.name: one.surface
+        for one in price_by_gradients(runner, inputs, runner.layers.specs, run, None, 0)
+    }
     for spec in runner.layers.specs:
         surface = found[spec.name]
         for target, loss in run.read_measured(spec).items():
@@ -85,6 +89,43 @@ def test_prices_pass_through_what_was_measured(analysed):
                 assert surface.predict(target) >= loss
             elif target in surface.targets:
                 assert surface.predict(target) == pytest.approx(loss, rel=1e-6)
+
+
+def test_overlaps_are_the_cosines_of_what_fits_lose_in_the_prices_norm(analysed):
+    runner, run, inputs = analysed
+    specs = runner.layers.specs
+    priced = {one.surface.spec.name: one.overlap for one in price_by_gradients(runner, inputs, specs, run, None, 0)}
+    plain = {one.surface.spec.name: one.overlap for one in price_by_grams(runner.layers, specs, run, None)}
+
+    def sums(spec: LayerSpec) -> list[DenseSketch]:
+        R = run.read_fits(spec)[1].float()
+        return [DenseSketch(torch.cat([R, R[:1] + R]))]
+
+    for found in backward_sweep(runner, inputs, specs, sums, 0):
+        by_gradients, by_grams = priced[found.spec.name], plain[found.spec.name]
+        assert by_gradients is not None
+        assert by_grams is not None
+        k = len(found.error) // 2
+        alone, together = torch.tensor(found.error, dtype=torch.float64).split(k)
+        products = (together - alone - alone[0]) / 2
+        torch.testing.assert_close(by_gradients[0], products / (alone * alone[0]).sqrt(), rtol=1e-3, atol=1e-4)
+        R, metric = run.read_fits(found.spec)[1].float(), Metric(run.read_gram(found.spec.site))
+        one, other, both = (metric.error(E) for E in (R[0], R[1], R[0] + R[1]))
+        expected = (both - one - other) / 2 / (one * other) ** 0.5
+        assert float(by_grams[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert float(by_grams[1, 1]) == 1.0
+
+
+def test_without_fits_nothing_overlaps(tmp_path):
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(tiny_ids(4, 12))])
+    run = Run.start(tmp_path / "run", {}, {})
+    inputs = span_layers(runner, run, "activation", keep_inputs=True)
+    for one in price_by_gradients(runner, inputs, layers.specs[:2], run, None, 0):
+        assert one.overlap is None
+        run.write_sensitivity(one.surface, one.outputs, one.overlap)
+    with pytest.raises(ArtefactError, match="lacks overlap"):
+        run.read_overlap(layers.specs[0])
 
 
 def test_measuring_leaves_the_model_dense(analysed):
@@ -147,5 +188,6 @@ def test_under_a_pattern_only_the_rank_is_priced(tmp_path):
     run = Run.start(tmp_path / "run", {}, {})
     inputs = span_layers(runner, run, "activation", keep_inputs=True)
     fit_layers(layers, layers.specs, run, NM(2, 4), SOLVER, lambda spec: None)
-    for surface, _ in price_by_gradients(runner, inputs, layers.specs, run, NM(2, 4), 0):
+    for one in price_by_gradients(runner, inputs, layers.specs, run, NM(2, 4), 0):
+        surface = one.surface
         assert {(target.pattern, target.nnz) for target in surface.targets} == {(NM(2, 4), surface.spec.numel // 2)}
