@@ -89,21 +89,22 @@ class Options:
             ranks = [rank for rank, _ in self.rows]
             picked = sorted({ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)})
             return (tuple(Target(rank, self.rows[0][1][0], self.pattern) for rank in picked),)
-        per_rank = self.spec.d_out + self.spec.d_in
         if self.factors:
+            per_rank = self.spec.d_out + self.spec.d_in
             ranks = sorted({max(1, int(kept * self.spec.numel / per_rank)) for kept in ANCHOR_KEPT})
             return (tuple(Target(rank, 0) for rank in ranks),)
-        most = self.rows[-1][0]
         rows = []
         for share in ANCHOR_SHARES:
-            row = []
-            for kept in ANCHOR_KEPT:
-                rank = min(most, int(share * kept * self.spec.numel / per_rank))
-                if rank or not share:
-                    row.append(Target(rank, int(kept * self.spec.numel) - rank * per_rank))
-            if row:
-                rows.append(tuple(row))
+            row = tuple(self.sharing(kept, share) for kept in ANCHOR_KEPT)
+            if row := tuple(target for target in row if target.rank or not share):
+                rows.append(row)
         return tuple(rows)
+
+    def sharing(self, kept: float, share: float) -> Target:
+        """The target that keeps a fraction `kept`, of it `share` as rank, as far as a whole rank on offer allows."""
+        per_rank = self.spec.d_out + self.spec.d_in
+        rank = min(self.rows[-1][0], int(share * kept * self.spec.numel / per_rank))
+        return Target(rank, int(kept * self.spec.numel) - rank * per_rank)
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,12 @@ def priced(
 ) -> ErrorSurface:
     """The surface of a layer: the span's errors for the shape, the anchors' for the level.
 
-    `error(c) = span(c) * exp(h(c))`, where `h = log(anchor / span)` at the anchors, linear in the kept fraction
-    along a row of anchors (constant outside it) and linear in the rank share between rows. A solver that moves the
-    weights it keeps recovers much of what a span merely drops, far more where inputs are correlated than where they
-    are not; without this the allocation pays for losses that no solver leaves.
+    Along a row of anchors, all of one rank share, the kept fraction k sets `error(k) = span(k) * exp(h(k))`, where
+    `h = log(anchor / span)` at the anchors, linear in between and constant outside. A solver that moves the weights it
+    keeps recovers much of what a span merely drops, far more where inputs are correlated than where they are not;
+    without this the allocation pays for losses that no solver leaves. Between rows the logarithm of the error is
+    linear in the rank share: how a span's loss depends on its rank says nothing of a fit's (gates of the bundled model
+    would cost twice too much at a share of a tenth), while that of fits is nearly this line.
 
     Along a row the span's errors are made monotone first: dropping more of nested parts cannot cost less, though a
     second-order price may say so (scaling a query up or down is free to first order, dropping it is not). For the
@@ -227,13 +230,11 @@ def priced(
         zero_error: a second estimate for the layer dropped whole, in the same unit.
     """
     base = ErrorSurface(options.spec, options.targets, tuple(_monotone(options, span_error)))
-    correction = _correction(options, base, anchor_error) if anchor_error else lambda target: 0.0
-    errors = []
-    for target, error in zip(base.targets, base.error, strict=True):
-        if target == Target.zero():
-            errors.append(max(error, zero_error))
-        else:
-            errors.append(error * math.exp(correction(target)))
+    between = _fitted_errors(options, base, anchor_error) if anchor_error else base.predict
+    errors = [
+        max(error, zero_error) if target == Target.zero() else between(target) if error > 0 else 0.0
+        for target, error in zip(base.targets, base.error, strict=True)
+    ]
     return ErrorSurface(options.spec, base.targets, tuple(errors))
 
 
@@ -249,14 +250,28 @@ def _monotone(options: Options, error: Sequence[float]) -> list[float]:
     return made
 
 
-def _correction(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
+def _fitted_errors(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
+    """The error of any target; see `priced`."""
     spec = options.spec
     # Below this a logarithm compares rounding errors.
     floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
+
+    def log(error: float) -> float:
+        return math.log(max(error, floor))
+
     anchors = [anchor for row in options.anchors for anchor in row]
     ratios = {
-        anchor: math.log(max(error, floor) / max(base.predict(anchor), floor))
-        for anchor, error in zip(anchors, anchor_error, strict=True)
+        anchor: log(error) - log(base.predict(anchor)) for anchor, error in zip(anchors, anchor_error, strict=True)
     }
     values = AnchorValues.of(options, ratios)
-    return lambda target: values.at(target, spec)
+    if len(values.rows) == 1:
+        return lambda target: base.predict(target) * math.exp(values.at(target, spec))
+
+    def error(target: Target) -> float:
+        kept = target.params(spec) / spec.numel
+        logs = [
+            log(base.predict(options.sharing(kept, share))) + interpolate(xs, ys, kept) for share, xs, ys in values.rows
+        ]
+        return math.exp(interpolate([share for share, _, _ in values.rows], logs, target.rank_share(spec)))
+
+    return error

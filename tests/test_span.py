@@ -147,3 +147,25 @@ def test_prices_are_monotone_and_zero_has_a_floor():
     surface = priced(options, [0.1, 0.5, 0.0], (), zero_error=2.0)
     assert surface.error == (2.0, 0.5, 0.0)
     assert priced(options, [0.1, 0.5, 0.0], (), zero_error=0.0).error == (0.5, 0.5, 0.0)
+
+
+def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_says():
+    spec = LayerSpec("layer", 0, "layer", "gate_proj", 640, 480)
+    options = Options.of(spec, spec.max_rank)
+    # A span that loses much where a little is kept as rank.
+    hump = [(1 - t.params(spec) / spec.numel) * (4.0 if 0 < t.rank_share(spec) < 0.2 else 1.0) for t in options.targets]
+    anchors = [target for row in options.anchors for target in row]
+    fitted = {anchor: (1 - anchor.params(spec) / spec.numel) ** 2 * (0.5 if anchor.rank else 1.0) for anchor in anchors}
+    surface = priced(options, hump, list(fitted.values()), 1.0)
+    low, high = options.sharing(0.4, 0.0), options.sharing(0.4, 0.25)
+    for share in (0.05, 0.1, 0.15, 0.2):
+        target = min(
+            (t for t in options.targets if t.nnz < spec.numel),
+            key=lambda t: abs(t.params(spec) / spec.numel - 0.4) + abs(t.rank_share(spec) - share),
+        )
+        t = target.rank_share(spec) / high.rank_share(spec)
+        expected = fitted[low] ** (1 - t) * fitted[high] ** t
+        # The target keeps about as much as the anchors do.
+        assert surface.predict(target) == pytest.approx(expected, rel=0.08)
+    dense = surface.predict(Target.dense(spec))
+    assert dense == 0.0
