@@ -430,3 +430,28 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
     write_vocabulary(path, vocabulary()[1:])
     with pytest.raises(ValueError, match=r"no llama2\.c vocabulary"):
         read(path)
+
+
+def test_prices_are_held_against_the_model_with_one_layer_replaced(tiny, tmp_path, monkeypatch, capsys):
+    prices = script("prices")
+    out = tmp_path / "prices"
+    command = ["--out", str(out), *tiny, "--blocks", "1", "--kept", "0.4", "--shares", "0", "0.2", "--windows", "2"]
+    command += ["--set", "preset=fast"]
+    assert prices.main(command) == 0
+    found = json.loads((out / "prices.json").read_text())["points"]
+    assert [(point["layer"].split(".")[2], point["share"]) for point in found] == [("1", 0.0), ("1", 0.2)] * 7
+    assert all(point["price"] > 0 and point["fit"] > 0 and point["candidate"] > 0 for point in found)
+    shown = capsys.readouterr().out
+    assert "rank share 0.2" in shown
+    assert "all                 14" in shown
+    monkeypatch.setattr(prices, "points", never)
+    assert prices.main(command) == 0
+    assert prices.main(["--out", str(out), *tiny, "--blocks", "9"]) == 2
+
+
+def test_the_mean_of_prices_is_of_logarithms():
+    prices = script("prices")
+    made = [prices.Point("a", "q_proj", 0.2, 0.0, 1.0, fit, 1.0) for fit in (0.5, 2.0)]
+    assert prices.mean(made, "fit") == "1.00 ±0.69"
+    assert prices.mean(made, "candidate") == "1.00 ±0.00"
+    assert prices.mean([], "fit") == "-"
