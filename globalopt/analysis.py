@@ -365,15 +365,15 @@ def price_by_grams(
         surface, overlap = priced(options, errors, (), metric.error(weight)), None
         if run.fits_path(spec).exists():
             lost = _Fits.read(run, spec).residuals.to(weight.device).float()
-            products = ((lost @ metric.inputs.matrix).flatten(1) @ lost.flatten(1).mT).double()
+            products = ((lost @ metric.inputs.matrix).flatten(1) @ lost.flatten(1).mT).cpu().double()
             surface = priced(options, errors, [metric.error(E) for E in lost], metric.error(weight))
             overlap = _cosines(products)
         yield Priced(surface, None, overlap)
 
 
 def _cosines(products: Tensor) -> Tensor:
-    """Inner products (k, k) over both norms, on the CPU; what is zero is at right angles to all else."""
+    """Inner products (k, k) over both norms; what is zero is at right angles to all else."""
     norms = products.diagonal().clamp_min(0.0).sqrt()
     norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
     found = products / norms / norms[:, None]
-    return found.fill_diagonal_(1.0).cpu()
+    return found.fill_diagonal_(1.0)
