@@ -37,7 +37,6 @@ from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
-from solvers import SOLVERS
 
 UNIFORMS = ("uniform:rank_share=0", "uniform:rank_share=0.1")
 FIELD = (
@@ -372,10 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000], help="limits of those that ask")
     parser.add_argument("--candidates", default="auto", choices=CANDIDATES, help="what those that ask are answered on")
-    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
-    parser.add_argument(
-        "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
-    )
+    cells.add_solver(parser)
     parser.add_argument("--match", default="none", choices=MATCHES, help="train what is kept, as `search` does")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or KEEP:OF such as 2:4")
     parser.add_argument("--accounting", default="params", choices=ACCOUNTINGS)

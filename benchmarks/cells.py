@@ -35,6 +35,7 @@ from globalopt.types import NM, Target
 from globalopt.workbench import Bench, ModelOptions, TextOptions
 from reports import formats, make_progress
 from reports.tables import divergence
+from solvers import SOLVERS
 
 err = Console(stderr=True)
 
@@ -59,6 +60,12 @@ def option_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--eval-windows", type=int, default=text.eval_windows, help="per split, at most (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of all cells; the same command resumes")
     return parser
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    """The options that name a solver and set its own."""
+    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
+    parser.add_argument("--set", type=option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options")
 
 
 def option_pair(text: str) -> tuple[str, str]:

@@ -29,7 +29,6 @@ from globalopt.stages import SearchOptions, check_options
 from globalopt.summary import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
-from solvers import SOLVERS
 
 RANK_SHARE = "0.1"
 BASELINE = Outputs.NONE
@@ -163,10 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budgets", nargs="+", default=["0.5", "0.3", "0.2", "2:4@0.56"], help="KEPT or PATTERN@KEPT")
     parser.add_argument("--metrics", type=Outputs, nargs="+", default=list(Outputs), choices=list(Outputs))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
-    parser.add_argument(
-        "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
-    )
+    cells.add_solver(parser)
     return cells.run_script(work, parser, arguments)
 
 

@@ -36,7 +36,7 @@ from globalopt.surface import Options
 from globalopt.types import LayerSpec, Mask, Metric, Problem, Target
 from globalopt.workbench import Bench
 from reports.tables import add_numbers, footed, report_table
-from solvers import SOLVERS, get_solver
+from solvers import get_solver
 
 FIT, CANDIDATE = 0, 1
 """Stand-ins for what a layer may be: the objective tells candidates apart by their targets."""
@@ -155,10 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
     parser.add_argument("--windows", type=int, default=32, help="selection windows (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
-    parser.add_argument(
-        "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
-    )
+    cells.add_solver(parser)
     return cells.run_script(work, parser, arguments)
 
 

@@ -30,7 +30,6 @@ from globalopt.store import Run
 from globalopt.summary import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
-from solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -188,10 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--span-scaling", nargs="+", default=list(SCALINGS), choices=SCALINGS)
     parser.add_argument("--pricing", nargs="+", default=["fit", "span"], choices=PRICINGS)
     parser.add_argument("--allocator", type=Contender.parse, default=Contender("knapsack"))
-    parser.add_argument("--solver", default="3basil", choices=list(SOLVERS))
-    parser.add_argument(
-        "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="solver options"
-    )
+    cells.add_solver(parser)
     return cells.run_script(work, parser, arguments)
 
 

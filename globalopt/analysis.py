@@ -362,13 +362,12 @@ def price_by_grams(
         metric = Metric(run.read_gram(spec.site).to(weight.device))
         span = run.read_span(spec).to(weight.device)
         options, errors = gram_errors(span, Options.of(spec, span.max_rank, pattern, limits), metric)
-        surface, overlap = priced(options, errors, (), metric.error(weight)), None
+        anchor_errors, overlap = [], None
         if run.fits_path(spec).exists():
             lost = _Fits.read(run, spec).residuals.to(weight.device).float()
             products = ((lost @ metric.inputs.matrix).flatten(1) @ lost.flatten(1).mT).cpu().double()
-            surface = priced(options, errors, [metric.error(E) for E in lost], metric.error(weight))
-            overlap = _cosines(products)
-        yield Priced(surface, None, overlap)
+            anchor_errors, overlap = [metric.error(E) for E in lost], _cosines(products)
+        yield Priced(priced(options, errors, anchor_errors, metric.error(weight)), None, overlap)
 
 
 def _cosines(products: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A search asks about thousands of allocations; fitting each layer anew would cost
 cuts the layer from its span. `FittedLayer` mixes what a few real fits lost, scaled to what the surface predicts: the
 residual of a solver that moves the weights it keeps is of another shape and size than what a span merely drops. Whole
 residuals are mixed, for their rows belong together: errors of a fit in the output Gram cancel between rows, and rows of
-several fits put together cost up to ten times what each of the fits does.
+several fits put together cost many times what each of the fits does.
 """
 
 from __future__ import annotations

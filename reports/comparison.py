@@ -65,8 +65,7 @@ def apart_table(found: Sequence[Difference]) -> Stack | None:
     if not found:
         return None
     shown = [one for one in found if not one.reasons]
-    said = dict.fromkeys((one.run, "; ".join(one.reasons)) for one in found if one.reasons)
-    lines = [f"{run}: not compared, {why}" for run, why in said]
+    lines = not_compared(found)
     against = f"Against {found[0].against}"
     if not shown:
         return Stack(Text(against, "bold"), *(Text(f"  {line}", "red") for line in lines))
@@ -78,12 +77,20 @@ def apart_table(found: Sequence[Difference]) -> Stack | None:
     for one in shown:
         kl = "-" if one.kl is None else _interval(one.kl)
         perplexity = "-" if one.perplexity is None else _interval(one.perplexity, 100, " %")
-        table.add_row(Text(one.run), Text(one.split), Text(kl), Text(perplexity), _verdict(one.kl or one.perplexity))
+        table.add_row(Text(one.run), Text(one.split), Text(kl), Text(perplexity), _verdict(one))
     lines.append("KL: difference in nats per token; perplexity: change; each interval by itself")
-    loose = dict.fromkeys(one.run for one in shown if not one.paired)
-    if loose:
-        lines.append(f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)")
-    return footed(table, *lines)
+    return footed(table, *lines, *not_paired(shown))
+
+
+def not_compared(found: Sequence[Difference]) -> list[str]:
+    """A line for every run that does not compare, with the reasons."""
+    return list(dict.fromkeys(f"{one.run}: not compared, {'; '.join(one.reasons)}" for one in found if one.reasons))
+
+
+def not_paired(found: Sequence[Difference]) -> list[str]:
+    """A line that names the runs whose intervals are too wide, where there are any."""
+    loose = dict.fromkeys(one.run for one in found if not one.paired)
+    return [f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)"] if loose else []
 
 
 def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
@@ -94,12 +101,8 @@ def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
     return f"{value:+.{decimals}f}{unit}\n[{low:+.{decimals}f}, {high:+.{decimals}f}]"
 
 
-def _verdict(found: Interval | None) -> Text:
-    if found is None:
-        return Text("-")
-    if not found.excludes_zero:
-        return Text("undecided", "dim")
-    return Text("better", "green") if found.high < 0 else Text("worse", "red")
+def _verdict(one: Difference) -> Text:
+    return Text(one.verdict, {"better": "green", "worse": "red", "undecided": "dim"}.get(one.verdict, ""))
 
 
 def common_split(summaries: Sequence[Summary]) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from globalopt.summary import Summary, WindowLosses
 from reports import formats, tables
-from reports.comparison import common_split, differences, held_against_first
+from reports.comparison import common_split, differences, held_against_first, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
 from reports.paired import CONFIDENCE, Difference, Interval
-from reports.run_page import MISSING, columns, quality_cells, share_cell
+from reports.run_page import MISSING, columns, quality_cells, share_cell, whole_cost
 
 CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quality": ("KL to the dense model and perplexity of every run", ()),
@@ -40,7 +40,7 @@ def comparison_page(
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     apart = held_against_first(summaries, labels, losses)
     reasons = differences(summaries, labels, common_split(summaries))
-    models = dict.fromkeys(_model(summary) for summary in summaries)
+    models = dict.fromkeys(tables.model_name(summary.model) for summary in summaries)
 
     def picture(name: str) -> list[Part]:
         return [drawn[name]] if name in drawn else []
@@ -63,10 +63,6 @@ def comparison_page(
     )
 
 
-def _model(summary: Summary) -> str:
-    return "the bundled reference model" if summary.model == "reference" else summary.model
-
-
 def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference]) -> list[Card]:
     split = common_split(summaries)
     kept = dict.fromkeys(f"{summary.asked:g}" for summary in summaries)
@@ -81,11 +77,11 @@ def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[
         _, label, metrics = min(found, key=lambda one: one[0])
         value, sign, error = tables.divergence(metrics).partition(" ±")
         shown.append(Card("Lowest KL", value, f"{label}, nats per token, {split}", sign.strip() + error))
-    judged = [one.kl for one in apart if one.split == split and one.kl is not None]
+    judged = [one.verdict for one in apart if one.split == split and one.kl is not None]
     if judged:
-        better, worse = (sum(one.excludes_zero and (one.high < 0) is low for one in judged) for low in (True, False))
-        detail = f"than {labels[0]} by KL on {split}; {worse} worse, {len(judged) - better - worse} undecided"
-        shown.append(Card("Better", f"{better} of {len(judged)}", detail))
+        others = f"{judged.count('worse')} worse, {judged.count('undecided')} undecided"
+        detail = f"than {labels[0]} by KL on {split}; {others}"
+        shown.append(Card("Better", f"{judged.count('better')} of {len(judged)}", detail))
     return shown
 
 
@@ -100,14 +96,14 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     rows = []
     for label, summary in zip(labels, summaries, strict=True):
         used = summary.used / summary.total
-        spent = MISSING if summary.search is None else _tokens(summary.search.tokens)
+        tokens = summary.search.tokens if summary.search else None
         made = [
             Cell(f"{summary.asked:g}", summary.asked),
             Cell(summary.allocator),
             Cell(summary.solver),
             Cell(str(summary.seed)),
             Cell(f"{used:.4f}", used),
-            *([spent] if searched else []),
+            *([MISSING if tokens is None else Cell(formats.compact(tokens), tokens)] if searched else []),
         ]
         pairs = list(zip(summary.dense, summary.compressed, strict=True))
         rows += [[Cell(label), Cell(of.split), *quality_cells(dense, of), *made] for dense, of in pairs]
@@ -118,28 +114,27 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     return Table("Every run", heads, rows, notes=notes, tall=len(rows) > 20)
 
 
-def _tokens(count: int) -> Cell:
-    return Cell(formats.compact(count), count)
-
-
 def _apart(found: Sequence[Difference]) -> list[Part]:
     shown = [one for one in found if not one.reasons]
-    said = dict.fromkeys(f"{one.run}: not compared, {'; '.join(one.reasons)}" for one in found if one.reasons)
-    parts: list[Part] = [Lines(list(said))] if said else []
+    parts: list[Part] = [Lines(lines)] if (lines := not_compared(found)) else []
     if not shown:
         return parts
     heads = columns("run'", "split'", "KL", "from", "to", "perplexity, %", "from", "to", "by KL'")
     rows = [
-        [Cell(one.run), Cell(one.split), *_interval(one.kl), *_interval(one.perplexity, 100), _verdict(one)]
+        [
+            Cell(one.run),
+            Cell(one.split),
+            *_interval(one.kl),
+            *_interval(one.perplexity, 100),
+            Cell(one.verdict, alert=one.verdict == "worse"),
+        ]
         for one in shown
     ]
     notes = [
-        f"ends of {100 * CONFIDENCE:g} % confidence intervals, each by itself, paired by windows",
+        f"ends of {100 * CONFIDENCE:g} % confidence intervals, each by itself",
         "KL: difference in nats per token; perplexity: change; below zero the run is better",
+        *not_paired(shown),
     ]
-    loose = dict.fromkeys(one.run for one in shown if not one.paired)
-    if loose:
-        notes.append(f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)")
     return [*parts, Table("Lost more or less than it", heads, rows, notes=notes, tall=len(rows) > 20)]
 
 
@@ -152,15 +147,6 @@ def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
     return [Cell(f"{end:+.{decimals}f}", end) for end in ends]
 
 
-def _verdict(one: Difference) -> Cell:
-    found = one.kl or one.perplexity
-    if found is None:
-        return MISSING
-    if not found.excludes_zero:
-        return Cell("undecided")
-    return Cell("better") if found.high < 0 else Cell("worse", alert=True)
-
-
 def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     groups = [{group.label: group for group in by_kind(summary.layers)} for summary in summaries]
     kinds = dict.fromkeys(kind for of in groups for kind in of)
@@ -171,7 +157,6 @@ def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
 def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     rows = []
     for label, summary in zip(labels, summaries, strict=True):
-        seconds = math.fsum(stage.seconds for stage in summary.stages)
-        peak = max((stage.peak_bytes for stage in summary.stages), default=0)
+        seconds, peak = whole_cost(summary.stages)
         rows.append([Cell(label), Cell(formats.duration(seconds), seconds), Cell(formats.memory(peak), peak)])
     return Table("Time and memory of every run", columns("run'", "time", "peak memory"), rows)

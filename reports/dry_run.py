@@ -9,12 +9,12 @@ from rich.console import RenderableType
 
 from globalopt.dry_run import DryRun
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.tables import add_numbers, footed, model_name, report_table
 
 
 def dry_run_table(plan: DryRun) -> RenderableType:
     """Parameters and coverage, then memory, disk and time by what they are for."""
-    model = "the bundled reference model" if plan.model == "reference" else plan.model
+    model = model_name(plan.model)
     table = report_table(f"Dry run: {model}", show_header=False)
     table.add_column("")
     add_numbers(table, ("",))

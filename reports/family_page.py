@@ -8,7 +8,7 @@ from globalopt.summary import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
 from reports.run_page import MISSING, columns, stage_table, versions
-from reports.tables import unit_name
+from reports.tables import model_name, unit_name
 
 
 def family_page(family: Family, picture: Path) -> Page:
@@ -17,7 +17,7 @@ def family_page(family: Family, picture: Path) -> Page:
     Args:
         picture: the PNG of its curve, with an SVG beside it.
     """
-    model = "the bundled reference model" if family.model == "reference" else family.model
+    model = model_name(family.model)
     points, unit = family.points, unit_name(family.accounting)
     ends = " to ".join(dict.fromkeys(f"{end([point.asked for point in points]):g}" for end in (min, max)))
     cards = [

@@ -50,6 +50,16 @@ class Difference:
     paired: bool
     reasons: tuple[str, ...]
 
+    @property
+    def verdict(self) -> str:
+        """ "better", "worse" or "undecided" by KL, by perplexity where that is unknown; "-" where both are."""
+        found = self.kl or self.perplexity
+        if found is None:
+            return "-"
+        if not found.excludes_zero:
+            return "undecided"
+        return "better" if found.high < 0 else "worse"
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -54,7 +54,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
         pictures: PNGs by `write_figures`, with an SVG beside each.
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
-    model = "the bundled reference model" if summary.model == "reference" else summary.model
+    model = tables.model_name(summary.model)
     unit = tables.unit_name(summary.accounting)
 
     def picture(name: str) -> list[Part]:
@@ -113,8 +113,7 @@ def cards(summary: Summary) -> list[Card]:
     if (gain := mean_change(summary.matching)) is not None:
         blocks = sum(match.block is not None for match in summary.matching)
         shown.append(Card("Matching", gain, f"held-out loss of {blocks} blocks, geometric mean"))
-    seconds = math.fsum(stage.seconds for stage in summary.stages)
-    peak = max((stage.peak_bytes for stage in summary.stages), default=0)
+    seconds, peak = whole_cost(summary.stages)
     shown.append(Card("Cost", formats.duration(seconds), f"{formats.memory(peak)} at the peak"))
     return shown
 
@@ -254,10 +253,14 @@ def _matched(matching: Sequence[MatchResult]) -> Table:
     return Table("Block by block", heads, rows, notes=(note,), tall=len(rows) > 16)
 
 
+def whole_cost(stages: Sequence[StageCost]) -> tuple[float, int]:
+    """Seconds of all stages, and the highest of their peaks in bytes."""
+    return math.fsum(stage.seconds for stage in stages), max((stage.peak_bytes for stage in stages), default=0)
+
+
 def stage_table(stages: Sequence[StageCost]) -> Table:
     """Time and peak memory per stage."""
-    whole = math.fsum(stage.seconds for stage in stages)
-    peak = max((stage.peak_bytes for stage in stages), default=0)
+    whole, peak = whole_cost(stages)
     rows = [
         [
             Cell(stage.name),

@@ -54,7 +54,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
 
 def heading(summary: Summary) -> Text:
     """The command and the model, two lines."""
-    model = "the bundled reference model" if summary.model == "reference" else summary.model
+    model = model_name(summary.model)
     return Text.assemble(
         (summary.command, "bold"),
         "\n",
@@ -62,6 +62,11 @@ def heading(summary: Summary) -> Text:
         f"dense {unit_name(summary.accounting)}, seed {summary.seed}",
         overflow="fold",
     )
+
+
+def model_name(model: str) -> str:
+    """A model as reports call it."""
+    return "the bundled reference model" if model == "reference" else model
 
 
 def budget(summary: Summary) -> Table:
