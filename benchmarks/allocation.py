@@ -21,21 +21,19 @@ from statistics import fmean, stdev
 from typing import Any
 
 import cells
+from allocation_figure import Point, allocation_figure
 from allocator_contenders import TABLE, UNIFORM, Contender, check, told_apart
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.files import replacing, write_json
+from globalopt.files import write_json
 from globalopt.refining import MATCHES, RefineOptions
 from globalopt.search_objective import CANDIDATES
 from globalopt.stages import SearchOptions
 from globalopt.summary import Summary
 from globalopt.types import ACCOUNTINGS
 from reports import formats
+from reports.figures import save
 from reports.tables import add_numbers, footed, report_table
 
 UNIFORMS = ("uniform:rank_share=0", "uniform:rank_share=0.1")
@@ -56,10 +54,6 @@ FIELD = (
     "evolution:preset=guided",
     "auto",
 )
-
-# Okabe and Ito's palette without yellow; every contender has a marker of its own, so that hue is not needed.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = "os^vDP*Xp<>hd8H"
 
 
 @dataclass(frozen=True)
@@ -286,51 +280,16 @@ def table(rows: Sequence[Row], split: str) -> Stack:
     )
 
 
-def picture(rows: Sequence[Row], split: str) -> Figure:
-    """KL against tokens, a panel per budget: means over seeds, with bars from the least to the most."""
-    budgets = list(dict.fromkeys(row.budget for row in rows))
-    methods = list(dict.fromkeys(row.cells[0].contender.method for row in rows))
-    figure = Figure(figsize=(1 + 4.2 * len(budgets), 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(budgets), squeeze=False)[0]
-    for panel, budget in zip(panels, budgets, strict=True):
-        _panel(panel, [row for row in rows if row.budget == budget], methods, split)
-        panel.set_title(f"kept {budget:g}", fontsize=10)
-        panel.set_xlabel("forward tokens of analysis and search", fontsize=8)
-    panels[0].set_ylabel(f"KL to the dense model on {split}, nats per token", fontsize=8)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
+def point(row: Row, split: str) -> Point:
+    """The row in the picture."""
+    return Point(
+        row.budget,
+        row.cells[0].contender.method,
+        row.tokens,
+        tuple(cell.kl(split) for cell in row.cells),
+        tuple(cells.figures(cell.summary)[split].compressed.perplexity for cell in row.cells),
+        row.ratio(split),
     )
-    return figure
-
-
-def _panel(panel: Axes, rows: Sequence[Row], methods: Sequence[str], split: str) -> None:
-    for i, method in enumerate(methods):
-        points = sorted(
-            (row.tokens, row.kl(split), [cell.kl(split) for cell in row.cells])
-            for row in rows
-            if row.cells[0].contender.method == method
-        )
-        panel.errorbar(
-            [tokens for tokens, _, _ in points],
-            [kl for _, kl, _ in points],
-            yerr=[[kl - min(all_kl) for _, kl, all_kl in points], [max(all_kl) - kl for _, kl, all_kl in points]],
-            label=method,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=6,
-            linewidth=0.8,
-            elinewidth=0.8,
-            capsize=2,
-            alpha=0.85,
-        )
-    panel.set(xscale="log", yscale="log")
-    for axis, form in ((panel.xaxis, EngFormatter(sep="")), (panel.yaxis, StrMethodFormatter("{x:.2g}"))):
-        axis.set_major_formatter(form)
-        axis.set_minor_formatter(form)
-    panel.grid(which="both", color="0.92", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.tick_params(which="both", labelsize=7)
 
 
 def work(options: argparse.Namespace, command: str) -> None:
@@ -349,8 +308,9 @@ def work(options: argparse.Namespace, command: str) -> None:
             "means": [row.record() for row in rows],
         },
     )
-    with replacing(options.out / "allocators.png") as temporary:
-        picture(rows, "validation").savefig(temporary, format="png", metadata={"Software": None})
+    title = f"allocators on validation, refined by {options.solver}, {len(options.seeds)} seeds"
+    points = [point(row, "validation") for row in rows]
+    save(allocation_figure(points, made[0].summary.model, title), options.out / "allocators.png")
     out = cells.console()
     for split in cells.figures(made[0].summary):
         for budget in options.budgets:

@@ -455,3 +455,23 @@ def test_the_mean_of_prices_is_of_logarithms():
     assert prices.mean(made, "fit") == "1.00 ±0.69"
     assert prices.mean(made, "candidate") == "1.00 ±0.00"
     assert prices.mean([], "fit") == "-"
+
+
+def test_the_picture_of_allocators_names_what_is_far_above_and_draws_the_rest_apart():
+    drawing = script("allocation_figure")
+    points = [
+        drawing.Point(
+            0.3, f"m{i}", 1e5 * (1 + i % 3), (0.01 + 0.001 * i, 0.012 + 0.001 * i), (64.0, 64.5), 1 + 0.01 * i
+        )
+        for i in range(17)
+    ]
+    far = drawing.Point(0.3, "far", 1e5, (4.0, 4.6), (90.0, 91.0), 180.0)
+    figure = drawing.allocation_figure([*points, far], "reference", "allocators")
+    kl, perplexity = figure.axes
+    assert kl.get_title(loc="right") == "far above:\nfar at 4.3"
+    assert max(kl.get_ylim()) < 0.1
+    assert max(perplexity.get_ylim()) < 70
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [point.method for point in points]
+    styles = {(c[0].get_color(), c[0].get_marker()) for c in kl.containers}
+    assert len(styles) == len(points)
