@@ -21,8 +21,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from allocation_figure import Point, allocation_figure
 from allocator_contenders import TABLE, UNIFORM, Contender, check, told_apart
+from allocators_figure import Point, allocators_figure
 from rich.console import Group as Stack
 from rich.text import Text
 
@@ -310,7 +310,7 @@ def work(options: argparse.Namespace, command: str) -> None:
     )
     title = f"allocators on validation, refined by {options.solver}, {len(options.seeds)} seeds"
     points = [point(row, "validation") for row in rows]
-    save(allocation_figure(points, made[0].summary.model, title), options.out / "allocators.png")
+    save(allocators_figure(points, made[0].summary.model, title), options.out / "allocators.png")
     out = cells.console()
     for split in cells.figures(made[0].summary):
         for budget in options.budgets:

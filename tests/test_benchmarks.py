@@ -458,7 +458,7 @@ def test_the_mean_of_prices_is_of_logarithms():
 
 
 def test_the_picture_of_allocators_names_what_is_far_above_and_draws_the_rest_apart():
-    drawing = script("allocation_figure")
+    drawing = script("allocators_figure")
     points = [
         drawing.Point(
             0.3, f"m{i}", 1e5 * (1 + i % 3), (0.01 + 0.001 * i, 0.012 + 0.001 * i), (64.0, 64.5), 1 + 0.01 * i
@@ -466,7 +466,7 @@ def test_the_picture_of_allocators_names_what_is_far_above_and_draws_the_rest_ap
         for i in range(17)
     ]
     far = drawing.Point(0.3, "far", 1e5, (4.0, 4.6), (90.0, 91.0), 180.0)
-    figure = drawing.allocation_figure([*points, far], "reference", "allocators")
+    figure = drawing.allocators_figure([*points, far], "reference", "allocators")
     kl, perplexity = figure.axes
     assert kl.get_title(loc="right") == "far above:\nfar at 4.3"
     assert max(kl.get_ylim()) < 0.1

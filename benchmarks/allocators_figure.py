@@ -36,7 +36,7 @@ class Point:
     ratio: float | None
 
 
-def allocation_figure(points: Sequence[Point], model: str, title: str) -> Figure:
+def allocators_figure(points: Sequence[Point], model: str, title: str) -> Figure:
     """A column per budget: means over seeds, with bars from the least to the most; far ones are named, not drawn."""
     budgets = list(dict.fromkeys(point.budget for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
