@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from allocators._warp import Warp
-from globalopt.types import Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Problem
 
 Floats = NDArray[np.float64]
 

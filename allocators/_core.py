@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, hstack
 
-from globalopt.types import ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem
 
 log = logging.getLogger(__name__)
 

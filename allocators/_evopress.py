@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from allocators._moves import Layer, layers_of, settled
 from allocators._trials import Trials
 from globalopt.protocols import Candidate
-from globalopt.types import BYTES_PER_VALUE, Problem, Target
+from globalopt.values.budget import BYTES_PER_VALUE, Target
+from globalopt.values.problem import Problem
 
 LEVELS = 8
 """Levels above and below the start."""

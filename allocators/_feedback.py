@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from globalopt.types import Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Problem
 
 PRIOR = 0.5
 """Standard deviation of a layer's multiplier, relative to the common scale."""

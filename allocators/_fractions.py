@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from allocators._spend import spend
 from globalopt.errors import UsageError
-from globalopt.types import ErrorSurface, LayerSpec, Problem, Profile, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.problem import ErrorSurface, Problem, Profile
 
 BISECTIONS = 64
 ROUNDING = 1e-13

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from globalopt.types import ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from scipy.special import betaincinv
 
 from allocators._trials import t_statistic
 from globalopt.protocols import Objective
-from globalopt.types import ErrorSurface, Problem, Target, interpolate
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem, interpolate
 
 Targets = Mapping[str, Target]
 

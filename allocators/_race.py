@@ -15,7 +15,8 @@ from allocators._feedback import Feedback
 from allocators._moves import default_delta, guided
 from allocators._trials import Trials, t_statistic
 from allocators.knapsack import Knapsack
-from globalopt.types import Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Problem
 
 Targets = Mapping[str, Target]
 

@@ -6,7 +6,8 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import replace
 
-from globalopt.types import ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem
 
 
 def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from globalopt.errors import UsageError
 from globalopt.protocols import Candidate, Objective
-from globalopt.types import Mask, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Problem
+from globalopt.values.span import Mask
 
 FINALISTS = 4
 """Latest nominees that are judged on the whole selection text, beside all starts."""

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from globalopt.types import LayerSpec, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.problem import Problem
 
 MOST_KINDS = 9
 """Most coefficients of kinds; with more kinds the largest `MOST_KINDS - 1` keep theirs and the others share one."""
 
 OTHERS = "kind:others"
+
+
+class Sampler(StrEnum):
+    """Tree-structured Parzen estimators, CMA-ES (arXiv:1604.00772), or a Gaussian process."""
+
+    TPE = "tpe"
+    CMAES = "cmaes"
+    GP = "gp"
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import Tensor
 
 from allocators._trials import Trials, t_statistic
-from allocators._warp import Warp
+from allocators._warp import Sampler, Warp
 from allocators.knapsack import Knapsack
-from allocators.optuna_warp import OptunaWarp, Sampler
 from globalopt.errors import ArtefactError
-from globalopt.types import ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem
 
 Theta = tuple[float, ...]
 Told = list[tuple[Theta, float]]
@@ -64,29 +64,39 @@ def _price(problem: Problem, surface: ErrorSurface, target: Target) -> float:
     return (surface.predict(less) - surface.predict(more)) / cost if cost > 0 else 0.0
 
 
-class Search:
-    """One worker's part in a study."""
+class WarpStudy:
+    """One worker's part in a study; `sampler`, `size` (trials in the end), `spread` and `worker` as in `OptunaWarp`."""
 
     def __init__(
-        self, options: OptunaWarp, problem: Problem, trials: Trials, starts: Sequence[Mapping[str, Target]]
+        self,
+        problem: Problem,
+        trials: Trials,
+        starts: Sequence[Mapping[str, Target]],
+        sampler: Sampler,
+        size: int,
+        spread: float,
+        worker: int,
     ) -> None:
-        self.options = options
+        self.sampler = sampler
+        self.size = size
+        self.spread = spread
+        self.worker = worker
         self.problem = problem
         self.trials = trials
         self.warp = Warp.of(problem)
-        self.space = {name: FloatDistribution(-options.spread, options.spread) for name in self.warp.names}
+        self.space = {name: FloatDistribution(-spread, spread) for name in self.warp.names}
         self.study = _open(trials.objective.study)
         self._solved: dict[Theta, dict[str, Target]] = {}
         self.knapsack = trials.judge([starts[0]])[0]
         near = [nearest(problem, self.warp, start) for start in starts[1:]]
-        clipped = np.clip(near, -options.spread, options.spread)
+        clipped = np.clip(near, -spread, spread)
         self.warm: list[Theta] = [(0.0,) * len(self.warp.names), *(tuple(theta.tolist()) for theta in clipped)]
         self._told = optuna.create_study()
 
     def run(self) -> None:
         """Add trials until the study holds enough; `OutOfTokens` where they cannot be paid."""
         self._ask_again()
-        while len(told := self._finished()) < self.options.trials:
+        while len(told := self._finished()) < self.size:
             self._evaluate(self._propose([(self._theta(trial), trial.value or 0.0) for trial in told]))
 
     def improvements(self) -> Iterator[dict[str, Target]]:
@@ -117,7 +127,7 @@ class Search:
     def _ask_again(self) -> None:
         """Ask what this worker's earlier trials asked, so that the objective counts it as it did then."""
         for trial in self._finished():
-            if trial.user_attrs["worker"] == self.options.worker:
+            if trial.user_attrs["worker"] == self.worker:
                 theta = self._theta(trial)
                 seen = 0
                 for count in self._stages:
@@ -132,7 +142,7 @@ class Search:
         if best is None or (best.value or 0.0) >= float(self.knapsack.mean()):
             return self.knapsack
         # This worker's own are known already; another's has to be paid.
-        ask = self.trials.objective if best.user_attrs["worker"] == self.options.worker else self.trials
+        ask = self.trials.objective if best.user_attrs["worker"] == self.worker else self.trials
         return ask.losses([self._targets(self._theta(best))], self.trials.all_chunks)[0]
 
     @property
@@ -155,23 +165,23 @@ class Search:
                 value=float(self.knapsack.mean() + (losses - self.knapsack[: len(losses)]).mean()),
                 params=dict(zip(self.warp.names, theta, strict=True)),
                 distributions=dict(self.space),
-                user_attrs={"worker": self.options.worker, "chunks": seen},
+                user_attrs={"worker": self.worker, "chunks": seen},
             )
         )
 
     def _propose(self, told: Told) -> Theta:
         untold = [theta for theta in self.warm if theta not in dict(told)]
         if untold:
-            return untold[self.options.worker % len(untold)]
-        seed = random.Random(f"{self.problem.seed} {self.options.worker} {len(told)}").getrandbits(31)
-        if self.options.sampler is Sampler.CMAES:
-            return _cmaes(told, self.options.spread, seed)
+            return untold[self.worker % len(untold)]
+        seed = random.Random(f"{self.problem.seed} {self.worker} {len(told)}").getrandbits(31)
+        if self.sampler is Sampler.CMAES:
+            return _cmaes(told, self.spread, seed)
         # Told as completed: a pruned trial's value is an estimate of the same mean, which the GP would not look at.
         known = len(self._told.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         for theta, value in told[known:]:
             params = dict(zip(self.warp.names, theta, strict=True))
             self._told.add_trial(create_trial(value=value, params=params, distributions=dict(self.space)))
-        self._told.sampler = TPESampler(seed=seed) if self.options.sampler is Sampler.TPE else GPSampler(seed=seed)
+        self._told.sampler = TPESampler(seed=seed) if self.sampler is Sampler.TPE else GPSampler(seed=seed)
         asked = self._told.ask(dict(self.space))
         self._told.tell(asked, state=TrialState.FAIL)
         return tuple(asked.params[name] for name in self.warp.names)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from allocators._fractions import blocks, check_rank_share, kept_targets, read_profiles, unit_range
 from globalopt.errors import UsageError
 from globalopt.protocols import Objective
-from globalopt.types import Allocation, Problem
+from globalopt.values.problem import Allocation, Problem
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from allocators.owl import Owl
 from allocators.uniform import Uniform
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Allocation, Problem
 
 Targets = Mapping[str, Target]
 

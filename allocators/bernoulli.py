@@ -20,7 +20,7 @@ from allocators.uniform import Uniform
 from globalopt.errors import UsageError
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem
+from globalopt.values.problem import Allocation, Problem
 
 FREE = 512
 """Samples per update whose predicted error alone is computed, for the gradient of its expectation."""

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from allocators._trials import OutOfTokens, Trials
 from globalopt.protocols import Candidate, Objective
-from globalopt.types import BYTES_PER_VALUE, LayerSpec, Mask, Problem, Target
+from globalopt.values.budget import BYTES_PER_VALUE, Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.problem import Problem
+from globalopt.values.span import Mask
 
 WINDOW = 5
 """Losses that the moving-average baseline is the mean of, the latest included."""

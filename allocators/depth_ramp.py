@@ -9,7 +9,8 @@ from allocators._fractions import blocks, check_rank_share, kept_targets, least_
 from allocators._trials import Trials
 from globalopt.errors import UsageError
 from globalopt.protocols import Objective
-from globalopt.types import Allocation, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Allocation, Problem
 
 STEEPNESSES = tuple(i / 8 for i in range(9))
 """The ramps that are compared, as shares of the steepest: from the uniform allocation up."""

@@ -15,7 +15,7 @@ from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem
+from globalopt.values.problem import Allocation, Problem
 
 
 class Preset(StrEnum):

@@ -12,7 +12,8 @@ from allocators._core import solve_core
 from allocators._spend import spend
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Allocation, Problem
 
 BISECTIONS = 100
 

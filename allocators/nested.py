@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from allocators.knapsack import Knapsack
-from globalopt.types import Allocation, Budget, ErrorSurface, Problem, Target
+from globalopt.values.budget import Budget, Target
+from globalopt.values.problem import Allocation, ErrorSurface, Problem
 
 NAME = "nested-knapsack"
 """What allocations of a family are signed with."""

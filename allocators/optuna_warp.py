@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import ClassVar
 
 from allocators._trials import OutOfTokens, Trials
+from allocators._warp import Sampler
 from allocators.knapsack import Knapsack
 from allocators.owl import Owl
 from allocators.uniform import Uniform
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem
-
-
-class Sampler(StrEnum):
-    """Tree-structured Parzen estimators, CMA-ES (arXiv:1604.00772), or a Gaussian process."""
-
-    TPE = "tpe"
-    CMAES = "cmaes"
-    GP = "gp"
+from globalopt.values.problem import Allocation, Problem
 
 
 @dataclass(frozen=True)
@@ -59,14 +51,14 @@ class OptunaWarp:
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
         """Return the best of the study, the knapsack, the uniform allocation and OWL's on the whole selection text."""
-        from allocators._warp_study import Search
+        from allocators._warp_study import WarpStudy
 
         by = [Knapsack(), Uniform(), *([Owl()] if problem.profiles else [])]
         starts = [allocator.allocate(problem).targets for allocator in by]
         trials = Trials(problem, objective, starts)
-        search = Search(self, problem, trials, starts)
+        study = WarpStudy(problem, trials, starts, self.sampler, self.trials, self.spread, self.worker)
         with contextlib.suppress(OutOfTokens):
-            search.run()
-        for targets in search.improvements():
+            study.run()
+        for targets in study.improvements():
             trials.nominate(targets)
         return problem.finish(trials.verdict(), by=self.name)

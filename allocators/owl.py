@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from allocators._fractions import blocks, check_rank_share, kept_targets, read_profiles, unit_range
 from globalopt.errors import UsageError
-from globalopt.profile import OUTLIER_THRESHOLDS
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
-from globalopt.types import Allocation, Problem
+from globalopt.values.problem import OUTLIER_THRESHOLDS, Allocation, Problem
 
 
 @dataclass(frozen=True)

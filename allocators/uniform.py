@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from allocators._fractions import blocks, check_rank_share, kept_targets
 from globalopt.protocols import Objective
-from globalopt.types import Allocation, Problem
+from globalopt.values.problem import Allocation, Problem
 
 
 @dataclass(frozen=True)

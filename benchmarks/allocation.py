@@ -26,12 +26,11 @@ from allocators_figure import Point, allocators_figure
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.files import write_json
-from globalopt.refining import MATCHES, RefineOptions
-from globalopt.search_objective import CANDIDATES
-from globalopt.stages import SearchOptions
-from globalopt.summary import Summary
-from globalopt.types import ACCOUNTINGS
+from globalopt.objective.of_run import CANDIDATES
+from globalopt.pipeline.options import MATCHES, RefineOptions, SearchOptions
+from globalopt.runs.files import write_json
+from globalopt.values.budget import ACCOUNTINGS
+from globalopt.values.results import Summary
 from reports import formats
 from reports.figures import save
 from reports.tables import add_numbers, footed, report_table

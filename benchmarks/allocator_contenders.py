@@ -18,11 +18,12 @@ from allocators._spend import spend
 from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
 from globalopt import registry
+from globalopt.analysis.grid import NNZ_LEVELS
 from globalopt.errors import UsageError
+from globalopt.pipeline.options import SearchOptions, check_options
 from globalopt.protocols import Allocator, Objective
-from globalopt.stages import SearchOptions, check_options
-from globalopt.surface import NNZ_LEVELS
-from globalopt.types import Allocation, ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Allocation, ErrorSurface, Problem
 from solvers import SOLVERS
 
 UNIFORM = Uniform.name

@@ -1,7 +1,7 @@
 """What the benchmarks share: their options, one analysis for many cells, and a cell that leaves the model as it was.
 
 A cell is one compression in a run folder of its own. A finished cell is read back, an unfinished one goes on where it
-stopped, and a folder made from other options is refused (`globalopt.store.Run`).
+stopped, and a folder made from other options is refused (`globalopt.runs.folder.Run`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from typing import Any
 
 from rich.console import Console
 
-from globalopt import budget_file, pipeline, stages, workbench
-from globalopt.analysis import MEASURED_WINDOWS
+from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS
+from globalopt.budgets import budget_file
 from globalopt.errors import GlobalOptError, UsageError
-from globalopt.files import read_json, write_json
+from globalopt.machine.clock import StageClock
+from globalopt.pipeline import analyse, session
+from globalopt.pipeline import search as pipeline
+from globalopt.pipeline.options import AS_FITTED, ModelOptions, RefineOptions, SearchOptions, TextOptions
+from globalopt.pipeline.session import Bench
 from globalopt.protocols import Allocator
-from globalopt.refining import AS_FITTED, RefineOptions
-from globalopt.resources import StageClock
-from globalopt.stages import SearchOptions
-from globalopt.store import Run
-from globalopt.summary import Metrics, Summary
-from globalopt.types import NM, Target
-from globalopt.workbench import Bench, ModelOptions, TextOptions
+from globalopt.runs.files import read_json, write_json
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
+from globalopt.values.results import Metrics, Summary
 from reports import formats, make_progress
 from reports.tables import divergence
 from solvers import SOLVERS
@@ -98,7 +100,7 @@ def set_up(options: argparse.Namespace, seed: int) -> Bench:
         eval_windows=options.eval_windows,
     )
     progress = make_progress(err, quiet=not err.is_terminal)
-    return workbench.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
+    return session.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
 
 
 def analysed(
@@ -123,7 +125,7 @@ def analysed(
     )
     run = Run.start(folder, {**bench.identity(seed), "analysis": options.words()}, bench.facts("analysis"))
     timed = replace(bench, clock=StageClock())
-    stages.analyse(timed, options, run, NM.parse(pattern))
+    analyse.analyse(timed, options, run, NM.parse(pattern))
     if timed.clock.costs:
         write_json(_seconds_path(run), sum(stage.seconds for stage in timed.clock.costs))
     return run

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.protocols import Solver
-from globalopt.types import Decomposition, LayerSpec, Metric, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Metric
 from reports import formats
 from solvers import get_solver
 

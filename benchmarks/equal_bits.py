@@ -15,7 +15,8 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.types import BYTES_PER_VALUE, Budget, LayerSpec, Target
+from globalopt.values.budget import BYTES_PER_VALUE, Budget, Target
+from globalopt.values.layer import LayerSpec
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 

@@ -28,13 +28,13 @@ from allocators._groups import Groups
 from allocators._policy import Control, Policy, gradient_samples
 from allocators.bernoulli import FREE, Baseline, Bernoulli, History
 from allocators.knapsack import Knapsack
-from globalopt import pipeline
 from globalopt.errors import UsageError
-from globalopt.files import write_json
-from globalopt.resources import StageClock
-from globalopt.search_objective import SearchObjective
-from globalopt.stages import SearchOptions
-from globalopt.types import Problem
+from globalopt.machine.clock import StageClock
+from globalopt.objective.of_run import SearchObjective
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.search import pose, true_loss
+from globalopt.runs.files import write_json
+from globalopt.values.problem import Problem
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 
@@ -148,8 +148,8 @@ def measure(options: argparse.Namespace) -> list[Cell]:
         bench = cells.set_up(options, seed)
         folder: Path = options.out / f"seed{seed}"
         analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis")
-        problem = pipeline.pose(bench, search, analysis)
-        with pipeline.true_loss(replace(bench, clock=StageClock()), search, analysis, problem) as objective:
+        problem = pose(bench, search, analysis)
+        with true_loss(replace(bench, clock=StageClock()), search, analysis, problem) as objective:
             gradients, fisher = estimates(problem, objective, options.updates, options.pilot, options.samples)
             tokens = objective.tokens
         found = spreads(gradients, fisher)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from globalopt.errors import ArtefactError
-from globalopt.files import digest, read_json, write_json
+from globalopt.runs.files import digest, read_json, write_json
 
 T = TypeVar("T")
 

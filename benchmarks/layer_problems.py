@@ -18,8 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, UsageError
-from globalopt.files import read_json, read_tensors
-from globalopt.types import NM, Gram, LayerSpec, Metric, Target
+from globalopt.runs.files import read_json, read_tensors
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 
 RANK_SHARE = 0.3  # of the parameters kept, in the unstructured settings
 LAYER_FILE = "layer_problems.safetensors"

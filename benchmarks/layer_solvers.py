@@ -33,7 +33,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.files import write_json
+from globalopt.runs.files import write_json
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 

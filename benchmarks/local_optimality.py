@@ -23,12 +23,13 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from allocators._moves import improving_share
-from globalopt import pipeline, workbench
 from globalopt.errors import ArtefactError
-from globalopt.files import write_json
-from globalopt.resources import StageClock
-from globalopt.stages import SearchOptions
-from globalopt.store import Run
+from globalopt.machine.clock import StageClock
+from globalopt.pipeline import session
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.search import pose, true_loss
+from globalopt.runs.files import write_json
+from globalopt.runs.folder import Run
 from reports import formats, make_progress
 from reports.tables import add_numbers, footed, report_table
 
@@ -59,19 +60,19 @@ def search_options(run: Run) -> SearchOptions:
 
 def measure(folder: Path, options: argparse.Namespace) -> Optimality:
     """Of one run; the losses are kept in a journal beside the result, not in the run's own."""
-    run, model, text = pipeline.recorded(folder)
+    run, model, text = session.recorded(folder)
     search = search_options(run)
     progress = make_progress(cells.err, quiet=not cells.err.is_terminal)
-    bench = workbench.set_up(model, text, search.seed, progress, StageClock())
+    bench = session.set_up(model, text, search.seed, progress, StageClock())
     identity = {**bench.identity(search.seed), "search": asdict(search), "run": run.manifest["fingerprint"]}
     own = Run.start(options.out / "journals" / key(run), identity, bench.facts("local optimality"))
     cells.share_analysis(run, own)
     # One more than the swaps for the allocation itself, and one that the next question could cost.
     windows = len(bench.splits.selection.windows) + text.batch_size
     search = replace(search, search_tokens=(options.swaps + 2) * windows * bench.splits.selection.seqlen)
-    problem = pipeline.pose(bench, search, own)
+    problem = pose(bench, search, own)
     targets = cells.targets_of(bench, run)
-    with pipeline.true_loss(bench, search, own, problem) as objective:
+    with true_loss(bench, search, own, problem) as objective:
         loss = float(objective.losses([targets], range(objective.chunks)).mean())
         found = improving_share(problem, objective, targets, options.swaps, random.Random(options.draw))
     allocator = run.read_summary().allocator

@@ -29,13 +29,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
 
-from globalopt import budget_file
-from globalopt.files import replacing, write_json
-from globalopt.layers import ModelLayers, find_layers
-from globalopt.lazy import INDEX
-from globalopt.memory import size_text
-from globalopt.models import load_structure, model_fingerprint, reference_folder
-from globalopt.types import Budget, ErrorSurface, LayerSpec, Problem, Target
+from globalopt.budgets import budget_file
+from globalopt.machine.memory import size_text
+from globalopt.models.identity import model_fingerprint
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.loading import load_structure, reference_folder
+from globalopt.models.streaming import INDEX
+from globalopt.runs.files import replacing, write_json
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.problem import ErrorSurface, Problem
 from reports.tables import add_numbers, report_table
 
 INTERVAL = 0.1  # seconds between samples
@@ -183,7 +186,7 @@ def main() -> None:
         *(("--set", options.set) if options.set else ()),
         *(("--fresh",) if options.fresh else ()),
     ]
-    imports = watch([sys.executable, "-c", "import globalopt.pipeline"])
+    imports = watch([sys.executable, "-c", "import globalopt.pipeline.search"])
     peak = watch(command)
     # Without a backward sweep only the states before and behind one block are there at a time.
     rows = 2 if options.sensitivity == "none" else options.blocks + 1

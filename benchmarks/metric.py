@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.files import write_json
+from globalopt.pipeline.options import SearchOptions, check_options
 from globalopt.protocols import Outputs
-from globalopt.stages import SearchOptions, check_options
-from globalopt.summary import Summary
+from globalopt.runs.files import write_json
+from globalopt.values.results import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 

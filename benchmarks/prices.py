@@ -23,18 +23,22 @@ from finished_cells import Cells
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt import pipeline
-from globalopt.candidates import FittedLayer
-from globalopt.capture import Batch, BlockRunner
+from globalopt.analysis.grid import Options
 from globalopt.errors import UsageError
-from globalopt.files import write_json
-from globalopt.objective import ModelObjective
+from globalopt.models.walk import Batch, BlockRunner
+from globalopt.objective.candidates import FittedLayer
+from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.search import pose
+from globalopt.pipeline.session import Bench
 from globalopt.protocols import Candidate, Solver
-from globalopt.stages import SearchOptions
-from globalopt.store import Run
-from globalopt.surface import Options
-from globalopt.types import LayerSpec, Mask, Metric, Problem, Target
-from globalopt.workbench import Bench
+from globalopt.runs.files import write_json
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Metric
+from globalopt.values.problem import Problem
+from globalopt.values.span import Mask
 from reports.tables import add_numbers, footed, report_table
 from solvers import get_solver
 
@@ -102,7 +106,7 @@ def measure(options: argparse.Namespace) -> list[Point]:
     )
     if not all(analysis.fits_path(spec).exists() for spec in bench.layers.specs):
         raise UsageError(f"Solver {solver.name} moves no weight it keeps, so nothing was fitted; take another.")
-    problem = pipeline.pose(bench, search, analysis)
+    problem = pose(bench, search, analysis)
     common = {"analysis": analysis.manifest["fingerprint"], "windows": options.windows}
     store = Cells(options.out / "cells", {**common, "kept": options.kept, "shares": options.shares})
     made: list[Point] = []

@@ -25,8 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
 
-from globalopt.calibration import Text, consecutive_split, read_text
-from globalopt.evaluate import evaluate
+from globalopt.evaluation.perplexity import evaluate
+from globalopt.text.reading import Text, read_text
+from globalopt.text.splits import consecutive_split
 
 # Bytes of each slice, about; the articles of `valid` are halved between selection and validation.
 SLICES = {"calibration": 1_000_000, "selection": 350_000, "validation": 350_000, "test": 500_000}

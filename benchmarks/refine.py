@@ -30,17 +30,20 @@ from rich.text import Text
 from torch import Tensor
 
 from allocators import get_allocator
-from globalopt import budget_file, pipeline
-from globalopt.budget_file import BudgetFile
-from globalopt.files import write_json
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.machine.clock import StageClock
+from globalopt.pipeline import compress
+from globalopt.pipeline.options import AS_FITTED, RefineOptions, SearchOptions, check_options
+from globalopt.pipeline.search import allocate, budget_of, pose, search_identity
+from globalopt.pipeline.session import Bench
 from globalopt.protocols import Needs, Outputs, Solver
-from globalopt.refining import AS_FITTED, RefineOptions
-from globalopt.resources import StageClock
-from globalopt.stages import SearchOptions, check_options
-from globalopt.store import Run
-from globalopt.summary import Summary
-from globalopt.types import Decomposition, Metric, Solution, Target
-from globalopt.workbench import Bench
+from globalopt.runs.files import write_json
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
+from globalopt.values.results import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 from solvers import SOLVERS, get_solver
@@ -178,15 +181,15 @@ def asked(budget: str, seed: int, allocator: str, options: argparse.Namespace) -
 
 def allocated(bench: Bench, search: SearchOptions, analysis: Run, folder: Path) -> BudgetFile:
     """The budget of a search whose model is not refined; made once."""
-    identity = pipeline.search_identity(bench, search, AS_FITTED)
+    identity = search_identity(bench, search, AS_FITTED)
     run = Run.start(folder, identity, bench.facts("benchmark"))
     if not run.budget_path.exists():
         cells.share_analysis(analysis, run)
-        problem = pipeline.pose(bench, search, run)
+        problem = pose(bench, search, run)
         allocator = get_allocator(search.allocator, search.allocator_options)
         timed = replace(bench, clock=StageClock())
-        allocation, _, _ = pipeline.allocate(timed, search, run, problem, allocator)
-        budget_file.write(run.budget_path, pipeline.budget_of(bench, search, problem, allocation))
+        allocation, _, _ = allocate(timed, search, run, problem, allocator)
+        budget_file.write(run.budget_path, budget_of(bench, search, problem, allocation))
     return budget_file.read(run.budget_path)
 
 
@@ -202,13 +205,13 @@ class Place:
     def refined(self, rung: Rung, seed: int, options: dict[str, str], command: str) -> Summary:
         file, folder = self.files[rung.searched], self.folder / cells.folder_name(rung.label)
         words = rung.solver.name, options if rung.solver.name == "3basil" else {}
-        identity = pipeline.compress_identity(self.bench, file, *words, seed, "fisher", rung.refining)
+        identity = compress.compress_identity(self.bench, file, *words, seed, "fisher", rung.refining)
         run = Run.start(folder, identity, self.bench.facts(command))
         cells.share_analysis(self.analysis, run, ("outputs", "weighing", "grams"))
         if rung.above is not None and (below := self.folder / cells.folder_name(rung.above)).exists():
             cells.share_analysis(Run.open(below), run, ("layers", "matched"))
         with cells.dense_after(self.bench) as fresh:
-            return pipeline.compress(
+            return compress.compress(
                 fresh,
                 self.folder / "budget.json",
                 file,

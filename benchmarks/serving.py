@@ -38,9 +38,9 @@ from globalopt.errors import GlobalOptError
 from globalopt.export.formats import FORMATS, export
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import packed_layers
-from globalopt.files import digest, write_json
-from globalopt.models import quiet
-from globalopt.resources import StageClock
+from globalopt.machine.clock import StageClock
+from globalopt.models.loading import quiet
+from globalopt.runs.files import digest, write_json
 from reports.tables import add_numbers, footed, report_table
 
 CONTENDERS = ("dense", "adapter", "packed auto", "packed split", "packed merged", "packed unpack")

@@ -23,11 +23,11 @@ from allocator_contenders import Contender, check
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.files import write_json
-from globalopt.span import SCALINGS
-from globalopt.stages import PRICINGS, SearchOptions
-from globalopt.store import Run
-from globalopt.summary import Summary
+from globalopt.analysis.spans import SCALINGS
+from globalopt.pipeline.options import PRICINGS, SearchOptions
+from globalopt.runs.files import write_json
+from globalopt.runs.folder import Run
+from globalopt.values.results import Summary
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 

@@ -16,7 +16,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.types import Solution
+from globalopt.values.decomposition import Solution
 from reports import formats
 from reports.tables import add_numbers, footed, report_table
 

@@ -28,16 +28,17 @@ from allocator_contenders import UNIFORM, Contender, Disturbed, check, told_apar
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt import budget_file, pipeline
-from globalopt.budget_file import BudgetFile
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.budgets.conversion import for_solver
 from globalopt.errors import UsageError
-from globalopt.files import write_json
-from globalopt.refine import for_solver
-from globalopt.stages import SearchOptions
-from globalopt.store import Run
-from globalopt.summary import Summary
-from globalopt.types import ACCOUNTINGS, Budget
-from globalopt.workbench import Bench
+from globalopt.pipeline import compress
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.session import Bench
+from globalopt.runs.files import write_json
+from globalopt.runs.folder import Run
+from globalopt.values.budget import ACCOUNTINGS, Budget
+from globalopt.values.results import Summary
 from reports import formats
 from reports.surrogate import rank_correlation
 from reports.tables import add_numbers, footed, report_table
@@ -220,7 +221,7 @@ def measure(options: argparse.Namespace, command: str) -> Found:
                 if label not in measured[solver]:
                     where = folder / solver / cells.folder_name(label)
                     with cells.dense_after(bench) as fresh:
-                        summary, _ = pipeline.compress(fresh, *source, solver, {}, seed, where, command)
+                        summary, _ = compress.compress(fresh, *source, solver, {}, seed, where, command)
                     measured[solver][label] = summary
                     cells.say(next(done), total, f"seed {seed}  {solver}  {label}", summary)
         uniform = [contender.label for contender in contenders if contender.allocator == UNIFORM]

@@ -9,10 +9,13 @@ from globalopt.export.registration import register
 
 if TYPE_CHECKING:
     from globalopt.api import Compressed, compress, search
-    from globalopt.budget_file import BudgetFile
+    from globalopt.budgets.budget_file import BudgetFile
     from globalopt.errors import GlobalOptError
-    from globalopt.refining import RefineOptions
-    from globalopt.types import Allocation, Budget, Decomposition, Gram, Metric, Solution, Target
+    from globalopt.pipeline.options import RefineOptions
+    from globalopt.values.budget import Budget, Target
+    from globalopt.values.decomposition import Decomposition, Solution
+    from globalopt.values.metric import Gram, Metric
+    from globalopt.values.problem import Allocation
 
 __all__ = [
     "Allocation",
@@ -32,10 +35,13 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Compressed", "compress", "search"), "api"),
-    **dict.fromkeys(("Allocation", "Budget", "Decomposition", "Gram", "Metric", "Solution", "Target"), "types"),
-    "BudgetFile": "budget_file",
+    **dict.fromkeys(("Budget", "Target"), "values.budget"),
+    **dict.fromkeys(("Decomposition", "Solution"), "values.decomposition"),
+    **dict.fromkeys(("Gram", "Metric"), "values.metric"),
+    "Allocation": "values.problem",
+    "BudgetFile": "budgets.budget_file",
     "GlobalOptError": "errors",
-    "RefineOptions": "refining",
+    "RefineOptions": "pipeline.options",
 }
 
 register()

@@ -12,18 +12,20 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from globalopt import budget_file, pipeline
-from globalopt.budget_file import BudgetFile
-from globalopt.live import Documents, live_bench
-from globalopt.models import load_model
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.budgets.serving_limits import get_profile
+from globalopt.models.loading import load_model
+from globalopt.pipeline.compress import compress as run_compress
+from globalopt.pipeline.live import Documents, live_bench
+from globalopt.pipeline.options import RefineOptions, SearchOptions, TextOptions, check_options
+from globalopt.pipeline.search import search as run_search
+from globalopt.pipeline.session import Bench
 from globalopt.protocols import Allocator, Progress, Solver
-from globalopt.refining import RefineOptions
-from globalopt.serving import get_profile
-from globalopt.stages import SearchOptions, check_options
-from globalopt.store import Run
-from globalopt.summary import Summary
-from globalopt.types import Allocation, Decomposition
-from globalopt.workbench import Bench, TextOptions
+from globalopt.runs.folder import Run
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.problem import Allocation
+from globalopt.values.results import Summary
 from reports import make_progress, render
 
 MATCH_BLOCKS = RefineOptions(match="block")
@@ -124,7 +126,7 @@ def search(
     texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
     bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
     with _folder(out) as folder:
-        found = pipeline.search(bench, options, folder, "globalopt.search", fresh, own, refining)
+        found = run_search(bench, options, folder, "globalopt.search", fresh, own, refining)
         return _compressed(bench, *found, out)
 
 
@@ -166,7 +168,7 @@ def compress(
     texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
     bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
     with _folder(out) as folder:
-        found = pipeline.compress(
+        found = run_compress(
             bench,
             source,
             file,

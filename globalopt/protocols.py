@@ -13,7 +13,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from globalopt.types import Allocation, Decomposition, Mask, Metric, Problem, Solution, Span, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.span import Mask, Span
 
 
 class Needs(IntEnum):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.padding import Padding
 
-from globalopt.summary import Details, Family, Summary, WindowLosses
+from globalopt.values.results import Details, Family, Summary, WindowLosses
 from reports.budgets import budget_diff, budget_file
 from reports.comparison import comparison, held_against_first
 from reports.comparison_page import comparison_page

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.budget_diff import BudgetDiff, Move
-from globalopt.budget_file import BudgetFile
-from globalopt.summary import LayerPlan
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.budgets.diff import BudgetDiff, Move
+from globalopt.values.results import LayerPlan
 from reports import formats
 from reports.groups import by_kind
 from reports.shaded_grid import change_grid, kept_grid

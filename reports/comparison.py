@@ -8,7 +8,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.summary import Metrics, Summary, WindowLosses
+from globalopt.values.results import Metrics, Summary, WindowLosses
 from reports import formats
 from reports.paired import CONFIDENCE, DENSE_TOLERANCE, Difference, Interval, Measured, difference
 from reports.shaded_grid import WIDTH

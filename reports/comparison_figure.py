@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from globalopt.summary import LayerResult, Summary
+from globalopt.values.results import LayerResult, Summary
 from reports.figures import COLOURS, MARKERS, in_corner, not_drawn, plain, round_ticks, save, titled_figure
 from reports.groups import Grid
 from reports.heatmaps import colours, heatmap, panel_size

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from globalopt.summary import Summary, WindowLosses
+from globalopt.values.results import Summary, WindowLosses
 from reports import formats, tables
 from reports.comparison import common_split, differences, held_against_first, not_compared, not_paired
 from reports.groups import by_kind

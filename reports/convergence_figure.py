@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from globalopt.summary import Summary, Trace
+from globalopt.values.decomposition import Trace
+from globalopt.values.results import Summary
 from reports.curves_figure import label
 from reports.figures import COLOURS, MARKERS, in_corner, new_figure, not_drawn, plain
 from reports.groups import typical

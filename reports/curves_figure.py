@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from globalopt.summary import Curve, LayerCurves, LayerResult, Summary
+from globalopt.values.results import Curve, LayerCurves, LayerResult, Summary
 from reports import formats
 from reports.figures import COLOURS, MARKERS, new_figure, plain
 from reports.groups import typical

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from globalopt.summary import Family, FamilyPoint, Outcome
+from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
 from reports.run_page import MISSING, columns, stage_table, versions

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from globalopt.files import replacing
-from globalopt.summary import Summary
+from globalopt.runs.files import replacing
+from globalopt.values.results import Summary
 from reports.tables import unit_name
 
 DPI = 150

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Group as Stack
 
-from globalopt.summary import Family, FamilyPoint, Outcome
+from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.figures import COLOURS, error_unit, plain, save, titled_figure
 from reports.tables import add_numbers, footed, report_table, unit_name

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import LayerPlan, LayerResult
+from globalopt.values.results import LayerPlan, LayerResult
 
 P = TypeVar("P", bound=LayerPlan)
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
-from globalopt.summary import LayerResult, Summary
-from globalopt.types import Status
+from globalopt.values.decomposition import Status
+from globalopt.values.results import LayerResult, Summary
 from reports import formats
 from reports.figures import COLOURS, MARKERS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain
 from reports.groups import Grid

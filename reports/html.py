@@ -13,7 +13,7 @@ from typing import ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from globalopt.files import write_text
+from globalopt.runs.files import write_text
 
 FOLDER = "page"  # of the template, its style and its script
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from globalopt.summary import MatchResult, Summary
+from globalopt.values.results import MatchResult, Summary
 from reports import formats
 from reports.figures import COLOURS, in_corner, new_figure, not_drawn, plain, round_ticks
 

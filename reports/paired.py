@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from globalopt.summary import Metrics, Summary, WindowLosses
+from globalopt.values.results import Metrics, Summary, WindowLosses
 
 CONFIDENCE = 0.95
 DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within

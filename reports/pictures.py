@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from globalopt.summary import Details, Summary
+from globalopt.values.results import Details, Summary
 from reports.convergence_figure import convergence_figure
 from reports.curves_figure import curves_figure
 from reports.figures import save

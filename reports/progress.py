@@ -13,7 +13,7 @@ from rich.progress import Progress as Display
 from rich.table import Column
 from rich.text import Text
 
-from globalopt.memory import in_use
+from globalopt.machine.memory import in_use
 from globalopt.protocols import Progress
 from reports import formats
 

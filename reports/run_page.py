@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from globalopt.summary import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
-from globalopt.types import Status
+from globalopt.values.decomposition import Status
+from globalopt.values.results import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
 from reports import formats, tables
 from reports.groups import Group, by_block, by_kind
 from reports.html import (

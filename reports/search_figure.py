@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from globalopt.summary import Evaluation, Search, Summary
+from globalopt.values.results import Evaluation, Search, Summary
 from reports import formats
 from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.surrogate import Surrogate, chosen, whole

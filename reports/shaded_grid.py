@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.summary import LayerPlan
+from globalopt.values.results import LayerPlan
 from reports.groups import Grid, by_block
 
 WIDTH = 80

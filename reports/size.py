@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from globalopt.summary import Summary
-from globalopt.types import BYTES_PER_VALUE
+from globalopt.values.budget import BYTES_PER_VALUE
+from globalopt.values.results import Summary
 from reports import formats
 
 

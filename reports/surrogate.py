@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from globalopt.summary import Evaluation, Search, Summary
+from globalopt.values.results import Evaluation, Search, Summary
 
 FEWEST = 3  # distinct evaluations: two lie on a line whatever the surrogate is worth
 SAME = 1e-9  # a relative difference below this is rounding

@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.summary import Evaluation, LayerPlan, LayerResult, MatchResult, Metrics, Search, Summary
-from globalopt.types import Status
+from globalopt.values.decomposition import Status
+from globalopt.values.results import Evaluation, LayerPlan, LayerResult, MatchResult, Metrics, Search, Summary
 from reports import formats
 from reports.groups import Group, by_block, by_kind
 from reports.shaded_grid import kept_grid

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.scores import ACCURACIES, ModelScore, Score, Scorecard
-from globalopt.summary import Metrics
+from globalopt.values.results import Metrics
+from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard
 from reports import formats
 from reports.tables import add_numbers, footed, metrics_table, perplexity, report_table
 

@@ -15,8 +15,9 @@ from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import indicate_nm, indicate_planes, indicate_roughly, indicate_top, plane_order
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
-from globalopt.summary import Trace
-from globalopt.types import NM, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Trace
+from globalopt.values.layer import NM
 
 # The penalty runs from FIRST[0] g^FIRST[1] to LAST[0] g^LAST[1], where g is the geometric mean of the eigenvalues of
 # the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and want a smaller penalty.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
 from globalopt.kernels.norm import Norm
-from globalopt.summary import Trace
+from globalopt.values.decomposition import Trace
 
 
 class Fit(NamedTuple):

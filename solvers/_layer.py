@@ -12,8 +12,10 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
-from globalopt.summary import Trace
-from globalopt.types import Decomposition, LayerSpec, Metric, Solution, Status, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution, Status, Trace
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Metric
 
 # Of the mean importance: a row whose output the loss does not feel still has a finite scale.
 LEAST_IMPORTANCE = 1e-4

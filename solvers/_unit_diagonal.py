@@ -12,7 +12,9 @@ from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.low_rank import leading_subspace
 from globalopt.kernels.norm import Norm, Side
 from globalopt.protocols import Outputs
-from globalopt.types import Decomposition, Metric, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.metric import Metric
 from solvers._layer import Layer
 
 

@@ -13,7 +13,9 @@ from globalopt.kernels.obs import obs_prune
 from globalopt.kernels.support_refit import fit_support
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least, below_one
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._admm import Search, prune
 from solvers._alternating import Alternating, TrackedSubspace
 from solvers._layer import OneByOne

@@ -11,7 +11,9 @@ from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least, below_one
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._alternating import Alternating, TrackedSubspace
 from solvers._layer import Layer, OneByOne, at_most_rows
 

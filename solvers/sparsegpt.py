@@ -11,7 +11,9 @@ from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._layer import Layer, OneByOne, at_most_rows
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._layer import OneByOne
 from solvers._unit_diagonal import Damping, UnitDiagonal
 

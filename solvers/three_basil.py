@@ -13,7 +13,9 @@ from torch import Tensor
 from globalopt.kernels.ridge_admm import Fit
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._admm import Search
 from solvers._unit_diagonal import Damping, UnitDiagonal
 

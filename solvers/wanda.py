@@ -9,7 +9,9 @@ from torch import Tensor
 
 from globalopt.kernels.projection import keep_weights
 from globalopt.protocols import Needs, Outputs
-from globalopt.types import Decomposition, Metric, Solution, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
 from solvers._layer import Layer, OneByOne, at_most_rows
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from globalopt import budget_file
-from globalopt.budget_file import BudgetFile, LayerEntry
-from globalopt.types import Budget, LayerSpec, Target
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile, LayerEntry
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import LayerSpec
 
 KINDS = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 

@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-import globalopt.pipeline  # noqa: F401
-from globalopt import files
+import globalopt.pipeline.search  # noqa: F401
 from globalopt.cli import main
+from globalopt.runs import files
 
 
 def child(arguments: list[str], said: Path, writes: int | None) -> int:

@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from globalopt.analysis.spans import compute_span
 from globalopt.protocols import Candidate
-from globalopt.span import compute_span
-from globalopt.types import Mask, Problem, Span
+from globalopt.values.problem import Problem
+from globalopt.values.span import Mask, Span
 
 CHUNK = 4
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from globalopt.types import FREE, NM, Budget, ErrorSurface, LayerSpec, Limits, Problem, Profile, Target
+from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import ErrorSurface, Problem, Profile
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
 

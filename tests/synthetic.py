@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globalopt.types import Gram, Metric
+from globalopt.values.metric import Gram, Metric
 
 
 def layer(d_out: int, d_in: int, tokens: int, seed: int = 0) -> tuple[Tensor, Gram]:

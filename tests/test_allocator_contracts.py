@@ -8,7 +8,9 @@ import pytest
 
 from allocators import ALLOCATORS, get_allocator
 from globalopt.errors import BudgetError
-from globalopt.types import NM, Budget, Limits, Problem, Target
+from globalopt.values.budget import Budget, Limits, Target
+from globalopt.values.layer import NM
+from globalopt.values.problem import Problem
 from tests.objectives import BentObjective
 from tests.reference.knapsack import best_on_grid
 from tests.surfaces import problem

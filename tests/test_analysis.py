@@ -5,24 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.analysis import (
-    MEASURED_KEPT,
-    fit_layers,
-    measure_layers,
-    output_grams,
-    price_by_gradients,
-    price_by_grams,
-    span_layers,
-    weigh_layers,
-)
-from globalopt.capture import Batch, BlockRunner
+from globalopt.analysis.collect import output_grams, span_layers
+from globalopt.analysis.fits import MEASURED_KEPT, fit_layers
+from globalopt.analysis.one_layer_losses import measure_layers, weigh_layers
+from globalopt.analysis.prices import price_by_gradients, price_by_grams
+from globalopt.analysis.sensitivity import backward_sweep
 from globalopt.errors import ArtefactError
-from globalopt.files import read_json
 from globalopt.kernels.sketch import DenseSketch
-from globalopt.layers import find_layers
-from globalopt.sensitivity import backward_sweep
-from globalopt.store import Run
-from globalopt.types import NM, Gram, LayerSpec, Metric, Target
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch, BlockRunner
+from globalopt.runs.files import read_json
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
 from tests.test_objective import kl
 from tests.tiny_models import tiny_ids, tiny_model

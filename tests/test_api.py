@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import globalopt
 from allocators import get_allocator
-from globalopt import budget_file
+from globalopt.budgets import budget_file
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
-from globalopt.live import live_bench
+from globalopt.pipeline.live import live_bench
+from globalopt.pipeline.options import TextOptions
 from globalopt.protocols import Needs, Outputs
-from globalopt.types import Allocation, Decomposition, Metric, Problem, Solution, Target
-from globalopt.workbench import TextOptions
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.metric import Metric
+from globalopt.values.problem import Allocation, Problem
 from reports import QuietProgress
 from solvers._layer import OneByOne
 from tests.command import WINDOWS, done, refused, results, write_text

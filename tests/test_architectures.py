@@ -6,27 +6,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from globalopt import pipeline, stages, workbench
-from globalopt.budget_file import read
+from globalopt.budgets.budget_file import read
 from globalopt.errors import UnsupportedModelError
-from globalopt.resources import StageClock
+from globalopt.machine.clock import StageClock
+from globalopt.pipeline import search, session
+from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
 from reports import QuietProgress
 from tests.command import write_text
 from tests.tiny_models import COVERED_KINDS, save_tiny
 
 
 def bench(folder, text):
-    options = workbench.ModelOptions(str(folder))
-    texts = workbench.TextOptions(str(text), nsamples=4, seqlen=16, eval_windows=2, batch_size=2)
-    return workbench.set_up(options, texts, 0, QuietProgress(), StageClock())
+    options = ModelOptions(str(folder))
+    texts = TextOptions(str(text), nsamples=4, seqlen=16, eval_windows=2, batch_size=2)
+    return session.set_up(options, texts, 0, QuietProgress(), StageClock())
 
 
 @pytest.mark.parametrize("kind", COVERED_KINDS)
 def test_search_compresses_it(kind, tmp_path):
     model = save_tiny(tmp_path / "model", kind)
     made = bench(model, write_text(tmp_path / "text.txt"))
-    options = stages.SearchOptions(budget=0.5, solver="sparsegpt", pricing="span")
-    summary, run = pipeline.search(made, options, tmp_path / "run", "test")
+    options = SearchOptions(budget=0.5, solver="sparsegpt", pricing="span")
+    summary, run = search.search(made, options, tmp_path / "run", "test")
     assert 0.999 * summary.limit <= summary.used <= summary.limit
     assert summary.compressed[0].kl
     assert len(read(run.budget_path).layers) == len(made.layers.specs)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from globalopt import files
-from globalopt.store import Run
+from globalopt.runs import files
+from globalopt.runs.folder import Run
 from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, results, run
 from tests.tiny_models import save_tiny
 
@@ -445,7 +445,7 @@ def test_memory_that_runs_out(tiny_search, tmp_path, monkeypatch):
     def out_of_memory(*arguments):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr("globalopt.stages.span_layers", out_of_memory)
+    monkeypatch.setattr("globalopt.pipeline.analyse.span_layers", out_of_memory)
     message = refused(FAILED, *tiny_search, "--out", tmp_path / "run", "-q")
     assert "80 GiB" in message
     assert "--batch-size" in message

@@ -18,8 +18,9 @@ import torch
 from transformers import AutoTokenizer
 
 from allocators import Knapsack
-from globalopt import pipeline, stages, workbench
 from globalopt.errors import UsageError
+from globalopt.pipeline import analyse, finish, search, session
+from globalopt.pipeline.options import SearchOptions
 from tests.surfaces import problem
 from tests.tiny_models import save_tiny
 
@@ -93,9 +94,9 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
         # Nine ramps on all of the selection text.
         assert found["depth-ramp@5000"]["tokens"] == found["knapsack"]["tokens"] + 9 * 3 * 16
 
-    monkeypatch.setattr(pipeline, "finish", never)
-    monkeypatch.setattr(stages, "span_layers", never)
-    monkeypatch.setattr(pipeline, "BlockRunner", never)
+    monkeypatch.setattr(finish, "finish", never)
+    monkeypatch.setattr(analyse, "span_layers", never)
+    monkeypatch.setattr(search, "BlockRunner", never)
     assert allocation.main(command) == 0
     assert json.loads((out / "allocation.json").read_text()) == result
     assert allocation.main([*command, "--seqlen", "12"]) == 1
@@ -110,10 +111,8 @@ def test_a_cell_is_what_search_finds_by_itself(tiny, tmp_path):
     *_, cell = json.loads((tmp_path / "out" / "allocation.json").read_text())["cells"]
     assert cell["label"] == "depth-ramp@9000"
     options = cells.option_parser("").parse_args([*tiny, "--out", "unused"])
-    asked = stages.SearchOptions(
-        budget=0.4, allocator="depth-ramp", solver_options={"steps": "2"}, seed=1, search_tokens=9000
-    )
-    summary, _ = pipeline.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
+    asked = SearchOptions(budget=0.4, allocator="depth-ramp", solver_options={"steps": "2"}, seed=1, search_tokens=9000)
+    summary, _ = search.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
     assert cell["validation"]["kl"] == pytest.approx(summary.compressed[0].kl, rel=1e-6)
     assert summary.search is not None
     assert cell["selection_loss"] == pytest.approx(summary.search.loss)
@@ -155,7 +154,7 @@ def test_one_share_offers_every_layer_the_rank_shares_nearest_to_it():
 
 
 def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workbench, "set_up", never)
+    monkeypatch.setattr(session, "set_up", never)
     command = ["--out", str(tmp_path / "out"), *tiny]
     assert script("allocation").main([*command, "--budgets", "0.5", "1.5"]) == 2
     assert "1.5" in capsys.readouterr().err
@@ -179,8 +178,8 @@ def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, c
         assert cell["fitted_loss"] != pytest.approx(cell["selection_loss"])
         assert cell["validation"]["ratio"] == pytest.approx(cell["validation"]["kl"] / first["validation"]["kl"])
 
-    monkeypatch.setattr(pipeline, "finish", never)
-    monkeypatch.setattr(pipeline, "BlockRunner", never)
+    monkeypatch.setattr(finish, "finish", never)
+    monkeypatch.setattr(search, "BlockRunner", never)
     assert spans.main(command) == 0
     assert json.loads((out / "spans.json").read_text()) == result
 
@@ -211,7 +210,7 @@ def test_refine_climbs_its_ladder_and_reads_finished_cells_back(tiny, tmp_path, 
         found = cell["splits"]["validation"]
         assert cell["splits"]["validation"]["gap"] == pytest.approx(found["perplexity"] - found["dense_perplexity"])
 
-    monkeypatch.setattr(pipeline, "finish", never)
+    monkeypatch.setattr(finish, "finish", never)
     assert refine.main(command) == 0
     assert capsys.readouterr().out == printed
 
@@ -234,7 +233,7 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
         assert cell["improving"] / 6 <= cell["bound"] <= 1
         assert cell["loss"] == pytest.approx(of[label])
 
-    monkeypatch.setattr(workbench, "set_up", never)
+    monkeypatch.setattr(session, "set_up", never)
     assert optimality.main(command) == 0
     assert json.loads((out / "local_optimality.json").read_text()) == result
     assert optimality.main([str(cells / "seed0" / "analysis"), "--out", str(out)]) == 1
@@ -254,7 +253,7 @@ def test_estimators_are_compared_on_the_same_samples(tiny, tmp_path, monkeypatch
         assert cell["variance"] > 0
         if cell["baseline"] == "moving-average" and not cell["control_variate"]:
             assert cell["relative"] == 1
-    monkeypatch.setattr(pipeline, "BlockRunner", never)
+    monkeypatch.setattr(search, "BlockRunner", never)
     assert estimators.main([*command, "--pilot", "1"]) == 0
     assert json.loads((out / "estimators.json").read_text()) == found
 
@@ -307,7 +306,7 @@ def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeyp
     assert -1 <= result["spearman"]["test"]["wanda"] <= 1
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "finish", never)
+        patched.setattr(finish, "finish", never)
         assert transfer.main(command) == 0
     assert json.loads((out / "transfer.json").read_text()) == result
 
@@ -322,14 +321,14 @@ def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeyp
         assert found[solver, "file:knapsack"] == pytest.approx(kl[solver, "knapsack"])
 
     # A file of another size is refused before anything is computed.
-    monkeypatch.setattr(stages, "analyse", never)
+    monkeypatch.setattr(analyse, "analyse", never)
     other = [str(file), "--out", str(tmp_path / "other"), *tiny, "--budget", "0.5", "--seeds", "0"]
     assert transfer.main([*other, "--allocators", "uniform"]) == 2
     assert "--budget 0.4" in capsys.readouterr().err
 
 
 def test_transfer_refuses_a_solver_that_cannot_meet_a_pattern(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workbench, "set_up", never)
+    monkeypatch.setattr(session, "set_up", never)
     command = ["--out", str(tmp_path), *tiny, "--pattern", "2:4", "--budget", "0.7", "--solvers", "oats", "wanda"]
     assert script("transfer").main([*command, "--allocators", "knapsack"]) == 2
     assert "wanda has no low-rank part" in capsys.readouterr().err

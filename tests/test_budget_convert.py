@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from globalopt import budget_file
-from globalopt.types import NM, LayerSpec, Target
+from globalopt.budgets import budget_file
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM, LayerSpec
 from tests.budgets import half, make, sparse, specs, write
 from tests.command import done, read, refused
 

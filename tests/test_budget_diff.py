@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from globalopt import budget_diff
-from globalopt.types import LayerSpec, Target
+from globalopt.budgets import diff
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
 from reports.shaded_grid import change_grid
 from tests.budgets import half, make, write
 from tests.command import done, refused, run
@@ -82,8 +83,8 @@ def test_budgets_of_different_models_are_refused(two, tmp_path):
 def test_depth_is_cut_into_even_ranges():
     blocks = 19
     file = make(half, blocks=blocks)
-    ranges = budget_diff.diff(file, file, (Path("a"), Path("b"))).by_depth()
-    assert len(ranges) == budget_diff.RANGES
+    ranges = diff.diff(file, file, (Path("a"), Path("b"))).by_depth()
+    assert len(ranges) == diff.RANGES
     assert next(iter(ranges)) == "0-1"
     assert sum(move.layers for move in ranges.values()) == 3 * blocks
     assert {move.layers // 3 for move in ranges.values()} == {2, 3}

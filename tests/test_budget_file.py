@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from allocators import get_allocator
-from globalopt import budget_file
-from globalopt.budget_file import BudgetFile
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile
 from globalopt.errors import ArtefactError
-from globalopt.types import NM, LayerSpec, Limits, Problem
+from globalopt.values.budget import Limits
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import Problem
 from tests.surfaces import problem
 
 PROBLEMS = {

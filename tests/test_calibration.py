@@ -18,9 +18,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from globalopt import calibration
-from globalopt.calibration import Split, Splits, Text, consecutive_split, make_splits, read_text, reference_splits
 from globalopt.errors import CalibrationError, UsageError
+from globalopt.text import reading, splits
+from globalopt.text.reading import Text, read_text
+from globalopt.text.splits import Split, Splits, consecutive_split, make_splits, reference_splits
 
 ROWS = ["The first document.", "A second one, with ümlauts and \u2028 inside.", "And the third."]
 JOINED = "\n\n".join(ROWS)
@@ -155,17 +156,17 @@ def test_a_hub_data_set_is_streamed_and_cut(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "repository" / "test.jsonl", [{"n": 0, "text": "held out"}])
     monkeypatch.chdir(tmp_path)
     spec = "./repository"
-    assert list(calibration._hub_documents(spec, None)) == ROWS
-    assert list(calibration._hub_documents(f"{spec}:test", None)) == ["held out"]
+    assert list(reading._hub_documents(spec, None)) == ROWS
+    assert list(reading._hub_documents(f"{spec}:test", None)) == ["held out"]
     with pytest.raises(CalibrationError, match="nosuch"):
-        list(calibration._hub_documents(f"{spec}:nosuch", None))
+        list(reading._hub_documents(f"{spec}:nosuch", None))
     with pytest.raises(CalibrationError, match="nosuch"):
-        list(calibration._hub_documents(f"{spec}@nosuch", None))
+        list(reading._hub_documents(f"{spec}@nosuch", None))
     with pytest.raises(CalibrationError, match="no column 'body'"):
-        list(calibration._hub_documents(spec, "body"))
-    cut = calibration.join(iter(ROWS), "x", most=len(ROWS[0]) + 1)
+        list(reading._hub_documents(spec, "body"))
+    cut = reading.join(iter(ROWS), "x", most=len(ROWS[0]) + 1)
     assert (cut.text, cut.documents, cut.complete) == ("\n\n".join(ROWS[:2]), 2, False)
-    assert calibration.join(iter(ROWS), "x", most=10**6) == Text.of(JOINED, "x", 3)
+    assert reading.join(iter(ROWS), "x", most=10**6) == Text.of(JOINED, "x", 3)
 
 
 # ------------------------------------------------------------------------------------------------- cutting
@@ -197,7 +198,7 @@ def test_windows_are_the_texts_tokens_and_no_token_is_in_two_splits(word_tokeniz
 @pytest.mark.parametrize(("length", "nsamples", "seqlen"), [(40, 5, 8), (41, 5, 8), (500, 7, 16), (10, 1, 10)])
 def test_random_windows_do_not_overlap_while_they_fit(word_tokenizer, length, nsamples, seqlen):
     for seed in range(20):
-        (region,) = calibration._cut(word_tokenizer, words(length - 1), ("calibration",), nsamples, seqlen)
+        (region,) = splits._cut(word_tokenizer, words(length - 1), ("calibration",), nsamples, seqlen)
         split = region.random(nsamples, seqlen, seed)
         assert len(tokens_of(split)) == nsamples * seqlen
         assert not split.overlapping
@@ -205,7 +206,7 @@ def test_random_windows_do_not_overlap_while_they_fit(word_tokenizer, length, ns
 
 def test_random_windows_are_uniform_over_their_placements(word_tokenizer):
     # Two windows of two tokens in five: at {0, 2}, {0, 3} or {1, 3}, in either order.
-    (region,) = calibration._cut(word_tokenizer, words(4), ("calibration",), 2, 2)
+    (region,) = splits._cut(word_tokenizer, words(4), ("calibration",), 2, 2)
     seen = Counter(region.random(2, 2, seed).starts for seed in range(1200))
     assert set(seen) == {(0, 2), (2, 0), (0, 3), (3, 0), (1, 3), (3, 1)}
     assert all(abs(count - 200) < 5 * (1200 * 1 / 6 * 5 / 6) ** 0.5 for count in seen.values())
@@ -242,7 +243,7 @@ def test_special_tokens_are_added_once_and_long_texts_pass_without_a_warning(cap
     transformers.logging.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
-            tokens = calibration.tokenise(word_tokenizer, words(100))
+            tokens = splits.tokenise(word_tokenizer, words(100))
     finally:
         transformers.logging.disable_propagation()
         transformers.logging.set_verbosity_error()

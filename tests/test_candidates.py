@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from globalopt.candidates import FittedLayer, span_weight
-from globalopt.span import compute_span, take
-from globalopt.surface import Options
-from globalopt.types import NM, ErrorSurface, LayerSpec, Mask, Target
+from globalopt.analysis.grid import Options
+from globalopt.analysis.spans import compute_span
+from globalopt.objective.candidates import FittedLayer, span_weight, take
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import ErrorSurface
+from globalopt.values.span import Mask
 
 SPEC = LayerSpec("layer", 0, "layer", "q_proj", 64, 48)
 

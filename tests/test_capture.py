@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from globalopt.capture import Batch, BlockRunner, BlockVisit, walk_blocks
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
-from globalopt.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.walk import Batch, BlockRunner, BlockVisit, walk_blocks
 from tests.tiny_models import BLOCKS, KINDS, VOCAB, tiny_ids, tiny_model
 
 TOKENS = 12

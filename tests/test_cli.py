@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from allocators import ALLOCATORS
-from globalopt import budget_file, pipeline
+from globalopt.budgets import budget_file
 from globalopt.commands.console import INTERRUPTED
-from globalopt.layers import find_layers
-from globalopt.models import load_model, model_fingerprint, reference_folder
-from globalopt.store import Run
-from globalopt.types import NM, Budget, Decomposition, ErrorSurface, Problem, Target, follows
+from globalopt.models.identity import model_fingerprint
+from globalopt.models.layers import find_layers
+from globalopt.models.loading import load_model, reference_folder
+from globalopt.pipeline import finish, search
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Budget, Target
+from globalopt.values.decomposition import Decomposition, follows
+from globalopt.values.layer import NM
+from globalopt.values.problem import ErrorSurface, Problem
 from solvers import SOLVERS
 from solvers.oats import OATS
 from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, results, run
@@ -101,8 +106,8 @@ def test_the_saved_model_is_the_sum_of_the_saved_factors(tiny_run):
 
 def test_a_second_run_computes_nothing(tiny_search, tiny_run, monkeypatch):
     before = contents(tiny_run)
-    monkeypatch.setattr(pipeline, "analyse", None)
-    monkeypatch.setattr(pipeline, "finish", None)
+    monkeypatch.setattr(search, "analyse", None)
+    monkeypatch.setattr(finish, "finish", None)
     again = done(*tiny_search, "--out", tiny_run, "--json")
     assert "is finished" in again.stderr
     assert json.loads(again.stdout) == read(tiny_run / "summary.json")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from globalopt.curves import POINTS, layer_curves
-from globalopt.types import Gram
+from globalopt.analysis.curves import POINTS, layer_curves
+from globalopt.values.metric import Gram
 from tests.synthetic import layer
 
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from globalopt import doctor
-from globalopt.doctor import Device, Disk, Product
+from globalopt.pipeline import doctor
+from globalopt.pipeline.doctor import Device, Disk, Product
 from tests.command import done, run
 
 FAILED = 1

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from globalopt import dry_run, probes
-from globalopt.dry_run import Job, Structure
-from globalopt.layers import find_layers
-from globalopt.models import load_model
-from globalopt.workbench import ModelOptions, TextOptions
+from globalopt.models.layers import find_layers
+from globalopt.models.loading import load_model
+from globalopt.pipeline import dry_run, timing
+from globalopt.pipeline.dry_run import Job, Structure
+from globalopt.pipeline.options import ModelOptions, TextOptions
 from solvers import get_solver
 from tests.command import WINDOWS, contents, done, refused, write_text
 from tests.tiny_models import parameter_count, save_tiny, tiny_model
@@ -25,8 +25,8 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "SIDE", 32)
-    monkeypatch.setattr(probes, "PRODUCT", 64)
+    monkeypatch.setattr(timing, "SIDE", 32)
+    monkeypatch.setattr(timing, "PRODUCT", 64)
 
 
 def planned(models: ModelOptions, job: Job, texts: TextOptions | None = None) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from globalopt import evaluate as evaluation
-from globalopt.calibration import Split, reference_splits
 from globalopt.errors import NumericalError, UsageError
-from globalopt.evaluate import evaluate, evaluate_both
-from globalopt.models import load_model, reference_folder
+from globalopt.evaluation import perplexity
+from globalopt.evaluation.perplexity import evaluate, evaluate_both
+from globalopt.models.loading import load_model, reference_folder
+from globalopt.text.splits import Split, reference_splits
 
 VOCABULARY = 50
 
@@ -96,8 +96,8 @@ def test_small_memory_limits_change_nothing_but_the_batches(monkeypatch):
         return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(model, "forward", counting)
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 2 * 9 * VOCABULARY)
-    monkeypatch.setattr(evaluation, "SOFTMAX_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 2 * 9 * VOCABULARY)
+    monkeypatch.setattr(perplexity, "SOFTMAX_AT_ONCE", 3 * VOCABULARY)
     limited = evaluate(model, split, dense, batch_size=4)
     assert rows == [2, 2, 2, 1]
     for name, value in dataclasses.asdict(expected).items():

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from allocators.nested import is_within
-from globalopt import budget_file, family, workbench
-from globalopt.budget_file import BudgetFile
+from globalopt.budgets import budget_file
+from globalopt.budgets.budget_file import BudgetFile
 from globalopt.commands.console import INTERRUPTED
-from globalopt.objective import ModelObjective
-from globalopt.store import Run
-from globalopt.types import Target
+from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.pipeline import family, session
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
 from tests.command import contents, done, no_partial_files, read, refused, run
 
 BUDGETS = ("0.3", "0.5", "0.8")
@@ -211,14 +212,14 @@ def test_a_broken_family_is_named(tiny_family, tmp_path):
 
 def test_the_dense_weights_are_back_after_measuring(tiny_search, tmp_path, monkeypatch):
     kept = {}
-    made = workbench.set_up
+    made = session.set_up
 
     def set_up(*arguments):
         kept["bench"] = made(*arguments)
         kept["before"] = {spec.name: kept["bench"].layers.weight(spec.name) for spec in kept["bench"].layers.specs}
         return kept["bench"]
 
-    monkeypatch.setattr(workbench, "set_up", set_up)
+    monkeypatch.setattr(session, "set_up", set_up)
     done(*tiny_search, "--budget", "0.3,0.5", "--out", tmp_path / "family", "-q")
     layers = kept["bench"].layers
     assert all(layers.weight(name).equal(weight) for name, weight in kept["before"].items())

@@ -8,15 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globalopt.analysis import compare_fits, fit_layers, span_layers
-from globalopt.capture import Batch, BlockRunner
-from globalopt.fit_ratio import NOT_COMPARED, FitRatio, measure_ratios, sampled
-from globalopt.layers import find_layers
+from globalopt.analysis.collect import span_layers
+from globalopt.analysis.fit_ratio import NOT_COMPARED, FitRatio, measure_ratios, sampled
+from globalopt.analysis.fits import compare_fits, fit_layers
+from globalopt.analysis.grid import Options
+from globalopt.analysis.surfaces import fit_anchors
+from globalopt.budgets.conversion import for_solver
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch, BlockRunner
 from globalopt.protocols import Solver
-from globalopt.refine import for_solver
-from globalopt.store import Run
-from globalopt.surface import Options, fit_anchors
-from globalopt.types import NM, Budget, Gram, LayerSpec, Metric, Target
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
 from tests.tiny_models import tiny_ids, tiny_model
 

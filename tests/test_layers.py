@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from globalopt.errors import NumericalError, UnknownNameError, UnsupportedModelError, UsageError
-from globalopt.layers import check_finite, find_layers
+from globalopt.models.layers import check_finite, find_layers
 from tests.tiny_models import BLOCKS, COVERED_KINDS, KINDS, parameter_count, tiny_ids, tiny_model
 
 LLAMA_KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from globalopt.calibration import Split
-from globalopt.capture import Batch, BlockRunner, walk_blocks
+from globalopt.analysis.sensitivity import backward_sweep
 from globalopt.errors import ArtefactError, GlobalOptError, NumericalError, UnsupportedModelError, UsageError
-from globalopt.evaluate import evaluate_both
-from globalopt.layers import ModelLayers, check_finite, find_layers
-from globalopt.lazy import INDEX, SINGLE, LazyBlocks, dtype_of, lazy_blocks
-from globalopt.memory import in_file
-from globalopt.models import LoadedModel, load_model, load_structure, model_fingerprint, save_dense, weights_sha256
-from globalopt.sensitivity import backward_sweep
+from globalopt.evaluation.perplexity import evaluate_both
+from globalopt.machine.memory import in_file
+from globalopt.models.identity import model_fingerprint, weights_sha256
+from globalopt.models.layers import ModelLayers, check_finite, find_layers
+from globalopt.models.loading import LoadedModel, load_model, load_structure
+from globalopt.models.saving import save_dense
+from globalopt.models.streaming import INDEX, SINGLE, LazyBlocks, dtype_of, lazy_blocks
+from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.text.splits import Split
 from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, write_text
 from tests.tiny_models import BLOCKS, KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
@@ -295,7 +297,7 @@ def test_a_checkpoint_that_must_be_converted_is_loaded_whole_or_refused(kind: st
 
 def test_memory_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(sharded(tmp_path / "model"), tmp_path / "copy")
-    monkeypatch.setattr("globalopt.models.resident", lambda: 1000)
+    monkeypatch.setattr("globalopt.models.loading.resident", lambda: 1000)
     size = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert lazy_blocks(load_model(folder, device="cpu", max_memory=1000 + 3 * size).model) is None
     assert lazy_blocks(load_model(folder, device="cpu", max_memory=999 + 3 * size).model) is not None
@@ -306,7 +308,7 @@ def test_memory_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match=r"--max-memory 1.95 KiB is too little: even block by block copy needs"):
         load_model(folder, device="cpu", max_memory=2000)
     assert lazy_blocks(load_model(folder, device="cpu").model) is None
-    monkeypatch.setattr("globalopt.models.available", lambda place: size)
+    monkeypatch.setattr("globalopt.models.loading.available", lambda place: size)
     assert lazy_blocks(load_model(folder, device="cpu").model) is not None
 
 
@@ -340,9 +342,9 @@ def text(tmp_path: Path) -> Path:
 
 def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = sharded(tmp_path / "model")
-    monkeypatch.setattr("globalopt.models.resident", lambda: 0)
+    monkeypatch.setattr("globalopt.models.loading.resident", lambda: 0)
     # Also no hidden state has room in memory.
-    monkeypatch.setattr("globalopt.workbench.resident", lambda: 10**9)
+    monkeypatch.setattr("globalopt.pipeline.session.resident", lambda: 10**9)
     options = ("--calibration", text, *WINDOWS, "--device", "cpu", "--quiet")
     method = ("--allocator", "knapsack", "--set", "preset=fast", "--batch-size", "4")
     method += ("--match", "block", "--match-set", "epochs=2,share=0.5,held-out=0")

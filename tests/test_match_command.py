@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from globalopt.errors import UsageError
-from globalopt.layers import ModelLayers, find_layers
-from globalopt.models import load_model
-from globalopt.refining import RefineOptions
-from globalopt.store import Run
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.loading import load_model
+from globalopt.pipeline.options import RefineOptions
+from globalopt.runs.folder import Run
 from tests.command import WINDOWS, done, no_partial_files, read, refused, results, write_text
 from tests.tiny_models import save_tiny
 

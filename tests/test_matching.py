@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from globalopt.capture import Batch, BlockRunner, walk_blocks
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.files import read_tensors
-from globalopt.layers import find_layers
-from globalopt.matching import Loss, Matching, match_block
-from globalopt.refine import Order, Refinement, refine
-from globalopt.store import Run
-from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Target, follows
+from globalopt.matching.block import Loss, Matching, match_block
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.refine.blocks import Order, Refinement, refine
+from globalopt.runs.files import read_tensors
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Budget, Target
+from globalopt.values.decomposition import Decomposition, follows
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram
 from solvers import SOLVERS, get_solver
 from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model
 
@@ -151,7 +154,7 @@ def test_the_target_is_what_the_dense_block_makes_of_these_inputs_or_of_dense_on
         wanted[share, index] = list(targets)
         return match_block(runner, index, inputs, targets, values, *rest)
 
-    monkeypatch.setattr("globalopt.refine.match_block", spy)
+    monkeypatch.setattr("globalopt.refine.blocks.match_block", spy)
     for share in (0.0, 0.5, 1.0):
         _, runner, plan, run = setting(tmp_path, matching=replace(QUICK, epochs=1, share=share), name=f"run{share}")
         list(refine(runner, plan, run, no_outputs))
@@ -188,7 +191,7 @@ def test_site_by_site_every_site_sees_the_layers_before_it_replaced(tmp_path):
 
 
 def metric_of(norms: Tensor):
-    from globalopt.types import Metric
+    from globalopt.values.metric import Metric
 
     return Metric(Gram(torch.diag(norms.square()), 48))
 
@@ -265,7 +268,7 @@ def test_masking_gradients_by_hand_comes_to_the_same(tmp_path):
 
 
 def norm_weights(layers):
-    from globalopt.trainable import norm_parameters
+    from globalopt.matching.parameters import norm_parameters
 
     root = f"{layers.blocks_path}.0"
     return [(name.removeprefix(f"{root}."), p) for name, p in norm_parameters(layers.model, root)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from globalopt.errors import UsageError
-from globalopt.memory import available, give_back, parse_size, resident, size_text
+from globalopt.machine.memory import available, give_back, parse_size, resident, size_text
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.capture import Batch
 from globalopt.errors import UnknownNameError
-from globalopt.layers import find_layers
-from globalopt.model_matching import Distillation, match_model, teachers
-from globalopt.objective import Teacher
-from globalopt.types import Decomposition
+from globalopt.kernels.top_kl import Teacher
+from globalopt.matching.model import Distillation, match_model, teachers
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch
+from globalopt.values.decomposition import Decomposition
 from tests.tiny_models import tiny_ids, tiny_model
 
 OPTIONS = Distillation(epochs=5, rate=0.03)

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from globalopt import models
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
-from globalopt.layers import find_layers
-from globalopt.models import load_model, model_fingerprint, resolve_device, save_dense, weights_sha256
+from globalopt.models import loading
+from globalopt.models.identity import model_fingerprint, weights_sha256
+from globalopt.models.layers import find_layers
+from globalopt.models.loading import load_model, resolve_device
+from globalopt.models.saving import save_dense
 from tests.tiny_models import KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 
@@ -52,7 +54,7 @@ def test_a_local_folder_asks_no_network(folder: Path, monkeypatch: pytest.Monkey
         raise AssertionError("a local folder went to the network")
 
     asked: list[bool] = []
-    for loader in (models.AutoConfig, models.AutoModelForCausalLM, models.AutoTokenizer):
+    for loader in (loading.AutoConfig, loading.AutoModelForCausalLM, loading.AutoTokenizer):
 
         def spy(*args: Any, load: Any = loader.from_pretrained, **kwargs: Any) -> Any:
             asked.append(kwargs["local_files_only"])
@@ -227,8 +229,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_missing_reference_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
     with pytest.raises(ArtefactError, match="install the package again"):
-        models.reference_folder()
+        loading.reference_folder()
     save_tiny(tmp_path / "reference" / "model")
-    assert models.reference_folder() == tmp_path / "reference" / "model"
+    assert loading.reference_folder() == tmp_path / "reference" / "model"

@@ -7,13 +7,16 @@ import itertools
 import pytest
 import torch
 
-from globalopt.calibration import Split
-from globalopt.capture import Batch, BlockRunner
 from globalopt.errors import NumericalError, UsageError
-from globalopt.evaluate import evaluate
-from globalopt.layers import find_layers
-from globalopt.objective import ModelObjective, Teacher
-from globalopt.types import LayerSpec, Mask, Target
+from globalopt.evaluation.perplexity import evaluate
+from globalopt.kernels.top_kl import Teacher
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch, BlockRunner
+from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.text.splits import Split
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.span import Mask
 from tests.tiny_models import tiny_ids, tiny_model
 
 WINDOWS, TOKENS = 6, 10

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from globalopt.analysis.profiles import NO_TAIL, profile_block, tail_exponent
 from globalopt.errors import NumericalError, UsageError
-from globalopt.profile import NO_TAIL, OUTLIER_THRESHOLDS, profile_block, tail_exponent
-from globalopt.types import Gram
+from globalopt.values.metric import Gram
+from globalopt.values.problem import OUTLIER_THRESHOLDS
 from tests.synthetic import layer
 
 

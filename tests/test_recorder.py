@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from globalopt.errors import ArtefactError
-from globalopt.recorder import RecordedObjective, Selection
-from globalopt.types import Mask, Target
+from globalopt.objective.journal import RecordedObjective, Selection
+from globalopt.values.budget import Target
+from globalopt.values.span import Mask
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

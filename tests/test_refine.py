@@ -8,14 +8,18 @@ from typing import ClassVar
 import pytest
 import torch
 
-from globalopt.capture import Batch, BlockRunner
+from globalopt.budgets.conversion import for_solver
 from globalopt.errors import NumericalError, UsageError
-from globalopt.layers import ModelLayers, find_layers
-from globalopt.models import load_model
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.loading import load_model
+from globalopt.models.walk import Batch, BlockRunner
 from globalopt.protocols import Needs, Outputs
-from globalopt.refine import Refinement, checked, for_solver, refine
-from globalopt.store import Run
-from globalopt.types import NM, Budget, Decomposition, Gram, LayerSpec, Metric, Solution, Status, Target
+from globalopt.refine.blocks import Refinement, checked, refine
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Budget, Target
+from globalopt.values.decomposition import Decomposition, Solution, Status
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model
 
@@ -284,7 +288,7 @@ def test_memory_is_given_back_after_every_site_of_a_model_that_is_never_whole(tm
     def given_back() -> None:
         saved_before.append(sum(run.layer_path(spec).exists() for spec in layers.specs))
 
-    monkeypatch.setattr("globalopt.refine.give_back", given_back)
+    monkeypatch.setattr("globalopt.refine.blocks.give_back", given_back)
     list(refine(runner, plan, run, no_outputs))
     sites = by_site(layers)
     ends = [sum(map(len, sites[: i + 1])) for i in range(len(sites))]

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globalopt.rounding import rounded
-from globalopt.types import Decomposition, Gram, Metric, Target
+from globalopt.refine.rounding import rounded
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
 from tests.synthetic import layer
 

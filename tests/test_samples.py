@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from globalopt.calibration import Split
-from globalopt.models import load_model
-from globalopt.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, continued, write_samples
-from globalopt.store import Run
+from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, continued, write_samples
+from globalopt.models.loading import load_model
+from globalopt.runs.folder import Run
+from globalopt.text.splits import Split
 from tests.tiny_models import COVERED_KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.capture import Batch, BlockRunner, walk_blocks
-from globalopt.layers import find_layers
-from globalopt.sensitivity import backward_sweep
-from globalopt.span import compute_span, take
-from globalopt.surface import Options, sketches
-from globalopt.types import ErrorSurface
+from globalopt.analysis.grid import Options
+from globalopt.analysis.sensitivity import backward_sweep
+from globalopt.analysis.spans import compute_span
+from globalopt.analysis.surfaces import sketches
+from globalopt.models.layers import find_layers
+from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.objective.candidates import take
+from globalopt.values.problem import ErrorSurface
 from tests.tiny_models import tiny_model
 
 SEED = 3

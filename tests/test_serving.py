@@ -10,16 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from globalopt import budget_file
+from globalopt.analysis.grid import Options
+from globalopt.budgets import budget_file
+from globalopt.budgets.serving_limits import PROFILES, check_solver, limits_of
 from globalopt.errors import ArtefactError, BudgetError, UnknownNameError, UsageError
 from globalopt.export.factors import read_factors
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import packed_layers
-from globalopt.serving import PROFILES, check_solver, limits_of
-from globalopt.stages import SearchOptions, check_feasible
-from globalopt.store import Run
-from globalopt.surface import Options
-from globalopt.types import FREE, NM, Budget, LayerSpec, Limits, Problem, Target, follows
+from globalopt.pipeline.options import SearchOptions, check_feasible
+from globalopt.runs.folder import Run
+from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import Problem
 from solvers import SOLVERS, get_solver
 from tests.command import WINDOWS, done, read, refused
 from tests.surfaces import problem

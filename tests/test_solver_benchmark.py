@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globalopt.protocols import Needs, Outputs
-from globalopt.types import NM, Decomposition, LayerSpec, Metric, Solution, Target, follows
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Solution, follows
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Metric
 from solvers import SOLVERS, get_solver
 from solvers.oats import OATS
 from tests.reference import alps, hassle_free, oats, sparsegpt, three_basil

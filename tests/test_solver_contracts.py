@@ -11,7 +11,10 @@ import torch
 
 from globalopt.errors import CalibrationError, NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
-from globalopt.types import NM, Decomposition, Gram, Metric, Status, Target, follows
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Status, follows
+from globalopt.values.layer import NM
+from globalopt.values.metric import Gram, Metric
 from solvers import SOLVERS
 from solvers.alps import ALPS
 from solvers.eora import EoRA, Pruning

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from globalopt.analysis.grid import LARGEST_SHARE, Options
+from globalopt.analysis.spans import SCALINGS, compute_span, input_scale
+from globalopt.analysis.surfaces import fit_anchors, gram_errors, priced, project, sketches
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.span import SCALINGS, compute_span, input_scale, take
-from globalopt.surface import LARGEST_SHARE, Options, fit_anchors, gram_errors, priced, project, sketches
-from globalopt.types import NM, Gram, LayerSpec, Metric, Target, follows
+from globalopt.objective.candidates import take
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
 from tests.synthetic import layer
 

@@ -8,10 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from globalopt.errors import ArtefactError
-from globalopt.files import digest, read_json, read_tensors, replacing, write_json, write_tensors
-from globalopt.store import Run
-from globalopt.summary import Curve, Details, LayerCurves, Sample, Samples
-from globalopt.types import NM, Decomposition, ErrorSurface, Gram, LayerSpec, Span, Target
+from globalopt.runs.files import digest, read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.runs.folder import Run
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram
+from globalopt.values.problem import ErrorSurface
+from globalopt.values.results import Curve, Details, LayerCurves, Sample, Samples
+from globalopt.values.span import Span
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)
 OTHER = LayerSpec("block.0.down", 0, "block.0.in", "down", 4, 8)

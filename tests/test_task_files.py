@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from globalopt.errors import CalibrationError, UsageError
-from globalopt.task_files import CHOICES, COMPLETION, CONTEXTS, find_task_files, read_task_file
+from globalopt.evaluation.task_files import CHOICES, COMPLETION, CONTEXTS, find_task_files, read_task_file
 
 GOOD = {"query": "Question: is it?\n", "choices": ["yes", "no"], "gold": 1}
 

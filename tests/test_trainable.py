@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.layers import find_layers
-from globalopt.trainable import Trainable, TrainableLayer, norm_parameters
-from globalopt.types import Decomposition
+from globalopt.matching.parameters import Trainable, TrainableLayer, norm_parameters
+from globalopt.models.layers import find_layers
+from globalopt.values.decomposition import Decomposition
 from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import ArtefactError, NumericalError, UsageError
-from globalopt.files import write_tensors
-from globalopt.trainable import Trainable
-from globalopt.training import Trained, Training, train
+from globalopt.matching.parameters import Trainable
+from globalopt.matching.training import Trained, Training, train
+from globalopt.runs.files import write_tensors
 
 
 class Line(Trainable):

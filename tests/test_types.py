@@ -7,21 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globalopt import types
 from globalopt.errors import BudgetError, CalibrationError, NumericalError, UnknownNameError, UsageError
-from globalopt.types import (
-    NM,
-    Allocation,
-    Budget,
-    Decomposition,
-    ErrorSurface,
-    Gram,
-    LayerSpec,
-    Metric,
-    Problem,
-    Solution,
-    Target,
-)
+from globalopt.values import metric
+from globalopt.values.budget import Budget, Target
+from globalopt.values.decomposition import Decomposition, Solution
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
+from globalopt.values.problem import Allocation, ErrorSurface, Problem
 
 SPEC = LayerSpec("a", 0, "a", "a", 8, 16)
 
@@ -127,7 +119,7 @@ def test_metric_error_is_the_trace(monkeypatch):
     assert Metric(G).error(E) == pytest.approx(float((X @ E.mT).square().sum(1).mean()), rel=1e-5)
     assert Metric(G, A).error(E) == pytest.approx(float(torch.trace(A.matrix @ E @ G.matrix @ E.mT)), rel=1e-5)
     whole = Metric(G, A).error(E)
-    monkeypatch.setattr(types, "ENTRIES_AT_ONCE", 2 * len(G.matrix))
+    monkeypatch.setattr(metric, "ENTRIES_AT_ONCE", 2 * len(G.matrix))
     # Products of other shapes are summed in another order: float32 agrees to about 1e-7.
     assert Metric(G, A).error(E) == pytest.approx(whole, rel=1e-6)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt import workbench
-from globalopt.resources import StageClock
+from globalopt.machine.clock import StageClock
+from globalopt.pipeline import session
+from globalopt.pipeline.options import ModelOptions, TextOptions
 from reports import QuietProgress
 
 
@@ -15,8 +16,8 @@ def test_numbers_too_small_for_a_normal_float_are_zero(tiny_llama, tiny_text):
         pytest.skip("this processor has no such mode")
     assert (torch.full((64,), 1e-30) * 1e-10).any()
     try:
-        texts = workbench.TextOptions(str(tiny_text), nsamples=2, seqlen=16, eval_windows=2)
-        workbench.set_up(workbench.ModelOptions(str(tiny_llama)), texts, 0, QuietProgress(), StageClock())
+        texts = TextOptions(str(tiny_text), nsamples=2, seqlen=16, eval_windows=2)
+        session.set_up(ModelOptions(str(tiny_llama)), texts, 0, QuietProgress(), StageClock())
         assert not (torch.full((64,), 1e-30) * 1e-10).any()
     finally:
         torch.set_flush_denormal(False)

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from globalopt import zeroshot
 from globalopt.errors import NumericalError, UsageError
-from globalopt.models import LoadedModel, load_model
-from globalopt.scores import Score, averages
-from globalopt.store import Run
-from globalopt.task_files import PAPERS, read_task_file
-from globalopt.zeroshot import ask, choose_tasks
+from globalopt.evaluation import tasks
+from globalopt.evaluation.task_files import PAPERS, read_task_file
+from globalopt.evaluation.tasks import ask, choose_tasks
+from globalopt.models.loading import LoadedModel, load_model
+from globalopt.runs.folder import Run
+from globalopt.values.scores import Score, averages
 from reports import QuietProgress, make_progress, render_scores
 from tests.command import contents, done, read, refused
 from tests.test_task_files import write
@@ -112,7 +112,7 @@ def test_a_limit_asks_the_first_items_and_progress_ends_at_all(loaded, folder):
     shown = StringIO()
     answers = ask(loaded, choose_tasks("arc_easy", folder), 2, 8, make_progress(Console(file=shown, width=200), False))
     (task,) = answers.scores
-    assert (task.items, task.version, task.source) == (2, zeroshot.VERSION, "arc_easy.jsonl")
+    assert (task.items, task.version, task.source) == (2, tasks.VERSION, "arc_easy.jsonl")
     assert task.sha256 == read_task_file(folder / "arc_easy.jsonl").sha256
     assert "100/100 % of 8 requests" in shown.getvalue()
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from globalopt.commands.console import err
 
 if TYPE_CHECKING:
-    from globalopt.refining import RefineOptions
-    from globalopt.workbench import Bench, ModelOptions, TextOptions
+    from globalopt.pipeline.options import ModelOptions, RefineOptions, TextOptions
+    from globalopt.pipeline.session import Bench
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
@@ -37,9 +37,9 @@ def one_model(argument: str | None, option: str | None) -> str | None:
 
 def named(model: str | None) -> str | None:
     """The model as the pipeline names it: None for the bundled one, which reports call `reference`."""
-    from globalopt import workbench
+    from globalopt.pipeline.options import REFERENCE
 
-    return None if model == workbench.REFERENCE else model
+    return None if model == REFERENCE else model
 
 
 def default_folder(models: ModelOptions, name: str) -> Path:
@@ -56,7 +56,7 @@ def refine_options(
     sequential: str, match: str, match_set: list[str] | None, distill_set: list[str] | None
 ) -> RefineOptions:
     """How a refinement goes; `UsageError` for what cannot be."""
-    from globalopt.refining import RefineOptions
+    from globalopt.pipeline.options import RefineOptions
 
     matching, distilling = pairs(match_set, "--match-set"), pairs(distill_set, "--distill-set")
     return RefineOptions(sequential, match, matching, distilling)
@@ -64,8 +64,8 @@ def refine_options(
 
 def set_up(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:
     """A bench with its progress on stderr."""
-    from globalopt import workbench
-    from globalopt.resources import StageClock
+    from globalopt.machine.clock import StageClock
+    from globalopt.pipeline import session
     from reports import make_progress
 
-    return workbench.set_up(models, texts, seed, make_progress(err, quiet), StageClock())
+    return session.set_up(models, texts, seed, make_progress(err, quiet), StageClock())

@@ -13,8 +13,8 @@ from globalopt.commands.console import err, errors, out, print_json
 from globalopt.commands.options import Json, Quiet, Trust
 
 if TYPE_CHECKING:
-    from globalopt.budget_file import BudgetFile
-    from globalopt.budget_formats import Format
+    from globalopt.budgets.budget_file import BudgetFile
+    from globalopt.budgets.formats import Format
 
 app = typer.Typer(help="Look at budget files, compare and convert them.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def show(path: BudgetPath) -> None:
     """Print what a budget file gives to every layer."""
     with errors():
         import reports
-        from globalopt import budget_file
+        from globalopt.budgets import budget_file
 
         out.print(reports.budget_file(budget_file.read(path)))
 
@@ -44,7 +44,7 @@ def validate(
 ) -> None:
     """Check that a budget file is whole and adds up."""
     with errors():
-        from globalopt import budget_file
+        from globalopt.budgets import budget_file
 
         file = budget_file.read(path)
         if model is not None:
@@ -68,12 +68,12 @@ def diff(
     """Say what moved between two budgets of one model."""
     with errors():
         import reports
-        from globalopt import budget_diff, budget_file
+        from globalopt.budgets import budget_file, diff
 
         files = budget_file.read(before), budget_file.read(after)
-        found = budget_diff.diff(*files, (before, after))
+        found = diff.diff(*files, (before, after))
         if as_json:
-            print_json(budget_diff.record(found))
+            print_json(diff.record(found))
         else:
             out.print(reports.budget_diff(found, files, (str(before), str(after)), moves))
 
@@ -111,10 +111,10 @@ def convert(
     What would be lost is refused, or said.
     """
     with errors():
-        from globalopt import budget_file
-        from globalopt.budget_formats import FORMATS, EvoPress
+        from globalopt.budgets import budget_file
+        from globalopt.budgets.formats import FORMATS, EvoPress
         from globalopt.errors import UnknownNameError, UsageError
-        from globalopt.files import write_text
+        from globalopt.runs.files import write_text
 
         names = (BUDGET, *FORMATS)
         for name in (source, wanted):
@@ -158,10 +158,10 @@ def _imported(
     path: Path, source: Format, like: Path | None, model: str | None, trust_remote_code: bool, accounting: str
 ) -> tuple[BudgetFile, tuple[str, ...]]:
     """The budget that a file of another format describes, and notes on what was taken from elsewhere."""
-    from globalopt import budget_file
-    from globalopt.budget_formats import Peft
+    from globalopt.budgets import budget_file
+    from globalopt.budgets.formats import Peft
     from globalopt.errors import ArtefactError, UsageError
-    from globalopt.files import read_text
+    from globalopt.runs.files import read_text
 
     if (like is None) == (model is None):
         raise UsageError("Shapes are not in the file: give a budget of the model with --like, or --model.")
@@ -178,9 +178,10 @@ def _imported(
 
 def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -> BudgetFile:
     """The budget that leaves all of a model."""
-    from globalopt import budget_file
-    from globalopt.layers import find_layers
-    from globalopt.models import load_model, model_fingerprint, reference_folder
+    from globalopt.budgets import budget_file
+    from globalopt.models.identity import model_fingerprint
+    from globalopt.models.layers import find_layers
+    from globalopt.models.loading import load_model, reference_folder
 
     source = named(model) or str(reference_folder())
     loaded = load_model(source, device="cpu", trust_remote_code=trust_remote_code)

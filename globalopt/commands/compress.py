@@ -80,12 +80,14 @@ def compress(
 ) -> None:
     """Refine a found budget with any solver."""
     with errors():
-        from globalopt import budget_file, pipeline, workbench
-        from globalopt.dry_run import Job, Structure
-        from globalopt.models import model_fingerprint
+        from globalopt.budgets import budget_file
+        from globalopt.models.identity import model_fingerprint
+        from globalopt.pipeline import compress, session
+        from globalopt.pipeline.analyse import quick
+        from globalopt.pipeline.dry_run import Job, Structure
+        from globalopt.pipeline.options import ModelOptions, TextOptions
         from globalopt.protocols import Outputs
-        from globalopt.stages import quick
-        from globalopt.store import Run
+        from globalopt.runs.folder import Run
         from solvers import get_solver
 
         file = budget_file.read(budget_path)
@@ -93,10 +95,10 @@ def compress(
         fitting = get_solver(solver, options)
         refining = refine_options(sequential, match, match_set, distill_set)
         refining.matching(sensitivity)
-        models = workbench.ModelOptions(
+        models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         Run.check_folder(folder)
         if dry_run:
@@ -118,7 +120,7 @@ def compress(
             show_dry_run(structure, models, texts, job, as_json)
             return
         bench = set_up(models, texts, seed, quiet)
-        summary, run = pipeline.compress(
+        summary, run = compress.compress(
             bench,
             budget_path,
             file,
@@ -126,7 +128,7 @@ def compress(
             options,
             seed,
             folder,
-            pipeline.run_command(),
+            session.run_command(),
             fresh,
             sensitivity,
             refining,

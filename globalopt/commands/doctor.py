@@ -14,7 +14,7 @@ from globalopt.commands.console import FAILED, errors, out, print_json
 from globalopt.commands.options import Json
 
 if TYPE_CHECKING:
-    from globalopt.doctor import Device, Health
+    from globalopt.pipeline.doctor import Device, Health
 
 
 def doctor(as_json: Json = False) -> None:
@@ -22,7 +22,7 @@ def doctor(as_json: Json = False) -> None:
     with errors():
         from dataclasses import asdict
 
-        from globalopt.doctor import examine
+        from globalopt.pipeline.doctor import examine
 
         health = examine()
         if as_json:

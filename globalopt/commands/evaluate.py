@@ -91,26 +91,27 @@ def evaluate(
     with errors():
         from dataclasses import asdict, replace
 
-        from globalopt import pipeline, scoring, workbench
         from globalopt.errors import UsageError
-        from globalopt.live import IN_MEMORY
-        from globalopt.store import MANIFEST
+        from globalopt.pipeline import score, session
+        from globalopt.pipeline.live import IN_MEMORY
+        from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
+        from globalopt.runs.folder import MANIFEST
         from reports import make_progress
 
-        models = workbench.ModelOptions(named(target), allow_low_coverage=True)
-        texts = workbench.TextOptions(nsamples=1)
+        models = ModelOptions(named(target), allow_low_coverage=True)
+        texts = TextOptions(nsamples=1)
         run = None
         if target is not None and (Path(target) / MANIFEST).exists():
-            run, recorded, texts = pipeline.recorded(Path(target))
+            run, recorded, texts = session.recorded(Path(target))
             if recorded.in_memory and dense is None:
                 raise UsageError(f"{target} was made of a model in memory; say where it is with --dense MODEL.")
             if texts.calibration == IN_MEMORY and calibration is None:
                 raise UsageError(f"{target} was made with a text in memory; say where it is with --calibration TEXT.")
-            dense = dense or recorded.model or workbench.REFERENCE
+            dense = dense or recorded.model or REFERENCE
             trust_remote_code = trust_remote_code or recorded.trust_remote_code
             models = replace(models, model=str(run.saved_model))
             if recorded.model is None and texts.calibration is None:
-                texts = replace(texts, calibration=workbench.REFERENCE)
+                texts = replace(texts, calibration=REFERENCE)
         models = replace(models, dtype=dtype, device=device, trust_remote_code=trust_remote_code, max_memory=max_memory)
         given = {
             "calibration": calibration,
@@ -124,12 +125,12 @@ def evaluate(
         asked = tasks is not None or tasks_path is not None
         others = named_texts(ppl)
         splits = models.model is None or texts.calibration is not None or not (asked or others)
-        options = scoring.ScoreOptions(dense, splits, others, limit=tasks_limit)
+        options = score.ScoreOptions(dense, splits, others, limit=tasks_limit)
         if asked:
-            from globalopt.zeroshot import choose_tasks
+            from globalopt.evaluation.tasks import choose_tasks
 
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
-        scores = scoring.score(models, texts, options, make_progress(err, quiet), pipeline.run_command())
+        scores = score.score(models, texts, options, make_progress(err, quiet), session.run_command())
         if as_json:
             print_json(asdict(scores))
         elif not quiet:

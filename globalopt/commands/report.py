@@ -31,7 +31,7 @@ def report(
 
         import reports
         from globalopt.errors import UsageError
-        from globalopt.store import Run
+        from globalopt.runs.folder import Run
 
         if folder is not None and len(runs) == 1:
             raise UsageError(f"--out is for several runs; the report of one is written into {runs[0]}/report.")

@@ -13,17 +13,17 @@ import typer
 from globalopt.commands.console import DONE_WITH_FALLBACKS, out, print_json, say
 
 if TYPE_CHECKING:
-    from globalopt.dry_run import Job, Structure
-    from globalopt.store import Run
-    from globalopt.summary import Family, Summary
-    from globalopt.workbench import ModelOptions, TextOptions
+    from globalopt.pipeline.dry_run import Job, Structure
+    from globalopt.pipeline.options import ModelOptions, TextOptions
+    from globalopt.runs.folder import Run
+    from globalopt.values.results import Family, Summary
 
 
 def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
     """Print a finished run; exit with `DONE_WITH_FALLBACKS` where a layer needed one."""
     from dataclasses import asdict
 
-    from globalopt.types import Status
+    from globalopt.values.decomposition import Status
 
     if as_json:
         print_json(asdict(summary))
@@ -35,7 +35,7 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
 
 def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:
     """Print what a run would take."""
-    from globalopt.dry_run import dry_run
+    from globalopt.pipeline.dry_run import dry_run
 
     plan = dry_run(structure, models, texts, job)
     if as_json:
@@ -76,10 +76,10 @@ def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
 
 def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:
     """What refines a budget of the run with a solver, on the same model and text; MODEL and TEXT were in memory."""
-    from globalopt import pipeline
-    from globalopt.live import IN_MEMORY
+    from globalopt.pipeline import session
+    from globalopt.pipeline.live import IN_MEMORY
 
-    _, models, texts = pipeline.recorded(run.folder)
+    _, models, texts = session.recorded(run.folder)
     model = "MODEL" if models.in_memory else models.model
     words = ["globalopt", "compress", *([model] if model else [])]
     words += ["--budget-file", str(budget), "--solver", solver]

@@ -44,9 +44,8 @@ from globalopt.commands.options import (
 from globalopt.commands.results import show, show_dry_run, show_family
 
 if TYPE_CHECKING:
-    from globalopt.dry_run import Job
-    from globalopt.refining import RefineOptions
-    from globalopt.stages import SearchOptions
+    from globalopt.pipeline.dry_run import Job
+    from globalopt.pipeline.options import RefineOptions, SearchOptions
 
 BUDGET = 0.5
 ALLOCATOR = "auto"
@@ -132,11 +131,12 @@ def search(
     with errors():
         from dataclasses import replace
 
-        from globalopt import family, pipeline, stages, workbench
-        from globalopt.dry_run import Structure
+        from globalopt.budgets.serving_limits import get_profile
         from globalopt.errors import UsageError
-        from globalopt.serving import get_profile
-        from globalopt.store import Run
+        from globalopt.pipeline import family, search, session
+        from globalopt.pipeline.dry_run import Structure
+        from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions, check_options
+        from globalopt.runs.folder import Run
 
         budgets = _budgets(budget, family.FRONTIER if frontier else None)
         several = len(budgets) > 1
@@ -146,7 +146,7 @@ def search(
         if not several and not search_tokens:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
         choices = get_profile(serving_profile).choices(pattern, span_scaling)
-        options = stages.SearchOptions(
+        options = SearchOptions(
             budget=budgets[0],
             accounting=accounting,
             allocator=allocator,
@@ -163,13 +163,13 @@ def search(
             rank_multiple=rank_multiple,
         )
         for kept in budgets:
-            stages.check_options(replace(options, budget=kept))
+            check_options(replace(options, budget=kept))
         refining = refine_options(sequential, match, match_set, distill_set)
         refining.matching(sensitivity)
-        models = workbench.ModelOptions(
+        models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = workbench.TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
@@ -181,19 +181,20 @@ def search(
             show_dry_run(Structure.of(models), models, texts, _job(options, several, refining), as_json)
             return
         bench = set_up(models, texts, seed, quiet)
-        command = pipeline.run_command()
+        command = session.run_command()
         if several:
             found, run = family.family(bench, options, budgets, folder, command, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
-            found = pipeline.search(bench, options, folder, command, fresh, refining=refining)
+            found = search.search(bench, options, folder, command, fresh, refining=refining)
             show(*found, quiet, verbose, as_json)
 
 
 def _job(options: SearchOptions, several: bool, refining: RefineOptions) -> Job:
     """What a search comes to, for an estimate."""
-    from globalopt.dry_run import Job
-    from globalopt.stages import fitted, quick
+    from globalopt.pipeline.analyse import quick
+    from globalopt.pipeline.dry_run import Job
+    from globalopt.pipeline.options import fitted
     from solvers import get_solver
 
     solver = get_solver(options.solver, options.solver_options)

@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import UsageError
 from globalopt.export.source import Source, check_out, read_source
-from globalopt.files import replacing
-from globalopt.models import save_dense
-from globalopt.types import LayerSpec
+from globalopt.models.saving import save_dense
+from globalopt.runs.files import replacing
+from globalopt.values.layer import LayerSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig

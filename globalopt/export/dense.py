@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from globalopt.export.source import check_out, read_source
-from globalopt.files import replacing
+from globalopt.runs.files import replacing
 
 
 def export_dense(run: Path, folder: Path, trust_remote_code: bool = False) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
 from globalopt.export.source import check_out, read_source
-from globalopt.files import read_json, read_tensors, replacing, write_json, write_tensors
-from globalopt.models import quiet
-from globalopt.types import Decomposition
+from globalopt.models.loading import quiet
+from globalopt.runs.files import read_json, read_tensors, replacing, write_json, write_tensors
+from globalopt.values.decomposition import Decomposition
 
 LAYERS, REST = "layers.json", "rest.safetensors"
 

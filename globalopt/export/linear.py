@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from globalopt.errors import ArtefactError, UnknownNameError, UsageError
 from globalopt.export.fastest import fastest
 from globalopt.export.packing import BITMASK, COLUMNS, EMPTY, Layout, layout, pack, pack_bits, unpack, unpack_bits
-from globalopt.types import NM, Decomposition
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM
 
 AUTO, SPLIT, MERGED, TWO_FOUR, UNPACK = "auto", "split", "merged", "two-four", "unpack"
 COMPUTES = (AUTO, SPLIT, MERGED, TWO_FOUR, UNPACK)

@@ -10,7 +10,7 @@ from globalopt.errors import ArtefactError
 from globalopt.export.adapter import ADAPTER, BASE, require_peft
 
 if TYPE_CHECKING:
-    from globalopt.models import LoadedModel
+    from globalopt.models.loading import LoadedModel
 
 
 def unpacked(loaded: LoadedModel) -> LoadedModel:
@@ -39,7 +39,7 @@ def load_adapter_export(
         ArtefactError: the adapter is broken or does not fit the base, or the base cannot be read (`load_model`).
         UsageError: peft is not installed.
     """
-    from globalopt.models import load_model, quiet
+    from globalopt.models.loading import load_model, quiet
 
     require_peft(f"{folder} is a base and an adapter, which need peft.")
     from peft import PeftModel

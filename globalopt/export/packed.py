@@ -27,8 +27,8 @@ from globalopt.export.linear import AUTO, COMPUTES, Shape, SparseLowRankLinear, 
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
 from globalopt.export.registration import register
 from globalopt.export.source import Source, check_out, read_source
-from globalopt.files import read_json, replacing
-from globalopt.models import DTYPES, quiet, resolve_device
+from globalopt.models.loading import DTYPES, quiet, resolve_device
+from globalopt.runs.files import read_json, replacing
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.types import NM, follows
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM
 
 EMPTY, FULL, BITMASK, COLUMNS = "empty", "full", "bitmask", "columns"
 _MOST_COLUMNS = 2**16

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.linear import AUTO, TWO_FOUR, Shape, SparseLowRankLinear
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 METHOD = "globalopt"
 VERSION = 1

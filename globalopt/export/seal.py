@@ -175,6 +175,6 @@ def _generation_digest(model: PreTrainedModel) -> str | None:
 
 
 def _read_json(path: Path) -> Any:
-    from globalopt.files import read_json
+    from globalopt.runs.files import read_json
 
     return read_json(path)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.files import read_json
-from globalopt.layers import ModelLayers, find_layers
-from globalopt.models import DTYPES, LoadedModel, load_model
-from globalopt.store import Run
-from globalopt.types import NM, Decomposition, LayerSpec
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.loading import DTYPES, LoadedModel, load_model
+from globalopt.runs.files import read_json
+from globalopt.runs.folder import Run
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM, LayerSpec
 
 # The saved weight is the sum rounded once, or twice where the model computed in another type.
 _ROUNDINGS = 4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from globalopt.kernels.projection import indicate_planes, indicate_top
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 INNER = 32  # columns
 

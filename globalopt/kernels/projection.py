@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 SAMPLE_STRIDE = 61  # prime, so that a strided sample meets every column of a matrix
 ROUGH_FROM = 256 * SAMPLE_STRIDE  # a smaller sample would be off by more than a tenth of a count

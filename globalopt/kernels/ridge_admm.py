@@ -12,7 +12,7 @@ from torch import Tensor
 from globalopt.kernels.low_rank import Subspace, leading_subspace, subspace_step
 from globalopt.kernels.norm import Norm, Side, ridge
 from globalopt.kernels.precision import fast_products
-from globalopt.summary import Trace
+from globalopt.values.decomposition import Trace
 
 BEND = 1.3
 RESTED = 0.015  # share of the support that would move in the steps left, at the pace of the last, below which it ends

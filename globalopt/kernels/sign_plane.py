@@ -13,7 +13,7 @@ from globalopt.kernels.cholesky import damped_cholesky
 from globalopt.kernels.low_rank import leading_subspace, subspace_step
 from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.obs import obs_prune
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 PLAIN = Norm(None)
 

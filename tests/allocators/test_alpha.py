@@ -8,7 +8,7 @@ import pytest
 
 from allocators import Alpha, Uniform
 from globalopt.errors import UsageError
-from globalopt.types import Problem, Profile
+from globalopt.values.problem import Problem, Profile
 from tests.allocators.test_owl import kept_by_block
 from tests.surfaces import problem
 

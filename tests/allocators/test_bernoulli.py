@@ -14,7 +14,9 @@ from allocators._policy import Control, Policy, gradient_samples, step_within
 from allocators._trials import Trials
 from allocators.cap import Components, project_to_budget, search
 from globalopt.errors import UsageError
-from globalopt.types import NM, Mask, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
+from globalopt.values.span import Mask
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

@@ -10,7 +10,8 @@ import pytest
 from allocators import DepthRamp, Uniform
 from allocators.depth_ramp import STEEPNESSES, depth_ramp, largest_beta
 from globalopt.errors import UsageError
-from globalopt.types import NM, ErrorSurface
+from globalopt.values.layer import NM
+from globalopt.values.problem import ErrorSurface
 from tests.allocators.test_owl import kept_by_block
 from tests.objectives import BentObjective
 from tests.surfaces import problem

@@ -18,8 +18,8 @@ from allocators._moves import random_swap
 from allocators._trials import Trials
 from allocators.evolution import Evolution, Preset
 from globalopt.errors import UsageError
-from globalopt.recorder import RecordedObjective, Selection
-from globalopt.types import NM
+from globalopt.objective.journal import RecordedObjective, Selection
+from globalopt.values.layer import NM
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

@@ -8,7 +8,8 @@ import pytest
 from scipy.optimize import milp
 
 from allocators import Knapsack, Uniform
-from globalopt.types import FREE, NM, Limits
+from globalopt.values.budget import FREE, Limits
+from globalopt.values.layer import NM
 from tests.reference.knapsack import best_in_between, best_on_grid
 from tests.surfaces import problem
 

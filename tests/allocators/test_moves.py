@@ -18,7 +18,9 @@ from allocators._moves import (
     random_trade,
     trade,
 )
-from globalopt.types import NM, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
+from globalopt.values.problem import Problem
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

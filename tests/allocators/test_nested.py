@@ -8,7 +8,9 @@ import pytest
 from allocators import Knapsack
 from allocators.nested import NAME, is_within, nested, options_around
 from globalopt.errors import BudgetError
-from globalopt.types import NM, Allocation, Budget, Limits, Problem, Target
+from globalopt.values.budget import Budget, Limits, Target
+from globalopt.values.layer import NM
+from globalopt.values.problem import Allocation, Problem
 from tests.surfaces import problem
 
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from allocators import Knapsack, Uniform
-from allocators._warp import Warp
+from allocators._warp import Sampler, Warp
 from allocators._warp_study import nearest
-from allocators.optuna_warp import OptunaWarp, Sampler
+from allocators.optuna_warp import OptunaWarp
 from globalopt.errors import ArtefactError
-from globalopt.recorder import RecordedObjective, Selection
-from globalopt.types import NM, Problem
+from globalopt.objective.journal import RecordedObjective, Selection
+from globalopt.values.layer import NM
+from globalopt.values.problem import Problem
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

@@ -9,7 +9,9 @@ import pytest
 from allocators import Owl
 from allocators._fractions import kept_targets
 from globalopt.errors import UsageError
-from globalopt.types import NM, Budget, Problem, Profile, Target
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import NM
+from globalopt.values.problem import Problem, Profile
 from tests.surfaces import problem
 
 

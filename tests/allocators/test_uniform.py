@@ -7,7 +7,7 @@ import pytest
 from allocators import Uniform
 from allocators._spend import spend
 from globalopt.errors import UsageError
-from globalopt.types import NM
+from globalopt.values.layer import NM
 from tests.surfaces import problem
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from allocators._warp import MOST_KINDS, Warp
-from globalopt.types import Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import Problem
 from tests.surfaces import problem
 
 

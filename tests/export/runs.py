@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from globalopt.layers import find_layers
-from globalopt.models import save_dense
-from globalopt.store import Run
-from globalopt.summary import LayerResult, Summary
-from globalopt.types import NM, Decomposition, LayerSpec
+from globalopt.models.layers import find_layers
+from globalopt.models.saving import save_dense
+from globalopt.runs.folder import Run
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.results import LayerResult, Summary
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ALL = ("both", "sparse", "factors", "dense", "2:4", "zero", "few", "full")

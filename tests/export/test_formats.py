@@ -21,9 +21,9 @@ from globalopt.export.adapter import _lora_config
 from globalopt.export.factors import read_factors
 from globalopt.export.formats import FORMATS, export, loading
 from globalopt.export.packed import load_packed
-from globalopt.layers import find_layers
-from globalopt.models import load_model
-from globalopt.store import Run
+from globalopt.models.layers import find_layers
+from globalopt.models.loading import load_model
+from globalopt.runs.folder import Run
 from tests.command import contents, no_partial_files
 from tests.export.runs import ALL, made_run
 from tests.tiny_models import tiny_ids

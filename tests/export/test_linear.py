@@ -11,7 +11,8 @@ from globalopt.export import linear
 from globalopt.export.fastest import fastest
 from globalopt.export.linear import COMPUTES, Shape, SparseLowRankLinear
 from globalopt.export.quantizer import dense_layer
-from globalopt.types import NM, Decomposition
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM
 from tests.export.runs import ALL, decomposed
 
 HOWS = (*ALL, "signs")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError
 from globalopt.export.packing import Layout, layout, pack, pack_bits, unpack, unpack_bits
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 SIZES: tuple[tuple[int, int], ...] = ((1, 1), (3, 5), (8, 16), (7, 64), (33, 12))
 

@@ -5,7 +5,8 @@ import torch
 
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
-from globalopt.types import NM, follows
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM
 from tests.reference import slab, sparsegpt
 from tests.synthetic import layer
 

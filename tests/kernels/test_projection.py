@@ -18,7 +18,7 @@ from globalopt.kernels.projection import (
     keep_weights,
     plane_order,
 )
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 GRID = torch.randint(0, 4, (7, 24), generator=torch.Generator().manual_seed(1)).float()  # mostly ties
 

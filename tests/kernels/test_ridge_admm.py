@@ -12,7 +12,8 @@ from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
 from globalopt.kernels.support_refit import refit
-from globalopt.types import NM, follows
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM
 from tests.kernels.norms import best_low_rank, correlated, matrices, problem, root, side, squared, unit
 
 BOTH = pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])

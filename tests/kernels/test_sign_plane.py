@@ -10,7 +10,7 @@ from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.obs import obs_prune
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.sign_plane import SignPlane, alternate, fit_factors, sign_sweep, signs
-from globalopt.types import NM
+from globalopt.values.layer import NM
 from tests.reference import slab
 from tests.synthetic import layer
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from globalopt.types import ErrorSurface, Problem, Target
+from globalopt.values.budget import Target
+from globalopt.values.problem import ErrorSurface, Problem
 
 
 def best_on_grid(problem: Problem) -> float:

@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from globalopt.types import NM
+from globalopt.values.layer import NM
 
 
 def project(Z: Tensor, nnz: int, pattern: NM | None) -> Tensor:

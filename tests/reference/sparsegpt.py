@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globalopt.types import NM
+from globalopt.values.layer import NM
 from tests.reference.penalty_loop import damped
 
 

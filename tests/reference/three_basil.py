@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from globalopt.types import NM
+from globalopt.values.layer import NM
 from tests.reference.low_rank import SVD, WhitenedSVD, exact
 from tests.reference.penalty_loop import Penalty, UnitDiagonal, Verdict, damped, project
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from globalopt.summary import (
+from globalopt.values.decomposition import Trace
+from globalopt.values.results import (
     Curve,
     Details,
     Evaluation,
@@ -20,7 +21,6 @@ from globalopt.summary import (
     Search,
     StageCost,
     Summary,
-    Trace,
 )
 
 KINDS = {

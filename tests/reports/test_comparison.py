@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from globalopt.errors import UsageError
-from globalopt.summary import Summary
+from globalopt.values.results import Summary
 from reports import comparison
 from reports.comparison import differences
 from tests.reports.factory import make_metrics, make_search, make_searched, make_summary

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from globalopt.summary import Family, FamilyPoint, Outcome
+from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats, report_family
 from reports.frontier import frontier_figure, frontier_table
 from tests.command import contents

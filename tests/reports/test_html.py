@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Details, Samples, Summary
+from globalopt.values.results import Details, Samples, Summary
 from reports import report_family
 from reports.family_page import family_page
 from reports.html import Card, Cell, Column, Lines, Page, Picture, Section, Table, rendered, write_page

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from globalopt.summary import Metrics, Summary, WindowLosses
+from globalopt.values.results import Metrics, Summary, WindowLosses
 from reports.comparison import apart_table, comparison, held_against_first
 from reports.paired import Measured, difference
 from tests.reports.factory import make_metrics, make_summary

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from globalopt.summary import Details, MatchResult
+from globalopt.values.results import Details, MatchResult
 from reports.convergence_figure import convergence_figure
 from reports.curves_figure import curves_figure
 from reports.groups import typical

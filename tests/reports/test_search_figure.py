@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.lines import Line2D
 
-from globalopt.summary import Search, Summary
+from globalopt.values.results import Search, Summary
 from reports.pictures import write_figures
 from reports.search_figure import search_figure
 from tests.reports.factory import make_search, make_searched, make_summary

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
-from globalopt.summary import Evaluation, MatchResult, Outcome, Search
-from globalopt.types import Status
+from globalopt.values.decomposition import Status
+from globalopt.values.results import Evaluation, MatchResult, Outcome, Search
 from reports import render
 from reports.groups import Grid, Group
 from reports.shaded_grid import kept_grid, span

@@ -10,7 +10,9 @@ from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import plane_order
 from globalopt.kernels.ridge_admm import Fit
-from globalopt.types import NM, Target, follows
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import follows
+from globalopt.values.layer import NM
 from solvers import _admm
 from solvers._admm import Search
 from tests.kernels.norms import problem, side, squared

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globalopt.types import NM, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
 from solvers.alps import ALPS
 from solvers.hassle_free import HassleFree, SparseStep
 from solvers.oats import OATS

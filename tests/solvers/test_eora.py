@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from globalopt.protocols import Outputs, Solver
-from globalopt.types import NM, Gram, Metric, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
+from globalopt.values.metric import Gram, Metric
 from solvers.eora import EoRA, Pruning
 from solvers.hassle_free import HassleFree
 from solvers.magnitude import Magnitude

@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import torch
 
-from globalopt.types import NM, Target
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
 from solvers import hassle_free
 from solvers.hassle_free import HassleFree, SparseStep
 from tests.synthetic import metric

@@ -5,7 +5,10 @@ import torch
 
 from globalopt.errors import UsageError
 from globalopt.protocols import Outputs
-from globalopt.types import NM, Gram, LayerSpec, Metric, Status, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Status
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram, Metric
 from solvers.slab import SLaB
 from solvers.three_basil import ThreeBASiL
 from tests.reference import slab

@@ -5,7 +5,9 @@ import torch
 
 from globalopt.errors import UsageError
 from globalopt.protocols import Outputs
-from globalopt.types import Decomposition, Gram, Metric, Status, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition, Status
+from globalopt.values.metric import Gram, Metric
 from solvers.svd import SVD
 from tests.synthetic import metric
 

@@ -9,7 +9,10 @@ import torch
 
 from globalopt.errors import UsageError
 from globalopt.protocols import Outputs
-from globalopt.types import NM, Gram, Metric, Solution, Status, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Solution, Status
+from globalopt.values.layer import NM
+from globalopt.values.metric import Gram, Metric
 from solvers import three_basil
 from solvers.alps import ALPS
 from solvers.three_basil import STEPS, Preset, ThreeBASiL

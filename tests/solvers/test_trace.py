@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globalopt.types import Gram, Metric, Target
+from globalopt.values.budget import Target
+from globalopt.values.metric import Gram, Metric
 from solvers import _admm, get_solver
 from solvers._unit_diagonal import Damping, UnitDiagonal
 from tests.synthetic import layer

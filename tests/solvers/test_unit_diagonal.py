@@ -7,7 +7,9 @@ import torch
 
 from globalopt.kernels.norm import Norm, Side
 from globalopt.protocols import Outputs
-from globalopt.types import Gram, Metric, Status, Target
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Status
+from globalopt.values.metric import Gram, Metric
 from solvers._unit_diagonal import Damping, Sweepable, UnitDiagonal
 from solvers.svd import SVD
 from tests.synthetic import metric

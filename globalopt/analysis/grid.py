@@ -1,0 +1,143 @@
+"""The grid of (rank, nonzeros) options of a layer, and the anchors among them that are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from globalopt.values.budget import FREE, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import interpolate
+
+RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.28)
+"""Ranks offered beside free nonzeros, as fractions of the rank whose factors cost as much as the dense layer."""
+
+NNZ_LEVELS = 64
+"""Nonzero counts offered per rank: multiples of `numel / NNZ_LEVELS`."""
+
+PATTERN_LEVELS = 24
+"""Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
+
+ANCHOR_KEPT = (0.08, 0.2, 0.4, 0.7)
+
+ANCHOR_SHARES = (0.0, 0.25)
+"""Kept fractions and rank shares at which a layer is really fitted to calibrate its surface."""
+
+LEAST_KEPT = 0.05
+
+LARGEST_SHARE = 0.3
+"""Where the calibration still holds; of what lies outside, only the dense and the zero option are offered."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The `(rank, nnz)` grid of one layer, grouped by rank.
+
+    Args:
+        rows: per rank, the nonzero counts offered with it, ascending.
+        bucket: the spacing of the counts.
+    """
+
+    spec: LayerSpec
+    pattern: NM | None
+    rows: tuple[tuple[int, tuple[int, ...]], ...]
+    bucket: int
+
+    @classmethod
+    def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None, limits: Limits = FREE) -> Options:
+        """The default grid: dense and zero included for unstructured `S`; with a pattern only the rank is free.
+
+        Without sparse parts there are ranks alone, and the dense layer. Options that cost more parameters than the
+        dense layer are left out.
+
+        Args:
+            max_rank: the largest rank the span offers.
+            limits: every option is within them.
+        """
+        per_rank = spec.d_out + spec.d_in
+        bucket = -(-spec.numel // NNZ_LEVELS)
+        if pattern is not None or not limits.sparse:
+            nnz = pattern.nnz(spec) if pattern is not None else 0
+            # What costs as much as the dense layer is no option beside it.
+            most = limits.floor(min(max_rank, (spec.numel - (nnz or 1)) // per_rank))
+            ranks = sorted({limits.floor(round(most * i / PATTERN_LEVELS)) for i in range(PATTERN_LEVELS + 1)})
+            if pattern is None:
+                return cls(spec, None, ((0, (0, spec.numel)), *((rank, (0,)) for rank in ranks if rank)), bucket)
+            return cls(spec, pattern, tuple((rank, (nnz,)) for rank in ranks), nnz)
+        counts = [*range(0, spec.numel, bucket), spec.numel]
+        even = spec.numel / per_rank
+        ranks = sorted({limits.floor(min(max_rank, round(level * even))) for level in RANK_LEVELS})
+        rows = ((rank, tuple(n for n in counts if _offered(Target(rank, n), spec))) for rank in ranks)
+        return cls(spec, None, tuple((rank, row) for rank, row in rows if row), bucket)
+
+    @property
+    def factors(self) -> bool:
+        """Whether ranks alone are offered."""
+        return self.pattern is None and not any(count % self.spec.numel for _, row in self.rows for count in row)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(Target(rank, nnz, self.pattern) for rank, counts in self.rows for nnz in counts)
+
+    @property
+    def anchors(self) -> tuple[tuple[Target, ...], ...]:
+        """Targets worth a real fit, in rows of equal rank share, ascending in what they keep."""
+        if self.pattern is not None:
+            ranks = [rank for rank, _ in self.rows]
+            picked = sorted({ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)})
+            return (tuple(Target(rank, self.rows[0][1][0], self.pattern) for rank in picked),)
+        if self.factors:
+            per_rank = self.spec.d_out + self.spec.d_in
+            ranks = sorted({max(1, int(kept * self.spec.numel / per_rank)) for kept in ANCHOR_KEPT})
+            return (tuple(Target(rank, 0) for rank in ranks),)
+        rows = []
+        for share in ANCHOR_SHARES:
+            row = tuple(self.sharing(kept, share) for kept in ANCHOR_KEPT)
+            if row := tuple(target for target in row if target.rank or not share):
+                rows.append(row)
+        return tuple(rows)
+
+    def sharing(self, kept: float, share: float) -> Target:
+        """The target that keeps a fraction `kept`, of it `share` as rank, as far as a whole rank on offer allows."""
+        per_rank = self.spec.d_out + self.spec.d_in
+        rank = min(self.rows[-1][0], int(share * kept * self.spec.numel / per_rank))
+        return Target(rank, int(kept * self.spec.numel) - rank * per_rank)
+
+
+@dataclass(frozen=True)
+class AnchorValues:
+    """Values known at the anchors of a layer: linear in the kept fraction along a row, in the rank share between rows.
+
+    Outside of them they are constant.
+
+    Args:
+        rows: per row, ascending, its rank share, the kept fractions and the values there.
+    """
+
+    rows: tuple[tuple[float, tuple[float, ...], tuple[float, ...]], ...]
+
+    @classmethod
+    def of(cls, options: Options, values: Mapping[Target, float]) -> AnchorValues:
+        """From values by anchor; anchors without one are left out."""
+        spec, rows = options.spec, []
+        for row in options.anchors:
+            known = [anchor for anchor in row if anchor in values]
+            if known:
+                kept = tuple(anchor.params(spec) / spec.numel for anchor in known)
+                share = max(anchor.rank_share(spec) for anchor in row)
+                rows.append((share, kept, tuple(values[anchor] for anchor in known)))
+        return cls(tuple(rows))
+
+    def at(self, target: Target, spec: LayerSpec) -> float:
+        """The value at any target of a layer, of this one or another; there must be a row."""
+        kept = target.params(spec) / spec.numel
+        values = [interpolate(xs, ys, kept) for _, xs, ys in self.rows]
+        return interpolate([share for share, _, _ in self.rows], values, target.rank_share(spec))
+
+
+def _offered(target: Target, spec: LayerSpec) -> bool:
+    params = target.params(spec)
+    if target in (Target.dense(spec), Target.zero()):
+        return True
+    low_rank = params - target.nnz
+    return LEAST_KEPT * spec.numel <= params < spec.numel and low_rank <= LARGEST_SHARE * params

@@ -1,0 +1,161 @@
+"""How much the end loss minds an error in each layer: one backward sweep, labels sampled from the model.
+
+With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) = 1/2 dᵀ F d + O(|d|³)` and
+`F = E[grad log p(y) grad log p(y)ᵀ]`. For an option c of a layer that changes its weight by `D(c)`, and the gradient
+`G_n` of `sum over tokens log p(y)` of sequence n,
+
+    error(c) = sum_n <G_n, D(c)>² / (2 sum_n T_n)      nats per token
+
+estimates the loss of that option alone without bias (block Fisher; cross terms between layers are left out). One
+inner product per sequence prices an option, and the options of a layer share their sums (`kernels.sketch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from globalopt.analysis.surfaces import project
+from globalopt.errors import NumericalError
+from globalopt.kernels.sketch import DenseSketch, PrefixSketch
+from globalopt.models.walk import BlockRunner
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Gram
+
+Sketches = Sequence[PrefixSketch | DenseSketch]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSensitivity:
+    """One layer's answer.
+
+    Args:
+        outputs: the output Gram `A`.
+        error: predicted nats per token of every option asked about.
+        products: (k, k) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)` of the options c, d of the last
+            sketch where that is a `DenseSketch`, else None. `error` of these is its diagonal.
+    """
+
+    spec: LayerSpec
+    outputs: Gram
+    error: tuple[float, ...]
+    products: Tensor | None = None
+
+
+def backward_sweep(
+    runner: BlockRunner,
+    inputs: Sequence[Sequence[Tensor]],
+    specs: Sequence[LayerSpec],
+    sketches_of: Callable[[LayerSpec], Sketches],
+    seed: int,
+    device: torch.device | None = None,
+    behind: Callable[[int, Gram], None] = lambda block, outputs: None,
+) -> Iterator[LayerSensitivity]:
+    """Walk the blocks from last to first, each recomputed with gradients; weights get no gradient of their own.
+
+    Memory: one block and its sketches, the stored inputs, and one gradient per sequence position.
+
+    Args:
+        runner: runs blocks and the model's tail on its batches.
+        inputs: hidden states per block and batch, then once more for the last block's output
+            (`blocks + 1` rows).
+        specs: the layers asked about.
+        sketches_of: what the options of a layer drop; called once per layer, when its block is reached; none leaves
+            it at its output Gram.
+        seed: of the sampled labels.
+        device: where a block is moved for its turn; None leaves it.
+        behind: called per block with the output Gram `A` of the hidden states that leave it.
+    Raises:
+        NumericalError: the gradient at a layer is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [_label_gradient(runner, i, inputs[-1][i], generator) for i in range(len(runner.batches))]
+    layers = runner.layers
+    tokens = sum(batch.tokens for batch in runner.batches)
+    for index in reversed(range(len(layers.blocks))):
+        behind(index, _second_moment(runner, upstream))
+        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
+        with layers.resident(index, device):
+            hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
+            try:
+                for i, batch in enumerate(runner.batches):
+                    for tap in taps.values():
+                        tap.sequences = len(batch.input_ids)
+                    with torch.enable_grad():
+                        hidden = inputs[index][i].detach().requires_grad_()
+                        output = runner.run(index, i, hidden)
+                    torch.autograd.backward(output, upstream[i])
+                    if hidden.grad is None:
+                        raise NumericalError(
+                            f"Block {index} passes no gradient to its input; its layers have no price."
+                        )
+                    upstream[i] = hidden.grad
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for tap in reversed(taps.values()):
+            yield tap.finish(tokens)
+
+
+def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of `sum over tokens log p(y)` at the last block's output, `y` sampled from p."""
+    batch = runner.batches[i]
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        log_p = runner.logits(i, hidden).float().log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().flatten(0, 1).exp().cpu(), 1, generator=generator)
+        picked = log_p.gather(-1, labels.view(*log_p.shape[:2], 1).to(log_p.device)).squeeze(-1)
+        if batch.attention_mask is not None:
+            picked = picked * batch.attention_mask.to(picked)
+    (gradient,) = torch.autograd.grad(picked.sum(), hidden)
+    return gradient
+
+
+def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
+    rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
+    total = sum((g.mT @ g for g in rows), torch.zeros(()))
+    tokens = sum(batch.tokens for batch in runner.batches)
+    return Gram(total.cpu() / tokens, tokens)
+
+
+class _Tap:
+    """Listens at one linear layer: sums `g gᵀ`, and per sequence what its gradient says of every option."""
+
+    def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
+        self.spec = spec
+        self.sketches = sketches
+        self.sequences = 0
+        self.squares: Tensor | None = None
+        self.products: Tensor | None = None
+        self.second: Tensor | None = None
+
+    def listen(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        output.register_hook(lambda gradient: self._take(x, gradient))
+
+    def _take(self, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.float().reshape(self.sequences, -1, self.spec.d_out)
+        if not bool(torch.isfinite(g).all()):
+            raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
+        rows = g.flatten(0, 1)
+        second = rows.mT @ rows
+        self.second = second if self.second is None else self.second + second
+        if self.sketches:
+            per_sequence = g.mT @ x.float().reshape(self.sequences, -1, self.spec.d_in)
+            projected = project(self.sketches, per_sequence)
+            squares = projected.square().sum(0)
+            self.squares = squares if self.squares is None else self.squares + squares
+            if isinstance(last := self.sketches[-1], DenseSketch):
+                of_last = projected[:, -len(last.dropped) :]
+                products = of_last.mT @ of_last
+                self.products = products if self.products is None else self.products + products
+
+    def finish(self, tokens: int) -> LayerSensitivity:
+        if self.second is None:
+            raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
+        error = () if self.squares is None else tuple((self.squares / (2 * tokens)).tolist())
+        products = None if self.products is None else self.products.cpu() / (2 * tokens)
+        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error, products)

@@ -1,0 +1,1 @@
+"""Budget files: read, write, compare, convert."""

@@ -1,0 +1,322 @@
+"""The budget file: an allocation that outlives the run, the solver and the machine that found it.
+
+It holds absolute ranks and counts per layer, the accounting, and what the model must look like, never a path or a
+date: the same search writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from globalopt.errors import ArtefactError, GlobalOptError, UsageError
+from globalopt.runs.files import read_json, write_json
+from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.results import LayerPlan
+
+SCHEMA_VERSION = 1
+NOT_PREDICTED = "not predicted"
+
+
+class LayerEntry(BaseModel):
+    """One layer: its shape, and what it may keep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    name: str
+    block: int = Field(ge=0)
+    kind: str
+    d_out: int = Field(ge=1)
+    d_in: int = Field(ge=1)
+    rank: int = Field(ge=0)
+    nnz: int = Field(ge=0)
+    pattern: str | None
+    cost: int = Field(ge=0)
+    predicted: float | None
+
+    @property
+    def spec(self) -> LayerSpec:
+        return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.rank, self.nnz, NM.parse(self.pattern) if self.pattern else None)
+
+
+class LimitsEntry(BaseModel):
+    """What every layer is within, so that it can be served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rank_multiple: int = Field(ge=1)
+    max_rank: int | None = Field(ge=0)
+    sparse: bool
+
+
+class BudgetFile(BaseModel):
+    """A whole budget file; `read` also checks that it adds up.
+
+    `fingerprint` identifies the model by type and layer shapes. `asked` is the fraction kept that was asked for,
+    `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
+    `predicted` is None where targets came from elsewhere and nothing was predicted for them. `limits` are those of the
+    search, if it had some.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    schema_version: Literal[1]
+    fingerprint: str
+    accounting: Literal["params", "bytes"]
+    asked: float = Field(gt=0, le=1)
+    limit: int
+    used: int
+    total: int
+    covered: int = Field(ge=1)
+    block_params: int = Field(ge=1)
+    allocator: str
+    seed: int
+    error_unit: str
+    predicted: float | None
+    bound: float | None
+    layers: tuple[LayerEntry, ...]
+    limits: LimitsEntry | None = None
+
+    @property
+    def served(self) -> Limits:
+        """The limits of the search."""
+        return FREE if self.limits is None else Limits(**self.limits.model_dump())
+
+    @property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """The layers as reports show them."""
+        budget = Budget(self.limit, self.total, self.accounting)
+        return tuple(
+            LayerPlan(**entry.model_dump(), dense_cost=budget.cost(Target.dense(entry.spec), entry.spec))
+            for entry in self.layers
+        )
+
+    @property
+    def allocation(self) -> Allocation:
+        """The allocation in the file."""
+        return Allocation(
+            {entry.name: entry.target for entry in self.layers},
+            Budget(self.limit, self.total, self.accounting),
+            self.used,
+            math.nan if self.predicted is None else self.predicted,
+            self.allocator,
+            self.bound,
+        )
+
+    def check(self, source: Path) -> BudgetFile:
+        """Return self if counts, costs and the limit agree; `ArtefactError` naming the first that does not."""
+        try:
+            budget = Budget(self.limit, self.total, self.accounting)
+            costs = [budget.cost(entry.target.check(entry.spec), entry.spec) for entry in self.layers]
+            for entry in self.layers:
+                self.served.check(entry.target, entry.spec)
+        except GlobalOptError as cause:
+            raise ArtefactError(f"{source}: {cause}") from None
+        for entry, cost in zip(self.layers, costs, strict=True):
+            if cost != entry.cost:
+                raise ArtefactError(f"{source}: layer {entry.name} says cost {entry.cost}, its target costs {cost}.")
+        if len({entry.name for entry in self.layers}) != len(self.layers):
+            raise ArtefactError(f"{source}: a layer is listed twice.")
+        dense = sum(budget.cost(Target.dense(entry.spec), entry.spec) for entry in self.layers)
+        if dense != self.total:
+            raise ArtefactError(f"{source}: total says {self.total}, the listed layers have {dense}.")
+        if sum(costs) > self.limit:
+            raise ArtefactError(
+                f"{source} exceeds its budget: the layers use {sum(costs)} of {self.limit} {self.accounting}. "
+                "It was edited; lower some targets or search again."
+            )
+        if sum(costs) != self.used:
+            raise ArtefactError(f"{source}: used says {self.used}, the layers add up to {sum(costs)}.")
+        return self
+
+    def for_model(self, fingerprint: str, specs: tuple[LayerSpec, ...], source: Path) -> Allocation:
+        """The allocation, if the file belongs to the model with these layers; `ArtefactError` otherwise."""
+        mine = {(spec.name, spec.d_out, spec.d_in) for spec in specs}
+        listed = {(entry.name, entry.d_out, entry.d_in) for entry in self.layers}
+        if mine != listed:
+            name = min(mine ^ listed)[0]
+            raise ArtefactError(
+                f"{source} belongs to another model: it has {len(listed)} layers, this one {len(mine)}; "
+                f"they differ first at {name}."
+            )
+        if fingerprint != self.fingerprint:
+            raise ArtefactError(f"{source} belongs to another model: same layers, other type or vocabulary.")
+        return self.allocation
+
+
+def make(
+    allocation: Allocation,
+    problem: Problem,
+    fingerprint: str,
+    covered: int,
+    block_params: int,
+    asked: float,
+    error_unit: str,
+) -> BudgetFile:
+    """The budget file of an allocation."""
+    budget = allocation.budget
+    return BudgetFile(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=fingerprint,
+        accounting="bytes" if budget.accounting == "bytes" else "params",
+        asked=asked,
+        limit=budget.limit,
+        used=allocation.used,
+        total=budget.total,
+        covered=covered,
+        block_params=block_params,
+        allocator=allocation.by,
+        seed=problem.seed,
+        error_unit=error_unit,
+        predicted=allocation.predicted,
+        bound=allocation.bound,
+        layers=tuple(
+            _entry(surface.spec, target, budget, surface.predict(target))
+            for surface in problem.surfaces
+            for target in [allocation.targets[surface.spec.name]]
+        ),
+        limits=None if problem.limits == FREE else LimitsEntry(**asdict(problem.limits)),
+    )
+
+
+def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
+    return LayerEntry(
+        name=spec.name,
+        block=spec.block,
+        kind=spec.kind,
+        d_out=spec.d_out,
+        d_in=spec.d_in,
+        rank=target.rank,
+        nnz=target.nnz,
+        pattern=str(target.pattern) if target.pattern else None,
+        cost=budget.cost(target, spec),
+        predicted=predicted,
+    )
+
+
+def whole(
+    specs: tuple[LayerSpec, ...], fingerprint: str, covered: int, block_params: int, accounting: str
+) -> BudgetFile:
+    """The budget that leaves every layer dense: what a model has, before anything is decided."""
+    budget = Budget.fraction(1.0, specs, accounting)
+    return BudgetFile(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=fingerprint,
+        accounting="bytes" if accounting == "bytes" else "params",
+        asked=1.0,
+        limit=budget.limit,
+        used=budget.total,
+        total=budget.total,
+        covered=covered,
+        block_params=block_params,
+        allocator="dense",
+        seed=0,
+        error_unit=NOT_PREDICTED,
+        predicted=None,
+        bound=None,
+        layers=tuple(_entry(spec, Target.dense(spec), budget, None) for spec in specs),
+    )
+
+
+def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "imported") -> BudgetFile:
+    """The budget of the model of `like` with other targets, for which nothing is predicted; `like` where none is other.
+
+    Args:
+        targets: by layer name, one for each.
+        by: the allocator to name.
+    Raises:
+        ArtefactError: a target does not fit its layer, or all of them use more than the dense layers.
+    """
+    if all(targets[entry.name] == entry.target for entry in like.layers):
+        return like
+    budget = Budget(like.limit, like.total, like.accounting)
+    entries = []
+    for entry in like.layers:
+        target = targets[entry.name]
+        try:
+            cost = budget.cost(target.check(entry.spec), entry.spec)
+        except GlobalOptError as cause:
+            raise ArtefactError(str(cause)) from None
+        pattern = str(target.pattern) if target.pattern else None
+        changed = {"rank": target.rank, "nnz": target.nnz, "pattern": pattern, "cost": cost, "predicted": None}
+        entries.append(entry.model_copy(update=changed))
+    used = sum(entry.cost for entry in entries)
+    if not 0 < used <= like.total:
+        raise ArtefactError(
+            f"the layers would use {used} {like.accounting}; a budget is above 0 and at most the dense {like.total}."
+        )
+    same = used == like.used
+    changed = {
+        "asked": like.asked if same else used / like.total,
+        "limit": like.limit if same else used,
+        "used": used,
+        "allocator": by,
+        "seed": 0,
+        "error_unit": NOT_PREDICTED,
+        "predicted": None,
+        "bound": None,
+        "layers": tuple(entries),
+        # Nobody promised them of targets from elsewhere.
+        "limits": None,
+    }
+    return like.model_copy(update=changed)
+
+
+def without_rank(file: BudgetFile) -> BudgetFile:
+    """The budget with every rank kept as nonzeros of at most the same cost.
+
+    Raises:
+        UsageError: a layer with a pattern has rank; it has no room for more nonzeros.
+    """
+    budget = Budget(file.limit, file.total, file.accounting)
+    targets = {}
+    for entry in file.layers:
+        target = entry.target
+        if target.rank and target.pattern is not None:
+            raise UsageError(
+                f"Pattern {target.pattern} leaves no room to keep rank {target.rank} of layer {entry.name} as nonzeros."
+            )
+        if target.rank:
+            target = budget.grow(replace(target, rank=0), entry.spec, "nnz", entry.spec.numel - 1, entry.cost)
+        targets[entry.name] = target
+    return imported(targets, file, file.allocator)
+
+
+def write(path: Path, file: BudgetFile) -> None:
+    """Write atomically; the same file gives the same bytes."""
+    write_json(path, record(file))
+
+
+def record(file: BudgetFile) -> dict[str, Any]:
+    """As JSON; a file without limits says nothing of them."""
+    return file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
+
+
+def read(path: Path) -> BudgetFile:
+    """Read and check a budget file.
+
+    Raises:
+        ArtefactError: missing, truncated, of a newer schema, with unknown or bad fields, or not adding up.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
+        raise ArtefactError(f"{path} is not a budget file: it has no schema_version.")
+    if raw["schema_version"] > SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path} was written by a newer version (schema {raw['schema_version']}, this one reads {SCHEMA_VERSION}). "
+            "Upgrade globalopt."
+        )
+    try:
+        return BudgetFile.model_validate(raw).check(path)
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{path} is not a valid budget file: {where}: {first['msg']}.") from None

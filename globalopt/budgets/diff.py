@@ -1,0 +1,189 @@
+"""What moved between two budgets of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.errors import ArtefactError
+from globalopt.values.budget import Budget, Target
+from globalopt.values.results import LayerPlan
+
+RANGES = 8  # most ranges of blocks that a model's depth is cut into
+
+
+@dataclass(frozen=True)
+class Move:
+    """One layer, or several pooled, before and after; costs in the unit of `BudgetDiff.accounting`.
+
+    Args:
+        layers: how many; `changed` how many of them have another target.
+        cost, rank_params, nnz: of `before` and `after`; `dense_cost` of both.
+    """
+
+    layers: int
+    changed: int
+    dense_cost: int
+    cost: tuple[int, int]
+    rank_params: tuple[int, int]
+    nnz: tuple[int, int]
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[LayerPlan, LayerPlan]]) -> Move:
+        """Pool at least one layer."""
+        pairs = tuple(pairs)
+
+        def both(name: str) -> tuple[int, int]:
+            before, after = (sum(getattr(pair[i], name) for pair in pairs) for i in (0, 1))
+            return before, after
+
+        return cls(
+            layers=len(pairs),
+            changed=sum(_target(before) != _target(after) for before, after in pairs),
+            dense_cost=sum(before.dense_cost for before, _ in pairs),
+            cost=both("cost"),
+            rank_params=both("rank_params"),
+            nnz=both("nnz"),
+        )
+
+    @property
+    def change(self) -> int:
+        """Of the cost."""
+        return self.cost[1] - self.cost[0]
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """Fractions of the dense cost."""
+        return self.cost[0] / self.dense_cost, self.cost[1] / self.dense_cost
+
+    @property
+    def rank_share(self) -> tuple[float, float]:
+        """Share of the kept parameters that is in low-rank factors; 0 where nothing is kept."""
+        before, after = (
+            low / (low + nnz) if low + nnz else 0.0 for low, nnz in zip(self.rank_params, self.nnz, strict=True)
+        )
+        return before, after
+
+
+@dataclass(frozen=True)
+class BudgetDiff:
+    """Two budgets of one model, layer by layer in model order.
+
+    Args:
+        accounting: what costs are counted in: that of both, or parameters where they differ.
+    """
+
+    accounting: str
+    before: tuple[LayerPlan, ...]
+    after: tuple[LayerPlan, ...]
+
+    @property
+    def pairs(self) -> tuple[tuple[LayerPlan, LayerPlan], ...]:
+        return tuple(zip(self.before, self.after, strict=True))
+
+    @property
+    def whole(self) -> Move:
+        return Move.of(self.pairs)
+
+    @property
+    def given(self) -> int:
+        """What layers that keep more have gained together."""
+        return sum(max(0, after.cost - before.cost) for before, after in self.pairs)
+
+    @property
+    def taken(self) -> int:
+        """What layers that keep less have lost together."""
+        return sum(max(0, before.cost - after.cost) for before, after in self.pairs)
+
+    def largest(self, most: int) -> list[tuple[LayerPlan, LayerPlan]]:
+        """The `most` layers with other targets whose cost changed most, largest first; equal ones in model order."""
+        changed = [pair for pair in self.pairs if _target(pair[0]) != _target(pair[1])]
+        return sorted(changed, key=lambda pair: -abs(pair[1].cost - pair[0].cost))[:most]
+
+    def by_kind(self) -> dict[str, Move]:
+        """Pooled by kind, in the order in which the model first shows them."""
+        kinds = dict.fromkeys(before.kind for before in self.before)
+        return {kind: Move.of(pair for pair in self.pairs if pair[0].kind == kind) for kind in kinds}
+
+    def by_depth(self) -> dict[str, Move]:
+        """Pooled by ranges of blocks, at most `RANGES`, as even as they come."""
+        blocks = sorted({before.block for before in self.before})
+        ranges = min(RANGES, len(blocks))
+        bounds = [len(blocks) * i // ranges for i in range(ranges + 1)]
+        pooled = {}
+        for first, end in pairwise(bounds):
+            low, high = blocks[first], blocks[end - 1]
+            name = str(low) if low == high else f"{low}-{high}"
+            pooled[name] = Move.of(pair for pair in self.pairs if low <= pair[0].block <= high)
+        return pooled
+
+
+def record(found: BudgetDiff) -> dict[str, Any]:
+    """The whole comparison as a JSON-able value; every pair is `[before, after]`."""
+    return {
+        "accounting": found.accounting,
+        "given": found.given,
+        "taken": found.taken,
+        "whole": _move_record(found.whole),
+        "by_kind": {kind: _move_record(move) for kind, move in found.by_kind().items()},
+        "by_depth": {blocks: _move_record(move) for blocks, move in found.by_depth().items()},
+        "layers": [_layer_record(before, after) for before, after in found.pairs],
+    }
+
+
+def _move_record(move: Move) -> dict[str, Any]:
+    return {**asdict(move), "change": move.change, "kept": move.kept, "rank_share": move.rank_share}
+
+
+def _layer_record(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
+    names = ("rank", "nnz", "pattern", "cost", "kept", "density")
+    pairs = {name: [getattr(before, name), getattr(after, name)] for name in names}
+    return {"name": before.name, "block": before.block, "kind": before.kind, "dense_cost": before.dense_cost, **pairs}
+
+
+def diff(before: BudgetFile, after: BudgetFile, sources: tuple[Path, Path]) -> BudgetDiff:
+    """Compare two budgets.
+
+    Args:
+        sources: where they were read, for the error.
+    Raises:
+        ArtefactError: they are budgets of different models.
+    """
+    shapes = [{entry.name: (entry.d_out, entry.d_in) for entry in file.layers} for file in (before, after)]
+    if shapes[0] != shapes[1]:
+        name = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
+        raise ArtefactError(
+            f"{sources[0]} and {sources[1]} are budgets of different models: {len(shapes[0])} layers and "
+            f"{len(shapes[1])}; they differ first at {name}. Compare budgets of one model."
+        )
+    if before.fingerprint != after.fingerprint:
+        raise ArtefactError(
+            f"{sources[0]} and {sources[1]} are budgets of different models: same layers, other type or vocabulary. "
+            "Compare budgets of one model."
+        )
+    accounting = before.accounting if before.accounting == after.accounting else "params"
+    plans = {plan.name: plan for plan in _counted(after, accounting)}
+    first = _counted(before, accounting)
+    return BudgetDiff(accounting, first, tuple(plans[plan.name] for plan in first))
+
+
+def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:
+    if file.accounting == accounting:
+        return file.plans
+    budget = Budget.fraction(1.0, [entry.spec for entry in file.layers], accounting)
+    return tuple(
+        replace(
+            plan,
+            cost=budget.cost(entry.target, entry.spec),
+            dense_cost=budget.cost(Target.dense(entry.spec), entry.spec),
+        )
+        for plan, entry in zip(file.plans, file.layers, strict=True)
+    )
+
+
+def _target(plan: LayerPlan) -> tuple[int, int, str | None]:
+    return plan.rank, plan.nnz, plan.pattern

@@ -1,0 +1,126 @@
+"""Format peft: ranks as PEFT's `LoraConfig` reads them from `adapter_config.json`; it has no word for sparsity.
+
+A pattern is a regular expression that must match a layer's name from the start of one of its parts to the end, the
+first that does wins; `alpha / r` scales an adapter, so alpha is the rank everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from globalopt.budgets.budget_file import BudgetFile
+from globalopt.budgets.formats.checks import parse_json
+from globalopt.errors import ArtefactError, UsageError
+from globalopt.values.budget import Target
+
+ALL_LINEAR = "all-linear"
+
+# They change which layers a pattern reaches, and other programs' defaults stand behind them.
+NOT_READ = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
+
+
+@dataclass(frozen=True)
+class Peft:
+    """Ranks of the low-rank parts; the model under the adapter holds the sparse parts."""
+
+    def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
+        """A config with one pattern per rank: PEFT tries every pattern on every layer, and `re` caches few."""
+        ranks = {entry.name: entry.rank for entry in file.layers if entry.rank}
+        if not ranks:
+            raise UsageError("No layer has a low-rank part; a PEFT config would be empty. Convert to csv.")
+        names = defaultdict(list)
+        for name, rank in ranks.items():
+            names[rank].append(re.escape(name))
+        patterns = {f"(?:{'|'.join(names[rank])})": rank for rank in sorted(names)}
+        most = max(ranks.values())
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": most,
+            "lora_alpha": most,
+            "target_modules": list(ranks),
+            "rank_pattern": patterns,
+            "alpha_pattern": patterns,
+        }
+        sparse = sum(1 for entry in file.layers if entry.nnz)
+        notes = [f"the nonzeros of {sparse} layers are not in it: PEFT knows ranks only."] if sparse else []
+        return json.dumps(config, indent=1) + "\n", tuple(notes)
+
+    def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
+        """A config, or a `rank_pattern` by itself; nonzeros and patterns are those of `like`."""
+        raw = parse_json(text)
+        if not isinstance(raw, dict):
+            raise ArtefactError("it is no PEFT config: not an object.")
+        if "rank_pattern" not in raw and "r" not in raw:
+            raw = {"rank_pattern": raw}
+        if used := [name for name in NOT_READ if raw.get(name) not in (None, [], {})]:
+            raise ArtefactError(f"'{used[0]}' is not read. List the layers in full under target_modules.")
+        patterns = _patterns(raw.get("rank_pattern") or {})
+        names = [entry.name for entry in like.layers]
+        rank = raw.get("r")
+        modules = raw.get("target_modules")
+        if rank is None:
+            chosen = set(names)
+        elif modules is None:
+            raise ArtefactError("it has no target_modules: which layers have rank r is not said.")
+        else:
+            chosen = _targeted(modules, names)
+        default = 0 if rank is None else _rank(rank, "r")
+        found: dict[str, int] = {}
+        used_patterns: set[str] = set()
+        for name in names:
+            pattern = next((key for key, compiled in patterns.items() if compiled[0].match(name)), None)
+            if pattern is not None:
+                used_patterns.add(pattern)
+            found[name] = 0 if name not in chosen else default if pattern is None else patterns[pattern][1]
+        if unused := patterns.keys() - used_patterns:
+            raise ArtefactError(f"rank_pattern '{min(unused)[:60]}' matches no layer of the model.")
+        targets = {}
+        for entry in like.layers:
+            target = entry.target
+            targets[entry.name] = Target(found[entry.name], target.nnz, target.pattern)
+        return targets, ("the nonzeros are those of --like: PEFT knows ranks only.",)
+
+
+def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:
+    if not isinstance(raw, dict):
+        raise ArtefactError("rank_pattern must map patterns to ranks.")
+    patterns = {}
+    for key, rank in raw.items():
+        try:
+            compiled = re.compile(rf"(.*\.)?({key})$")
+        except (re.error, OverflowError, RecursionError) as cause:
+            raise ArtefactError(f"rank_pattern '{key[:60]}' is no regular expression ({cause}).") from None
+        patterns[key] = compiled, _rank(rank, f"rank_pattern '{key[:60]}'")
+    return patterns
+
+
+def _rank(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArtefactError(f"{where} is {str(value)[:40]!r}, no rank.")
+    return value
+
+
+def _targeted(modules: Any, names: list[str]) -> set[str]:
+    """Names that `target_modules` reaches: by whole last parts from a list, by a regular expression from a string."""
+    if modules == ALL_LINEAR:
+        return set(names)
+    if isinstance(modules, str):
+        try:
+            return {name for name in names if re.fullmatch(modules, name)}
+        except re.error as cause:
+            raise ArtefactError(f"target_modules is no regular expression ({cause}).") from None
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ArtefactError("target_modules must be a list of names, or a regular expression.")
+    reached = set()
+    for module in modules:
+        these = {name for name in names if name == module or name.endswith(f".{module}")}
+        if not these:
+            raise ArtefactError(f"target_modules names '{module[:60]}', which is no compressible layer of the model.")
+        reached |= these
+    return reached

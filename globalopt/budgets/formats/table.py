@@ -1,0 +1,84 @@
+"""Format csv: one row per layer, for spreadsheets and scripts; it carries every target exactly."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from globalopt.budgets.budget_file import BudgetFile, LayerEntry
+from globalopt.budgets.formats.checks import check_names, whole_number
+from globalopt.errors import ArtefactError, GlobalOptError
+from globalopt.values.budget import Target
+from globalopt.values.layer import NM
+
+NEEDED = ("name", "rank", "nnz")
+SHAPE = ("block", "kind", "d_out", "d_in")
+# Written to be looked at: they follow from the others.
+DERIVED = ("cost", "kept", "density")
+COLUMNS = ("name", *SHAPE, "rank", "nnz", "pattern", *DERIVED)
+
+
+@dataclass(frozen=True)
+class Csv:
+    """Columns `COLUMNS`; `NEEDED` are read, `pattern` where it is there, shapes are checked, the rest is ignored."""
+
+    def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
+        """A header and a row per layer, in model order."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for plan in file.plans:
+            derived = (plan.cost, f"{plan.kept:.6f}", f"{plan.density:.6f}")
+            shape = (plan.block, plan.kind, plan.d_out, plan.d_in)
+            rows.writerow((plan.name, *shape, plan.rank, plan.nnz, plan.pattern or "", *derived))
+        return text.getvalue(), ()
+
+    def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
+        """Rows in any order."""
+        rows = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+        try:
+            self._check_header(rows.fieldnames or ())
+            entries = {entry.name: entry for entry in like.layers}
+            targets: dict[str, Target] = {}
+            for row in rows:
+                where = f"line {rows.line_num}"
+                # Too few cells are None, too many are under the key None.
+                if None in row or any(value is None for value in row.values()):
+                    raise ArtefactError(f"{where} has another number of cells than the header.")
+                entry = entries.get(row["name"])
+                if entry is None:
+                    raise ArtefactError(f"{where} names '{row['name']}', which is no layer of the model.")
+                if entry.name in targets:
+                    raise ArtefactError(f"{where} lists layer {entry.name} a second time.")
+                targets[entry.name] = self._target(row, entry, where)
+        except csv.Error as cause:
+            raise ArtefactError(f"line {rows.line_num} is no CSV ({cause}).") from None
+        check_names(targets, like)
+        return targets, ()
+
+    @staticmethod
+    def _check_header(names: Sequence[str]) -> None:
+        if missing := [name for name in NEEDED if name not in names]:
+            raise ArtefactError(
+                f"the first line lacks {', '.join(missing)}; columns are separated by commas and named "
+                f"{', '.join(COLUMNS)}."
+            )
+        if unknown := [name for name in names if name not in COLUMNS]:
+            raise ArtefactError(f"column '{unknown[0]}' is unknown; columns are {', '.join(COLUMNS)}.")
+
+    @staticmethod
+    def _target(row: Mapping[str, str], entry: LayerEntry, where: str) -> Target:
+        for name in SHAPE:
+            if name in row and row[name] != str(getattr(entry, name)):
+                raise ArtefactError(
+                    f"{where}: layer {entry.name} has {name} {getattr(entry, name)}, not '{row[name]}'; the table "
+                    "belongs to another model."
+                )
+        pattern = row.get("pattern") or "unstructured"
+        rank, nnz = (whole_number(row[name], f"{where}, {name}") for name in ("rank", "nnz"))
+        try:
+            return Target(rank, nnz, NM.parse(pattern))
+        except GlobalOptError as cause:
+            raise ArtefactError(f"{where}: {cause}") from None

@@ -1,0 +1,78 @@
+"""Where a model is to be served, as limits of a search: what that place cannot hold is never chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from globalopt.errors import UnknownNameError, UsageError
+from globalopt.protocols import Solver
+from globalopt.values.budget import FREE, Limits
+
+
+@dataclass(frozen=True)
+class ServingProfile:
+    """A place to serve a model.
+
+    Args:
+        format: what `globalopt export` writes for it.
+        limits: of every layer.
+        pattern: every `S` must have it; None: any.
+        sparse_part: whether the solver must have one.
+        low_rank_part: whether the solver must have one, and some layer room for it.
+    """
+
+    format: str
+    limits: Limits = FREE
+    pattern: str | None = None
+    sparse_part: bool = False
+    low_rank_part: bool = False
+
+    def choices(self, pattern: str | None = None, scaling: str | None = None) -> dict[str, str]:
+        """Pattern and span scaling, which the profile decides where nothing was said of them."""
+        return {
+            "pattern": pattern or self.pattern or "unstructured",
+            "scaling": scaling or ("activation" if self.limits.sparse else "direct"),
+        }
+
+
+PROFILES: Mapping[str, ServingProfile] = {
+    # An ordinary checkpoint holds any sum.
+    "dense": ServingProfile("dense"),
+    # vLLM takes LoRA ranks up to 512; layers of one rank share a pattern, which keeps matching them cheap.
+    "adapter": ServingProfile("adapter", Limits(rank_multiple=8, max_rank=512), low_rank_part=True),
+    # The one sparse product that GPUs have; any rank beside it.
+    "two-four": ServingProfile("packed", pattern="2:4", sparse_part=True),
+    # Two thin products, which are fast everywhere.
+    "factors": ServingProfile("factors", Limits(sparse=False), low_rank_part=True),
+}
+
+
+def get_profile(name: str) -> ServingProfile:
+    """The profile called `name`; `UnknownNameError` if there is none."""
+    if name not in PROFILES:
+        raise UnknownNameError("serving profile", name, PROFILES)
+    return PROFILES[name]
+
+
+def limits_of(profile: str, rank_multiple: int | None) -> Limits:
+    """The limits of a profile, with ranks in multiples of `rank_multiple` if given."""
+    limits = get_profile(profile).limits
+    return limits if rank_multiple is None else replace(limits, rank_multiple=rank_multiple)
+
+
+def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
+    """`UsageError` if what the solver makes of targets would leave the limits or the profile."""
+    place = get_profile(profile)
+    if (place.sparse_part and not solver.sparse) or (place.low_rank_part and not solver.low_rank):
+        part = "sparse" if place.sparse_part else "low-rank"
+        raise UsageError(f"--serving-profile {profile} needs a solver with a {part} part; {solver.name} has none.")
+    if limits == FREE:
+        return
+    if solver.signs:
+        raise UsageError(f"Solver {solver.name} keeps a plane of signs of rank 1, which is not within limits of rank.")
+    if limits.sparse and not solver.sparse:
+        raise UsageError(
+            f"Solver {solver.name} turns nonzeros into any rank; limits of rank need another solver, or "
+            "--serving-profile factors."
+        )

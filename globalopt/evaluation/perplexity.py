@@ -1,0 +1,209 @@
+"""How good a model is on held-out windows: perplexity, and its distance from the dense model in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from globalopt.errors import NumericalError, UsageError
+from globalopt.models.layers import walkable
+from globalopt.models.streaming import dtype_of, lazy_blocks
+from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.text.splits import Split
+from globalopt.values.results import Metrics, WindowLosses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**28
+"""Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
+
+LAZY_LOGITS_AT_ONCE = 2**24
+"""The same for lazy models, where memory is what is short."""
+
+SOFTMAX_AT_ONCE = 2**22
+"""Logits turned into float32 log probabilities at once."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    split: Split,
+    dense: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    advance: Callable[[str], None] | None = None,
+    scratch: Path | None = None,
+) -> Metrics:
+    """Perplexity of a model on the windows of a split, and its KL divergence from the dense model.
+
+    With windows `x` of T tokens and `p(. | x_<t)` the model, `q` the dense one:
+
+        nll = mean over windows and 1 <= t < T of -log p(x_t | x_<t),   perplexity = exp(nll)
+        kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
+
+    Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
+    into evaluation mode; they may be on different devices. A lazy model is walked block by block, all windows at once.
+
+    Args:
+        split: at least 2 windows.
+        dense: the model before compression, with the same vocabulary; without it there is no KL.
+        batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
+        advance: called once per window with the perplexity so far.
+        scratch: folder of files for the hidden states of lazy models; None: they are held in memory.
+    Raises:
+        NumericalError: a logit is not finite, or the perplexity is too large for a float.
+        UsageError: fewer than 2 windows, `batch_size` below 1, or different vocabularies.
+    Source:
+        the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
+    """
+    return _measure(model, dense, split, batch_size, advance, scratch)[0]
+
+
+def evaluate_both(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    split: Split,
+    batch_size: int = 8,
+    advance: Callable[[str], None] | None = None,
+    scratch: Path | None = None,
+    keep: Callable[[WindowLosses], None] | None = None,
+) -> tuple[Metrics, Metrics]:
+    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`.
+
+    Args:
+        keep: given what each window lost.
+    """
+    measured, reference, losses = _measure(model, dense, split, batch_size, advance, scratch)
+    assert reference is not None
+    if keep is not None:
+        keep(losses)
+    return reference, measured
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    split: Split,
+    batch_size: int,
+    advance: Callable[[str], None] | None,
+    scratch: Path | None,
+) -> tuple[Metrics, Metrics | None, WindowLosses]:
+    count, seqlen = split.windows.shape
+    if count < 2:
+        raise UsageError(
+            f"Evaluation needs at least 2 windows, or there is no standard error; {split.name} has {count}."
+        )
+    if batch_size < 1:
+        raise UsageError(f"The evaluation batch must be at least 1 window; got {batch_size}.")
+    vocabulary = _vocabulary(model)
+    if dense is not None and _vocabulary(dense) != vocabulary:
+        raise UsageError(
+            f"The model has {vocabulary} logits and the dense model {_vocabulary(dense)}; KL needs the same."
+        )
+    model.eval()
+    if dense is not None:
+        dense.eval()
+
+    nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    short = any(one is not None and lazy_blocks(one) is not None for one in (model, dense))
+    at_once = LAZY_LOGITS_AT_ONCE if short else LOGITS_AT_ONCE
+    rows = max(1, min(batch_size, at_once // (seqlen * vocabulary)))
+    batches = split.windows.split(rows)
+    answers = _answers(model, batches, scratch)
+    dense_answers = None if dense is None else _answers(dense, batches, scratch)
+    for number, windows in enumerate(batches):
+        first = number * rows
+        logits = answers(number)
+        dense_logits = None if dense_answers is None else dense_answers(number)
+        for i, window in enumerate(windows, first):
+            reference = None if dense_logits is None else dense_logits[i - first]
+            where = f"{split.name} window {i}"
+            nll[i], dense_nll[i], kl[i] = _window_means(logits[i - first], reference, window, where)
+            if advance is not None:
+                advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
+    measured = _metrics(model, split, nll, None if dense is None else kl)
+    losses = WindowLosses(split.name, split.sha256, *(tuple(means.tolist()) for means in (nll, dense_nll, kl)))
+    return measured, None if dense is None else _metrics(dense, split, dense_nll, None), losses
+
+
+def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | None) -> Metrics:
+    count, seqlen = split.windows.shape
+    return Metrics(
+        split=split.name,
+        perplexity=_perplexity(nll),
+        nll=nll.mean().item(),
+        nll_stderr=_standard_error(nll),
+        kl=None if kl is None else kl.mean().item(),
+        kl_stderr=None if kl is None else _standard_error(kl),
+        windows=count,
+        seqlen=seqlen,
+        tokens=count * (seqlen - 1),
+        text_sha256=split.sha256,
+        dtype=str(dtype_of(model)).removeprefix("torch."),
+    )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
+    """Logits (n, T - 1, vocabulary) by batch, of the positions whose next token is in the window."""
+    if lazy_blocks(model) is None:
+        return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
+    runner = BlockRunner(walkable(model), [Batch(windows) for windows in batches], scratch)
+    hidden: list[Tensor] = []
+    for visit in walk_blocks(runner):
+        hidden = visit.outputs()
+    return lambda number: runner.logits(number, hidden[number])[:, :-1]
+
+
+def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:
+    """Means over positions of one window: loss of the model, loss of dense, KL(dense || model); 0 without dense.
+
+    Args:
+        logits, dense: (T - 1, vocabulary), on any device.
+        window: (T,) token ids.
+    """
+    labels = window[1:].to(logits.device)
+    nll = dense_nll = kl = 0.0
+    for positions in _chunks(len(logits), logits.shape[1]):
+        log_p = _log_softmax(logits[positions], where)
+        at = labels[positions, None]
+        # Summed on the CPU: not every accelerator has float64.
+        nll -= log_p.gather(1, at).cpu().double().sum().item()
+        if dense is not None:
+            log_q = _log_softmax(dense[positions], f"{where} of the dense model").to(log_p.device)
+            dense_nll -= log_q.gather(1, at).cpu().double().sum().item()
+            kl += (log_q.exp() * (log_q - log_p)).sum(1).cpu().double().sum().item()
+    return nll / len(logits), dense_nll / len(logits), kl / len(logits)
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, SOFTMAX_AT_ONCE // vocabulary)
+    return (slice(first, first + step) for first in range(0, positions, step))
+
+
+def _log_softmax(logits: Tensor, where: str) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise NumericalError(f"The logits of {where} are not finite; a weight is broken, or --dtype is too narrow.")
+    return logits.float().log_softmax(1)
+
+
+def _perplexity(nll: Tensor) -> float:
+    mean = nll.mean().item()
+    try:
+        return math.exp(mean)
+    except OverflowError as error:
+        raise NumericalError(
+            f"A mean loss of {mean:.4g} nats per token has no perplexity; the model is broken."
+        ) from error
+
+
+def _standard_error(means: Tensor) -> float:
+    return means.std().item() / math.sqrt(len(means))

@@ -1,0 +1,73 @@
+"""Text that the dense and the compressed model write, side by side: what a loss in nats looks like."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from globalopt.models.streaming import lazy_blocks
+from globalopt.text.splits import Split
+from globalopt.values.results import Sample, Samples
+
+PROMPTS = 3
+PROMPT_TOKENS = 32
+NEW_TOKENS = 48
+
+
+def write_samples(
+    dense: PreTrainedModel, compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split
+) -> Samples:
+    """How both models go on with the beginnings of the first windows of a split, greedily.
+
+    Models are in evaluation mode. Nothing is drawn, so the same models write the same text. A model with few positions
+    gets shorter prompts; one whose blocks are read one at a time would read all of them for every token, and is not
+    asked.
+    """
+    if any(lazy_blocks(model) is not None for model in (dense, compressed)):
+        return _none(split, "the model does not fit in memory, and would be read anew for every token")
+    positions = _positions(dense)
+    prompt = min(PROMPT_TOKENS, split.seqlen, PROMPT_TOKENS if positions is None else positions // 2)
+    new = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - prompt)
+    if min(prompt, new) < 1:
+        return _none(split, f"the model has {positions} positions, too few to go on with a prompt")
+    prompts = split.windows[:PROMPTS, :prompt]
+    written = [continued(model, prompts, new) for model in (dense, compressed)]
+    samples = []
+    try:
+        for start, one, other in zip(prompts, *written, strict=True):
+            differ = (one != other).nonzero()
+            agreed = int(differ[0]) if len(differ) else new
+            samples.append(Sample(_text(tokenizer, start), _text(tokenizer, one), _text(tokenizer, other), agreed))
+    # Which of these a tokenizer raises for ids that it does not know is its own affair.
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as cause:
+        return _none(split, f"the tokenizer cannot turn tokens into text ({cause!r})")
+    return Samples(split.name, prompt, new, tuple(samples))
+
+
+def _none(split: Split, why: str) -> Samples:
+    return Samples(split.name, 0, 0, (), why)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
+    """(n, new) on the CPU: the most likely token after `prompts` (n, t), and so on; nothing ends it early.
+
+    Without a cache, which not every model has: of so few tokens it would save little.
+    """
+    ids = prompts.to(model.device)
+    for _ in range(new):
+        token = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, token.to(ids.device)], 1)
+    return ids[:, prompts.shape[1] :].cpu()
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    if not isinstance(text, str):
+        raise TypeError(f"decode gave {type(text).__name__}")
+    return text

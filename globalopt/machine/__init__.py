@@ -1,0 +1,1 @@
+"""Memory and clock of the machine a run is on."""

@@ -1,0 +1,1 @@
+"""Match blocks, and the whole model, to what the dense model answers."""

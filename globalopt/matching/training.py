@@ -1,0 +1,190 @@
+"""Adam over what a compressed model keeps, ended by windows it is not trained on."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from globalopt.errors import ArtefactError, NumericalError
+from globalopt.matching.parameters import Trainable
+from globalopt.registry import at_least
+from globalopt.runs.files import read_tensors, write_tensors
+
+BACK_OFF = 0.3
+"""How much smaller steps become when an epoch was refused."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How parameters are trained.
+
+    Args:
+        epochs: passes over the calibration windows at most.
+        rate: first step size of Adam; falls along half a cosine to `floor` of it, and by `BACK_OFF` with every epoch
+            that held-out windows refuse, which is taken back.
+        relative: steps are in units of the root mean square of the tensor they change, else absolute.
+        held_out: share of the batches that is not trained on and decides which epoch is kept; 0 keeps the last.
+        patience: refused epochs in a row after which it ends.
+        windows: calibration windows per step, at most as many as `--batch-size`.
+        autocast: multiply in bfloat16; parameters stay in float32.
+    """
+
+    epochs: int = 4
+    rate: float = 0.01
+    floor: float = 0.1
+    relative: bool = True
+    held_out: float = 0.125
+    patience: int = 2
+    windows: int = 2
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs, patience=self.patience, windows=self.windows)
+        at_least(0, rate=self.rate, floor=self.floor, held_out=self.held_out)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Losses before and after, on held-out batches where there are any, else on all; epochs done, and the kept one."""
+
+    before: float
+    after: float
+    epochs: int
+    kept_epoch: int
+
+
+def train(
+    trainable: Trainable,
+    loss_of: Callable[[int], Tensor],
+    batches: int,
+    options: Training,
+    seed: int,
+    where: str,
+    checkpoint: Path | None = None,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> Trained:
+    """Minimise the mean of `loss_of(i)` over batches `i`; leaves the parameters of the best epoch.
+
+    The start counts as epoch 0, so that the loss of held-out batches never rises. At least one batch is trained on.
+
+    Args:
+        where: what is trained, for messages.
+        checkpoint: after every epoch all is written here, and a later call goes on from it to the same end.
+        advance: called after every epoch with its loss in words.
+    Raises:
+        NumericalError: a loss is not finite.
+    """
+    held = min(batches - 1, math.ceil(options.held_out * batches))
+    judged = range(batches - held, batches) if held else range(batches)
+    parameters = trainable.parameters()
+    units = [float(p.detach().square().mean().sqrt()) if options.relative else 1.0 for p in parameters]
+    adam = torch.optim.Adam([{"params": [p]} for p in parameters])
+
+    def finite(loss: float) -> float:
+        if not math.isfinite(loss):
+            raise NumericalError(f"Training of {where}: the loss is {loss}. Lower its rate, or leave it out.")
+        return loss
+
+    @torch.no_grad()
+    def judge() -> float:
+        return finite(float(torch.stack([loss_of(i).double() for i in judged]).mean()))
+
+    progress = _Progress(trainable, adam)
+    if checkpoint is None or not progress.read(checkpoint):
+        progress.start(judge())
+    steps = options.epochs * (batches - held)
+    step = progress.epoch * (batches - held)
+    while progress.epoch < options.epochs and progress.refused < options.patience:
+        epoch = progress.epoch + 1
+        # A generator of its own for every epoch: an order does not depend on where a run was taken up again.
+        order = random.Random(f"{seed} {epoch}").sample(range(batches - held), batches - held)
+        seen = []
+        for i in order:
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
+            rate = progress.scale * options.rate * (options.floor + (1 - options.floor) * cosine)
+            for group, unit in zip(adam.param_groups, units, strict=True):
+                group["lr"] = rate * unit
+            adam.zero_grad()
+            with torch.enable_grad():
+                loss = loss_of(i)
+                loss.backward()
+            seen.append(loss.detach().double())
+            adam.step()
+            step += 1
+        # Where every epoch is kept, what its steps saw says enough of all but the last.
+        loss = judge() if held or epoch == options.epochs else finite(float(torch.stack(seen).mean()))
+        progress.tell(epoch, loss, accept=not held or loss < progress.best)
+        if checkpoint is not None:
+            progress.write(checkpoint)
+        advance(f"{where}, epoch {epoch}: {loss:.4g}")
+    trainable.restore(progress.kept)
+    return Trained(progress.before, progress.best, progress.epoch, progress.kept_epoch)
+
+
+class _Progress:
+    """Where a training is: its parameters, Adam's moments, and the best parameters so far."""
+
+    FACTS = ("epoch", "before", "best", "kept_epoch", "refused", "scale")
+
+    def __init__(self, trainable: Trainable, adam: torch.optim.Adam) -> None:
+        self._trainable = trainable
+        self._adam = adam
+        self.epoch = self.kept_epoch = self.refused = 0
+        self.scale = 1.0
+        self.before = self.best = math.nan
+        self.kept: list[Tensor] = []
+
+    def start(self, loss: float) -> None:
+        self.before = self.best = loss
+        self.kept = self._trainable.state()
+
+    def tell(self, epoch: int, loss: float, accept: bool) -> None:
+        """An epoch is over: keep what it came to, or take it back, Adam's moments too, and go on in smaller steps."""
+        self.epoch = epoch
+        if accept:
+            self.best, self.kept, self.kept_epoch, self.refused = loss, self._trainable.state(), epoch, 0
+        else:
+            self._trainable.restore(self.kept)
+            for state in self._adam.state.values():
+                for moment in state.values():
+                    moment.zero_()
+            self.refused += 1
+            self.scale *= BACK_OFF
+
+    def write(self, path: Path) -> None:
+        tensors = {}
+        for k, (parameter, kept) in enumerate(zip(self._trainable.parameters(), self.kept, strict=True)):
+            state = self._adam.state[parameter]
+            parts = {"now": parameter, "kept": kept, "first": state["exp_avg"], "second": state["exp_avg_sq"]}
+            tensors.update({f"{part}:{k}": tensor for part, tensor in parts.items()})
+            tensors[f"step:{k}"] = state["step"]
+        write_tensors(path, tensors, {fact: getattr(self, fact) for fact in self.FACTS})
+
+    @torch.no_grad()
+    def read(self, path: Path) -> bool:
+        """Take up what was written, if anything was; `ArtefactError` if it is not of this training."""
+        if not path.exists():
+            return False
+        tensors, facts = read_tensors(path)
+        count = len(self._trainable.parameters())
+        wanted = {f"{part}:{k}" for part in ("now", "kept", "first", "second", "step") for k in range(count)}
+        if set(tensors) != wanted or not set(self.FACTS) <= facts.keys():
+            raise ArtefactError(f"{path} is of another training. Delete it and run the same command again.")
+        for fact in self.FACTS:
+            setattr(self, fact, facts[fact])
+        self.kept = []
+        for k, parameter in enumerate(self._trainable.parameters()):
+            parameter.copy_(tensors[f"now:{k}"])
+            self.kept.append(tensors[f"kept:{k}"].to(parameter.device))
+            self._adam.state[parameter] = {
+                "step": tensors[f"step:{k}"],
+                "exp_avg": tensors[f"first:{k}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"second:{k}"].to(parameter.device),
+            }
+        return True

@@ -1,0 +1,1 @@
+"""Models: load, save, identify; find their layers and walk them block by block."""

@@ -1,0 +1,444 @@
+"""Walk the decoder blocks one at a time and accumulate the Gram of every input site.
+
+The model's own forward pass prepares what the blocks are called with (masks, rotary embeddings, per-block mask types)
+and finishes what they return (final norm, head, softcap): it runs with stand-ins for the blocks, so that nothing of it
+is written again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import Cache
+
+from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
+from globalopt.machine.memory import give_back, in_file
+from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Gram
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Token ids (b, t) of one forward pass, and where they are real.
+
+    Args:
+        input_ids: (b, t) integers.
+        attention_mask: (b, t), 1 for a real token and 0 for padding, or None if all are real.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids, mask = self.input_ids, self.attention_mask
+        if ids.ndim != 2 or not ids.numel() or ids.dtype != torch.long:
+            raise CalibrationError(f"A batch is (b, t) int64 token ids; got {tuple(ids.shape)} of {ids.dtype}.")
+        if mask is not None and mask.shape != ids.shape:
+            raise CalibrationError(f"The mask {tuple(mask.shape)} does not match the token ids {tuple(ids.shape)}.")
+        if mask is not None and not bool(mask.any()):
+            raise CalibrationError("The mask of a batch leaves no token; drop the batch.")
+
+    @property
+    def real(self) -> Tensor | None:
+        """(b t,) which tokens are real, or None if all are."""
+        if self.attention_mask is None or bool(self.attention_mask.all()):
+            return None
+        return self.attention_mask.bool().flatten()
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.count_nonzero())
+
+    def select(self, x: Tensor) -> Tensor:
+        """Rows of real tokens of `x` (b, t, d) or (b t, d) as (tokens, d)."""
+        rows = x.reshape(-1, x.shape[-1])
+        real = self.real
+        if real is None:
+            return rows
+        if len(rows) != len(real):
+            raise CalibrationError(
+                f"{len(rows)} rows came out of a padded batch of {len(real)} tokens, so padding cannot be told apart: "
+                "the model routes tokens. Use windows without padding."
+            )
+        return rows[real.to(rows.device)]
+
+
+class BlockRunner:
+    """The decoder blocks of a model as functions of hidden states, for a fixed set of batches.
+
+    `logits(i, run(n-1, i, ... run(0, i, first(i))))` is the model's own forward pass on batch `i`.
+    """
+
+    def __init__(self, layers: ModelLayers, batches: Sequence[Batch], scratch: Path | None = None) -> None:
+        """Record what every block is called with, one pass per batch through stand-ins for the blocks.
+
+        Args:
+            scratch: folder of files that hold the hidden states of a walk; None: memory does.
+
+        Raises:
+            CalibrationError: no batches, a token id outside the vocabulary, or more tokens than positions.
+            UnsupportedModelError: the model does not simply pass each block's output to the next block.
+        """
+        self.layers = layers
+        self.batches = tuple(batches)
+        self.scratch = scratch
+        self._check_batches()
+        with torch.no_grad():
+            self._output_length = self._learn_output()
+            pool = _TensorPool()
+            self._calls = [self._record(i, pool.for_batch()) for i in range(len(self.batches))]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def first(self, i: int) -> Tensor:
+        """Hidden states (b, t, d) of batch `i` before the first block."""
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Stop(_Call.split(args, kwargs)[0])
+
+        with torch.no_grad(), _stand_ins([self.layers.blocks[0]], lambda _: stop):
+            return self._interrupted(i)
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """`hidden` as it is held until the next block asks for it."""
+        return hidden if self.scratch is None else in_file(hidden, self.scratch)
+
+    def run(self, block: int, i: int, hidden: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of `block`, as it now is and on the device it is on, for inputs `hidden` (b, t, d) of batch `i`.
+
+        Gradients are recorded if they are enabled where this is called.
+
+        Args:
+            tensors: stand in for parameters of the block, by name within it.
+        """
+        module = self.layers.blocks[block]
+        compute = module if tensors is None else partial(_with_tensors, module, tensors)
+        return _hidden(self._calls[i][block].apply(compute, hidden, self.layers.device_of(block)))
+
+    def logits(self, i: int, hidden: Tensor) -> Tensor:
+        """Logits (b, t, vocab) of batch `i` if the last block's output were `hidden`; differentiable in it."""
+        last = len(self.layers.blocks) - 1
+        output = self._as_output(hidden.to(token_embedding(self.layers.model).weight.device))
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            if index == last:
+                return lambda *args, **kwargs: output
+            return lambda *args, **kwargs: self._as_output(_Call.split(args, kwargs)[0])
+
+        with _stand_ins(self.layers.blocks, stand_in):
+            return self._forward(i).logits
+
+    def _check_batches(self) -> None:
+        if not self.batches:
+            raise CalibrationError("There are no batches to run; give at least one window of text.")
+        model = self.layers.model
+        vocab = token_embedding(model).num_embeddings
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for batch in self.batches:
+            largest, tokens = int(batch.input_ids.max()), batch.input_ids.shape[1]
+            if largest >= vocab:
+                raise CalibrationError(
+                    f"Token id {largest} is outside the model's vocabulary of {vocab}; "
+                    "the text was not tokenized with this model's tokenizer."
+                )
+            if positions is not None and tokens > positions:
+                raise CalibrationError(
+                    f"A window of {tokens} tokens is longer than the model's {positions} positions; lower --seqlen."
+                )
+
+    def _forward(self, i: int) -> Any:
+        batch, device = self.batches[i], token_embedding(self.layers.model).weight.device
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+        return self.layers.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+
+    def _interrupted(self, i: int) -> Any:
+        try:
+            self._forward(i)
+        except _Stop as stop:
+            return stop.value
+        raise UnsupportedModelError(
+            f"{type(self.layers.model).__name__} never calls its decoder blocks {self.layers.blocks_path}."
+        )
+
+    def _learn_output(self) -> int | None:
+        """Length of the tuple the first block returns, or None if it is a tensor: stand-ins must answer in kind."""
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Stop(output)
+
+        handle = self.layers.blocks[0].register_forward_hook(stop)
+        try:
+            output = self._interrupted(0)
+        finally:
+            handle.remove()
+        _hidden(output)
+        return len(output) if isinstance(output, tuple) else None
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return hidden if self._output_length is None else (hidden, *[None] * (self._output_length - 1))
+
+    def _record(self, i: int, share: Callable[[Tensor], Tensor]) -> list[_Call]:
+        calls: list[_Call] = []
+        blocks, previous = self.layers.blocks, None
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                nonlocal previous
+                hidden, call = _Call.split(args, kwargs)
+                if index != len(calls) or (index > 0 and hidden is not previous):
+                    raise UnsupportedModelError(
+                        f"{type(self.layers.model).__name__} does not pass the output of each block of "
+                        f"{self.layers.blocks_path} straight to the next (block {index}); it cannot be walked."
+                    )
+                calls.append(call.map(share))
+                if len(calls) == len(blocks):
+                    raise _Stop(None)
+                previous = hidden
+                return self._as_output(hidden)
+
+            return record
+
+        with _stand_ins(blocks, stand_in):
+            self._interrupted(i)
+        return calls
+
+
+class BlockVisit:
+    """One block during a walk: its module, its layers, and the hidden states (b, t, d) that enter it, by batch."""
+
+    def __init__(self, runner: BlockRunner, index: int, inputs: list[Tensor]) -> None:
+        self.index = index
+        self.module: nn.Module = runner.layers.blocks[index]
+        self.specs: tuple[LayerSpec, ...] = runner.layers.of_block(index)
+        self.inputs = inputs
+        self.layers = runner.layers
+        self.runner = runner
+        self._outputs: list[Tensor] | None = None
+
+    def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
+        """`G = mean over real tokens of x xᵀ` of each input site, by one forward pass of the block over all batches.
+
+        The outputs of that pass are kept, so that an unchanged block is not run again when the walk goes on.
+
+        Args:
+            sites: which sites; all of this block by default.
+
+        Raises:
+            UnknownNameError: a site is not one of this block.
+            CalibrationError: a site's inputs are not finite, or no token reached it.
+        """
+        known = dict.fromkeys(spec.site for spec in self.specs)
+        wanted = tuple(known) if sites is None else tuple(sites)
+        for site in wanted:
+            if site not in known:
+                raise UnknownNameError("site", site, known)
+        moments = {site: _Moment(site) for site in wanted}
+        self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
+        # Each sum is let go when its Gram is made: with wide layers they are larger than the block.
+        grams = {site: moments.pop(site).gram() for site in tuple(moments)}
+        if self.layers.lazy is not None:
+            give_back()
+        return grams
+
+    def outputs(self) -> list[Tensor]:
+        """Hidden states (b, t, d) that leave the block as it now is, by batch; computed once per change."""
+        if self._outputs is None:
+            self._outputs = [self._output(i) for i in range(len(self.runner))]
+        return self._outputs
+
+    def replaced(self) -> None:
+        """Say that the block's weights have changed; what it computed before is forgotten."""
+        self._outputs = None
+
+    def _observed(self, i: int, moments: Mapping[str, _Moment]) -> Tensor:
+        batch, layers = self.runner.batches[i], self.runner.layers
+        with input_hooks({site: layers.module(site) for site in moments}, lambda s, x: moments[s].add(batch.select(x))):
+            return self._output(i)
+
+    @torch.no_grad()
+    def _output(self, i: int) -> Tensor:
+        hidden = self.inputs[i]
+        output = self.runner.run(self.index, i, hidden).to(hidden.device)
+        if not bool(torch.isfinite(self.runner.batches[i].select(output)).all()):
+            raise CalibrationError(
+                f"Block {self.runner.layers.blocks_path}.{self.index} returns values that are not finite; "
+                "use --dtype float32 or bfloat16, and check the layers changed last."
+            )
+        return self.runner.keep(output)
+
+
+def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -> Generator[BlockVisit, None, None]:
+    """Visit the decoder blocks in order, each with the outputs of the one before as its inputs.
+
+    A consumer that only reads sees the dense model; one that changes the block's weights and calls
+    `BlockVisit.replaced` makes all later blocks see the changed model. A visit is valid until the next one: its
+    inputs are released when the walk goes on.
+
+    Args:
+        device: where to compute; each block is moved there for its visit and back. Hidden states stay where the
+            model's embeddings are, or in the runner's scratch folder. By default nothing is moved.
+    """
+    blocks = runner.layers.blocks
+    hidden = [runner.keep(runner.first(i)) for i in range(len(runner))]
+    for index in range(len(blocks)):
+        with runner.layers.resident(index, device):
+            visit = BlockVisit(runner, index, hidden)
+            yield visit
+            if index + 1 < len(blocks):
+                hidden = visit.outputs()
+        visit.inputs = []
+
+
+class _Moment:
+    """Running sum of `x xᵀ` over the tokens of one site, in float32."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+        self.tokens = 0
+        self.sum: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        x = rows.float()
+        if self.sum is None:
+            self.sum = x.new_zeros(x.shape[1], x.shape[1])
+        self.sum.addmm_(x.mT, x)
+        self.tokens += len(x)
+
+    def gram(self) -> Gram:
+        if self.sum is None or self.tokens == 0:
+            raise CalibrationError(
+                f"No token reached layer {self.site}: no expert of it was chosen, then use more calibration text "
+                "(--nsamples), or the model uses its weight without calling it, then it cannot be compressed."
+            )
+        if not bool(torch.isfinite(self.sum).all()):
+            raise CalibrationError(
+                f"The inputs of layer {self.site} are not finite: the activations overflow or a weight before it is "
+                "NaN. Use --dtype float32 or bfloat16."
+            )
+        mean, self.sum = self.sum.div_(self.tokens), None
+        matrix = torch.add(mean, mean.mT).div_(2)
+        del mean
+        return Gram(matrix, self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a block is called with besides its hidden states; `keyword` is the name these were passed by, if any."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, _Call]:
+        if args and isinstance(args[0], Tensor):
+            return args[0], cls(args[1:], kwargs, None)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return kwargs["hidden_states"], cls(args, rest, "hidden_states")
+        raise UnsupportedModelError("The decoder blocks are not called with hidden states; they cannot be walked.")
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Call:
+        args = _map_tensors(self.args, change)
+        return _Call(args, _map_tensors(dict(self.kwargs), change), self.keyword)
+
+    def apply(self, module: Callable[..., Any], hidden: Tensor, device: torch.device) -> Any:
+        here = self.map(lambda x: x.to(device))
+        hidden = hidden.to(device)
+        if self.keyword is None:
+            return module(hidden, *here.args, **here.kwargs)
+        return module(*here.args, **{self.keyword: hidden}, **here.kwargs)
+
+
+class _TensorPool:
+    """Keeps one of several equal tensors, as most batches call the blocks with the same positions and masks."""
+
+    DISTINCT = 8
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def for_batch(self) -> Callable[[Tensor], Tensor]:
+        """A function from a tensor of one batch to an equal one kept before, or else to itself."""
+        # All blocks of a batch are given the same few objects: each is compared once, and held so that ids stay unique.
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def share(x: Tensor) -> Tensor:
+            if id(x) not in done:
+                done[id(x)] = (x, self._share(x))
+            return done[id(x)][1]
+
+        return share
+
+    def _share(self, x: Tensor) -> Tensor:
+        kept = self._kept.setdefault((x.shape, x.dtype, x.device), [])
+        for other in kept:
+            if torch.equal(other, x):
+                return other
+        # A few are enough for positions; padding masks differ by batch and would only be compared in vain.
+        if len(kept) < self.DISTINCT:
+            kept.append(x)
+        return x
+
+
+class _Stop(Exception):
+    """Ends a forward pass early, carrying what it was run for."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed; a cache is dropped, as a block must not remember an earlier call."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Cache):
+        return None
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {name: _map_tensors(item, change) for name, item in value.items()}
+    return value
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"A decoder block returns {type(output).__name__}, neither hidden states nor a tuple that starts with them."
+        )
+    return hidden
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(module, dict(tensors), args, kwargs)
+
+
+@contextmanager
+def _stand_ins(
+    blocks: Sequence[nn.Module] | nn.ModuleList, stand_in: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    """While open, calling `blocks[k]` calls `stand_in(k)`; only `forward` is exchanged, attributes stay readable."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward

@@ -1,0 +1,1 @@
+"""Whole jobs: search, compress, families of budgets, evaluation, estimates."""

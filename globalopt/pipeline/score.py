@@ -1,0 +1,144 @@
+"""What `globalopt eval` does: perplexities and zero-shot tasks of a model, and of the dense one beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from globalopt.errors import UsageError
+from globalopt.evaluation.perplexity import evaluate, evaluate_both
+from globalopt.evaluation.tasks import Answers, Tasks, ask, lm_eval_version
+from globalopt.machine.clock import StageClock
+from globalopt.models.identity import weights_sha256
+from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.loading import LoadedModel, reference_folder
+from globalopt.models.streaming import dtype_of
+from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
+from globalopt.pipeline.session import load, load_from, set_up, versions
+from globalopt.protocols import Progress
+from globalopt.text.reading import read_text
+from globalopt.text.splits import Split, consecutive_split
+from globalopt.values.results import Metrics
+from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, averages
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What is measured.
+
+    Args:
+        dense: the model to hold against, or None.
+        splits: whether validation and test windows of the calibration text are measured.
+        texts: more texts by name, measured whole.
+        tasks: None for none.
+        limit: most items of every task; None: all.
+    """
+
+    dense: str | None
+    splits: bool
+    texts: Mapping[str, str]
+    tasks: Tasks | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 2:
+            raise UsageError(
+                f"--tasks-limit must be at least 2 items, or there is no standard error; got {self.limit}."
+            )
+        if taken := sorted({"validation", "test"} & self.texts.keys()):
+            raise UsageError(f"--ppl {taken[0]}= is the name of a split; choose another.")
+
+
+def score(
+    models: ModelOptions, texts: TextOptions, options: ScoreOptions, progress: Progress, command: str
+) -> Scorecard:
+    """Measure a model, and the dense one on the same windows and items.
+
+    Raises:
+        what loading, evaluation and tasks raise.
+    """
+    if options.splits:
+        bench = set_up(models, texts, 0, progress, StageClock())
+        loaded, layers, splits = bench.loaded, bench.layers, [bench.splits.validation, bench.splits.test]
+    else:
+        with progress.stage("load", 1, "models") as advance:
+            (loaded, layers), splits = load(models), []
+            advance("model")
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    splits += [
+        consecutive_split(loaded.tokenizer, read_text(path, texts.text_column), name, texts.seqlen, None, longest)
+        for name, path in options.texts.items()
+    ]
+    dense = None
+    if options.dense is not None:
+        source = str(reference_folder()) if options.dense == REFERENCE else options.dense
+        dense = load_from(source, models, like=loaded.model)
+
+    metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, progress)
+    answers = [
+        ask(each, options.tasks, options.limit, texts.batch_size, progress)
+        for each in (loaded, dense)
+        if each is not None and options.tasks is not None
+    ]
+    mine, theirs = answers[:1], answers[1:]
+    changes = _changes(mine[0], theirs[0]) if theirs else {}
+    return Scorecard(
+        command=command,
+        model=_score(models.model or REFERENCE, loaded, layers, metrics, mine),
+        dense=None
+        if dense is None
+        else _score(options.dense or REFERENCE, dense, find_layers(dense.model, True), dense_metrics, theirs),
+        changes=changes,
+        average_changes=averages(changes.values()),
+        texts={split.name: split.record() for split in splits},
+        missing=options.tasks.missing if options.tasks else (),
+        limit=options.limit if options.tasks else None,
+        batch_size=texts.batch_size,
+        versions={**versions(), **({"lm-eval": lm_eval_version()} if options.tasks else {})},
+    )
+
+
+def _evaluate(
+    loaded: LoadedModel, dense: LoadedModel | None, splits: Sequence[Split], batch_size: int, progress: Progress
+) -> tuple[list[Metrics], list[Metrics]]:
+    """Metrics of the model and of the dense one, per split."""
+    metrics: list[Metrics] = []
+    dense_metrics: list[Metrics] = []
+    if not splits:
+        return metrics, dense_metrics
+    with progress.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
+        for split in splits:
+            if dense is None:
+                metrics.append(evaluate(loaded.model, split, None, batch_size, advance))
+            else:
+                theirs, mine = evaluate_both(loaded.model, dense.model, split, batch_size, advance)
+                metrics.append(mine)
+                dense_metrics.append(theirs)
+    return metrics, dense_metrics
+
+
+def _score(
+    name: str, loaded: LoadedModel, layers: ModelLayers, metrics: Sequence[Metrics], answers: Sequence[Answers]
+) -> ModelScore:
+    tasks = tuple(task for each in answers for task in each.scores)
+    return ModelScore(
+        model=name,
+        weights_sha256=weights_sha256(layers),
+        dtype=str(dtype_of(loaded.model)).removeprefix("torch."),
+        metrics=tuple(metrics),
+        tasks=tasks,
+        averages=averages(task.scores for task in tasks),
+        cut=sum(each.cut for each in answers),
+    )
+
+
+def _changes(mine: Answers, theirs: Answers) -> dict[str, dict[str, Score]]:
+    """Differences of accuracies, item by item: errors of items both fail at cancel."""
+    found: dict[str, dict[str, Score]] = {}
+    for task, metrics in mine.items.items():
+        found[task] = {
+            metric: Score.mean([a - b for a, b in zip(values, theirs.items[task][metric], strict=True)])
+            for metric, values in metrics.items()
+            if metric in ACCURACIES and metric in theirs.items[task]
+        }
+    return found

@@ -1,0 +1,214 @@
+"""A loaded model with its texts: what every verb works on, and the options that decide it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from globalopt.errors import ArtefactError, UsageError
+from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
+from globalopt.machine.clock import StageClock
+from globalopt.machine.memory import available, resident
+from globalopt.models.identity import model_fingerprint, weights_sha256
+from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
+from globalopt.models.loading import LoadedModel, load_model, reference_folder
+from globalopt.models.streaming import dtype_of, lazy_blocks
+from globalopt.models.walk import Batch, BlockRunner
+from globalopt.pipeline.options import (
+    REFERENCE,
+    ModelOptions,
+    TextOptions,
+)
+from globalopt.protocols import Progress
+from globalopt.runs.folder import Run
+from globalopt.text.reading import read_text
+from globalopt.text.splits import Split, Splits, make_splits, reference_splits
+
+WORKING_BLOCKS = 4
+"""A block, its Grams and what a solver works with, in units of the block."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A loaded model with its layers and its windows, and where stages say how far they are.
+
+    Args:
+        live: makes the dense model where it is in memory and has no place to be loaded from.
+    """
+
+    model_options: ModelOptions
+    text_options: TextOptions
+    loaded: LoadedModel
+    layers: ModelLayers
+    splits: Splits
+    progress: Progress
+    clock: StageClock
+    live: Callable[[], PreTrainedModel] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.model_options.model or REFERENCE
+
+    def dense(self) -> PreTrainedModel:
+        """The model before anything was changed, beside the one that stages change."""
+        if self.live is not None:
+            return self.live()
+        source = self.model_options.model or str(reference_folder())
+        return load_from(source, self.model_options, like=self.loaded.model).model
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.layers)
+
+    def batches(self, split: Split, most: int | None = None) -> list[Batch]:
+        """The windows of a split, `--batch-size` in each batch, or `most` if that is less."""
+        size = self.text_options.batch_size
+        return [Batch(windows) for windows in split.windows.split(size if most is None else min(size, most))]
+
+    def runner(self, run: Path, most: int | None = None) -> BlockRunner:
+        """The blocks on the calibration text; hidden states that do not fit in memory go to the folder `run`.
+
+        Args:
+            most: windows of a batch.
+        """
+        batches = self.batches(self.splits.calibration, most)
+        return BlockRunner(self.layers, batches, self.scratch(run, self.splits.calibration))
+
+    def scratch(self, run: Path, split: Split) -> Path | None:
+        """`run` if the hidden states of a split in front of every block are more than memory has room for."""
+        lazy = self.layers.lazy
+        if lazy is None:
+            return None
+        blocks = self.layers.blocks
+        item = lazy.precision.computed.itemsize
+        width = token_embedding(self.loaded.model).embedding_dim
+        states = split.windows.numel() * width * (len(blocks) + 1) * item
+        working = WORKING_BLOCKS * max(sum(p.numel() for p in block.parameters()) for block in blocks) * item
+        limit = self.model_options.limit
+        room = available(lazy.device) if limit is None else limit - resident()
+        return run if states + working > room else None
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What decides results apart from the method: weights, windows, precision, seed."""
+        return {
+            "model": self.fingerprint,
+            "weights": weights_sha256(self.layers),
+            "dtype": str(dtype_of(self.loaded.model)).removeprefix("torch."),
+            "splits": {split.name: split.sha256 for split in self.splits},
+            "batch_size": self.text_options.batch_size,
+            "seed": seed,
+        }
+
+    def facts(self, command: str) -> dict[str, Any]:
+        """What is recorded beside the identity: how to make the same run, or evaluate it, again."""
+        return {
+            "command": command,
+            "model": self.name,
+            "model_options": asdict(self.model_options),
+            "text_options": asdict(self.text_options),
+            "splits": {split.name: split.record() for split in self.splits},
+            "versions": versions(),
+        }
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """A stage that is both shown and measured."""
+        with self.clock.stage(name), self.progress.stage(name, total, unit) as advance:
+            yield advance
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    packages = ("globalopt", "torch", "transformers", "scipy", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress, clock: StageClock) -> Bench:
+    """Load the model and cut the text into its splits. The process rounds numbers below 1e-38 to zero from here on.
+
+    Raises:
+        UsageError: a model of the user's without a text of the user's.
+        ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
+    """
+    # Gradients of a loss of a millionth of a nat get that small, and attention's backward pass took six times as long.
+    # Before anything is multiplied: threads are born with the mode of the one that asks for them.
+    torch.set_flush_denormal(True)
+    with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
+        loaded, layers = load(model, tokens=text.nsamples * text.seqlen)
+        advance("model")
+        splits = _splits(loaded, model, text, seed)
+        advance("text")
+    if model.model is None:
+        progress.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    return Bench(model, text, loaded, layers, splits, progress, clock)
+
+
+def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
+    """The model that the options name, with its layers, all of it finite; see `load_model` for `tokens`."""
+    loaded = load_from(options.model or str(reference_folder()), options, tokens)
+    layers = find_layers(loaded.model, options.allow_low_coverage)
+    check_finite(layers)
+    return loaded, layers
+
+
+def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrainedModel | None = None) -> LoadedModel:
+    """The model in `source`, loaded as the options say of theirs; lazily or whole as `like`, beside which it is.
+
+    Packed and adapter exports become ordinary models of the same weights.
+    """
+    if is_adapter_export(source):
+        return load_adapter_export(Path(source), options.dtype, options.device, options.trust_remote_code)
+    lazily = None if like is None else lazy_blocks(like) is not None
+    loaded = load_model(
+        source, options.dtype, options.device, options.trust_remote_code, options.limit, tokens, lazily, like
+    )
+    return unpacked(loaded)
+
+
+def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
+    """How a text is cut for a model, as `make_splits` takes it."""
+    return {
+        "nsamples": text.nsamples,
+        "seqlen": text.seqlen,
+        "seed": seed,
+        "eval_windows": text.eval_windows,
+        "max_length": getattr(loaded.model.config, "max_position_embeddings", None),
+    }
+
+
+def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
+    if text.calibration in (None, REFERENCE):
+        if model.model is not None and text.calibration is None:
+            raise UsageError(
+                "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
+                "folder saved by `datasets`, or a hub data set."
+            )
+        return reference_splits(loaded.tokenizer, **sizes(loaded, text, seed))
+    calibration = read_text(text.calibration, text.text_column)
+    evaluation = read_text(text.eval_text, text.text_column) if text.eval_text else None
+    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes(loaded, text, seed))
+
+
+def run_command() -> str:
+    """What was typed, with the program's own path reduced to its name."""
+    return shlex.join(["globalopt", *sys.argv[1:]])
+
+
+def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
+    """A run with the model and text options it was made with; `ArtefactError` if the manifest lacks them."""
+    run = Run.open(folder)
+    facts = run.manifest.get("facts", {})
+    try:
+        return run, ModelOptions(**facts["model_options"]), TextOptions(**facts["text_options"])
+    except (KeyError, TypeError):
+        raise ArtefactError(f"{folder}: the manifest does not say which model and text it was made with.") from None

@@ -1,0 +1,1 @@
+"""Fit every layer to its target, block by block."""

@@ -1,0 +1,1 @@
+"""Text: read from files, folders and hubs, and cut into windows."""

@@ -1,0 +1,291 @@
+"""Cut a text into calibration, selection, validation and test windows that do not overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from globalopt import reference
+from globalopt.errors import CalibrationError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from globalopt.text.reading import Text
+
+CALIBRATION_SHARE = 3
+"""How many times as many tokens of a shared text go to calibration as to each other split."""
+
+LEAST_WINDOWS = 2
+"""With fewer windows a mean over windows has no standard error."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Windows of one purpose.
+
+    Args:
+        name: "calibration", "selection", "validation" or "test".
+        windows: (n, seqlen) int64 token ids.
+        starts: where each window starts in the token sequence of the text.
+        region: the tokens `[first, end)` of the text that this split may use.
+        source, text_sha256: the text's spec and hash.
+        special_tokens: how many the tokenizer added to the whole text.
+        seed: of random windows; None for consecutive ones.
+    """
+
+    name: str
+    windows: Tensor
+    starts: tuple[int, ...]
+    region: tuple[int, int]
+    source: str
+    text_sha256: str
+    special_tokens: int
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows.dim() != 2 or self.windows.dtype != torch.int64 or len(self.starts) != len(self.windows):
+            raise CalibrationError(
+                f"Split {self.name}: windows must be (n, seqlen) int64 with n starts; got {self.windows.dtype} "
+                f"{tuple(self.windows.shape)} and {len(self.starts)} starts."
+            )
+        if min(self.windows.shape) < 1 or self.seqlen < 2:
+            raise CalibrationError(f"Split {self.name}: {tuple(self.windows.shape)} windows predict no token.")
+        first, end = self.region
+        if min(self.starts) < first or max(self.starts) + self.seqlen > end:
+            raise CalibrationError(f"Split {self.name}: a window lies outside of its tokens {first} to {end}.")
+
+    @property
+    def seqlen(self) -> int:
+        return self.windows.shape[1]
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether two windows share a token."""
+        ordered = sorted(self.starts)
+        return any(b - a < self.seqlen for a, b in itertools.pairwise(ordered))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the token ids, row after row, as little-endian 64-bit integers."""
+        return hashlib.sha256(self.windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """How the split was made, as JSON values; the starts of consecutive windows follow from the region."""
+        return {
+            "source": self.source,
+            "text_sha256": self.text_sha256,
+            "sha256": self.sha256,
+            "windows": len(self.windows),
+            "seqlen": self.seqlen,
+            "region": list(self.region),
+            "special_tokens": self.special_tokens,
+            "seed": self.seed,
+            "starts": None if self.seed is None else list(self.starts),
+            "overlapping": self.overlapping,
+        }
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A split to fit on, one to search on, one to compare variants on, and one only to report."""
+
+    calibration: Split
+    selection: Split
+    validation: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        for one, other in itertools.combinations(self, 2):
+            shared = one.text_sha256 == other.text_sha256
+            if shared and one.region[0] < other.region[1] and other.region[0] < one.region[1]:
+                raise CalibrationError(
+                    f"The {one.name} and {other.name} splits share tokens of {one.source}; give different texts."
+                )
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter((self.calibration, self.selection, self.validation, self.test))
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """`Split.record` by name."""
+        return {split.name: split.record() for split in self}
+
+
+# ------------------------------------------------------------------------------------------------- cutting
+
+
+def make_splits(
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Text,
+    evaluation: Text | None,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    eval_windows: int | None,
+    max_length: int | None = None,
+) -> Splits:
+    """Cut a text into splits, by tokens: three fifths calibration, a fifth selection, a fifth validation.
+
+    `evaluation` becomes the test split; without it a sixth of the calibration text does, and the others share the
+    rest in the same proportion. Calibration windows are random, seeded, and overlap only where the text is too short
+    for anything else; the others are consecutive.
+
+    Args:
+        nsamples: calibration windows.
+        seqlen: tokens of every window.
+        seed: of the random windows.
+        eval_windows: most windows of each other split, at least 2; None for all.
+        max_length: the model's context, which `seqlen` may not exceed; None when unknown.
+    Raises:
+        CalibrationError: a text is too short, or both are the same.
+        UsageError: an argument is out of its range.
+    """
+    _check(nsamples, seqlen, eval_windows, max_length)
+    if evaluation is not None and evaluation.sha256 == calibration.sha256:
+        raise CalibrationError(
+            f"The evaluation text {evaluation.spec} is the calibration text; leave it out and a part of the "
+            "calibration text is held out."
+        )
+    names = ("calibration", "selection", "validation")
+    if evaluation is None:
+        regions = _cut(tokenizer, calibration, (*names, "test"), nsamples, seqlen)
+    else:
+        regions = _cut(tokenizer, calibration, names, nsamples, seqlen)
+        regions += _cut(tokenizer, evaluation, ("test",), nsamples, seqlen)
+    return Splits(**{region.name: region.fill(nsamples, seqlen, seed, eval_windows) for region in regions})
+
+
+def reference_splits(
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    eval_windows: int | None,
+    max_length: int | None = None,
+) -> Splits:
+    """The splits of the bundled texts, one text each; arguments and errors as for `make_splits`."""
+    _check(nsamples, seqlen, eval_windows, max_length)
+    splits = {}
+    for name in reference.SPLITS:
+        text = Text.of(reference.text_file(name).read_bytes().decode(), f"{reference.NAME}:{name}")
+        (region,) = _cut(tokenizer, text, (name,), nsamples, seqlen)
+        splits[name] = region.fill(nsamples, seqlen, seed, eval_windows)
+    return Splits(**splits)
+
+
+def consecutive_split(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    name: str,
+    seqlen: int,
+    eval_windows: int | None = None,
+    max_length: int | None = None,
+) -> Split:
+    """The first `eval_windows` windows (None: all) of a whole text, one after the other, remainder dropped.
+
+    This is the perplexity protocol of GPTQ, SparseGPT and their successors.
+
+    Raises:
+        CalibrationError: the text has fewer than 2 windows.
+        UsageError: an argument is out of its range.
+    """
+    _check(1, seqlen, eval_windows, max_length)
+    (region,) = _cut(tokenizer, text, (name,), 1, seqlen)
+    return region.consecutive(seqlen, eval_windows)
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
+    """Token ids (n,) int64 of the text as one string, with the special tokens the tokenizer adds, once."""
+    # verbose=False: the text is meant to be longer than the model's context.
+    encoded = tokenizer(text.text, truncation=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Region:
+    """The tokens `[first, end)` of a text, for the split `name` alone; `tokens` are those of the whole text."""
+
+    name: str
+    text: Text
+    tokens: Tensor
+    first: int
+    end: int
+    special_tokens: int
+
+    def fill(self, nsamples: int, seqlen: int, seed: int, eval_windows: int | None) -> Split:
+        if self.name == "calibration":
+            return self.random(nsamples, seqlen, seed)
+        return self.consecutive(seqlen, eval_windows)
+
+    def random(self, nsamples: int, seqlen: int, seed: int) -> Split:
+        """`nsamples` windows in random order, uniform among all placements without overlap.
+
+        Where there are fewer than `nsamples * seqlen` tokens, only their starts differ.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        slack = self.end - self.first - nsamples * seqlen
+        if slack >= 0:
+            # Every choice of n among slack + n places is one way to lay the slack around n windows.
+            places = torch.randperm(slack + nsamples, generator=generator)[:nsamples].sort().values
+            starts = places + torch.arange(nsamples) * (seqlen - 1)
+            starts = starts[torch.randperm(nsamples, generator=generator)]
+        else:
+            starts = torch.randperm(self.end - self.first - seqlen + 1, generator=generator)[:nsamples]
+        return self._split(starts, seqlen, seed)
+
+    def consecutive(self, seqlen: int, eval_windows: int | None) -> Split:
+        fit = (self.end - self.first) // seqlen
+        count = fit if eval_windows is None else min(fit, eval_windows)
+        return self._split(torch.arange(count) * seqlen, seqlen, None)
+
+    def _split(self, starts: Tensor, seqlen: int, seed: int | None) -> Split:
+        starts = self.first + starts
+        return Split(
+            name=self.name,
+            windows=self.tokens[starts[:, None] + torch.arange(seqlen)],
+            starts=tuple(starts.tolist()),
+            region=(self.first, self.end),
+            source=self.text.spec,
+            text_sha256=self.text.sha256,
+            special_tokens=self.special_tokens,
+            seed=seed,
+        )
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, text: Text, names: tuple[str, ...], nsamples: int, seqlen: int
+) -> list[_Region]:
+    """Cut a text's tokens into contiguous regions, one per name, `CALIBRATION_SHARE` to one."""
+    tokens = tokenise(tokenizer, text)
+    shares = [CALIBRATION_SHARE if name == "calibration" else 1 for name in names]
+    least = [nsamples + seqlen - 1 if name == "calibration" else LEAST_WINDOWS * seqlen for name in names]
+    needed = max(math.ceil(n * sum(shares) / share) for n, share in zip(least, shares, strict=True))
+    if len(tokens) < needed:
+        raise CalibrationError(
+            f"{text.spec} is too short: it has {len(tokens)} tokens, and {', '.join(names)} with windows of {seqlen} "
+            f"need at least {needed}. Give a longer text or a smaller --seqlen."
+        )
+    special = tokenizer.num_special_tokens_to_add()
+    ends = [len(tokens) * sum(shares[: i + 1]) // sum(shares) for i in range(len(shares))]
+    bounds = zip(names, [0, *ends[:-1]], ends, strict=True)
+    return [_Region(name, text, tokens, first, end, special) for name, first, end in bounds]
+
+
+def _check(nsamples: int, seqlen: int, eval_windows: int | None, max_length: int | None) -> None:
+    if nsamples < 1:
+        raise UsageError(f"--nsamples must be at least 1; got {nsamples}.")
+    if seqlen < 2:
+        raise UsageError(f"--seqlen must be at least 2, a token and the one it predicts; got {seqlen}.")
+    if max_length is not None and seqlen > max_length:
+        raise UsageError(f"--seqlen {seqlen} is above the model's context of {max_length} tokens; lower it.")
+    if eval_windows is not None and eval_windows < LEAST_WINDOWS:
+        raise UsageError(
+            f"--eval-windows must be at least {LEAST_WINDOWS}, or there is no standard error; got {eval_windows}."
+        )

@@ -1,0 +1,1 @@
+"""Values that pass between rooms: layers, targets, budgets, metrics, decompositions, problems, results."""

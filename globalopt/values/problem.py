@@ -1,0 +1,204 @@
+"""The allocation problem: error surfaces of all layers under one budget, and its solution."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+
+from globalopt.errors import BudgetError, NumericalError
+from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+
+OUTLIER_THRESHOLDS = (3, 5, 7, 10)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one-shot heuristics read off a layer.
+
+    Args:
+        outliers: by threshold M, the share of the layer's entries whose `|w_ij| ||x_j||` is above M times the mean over
+            all layers of its block (OWL, arXiv:2310.05175).
+        alpha: Hill estimate of the power-law exponent of the eigenvalues of `Wᵀ W` (AlphaPruning, arXiv:2410.10912).
+    """
+
+    outliers: Mapping[int, float]
+    alpha: float
+
+
+@dataclass(frozen=True)
+class ErrorSurface:
+    """Predicted error of every option of one layer; not required to be monotone.
+
+    Args:
+        spec: the layer.
+        targets: the options, with distinct `(rank, nnz)`.
+        error: one per option, >= 0: nats per token where a sensitivity is there, else `tr(E G Eᵀ)`.
+    """
+
+    spec: LayerSpec
+    targets: tuple[Target, ...]
+    error: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(self.targets) != len(self.error):
+            raise NumericalError(f"Layer {self.spec.name}: {len(self.targets)} options, {len(self.error)} errors.")
+        if not all(math.isfinite(e) and e >= 0 for e in self.error):
+            raise NumericalError(f"Layer {self.spec.name}: a predicted error is negative or not finite.")
+        for target in self.targets:
+            target.check(self.spec)
+
+    @cached_property
+    def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
+        by_rank: dict[int, list[tuple[int, float]]] = {}
+        for target, error in zip(self.targets, self.error, strict=True):
+            by_rank.setdefault(target.rank, []).append((target.nnz, error))
+        ranks = sorted(by_rank)
+        rows = []
+        for rank in ranks:
+            points = sorted(by_rank[rank])
+            rows.append(([n for n, _ in points], [e for _, e in points]))
+        return ranks, rows
+
+    def predict(self, target: Target) -> float:
+        """Error of any target, linear between the nearest options in nnz, then in rank; constant outside them."""
+        ranks, rows = self._rows
+        at = [interpolate(nnz, error, target.nnz) for nnz, error in rows]
+        return interpolate(ranks, at, target.rank)
+
+    def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
+        """Undominated options as `(target, cost, error)`: cost strictly up, error strictly down."""
+        options = sorted(
+            ((budget.cost(t, self.spec), e, t.rank, t.nnz, t) for t, e in zip(self.targets, self.error, strict=True)),
+            key=lambda o: o[:4],
+        )
+        kept: list[tuple[Target, int, float]] = []
+        for cost, error, _, _, target in options:
+            if not kept or error < kept[-1][2]:
+                kept.append((target, cost, error))
+        return tuple(kept)
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through the points `(xs, ys)`, `xs` ascending; constant outside them."""
+    right = bisect.bisect_left(xs, x)
+    if right == 0:
+        return ys[0]
+    if right == len(xs):
+        return ys[-1]
+    t = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right - 1] + t * (ys[right] - ys[right - 1])
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One target per layer within a budget; made only by `Problem.finish`, or read back from a budget file.
+
+    Args:
+        targets: by layer name, in model order.
+        budget: the limit and its unit.
+        used: what the targets use, in the budget's unit.
+        predicted: sum of the surfaces' errors.
+        by: the allocator's name.
+        bound: a proved lower bound on `predicted` over all choices of options, or None.
+    """
+
+    targets: Mapping[str, Target]
+    budget: Budget
+    used: int
+    predicted: float
+    by: str
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.used > self.budget.limit:
+            raise BudgetError(f"The allocation uses {self.used} of {self.budget.limit} {self.budget.accounting}.")
+        object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance to the bound, `(predicted - bound) / predicted`, at least 0."""
+        if self.bound is None:
+            return None
+        return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, a seed, and what heuristics read.
+
+    `profiles`, by layer name, may be empty: the allocators that read them then refuse. Every option of the surfaces,
+    and every answer, is within the `limits`.
+    """
+
+    surfaces: tuple[ErrorSurface, ...]
+    budget: Budget
+    pattern: NM | None = None
+    seed: int = 0
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    limits: Limits = FREE
+
+    def __post_init__(self) -> None:
+        if not self.surfaces:
+            raise BudgetError("There is no layer to allocate to.")
+        if self.limits != FREE:
+            for surface in self.surfaces:
+                for target in surface.targets:
+                    self.limits.check(target, surface.spec)
+        least = sum(min(self.budget.cost(t, s.spec) for t in s.targets) for s in self.surfaces)
+        if least > self.budget.limit:
+            share = least / self.budget.total
+            why = f" with pattern {self.pattern}" if self.pattern else ""
+            raise BudgetError(
+                f"A budget of {self.budget.kept:.4g} keeps {self.budget.limit} {self.budget.accounting}; the cheapest "
+                f"allocation{why} needs {least}. Raise --budget to at least {math.ceil(share * 1e4) / 1e4:g}."
+            )
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        return tuple(surface.spec for surface in self.surfaces)
+
+    @property
+    def axis(self) -> str:
+        """What is spent on to the end: "nnz", or "rank" where a pattern or the limits leave nothing else free."""
+        return "nnz" if self.pattern is None and self.limits.sparse else "rank"
+
+    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int) -> Target:
+        """`Budget.grow` within the limits, from a target that is."""
+        if axis == "rank":
+            # A target that is above `top` already stays.
+            top = max(target.rank, self.limits.floor(top))
+            return self.budget.grow(target, spec, axis, top, limit, self.limits.rank_multiple)
+        return self.budget.grow(target, spec, axis, top, limit)
+
+    def scaled(self, factors: Mapping[str, float]) -> Problem:
+        """The same problem with every layer's errors multiplied by its factor."""
+        surfaces = (
+            replace(surface, error=tuple(factors[surface.spec.name] * error for error in surface.error))
+            for surface in self.surfaces
+        )
+        return replace(self, surfaces=tuple(surfaces))
+
+    def predicted(self, targets: Mapping[str, Target]) -> float:
+        """Sum over layers of the surfaces' errors at `targets`."""
+        return math.fsum(surface.predict(targets[surface.spec.name]) for surface in self.surfaces)
+
+    def used(self, targets: Mapping[str, Target]) -> int:
+        """What `targets` use together, in the budget's unit."""
+        return sum(self.budget.cost(targets[spec.name], spec) for spec in self.specs)
+
+    def finish(self, targets: Mapping[str, Target], by: str, bound: float | None = None) -> Allocation:
+        """Check every target and the budget, and make the allocation; the only place one is made.
+
+        Raises:
+            BudgetError: the targets exceed the budget, or their layers are not the problem's.
+            UsageError: a target does not fit its layer or the limits.
+        """
+        if set(targets) != {spec.name for spec in self.specs}:
+            raise BudgetError(f"{by} returned targets for {len(targets)} layers; the problem has {len(self.specs)}.")
+        ordered = {spec.name: self.limits.check(targets[spec.name].check(spec), spec) for spec in self.specs}
+        return Allocation(ordered, self.budget, self.used(ordered), self.predicted(ordered), by, bound)
