@@ -12,7 +12,7 @@ import pytest
 
 from globalopt import api
 from tests.command import done, write_text
-from tests.test_task_files import write
+from tests.evaluation.test_task_files import write
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent

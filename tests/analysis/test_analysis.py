@@ -20,7 +20,7 @@ from globalopt.values.budget import Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
-from tests.test_objective import kl
+from tests.objective.test_kl_to_dense import kl
 from tests.tiny_models import tiny_ids, tiny_model
 
 SOLVER = get_solver("3basil", {"steps": "10"})

@@ -24,7 +24,7 @@ from globalopt.pipeline.options import SearchOptions
 from tests.surfaces import problem
 from tests.tiny_models import save_tiny
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 SIZES = ["--nsamples", "4", "--seqlen", "16", "--eval-windows", "3"]
 
 

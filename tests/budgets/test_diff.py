@@ -12,7 +12,7 @@ from globalopt.budgets import diff
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from reports.shaded_grid import change_grid
-from tests.budgets import half, make, write
+from tests.budgets.made_up import half, make, write
 from tests.command import done, refused, run
 
 FAILED, USAGE = 1, 2

@@ -23,7 +23,7 @@ from globalopt.runs.folder import Run
 from globalopt.values.scores import Score, averages
 from reports import QuietProgress, make_progress, render_scores
 from tests.command import contents, done, read, refused
-from tests.test_task_files import write
+from tests.evaluation.test_task_files import write
 
 USAGE = 2
 

@@ -30,7 +30,7 @@ from tests.reference import alps, hassle_free, oats, sparsegpt, three_basil
 from tests.reference.low_rank import randomized
 from tests.synthetic import layer, metric
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 MODULES = ("cells", "contenders", "equal_bits", "finished_cells", "from_tests", "layer_problems", "layer_solvers")
 SHAPES = {"first": (40, 48), "second": (24, 32)}
 PUBLIC_ERROR, PUBLIC_GEMMS = 0.04, 500.0

@@ -16,7 +16,7 @@ from globalopt.pipeline.doctor import Device, Disk, Product
 from tests.command import done, run
 
 FAILED = 1
-PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
 
 
 def bare(requirement: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from globalopt.budgets import budget_file
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM, LayerSpec
-from tests.budgets import half, make, sparse, specs, write
+from tests.budgets.made_up import half, make, sparse, specs, write
 from tests.command import done, read, refused
 
 FAILED, USAGE = 1, 2
