@@ -3,57 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from globalopt.analysis.curves import layer_curves
+from globalopt.analysis.layer_analysis import PROBE_OUTPUT_GRAM
 from globalopt.analysis.profiles import profile_block
-from globalopt.analysis.sensitivity import backward_sweep
+from globalopt.analysis.sensitivity import Sketches, backward_sweep
 from globalopt.analysis.spans import compute_span
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
-from globalopt.runs.folder import Run
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN, Stage
+from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Gram
+
+GRAMS_VERSION = 1
+"""Raised whenever Grams change."""
+
+LABELS_VERSION = 1
+"""Raised whenever output Grams, or the labels that are sampled for them, change."""
 
 
 def span_layers(
     runner: BlockRunner,
-    run: Run,
+    work: Workspace,
     scaling: str,
     keep_inputs: bool,
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> list[list[Tensor]]:
-    """Write the Gram of every site, and the span, curves and profile of every layer that are not there yet.
+    """Write the Gram of every site, and the span, spectra and profile of every layer, where they are not there yet.
 
     Args:
-        scaling: of the spans; `output` reads output Grams that are there already (`output_grams`).
+        scaling: of the spans; `output` reads output Grams that are there already (`write_output_grams`).
     Returns:
         With `keep_inputs`: hidden states per block and batch, and once more behind the last block, what
         `backward_sweep` starts from. Else nothing is held.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
+    >>> hidden = span_layers(runner, work, "activation", keep_inputs=True)
+    >>> [len(batches) for batches in hidden], tuple(hidden[0][0].shape)
+    ([1, 1, 1], (4, 16, 16))
+    >>> work.get(SPAN, layers.specs[0]).S.shape
+    torch.Size([16, 16])
     """
     layers = runner.layers
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
-        grams = visit.grams()
-        for site, gram in grams.items():
-            run.write_gram(site, gram)
+        grams = _grams(visit, work)
+        for spec in work.missing(SPAN, visit.specs):
+            outputs = work.get(PROBE_OUTPUT_GRAM, spec) if scaling == "output" else None
+            work.put(SPAN, spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
         for spec in visit.specs:
-            if not run.span_path(spec).exists():
-                outputs = run.read_outputs(spec) if scaling == "output" else None
-                run.write_span(spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
-            if not run.curves_path(spec).exists():
-                run.write_curves(spec, layer_curves(layers.weight(spec.name), grams[spec.site]))
+            if not work.has(CURVES, spec.name):
+                work.put(CURVES, spec.name, layer_curves(layers.weight(spec.name), grams[spec.site]))
             advance(spec.name)
-        if not all(run.profile_path(spec).exists() for spec in visit.specs):
+        if work.missing(PROFILE, visit.specs):
             weights = {spec.name: layers.weight(spec.name) for spec in visit.specs}
             found = profile_block(weights, {spec.name: grams[spec.site] for spec in visit.specs})
             for spec in visit.specs:
-                run.write_profile(spec, found[spec.name])
+                work.put(PROFILE, spec, found[spec.name])
         if keep_inputs:
             inputs += _hidden_states(visit, layers)
     return inputs
+
+
+def _grams(visit: BlockVisit, work: Workspace) -> dict[str, Gram]:
+    """The Grams of a block's sites: read where all are there, else collected and written."""
+    sites = list(dict.fromkeys(spec.site for spec in visit.specs))
+    if not work.missing(GRAM, sites):
+        return {site: work.get(GRAM, site) for site in sites}
+    grams = visit.grams()
+    for site, gram in grams.items():
+        work.put(GRAM, site, gram)
+    return grams
 
 
 def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:
@@ -62,24 +93,37 @@ def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]
     return [visit.inputs, visit.outputs()] if last else [visit.inputs]
 
 
-def output_grams(
+def write_output_grams(
     runner: BlockRunner,
-    run: Run,
+    work: Workspace,
+    stage: Stage,
     specs: Sequence[LayerSpec],
     seed: int,
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Write the Grams of all sites, and the output Grams `A` of the layers `specs` and of all blocks.
+    """Write the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep.
 
     Args:
+        stage: in which the output Grams are kept.
         seed: of the labels.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
+    >>> write_output_grams(runner, work, Stage.LABELS, layers.specs[:1], seed=0)
+    >>> work.get(OUTPUT_GRAM, layers.specs[0]).tokens
+    64
     """
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
-        for site, gram in visit.grams().items():
-            run.write_gram(site, gram)
+        _grams(visit, work)
         inputs += _hidden_states(visit, runner.layers)
-    for found in backward_sweep(runner, inputs, specs, lambda spec: (), seed, device, run.write_block_outputs):
-        run.write_outputs(found.spec, found.outputs)
+    of_block, of_layer = BLOCK_OUTPUT_GRAM.during(stage), OUTPUT_GRAM.during(stage)
+    behind = partial(work.put, of_block)
+    for found in backward_sweep(runner, inputs, specs, lambda spec: Sketches(), seed, device, behind):
+        work.put(of_layer, found.spec, found.output_gram)
         advance(found.spec.name)

@@ -1,4 +1,4 @@
-"""How much the end loss minds an error in each layer: one backward sweep, labels sampled from the model.
+"""Estimate the loss increase of every option of every layer by the block-diagonal Fisher, in one backward sweep.
 
 With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) = 1/2 dᵀ F d + O(|d|³)` and
 `F = E[grad log p(y) grad log p(y)ᵀ]`. For an option c of a layer that changes its weight by `D(c)`, and the gradient
@@ -6,8 +6,8 @@ With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) 
 
     error(c) = sum_n <G_n, D(c)>² / (2 sum_n T_n)      nats per token
 
-estimates the loss of that option alone without bias (block Fisher; cross terms between layers are left out). One
-inner product per sequence prices an option, and the options of a layer share their sums (`kernels.sketch`).
+estimates the loss of that option alone without bias (block Fisher; cross terms between layers are left out). It takes
+one inner product per sequence and option, and the options of a layer share their sums (`kernels.sketch`).
 """
 
 from __future__ import annotations
@@ -25,23 +25,43 @@ from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
-Sketches = Sequence[PrefixSketch | DenseSketch]
+
+@dataclass(frozen=True, eq=False)
+class Sketches:
+    """Hold what is projected onto the gradients of a layer; nothing leaves it at its output Gram.
+
+    Args:
+        options: what the options of the layer drop.
+        anchors: residuals of its anchor solutions.
+
+    >>> Sketches(options=[DenseSketch(torch.ones(3, 2, 2))]).options[0].project(torch.ones(1, 2, 2))
+    tensor([[4., 4., 4.]], dtype=torch.float64)
+    """
+
+    options: Sequence[PrefixSketch | DenseSketch] = ()
+    anchors: DenseSketch | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSensitivity:
-    """One layer's answer.
+    """Hold what a backward sweep found of one layer.
 
     Args:
-        outputs: the output Gram `A`.
-        error: predicted nats per token of every option asked about.
-        products: (k, k) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)` of the options c, d of the last
-            sketch where that is a `DenseSketch`, else None. `error` of these is its diagonal.
+        output_gram: `A`.
+        error: predicted nats per token of every option.
+        anchor_error: the same of every anchor solution.
+        products: (anchors, anchors) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)`, with `anchor_error` on
+            the diagonal; None without anchor solutions.
+
+    >>> from globalopt.values.layer import LayerSpec
+    >>> LayerSensitivity(LayerSpec("up", 0, "in", "up", 2, 2), Gram(torch.eye(2), 4), (0.5, 0.0)).anchor_error
+    ()
     """
 
     spec: LayerSpec
-    outputs: Gram
+    output_gram: Gram
     error: tuple[float, ...]
+    anchor_error: tuple[float, ...] = ()
     products: Tensor | None = None
 
 
@@ -54,7 +74,9 @@ def backward_sweep(
     device: torch.device | None = None,
     behind: Callable[[int, Gram], None] = lambda block, outputs: None,
 ) -> Iterator[LayerSensitivity]:
-    """Walk the blocks from last to first, each recomputed with gradients; weights get no gradient of their own.
+    """Sweep backward over the blocks, each recomputed with gradients, and yield what its layers' gradients say.
+
+    Weights get no gradient of their own.
 
     Memory: one block and its sketches, the stored inputs, and one gradient per sequence position.
 
@@ -62,14 +84,25 @@ def backward_sweep(
         runner: runs blocks and the model's tail on its batches.
         inputs: hidden states per block and batch, then once more for the last block's output
             (`blocks + 1` rows).
-        specs: the layers asked about.
-        sketches_of: what the options of a layer drop; called once per layer, when its block is reached; none leaves
-            it at its output Gram.
+        specs: the layers whose gradients are wanted.
+        sketches_of: called once per layer, when its block is reached.
         seed: of the sampled labels.
         device: where a block is moved for its turn; None leaves it.
         behind: called per block with the output Gram `A` of the hidden states that leave it.
     Raises:
         NumericalError: the gradient at a layer is not finite.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> states = [runner.first(0)]
+    >>> for block in range(2):
+    ...     states.append(runner.run(block, 0, states[-1]))
+    >>> found = backward_sweep(runner, [[x] for x in states], layers.specs[:1], lambda spec: Sketches(), seed=0)
+    >>> next(found).output_gram.matrix.shape
+    torch.Size([16, 16])
     """
     generator = torch.Generator().manual_seed(seed)
     upstream = [_label_gradient(runner, i, inputs[-1][i], generator) for i in range(len(runner.batches))]
@@ -122,13 +155,14 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
 
 
 class _Tap:
-    """Listens at one linear layer: sums `g gᵀ`, and per sequence what its gradient says of every option."""
+    """Collect the gradients at one linear layer: the sum of `g gᵀ`, and per sequence the products with its sketches."""
 
     def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
         self.spec = spec
         self.sketches = sketches
         self.sequences = 0
         self.squares: Tensor | None = None
+        self.anchor_squares: Tensor | None = None
         self.products: Tensor | None = None
         self.second: Tensor | None = None
 
@@ -141,21 +175,27 @@ class _Tap:
         if not bool(torch.isfinite(g).all()):
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
         rows = g.flatten(0, 1)
-        second = rows.mT @ rows
-        self.second = second if self.second is None else self.second + second
-        if self.sketches:
+        self.second = _plus(self.second, rows.mT @ rows)
+        options, anchors = self.sketches.options, self.sketches.anchors
+        if options or anchors is not None:
             per_sequence = g.mT @ x.float().reshape(self.sequences, -1, self.spec.d_in)
-            projected = project(self.sketches, per_sequence)
-            squares = projected.square().sum(0)
-            self.squares = squares if self.squares is None else self.squares + squares
-            if isinstance(last := self.sketches[-1], DenseSketch):
-                of_last = projected[:, -len(last.dropped) :]
-                products = of_last.mT @ of_last
-                self.products = products if self.products is None else self.products + products
+            if options:
+                self.squares = _plus(self.squares, project(options, per_sequence).square().sum(0))
+            if anchors is not None:
+                projected = anchors.project(per_sequence)
+                self.anchor_squares = _plus(self.anchor_squares, projected.square().sum(0))
+                self.products = _plus(self.products, projected.mT @ projected)
 
     def finish(self, tokens: int) -> LayerSensitivity:
         if self.second is None:
             raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
-        error = () if self.squares is None else tuple((self.squares / (2 * tokens)).tolist())
+        error, anchor_error = (
+            () if squares is None else tuple((squares / (2 * tokens)).tolist())
+            for squares in (self.squares, self.anchor_squares)
+        )
         products = None if self.products is None else self.products.cpu() / (2 * tokens)
-        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error, products)
+        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error, anchor_error, products)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part

@@ -11,7 +11,6 @@ from torch import Tensor
 from globalopt.analysis.grid import AnchorValues, Options
 from globalopt.kernels.projection import keep_nm
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
-from globalopt.protocols import Solver
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
@@ -74,14 +73,7 @@ def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, 
     return coarse, errors
 
 
-def fit_anchors(weight: Tensor, metric: Metric, options: Options, solver: Solver) -> Tensor:
-    """(anchors, d_out, d_in): what real fits at `options.anchors` lose of the weight, as one path of targets."""
-    targets = [target for row in options.anchors for target in row]
-    fits = solver.solve_path(solver.prepare(weight, metric), targets)
-    return torch.stack([weight - fit.value.dense() for fit in fits])
-
-
-def priced(
+def calibrated_surface(
     options: Options, span_error: Sequence[float], anchor_error: Sequence[float], zero_error: float
 ) -> ErrorSurface:
     """The surface of a layer: the span's errors for the shape, the anchors' for the level.
@@ -124,7 +116,7 @@ def _monotone(options: Options, error: Sequence[float]) -> list[float]:
 
 
 def _fitted_errors(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
-    """The error of any target; see `priced`."""
+    """The error of any target; see `calibrated_surface`."""
     spec = options.spec
     # Below this a logarithm compares rounding errors.
     floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)

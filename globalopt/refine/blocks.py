@@ -1,4 +1,4 @@
-"""Stage 3: fit every layer to its target, block by block, on the inputs the compressed prefix really produces."""
+"""Refine: solve every layer at its target, block by block, on the inputs that the compressed prefix really produces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globalopt.budgets.conversion import for_solver
 from globalopt.errors import GlobalOptError, NumericalError
 from globalopt.machine.memory import give_back
 from globalopt.matching.block import Matching, match_block
@@ -20,18 +19,26 @@ from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.protocols import Solver
 from globalopt.refine.rounding import rounded
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
+from globalopt.runs.records import Matched, SolvedLayer
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.results import LayerResult
 
+VERSION = 1
+"""Raised whenever solved layers or matched blocks change, other than by their solver."""
+
 
 class Order(StrEnum):
-    """When the Grams of a block are taken.
+    """Choose when the Grams of a block are taken.
 
     `site`: of each input site after the layers before it were replaced. `block`: of all sites at once, before any was.
+
+    >>> Order("site")
+    <Order.SITE: 'site'>
     """
 
     SITE = "site"
@@ -40,15 +47,23 @@ class Order(StrEnum):
 
 @dataclass(frozen=True)
 class Refinement:
-    """What one refinement needs beside the model.
+    """Say how the layers of a model are refined.
 
     Args:
-        targets: by layer.
-        dtype: of what is saved.
-        predicted: by layer, to be reported.
+        targets: by layer, as the solver can meet them (`budgets.conversion.for_solver`).
+        dtype: of the saved weights.
+        predicted: loss by layer, to be reported beside the actual one.
+        output_grams: whether there are output Grams of the layers, so that errors are in nats per token.
+        metric_choices: whether it was decided layer by layer if the solver minimises in its output Gram too; otherwise
+            it does wherever there is one.
         order: see `Order`.
         matching: how blocks are matched, or None.
         seed: of matching.
+
+    >>> from solvers import get_solver
+    >>> plan = Refinement({}, get_solver("wanda"), Budget(8, 16), torch.bfloat16, {})
+    >>> plan.order
+    <Order.BLOCK: 'block'>
     """
 
     targets: Mapping[str, Target]
@@ -56,6 +71,8 @@ class Refinement:
     budget: Budget
     dtype: torch.dtype
     predicted: Mapping[str, float | None]
+    output_grams: bool = False
+    metric_choices: bool = False
     order: Order = Order.BLOCK
     matching: Matching | None = None
     seed: int = 0
@@ -65,88 +82,85 @@ def refine(
     runner: BlockRunner,
     plan: Refinement,
     run: Run,
-    outputs: Callable[[LayerSpec], Gram | None],
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
-    weighs: Callable[[LayerSpec], bool] = lambda spec: True,
 ) -> Iterator[LayerResult]:
-    """Fit, save and put in place every layer, in model order; a layer that is already saved is read instead.
+    """Solve, save and put in place every layer, in model order; a layer that is already saved is read instead.
 
     The model of `runner` is changed in place: each weight becomes the dense sum of what was saved, in the saved
     dtype, so that later blocks see exactly what a user will load.
 
     Args:
-        outputs: output Gram `A` of a layer where one was collected; the layer errors are then in nats.
         advance: called with the layer's name after each layer.
-        weighs: whether a layer is fitted in its output Gram too, and not only reported in it.
     Raises:
         NumericalError: a solution is not finite, breaks its target after the cast, or the solver failed; the
             message names the layer.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from solvers import get_solver
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> targets = {spec.name: Target(0, spec.numel // 2) for spec in layers.specs}
+    >>> predicted = dict.fromkeys(targets)
+    >>> plan = Refinement(targets, get_solver("wanda"), Budget.fraction(0.5, layers.specs), torch.float32, predicted)
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> with Run.start(Path("run"), {}, {}) as run:
+    ...     results = list(refine(runner, plan, run))
+    >>> sum(result.nnz for result in results), sum(spec.numel for spec in layers.specs)
+    (2176, 4352)
     """
     layers = runner.layers
     dense = _DenseStates(runner) if plan.matching is not None and plan.matching.share > 0 else None
     for visit in walk_blocks(runner, device):
-        unsolved = [spec for spec in visit.specs if not run.layer_path(spec).exists()]
+        unsolved = run.missing(SOLVED_LAYER, visit.specs)
         grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
         wanted = _wanted(visit, plan, run, dense)
-        _solve(visit, unsolved, grams, plan, run, outputs, weighs)
+        _solve(visit, unsolved, grams, plan, run)
         # Not held while the next block makes its own.
         del grams
         if plan.matching is not None:
             _match(visit, plan, run, wanted)
         del wanted
         for spec in visit.specs:
-            value, facts = run.read_layer(spec)
             layers.place(spec.name, partial(_saved_weight, run, spec))
-            yield _result(spec, value, facts, plan)
+            yield _result(spec, run.layer(spec), run.get(SOLVED_LAYER, spec).metadata, plan)
             advance(spec.name)
         visit.replaced()
 
 
 def _solve(
-    visit: BlockVisit,
-    unsolved: Sequence[LayerSpec],
-    grams: Mapping[str, Gram],
-    plan: Refinement,
-    run: Run,
-    outputs: Callable[[LayerSpec], Gram | None],
-    weighs: Callable[[LayerSpec], bool],
+    visit: BlockVisit, unsolved: Sequence[LayerSpec], grams: Mapping[str, Gram], plan: Refinement, run: Run
 ) -> None:
-    """Fit and save the layers `unsolved` of a block, site by site; `grams` are those taken before any is replaced."""
+    """Solve and save the layers `unsolved` of a block, site by site; `grams` are those taken before any is replaced."""
     layers = visit.layers
     for site in dict.fromkeys(spec.site for spec in visit.specs):
         here = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
         if here:
             gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
-            _solve_site(layers, here, gram, plan, run, outputs, weighs)
+            _solve_site(layers, here, gram, plan, run)
             if layers.lazy is not None:
                 # What a solver freed lies in pieces that the next site would not fit into.
                 give_back()
         if plan.order is Order.SITE:
             for spec in visit.specs:
                 if spec.site == site:
-                    layers.place(spec.name, partial(_fitted_weight, run, spec))
+                    layers.place(spec.name, partial(_solved_weight, run, spec))
             visit.replaced()
 
 
-def _solve_site(
-    layers: ModelLayers,
-    specs: Sequence[LayerSpec],
-    gram: Gram,
-    plan: Refinement,
-    run: Run,
-    outputs: Callable[[LayerSpec], Gram | None],
-    weighs: Callable[[LayerSpec], bool],
-) -> None:
-    """Fit and save the layers `specs`, which have the inputs of `gram` (d_in, d_in) in common."""
+def _solve_site(layers: ModelLayers, specs: Sequence[LayerSpec], gram: Gram, plan: Refinement, run: Run) -> None:
+    """Solve and save the layers `specs`, which have the inputs of `gram` (d_in, d_in) in common."""
     jobs = []
     for spec in specs:
-        weight, found = layers.weight(spec.name), outputs(spec)
-        target = for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget)
-        metric = Metric(gram, found and found.to(weight.device))
-        jobs.append(Job(spec, weight, metric, metric if weighs(spec) else Metric(gram), target))
-    for job, (value, facts) in zip(jobs, _fit(jobs, plan), strict=True):
-        run.write_layer(job.spec, value, facts)
+        weight = layers.weight(spec.name)
+        outputs = run.get(OUTPUT_GRAM, spec).to(weight.device) if plan.output_grams else None
+        metric = Metric(gram, outputs)
+        weighted = not plan.metric_choices or run.get(METRIC_CHOICE, spec).uses_output_gram
+        jobs.append(Job(spec, weight, metric, metric if weighted else Metric(gram), plan.targets[spec.name]))
+    for job, solved in zip(jobs, _solve_together(jobs, plan), strict=True):
+        run.put(SOLVED_LAYER, job.spec, solved)
 
 
 class _DenseStates:
@@ -165,9 +179,9 @@ class _DenseStates:
 
 
 def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates | None) -> list[Tensor]:
-    """What the block should answer, by batch, while its weights are still dense; empty where nobody will ask."""
+    """The outputs that matching aims at, by batch, while the weights are still dense; empty where it is done."""
     behind = dense.advance(visit.index) if dense is not None else []
-    if plan.matching is None or run.matched_path(visit.index).exists():
+    if plan.matching is None or run.has(MATCHED_BLOCK, visit.index):
         return []
     share = plan.matching.share
     if not behind:
@@ -178,53 +192,55 @@ def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates |
 def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tensor]) -> None:
     """Match the block if that is not done yet, and put its norms in place."""
     assert plan.matching is not None, "asked for by the caller"
-    path = run.matched_path(visit.index)
-    if not path.exists():
-        values = {spec.name: run.read_fitted(spec)[0] for spec in visit.specs}
-        outputs = run.read_block_outputs(visit.index) if plan.matching.loss.weighted else None
+    if not run.has(MATCHED_BLOCK, visit.index):
+        values = {spec.name: run.get(SOLVED_LAYER, spec).value for spec in visit.specs}
+        outputs = run.get(BLOCK_OUTPUT_GRAM, visit.index) if plan.matching.loss.weighted else None
         started = time.perf_counter()
         trained, match = match_block(
             visit.runner, visit.index, visit.inputs, wanted, values, plan.matching, outputs, plan.seed
         )
         found = trained.values()
         for spec in visit.specs:
-            checked(found[spec.name], for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget))
-        facts = {**asdict(match), "loss": plan.matching.loss.value, "seconds": time.perf_counter() - started}
-        run.write_matched(path, found, trained.norm_values(), facts)
-    for name, value in run.read_matched(path, [])[1].items():
+            checked(found[spec.name], plan.targets[spec.name])
+        metadata = {**asdict(match), "loss": plan.matching.loss.value, "seconds": time.perf_counter() - started}
+        run.put(MATCHED_BLOCK, visit.index, Matched(found, trained.norm_values(), metadata))
+    for name, value in run.get(MATCHED_BLOCK, visit.index).norms.items():
         visit.layers.set_parameter(name, value)
 
 
-def _fitted_weight(run: Run, spec: LayerSpec) -> Tensor:
-    return run.read_fitted(spec)[0].dense()
+def _solved_weight(run: Run, spec: LayerSpec) -> Tensor:
+    return run.get(SOLVED_LAYER, spec).value.dense()
 
 
 def _saved_weight(run: Run, spec: LayerSpec) -> Tensor:
-    return run.read_layer(spec)[0].dense()
+    return run.layer(spec).dense()
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One layer to fit in `fitted`, and to report in `metric`."""
+    """Name one layer to solve in the metric `solved`, and to report in `metric`.
+
+    >>> spec, W = LayerSpec("up", 0, "in", "up", 2, 2), torch.eye(2)
+    >>> metric = Metric(Gram(torch.eye(2), 4))
+    >>> Job(spec, W, metric, metric, Target(0, 2)).target.nnz
+    2
+    """
 
     spec: LayerSpec
     weight: Tensor
     metric: Metric
-    fitted: Metric
+    solved: Metric
     target: Target
 
 
-Saved = tuple[Decomposition, dict[str, Any]]
-
-
-def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
-    """Fit the layers of one site together; their time is shared out by size."""
+def _solve_together(jobs: Sequence[Job], plan: Refinement) -> list[SolvedLayer]:
+    """Solve the layers of one site together; their time is shared out by size."""
     searched = [job for job in jobs if job.target.nnz < job.spec.numel and job.target != Target.zero()]
     made = {job.spec: _saved(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
     if searched:
         started = time.perf_counter()
         try:
-            solutions = plan.solver.solve_site([(job.weight, job.fitted, job.target) for job in searched])
+            solutions = plan.solver.solve_site([(job.weight, job.solved, job.target) for job in searched])
         except GlobalOptError as cause:
             cause.args = (f"Layer {', '.join(job.spec.name for job in searched)}: {cause}",)
             raise
@@ -235,33 +251,42 @@ def _fit(jobs: Sequence[Job], plan: Refinement) -> list[Saved]:
 
 
 def _whole(job: Job) -> Solution:
-    """A layer kept or dropped as a whole, which needs no solver."""
+    """Keep or drop a layer whole, which needs no solver."""
     S = job.weight if job.target.nnz else torch.zeros_like(job.weight)
     value = Decomposition(S, S.new_zeros(job.spec.d_out, 0), S.new_zeros(0, job.spec.d_in))
     return Solution(value, job.metric.error(job.weight - value.dense()))
 
 
-def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> Saved:
+def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> SolvedLayer:
+    """Round a solution to the saved dtype, check it against its target, and measure what is saved."""
     try:
-        value = checked(rounded(solution.value, job.weight, job.fitted, plan.dtype), job.target)
+        value = checked(rounded(solution.value, job.weight, job.solved, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
         raise
     E = job.weight - value.dense()
     plain = Metric(job.metric.inputs)
     energy = plain.error(job.weight)
-    return value, {
-        "actual": job.metric.error(E) / 2 if job.metric.outputs is not None else plain.error(E),
-        "relative": plain.error(E) / energy if energy > 0 else 0.0,
-        "status": solution.status.value,
-        "damping": float(solution.stats.get("damping", 0.0)),
-        "seconds": seconds,
-        "trace": solution.trace,
-    }
+    return SolvedLayer(
+        value,
+        {
+            "actual": job.metric.error(E) / 2 if job.metric.outputs is not None else plain.error(E),
+            "relative": plain.error(E) / energy if energy > 0 else 0.0,
+            "status": solution.status.value,
+            "damping": float(solution.stats.get("damping", 0.0)),
+            "seconds": seconds,
+            "trace": solution.trace,
+        },
+    )
 
 
 def checked(value: Decomposition, target: Target) -> Decomposition:
-    """The decomposition as it is saved; `NumericalError` if it breaks its target."""
+    """Return a decomposition that keeps within its target; `NumericalError` if it does not.
+
+    >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> checked(kept, Target(0, 2)).nnz
+    2
+    """
     if not value.fits(target):
         raise NumericalError(
             f"the solution keeps rank {value.rank} and {value.nnz} nonzeros; the target is rank {target.rank}, "
@@ -271,8 +296,9 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
 
 
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], plan: Refinement) -> LayerResult:
-    asked = plan.targets[spec.name]
-    target = Target(value.rank, value.nnz, asked.pattern, value.signs is not None)
+    """Report a saved layer."""
+    pattern = plan.targets[spec.name].pattern
+    target = Target(value.rank, value.nnz, pattern, value.signs is not None)
     return LayerResult(
         name=spec.name,
         block=spec.block,
@@ -281,7 +307,7 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         d_in=spec.d_in,
         rank=value.rank,
         nnz=value.nnz,
-        pattern=str(asked.pattern) if asked.pattern else None,
+        pattern=str(pattern) if pattern else None,
         cost=plan.budget.cost(target, spec),
         dense_cost=plan.budget.cost(Target.dense(spec), spec),
         predicted=plan.predicted[spec.name],

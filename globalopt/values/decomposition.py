@@ -58,6 +58,13 @@ class Decomposition:
             L = L * self.signs
         return L.add_(self.S)
 
+    def to(self, device: torch.device) -> Decomposition:
+        """The same decomposition on `device`."""
+        if self.S.device == device:
+            return self
+        signs = None if self.signs is None else self.signs.to(device)
+        return Decomposition(self.S.to(device), self.U.to(device), self.V.to(device), signs)
+
     def matvec(self, x: Tensor) -> Tensor:
         """Apply to inputs `x` (..., d_in) -> (..., d_out), without forming the low-rank product where possible."""
         if self.signs is not None:

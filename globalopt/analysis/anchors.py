@@ -1,0 +1,84 @@
+"""Solve every layer at its anchors with the probe solver, and a few layers with the real one beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.analysis.solver_gap import SolverGap, measure_gap, sampled
+from globalopt.errors import GlobalOptError
+from globalopt.protocols import Solver
+from globalopt.runs.artefacts import ANCHORS, SOLVER_GAP
+from globalopt.runs.records import AnchorSolutions
+from globalopt.values.budget import Budget
+from globalopt.values.layer import LayerSpec
+
+ANCHORS_VERSION = 1
+"""Raised whenever anchor solutions change."""
+
+GAPS_VERSION = 1
+"""Raised whenever solver gaps change."""
+
+
+def solve_anchors(
+    analysis: LayerAnalysis,
+    specs: Sequence[LayerSpec],
+    probe: Solver,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Solve the layers `specs` at their anchors, one path of targets per layer, and write the solutions.
+
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> from solvers import get_solver
+    >>> import torch
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> analysis = LayerAnalysis(layers, Workspace(Path("work")))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    >>> solve_anchors(analysis, layers.specs[:1], get_solver("3basil", {"steps": "5"}))
+    >>> len(analysis.work.get(ANCHORS, layers.specs[0]).anchors)
+    8
+    """
+    for spec in specs:
+        rows = analysis.options(spec).anchors
+        state = probe.prepare(analysis.layers.weight(spec.name), analysis.metric(spec))
+        found = probe.solve_path(state, [anchor for row in rows for anchor in row])
+        analysis.work.put(ANCHORS, spec, AnchorSolutions(rows, tuple(solution.value for solution in found)))
+        advance(spec.name)
+
+
+def compare_solvers(
+    analysis: LayerAnalysis,
+    solver: Solver,
+    budget: Budget,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Solve one layer of every kind at its anchors with the real solver too, and write the solver gaps.
+
+    Args:
+        analysis: with the anchor solutions of these layers.
+        budget: of the model; what the solver lacks is converted at its cost.
+    """
+    for spec in sampled(analysis.layers.specs):
+        if not analysis.work.has(SOLVER_GAP, spec):
+            weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)
+            try:
+                solutions = analysis.work.get(ANCHORS, spec)
+                found = measure_gap(spec, weight, metric, solutions, solver, budget)
+            except GlobalOptError as cause:
+                cause.args = (f"Layer {spec.name}: {cause}",)
+                raise
+            analysis.work.put(SOLVER_GAP, spec, found)
+        advance(spec.name)
+
+
+def read_gap(analysis: LayerAnalysis) -> SolverGap:
+    """Read the solver gap that `compare_solvers` wrote; of no layer, if it was not run."""
+    work = analysis.work
+    measured = [(spec, found) for spec in sampled(analysis.layers.specs) if (found := work.find(SOLVER_GAP, spec))]
+    return SolverGap.of([(analysis.options(spec), found) for spec, found in measured])

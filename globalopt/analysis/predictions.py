@@ -1,0 +1,100 @@
+"""Predict the loss of every option of every layer: from gradients, or from Grams alone, with what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from globalopt.analysis.anchors import read_gap
+from globalopt.analysis.layer_analysis import LayerAnalysis, Residuals
+from globalopt.analysis.sensitivity import LayerSensitivity, Sketches, backward_sweep
+from globalopt.analysis.surfaces import calibrated_surface, gram_errors, sketches
+from globalopt.kernels.sketch import DenseSketch
+from globalopt.models.walk import BlockRunner
+from globalopt.runs.artefacts import GRAM, SINGLE_LAYER_LOSSES, SPAN
+from globalopt.runs.records import Prediction
+from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Gram, Metric
+
+VERSION = 1
+"""Raised whenever predicted losses change."""
+
+
+def predict_by_fisher(
+    analysis: LayerAnalysis,
+    runner: BlockRunner,
+    inputs: Sequence[Sequence[Tensor]],
+    specs: Sequence[LayerSpec],
+    seed: int,
+    device: torch.device | None = None,
+) -> Iterator[tuple[LayerSpec, Prediction, Gram]]:
+    """Predict losses in nats per token by the block-diagonal Fisher, and collect output Grams, last block first.
+
+    Where there are anchor solutions they set the level of the predictions, and single-layer losses, where these were
+    measured, set it in their place; otherwise the errors of the span stay as they are.
+
+    Args:
+        inputs: hidden states, as `span_layers` returns them.
+        specs: the layers to predict.
+        seed: of the labels. Anchor solutions in output Grams should be of other labels: a solution that minimises an
+            error in the gradients of some labels looks too good when the same labels predict its loss.
+    """
+    gap = read_gap(analysis)
+
+    def sketches_of(spec: LayerSpec) -> Sketches:
+        span = analysis.work.get(SPAN, spec).to(analysis.layers.device_of(spec.block))
+        made = sketches(span, analysis.options(spec))
+        if not analysis.solved_anchors(spec):
+            return Sketches(made)
+        residuals = analysis.residuals(spec, analysis.layers.weight(spec.name), gap)
+        return Sketches(made, DenseSketch(residuals.tensor.float()))
+
+    for found in backward_sweep(runner, inputs, specs, sketches_of, seed, device):
+        yield found.spec, _predicted(analysis, found), found.output_gram
+
+
+def _predicted(analysis: LayerAnalysis, found: LayerSensitivity) -> Prediction:
+    """The prediction of one layer: its sensitivity, with single-layer losses in place of what they measure."""
+    spec, options = found.spec, analysis.options(found.spec)
+    weight = analysis.layers.weight(spec.name)
+    gram = analysis.work.get(GRAM, spec.site).to(weight.device)
+    dropped = Metric(gram, found.output_gram.to(weight.device)).error(weight) / 2
+    measured = analysis.work.find(SINGLE_LAYER_LOSSES, spec) or {}
+    anchors = [anchor for row in options.anchors for anchor in row] if found.anchor_error else []
+    losses = [measured.get(anchor, error) for anchor, error in zip(anchors, found.anchor_error, strict=True)]
+    zero = max(dropped, measured.get(Target.zero(), 0.0))
+    overlap = None if found.products is None else _cosines(found.products)
+    return Prediction(calibrated_surface(options, found.error, losses, zero), overlap)
+
+
+def predict_by_grams(
+    analysis: LayerAnalysis, specs: Sequence[LayerSpec]
+) -> Iterator[tuple[LayerSpec, Prediction, None]]:
+    """Predict output errors `tr(E G Eᵀ)`, without a backward pass."""
+    gap = read_gap(analysis)
+    for spec in specs:
+        weight = analysis.layers.weight(spec.name)
+        metric = Metric(analysis.work.get(GRAM, spec.site).to(weight.device))
+        span = analysis.work.get(SPAN, spec).to(weight.device)
+        options, errors = gram_errors(span, analysis.options(spec), metric)
+        residuals = analysis.residuals(spec, weight, gap) if analysis.solved_anchors(spec) else None
+        anchor_errors, overlap = ([], None) if residuals is None else _in_metric(residuals, metric)
+        yield spec, Prediction(calibrated_surface(options, errors, anchor_errors, metric.error(weight)), overlap), None
+
+
+def _in_metric(residuals: Residuals, metric: Metric) -> tuple[list[float], Tensor]:
+    """Errors of residuals, and their cosines, in a metric without output Gram."""
+    E = residuals.tensor.float()
+    products = ((E @ metric.inputs.matrix).flatten(1) @ E.flatten(1).mT).cpu().double()
+    return [metric.error(residual) for residual in E], _cosines(products)
+
+
+def _cosines(products: Tensor) -> Tensor:
+    """Divide inner products (k, k) by both norms; a residual of zero is at right angles to all others."""
+    norms = products.diagonal().clamp_min(0.0).sqrt()
+    norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    found = products / norms / norms[:, None]
+    return found.fill_diagonal_(1.0)
