@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import cells
-import torch
 from finished_cells import Cells
 from rich.console import Group as Stack
 from rich.text import Text
@@ -31,19 +30,14 @@ from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.options import SearchOptions
 from globalopt.pipeline.search import pose
 from globalopt.pipeline.session import Bench
-from globalopt.protocols import Candidate, Solver
+from globalopt.protocols import Solver
 from globalopt.runs.files import write_json
 from globalopt.runs.folder import Run
-from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric
 from globalopt.values.problem import Problem
-from globalopt.values.span import Mask
 from reports.tables import add_numbers, footed, report_table
 from solvers import get_solver
-
-FIT, CANDIDATE = 0, 1
-"""Stand-ins for what a layer may be: the objective tells candidates apart by their targets."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +62,15 @@ def points(
     grid = Options.of(spec, analysis.read_span(spec).max_rank)
     weight = bench.layers.weight(spec.name)
     state = solver.prepare(weight, Metric(analysis.read_gram(spec.site), analysis.chosen_outputs(spec)))
-    made: dict[int, torch.Tensor] = {}
-
-    def materialise(of: LayerSpec, kept: Target | Mask) -> torch.Tensor:
-        assert isinstance(kept, Target)
-        return made[kept.rank] if of == spec and not kept.nnz else objective.dense(of.name)
-
     windows = bench.splits.selection.windows[: options.windows]
-    objective = ModelObjective(BlockRunner(bench.layers, [Batch(windows)]), materialise)
-    everything: Candidate = {each.name: Target.dense(each) for each in bench.layers.specs}
+    objective = ModelObjective(BlockRunner(bench.layers, [Batch(windows)]))
     found = []
     try:
         for kept in options.kept:
             for share in options.shares:
                 target = grid.sharing(kept, share)
-                made[FIT], made[CANDIDATE] = solver.solve(state, target).value.dense(), layer.weight(weight, target)
-                losses = [
-                    float(objective.losses([{**everything, spec.name: Target(which, 0)}], [0]).mean()) for which in made
-                ]
-                # The next target stands behind the same two stand-ins.
-                objective.close()
+                made = solver.solve(state, target).value.dense(), layer.weight(weight, target)
+                losses = objective.losses_of([{spec.name: each} for each in made], [0]).mean(1).tolist()
                 found.append(Point(spec.name, spec.kind, kept, share, surface.predict(target), *losses))
     finally:
         objective.close()

@@ -1,8 +1,8 @@
-"""The true loss of an allocation: KL to the dense model on the selection text, for candidates made without fits."""
+"""The loss of a model some of whose layers are replaced: the KL divergence from the dense model on given text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -17,72 +17,119 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.span import Mask
 
 WEIGHTS_AT_ONCE = 2**31
-"""Bytes of candidates' weights that are held, so that they need not be made again for every chunk."""
+"""Bytes of candidates' weights that are held in memory, so that they need not be made again for every chunk."""
 
 LAZY_SHARE = 16
-"""Lazy models hold this part of what others hold: memory is what is short."""
+"""A lazy model holds one part in so many of the bytes that others hold, because memory is short there."""
+
+Weight = Tensor | Callable[[], Tensor]
+"""A weight (d_out, d_in) in place of a layer's own, or a function that makes it when it is needed."""
 
 Materialise = Callable[[LayerSpec, Target | Mask], Tensor]
-"""The weight (d_out, d_in) that stands for what a layer keeps."""
+"""Makes the weight (d_out, d_in) that a layer has at a target or with the components of a mask."""
+
+Weights = Mapping[tuple[str, Target | Mask], Weight]
+"""Weights by layer name and what the layer keeps."""
 
 
 class ModelObjective:
-    """Losses of candidates on the windows of a runner's batches, each batch a chunk.
+    """Compute the KL divergence from the dense model to the model with some of its layers replaced.
 
-    The candidates of a call are run in an order in which neighbours share as many leading blocks as possible; blocks
-    before the first layer that changed are not run again.
+        loss = mean over positions of KL(p_dense || p_replaced), nats per token, for each window
 
-    While it is in use, the model's layers hold candidates; `close` puts the dense weights back.
+    Each batch of the runner is a chunk. The candidates of a call are run in an order in which neighbours share as many
+    leading blocks as possible, and blocks before the first layer that differs are not run again.
+
+    Between calls the model's layers may hold replacements; `close` puts the dense weights back.
+
+    >>> import torch
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> windows = torch.arange(48).reshape(3, 16)
+    >>> objective = ModelObjective(BlockRunner(layers, [Batch(windows)]))
+    >>> name = layers.specs[0].name
+    >>> losses = objective.losses_of([{}, {name: torch.zeros(16, 16)}], chunks=[0])
+    >>> losses.shape
+    torch.Size([2, 3])
+    >>> bool(losses[0].abs().max() < 1e-6), bool(losses[1].min() > 1e-6)  # no layer replaced; one dropped
+    (True, True)
+    >>> objective.close()
     """
 
-    def __init__(self, runner: BlockRunner, materialise: Materialise, top: int = TOP) -> None:
+    def __init__(self, runner: BlockRunner, top: int = TOP) -> None:
         """Keep the dense weights (but those of a lazy model), and the dense model's predictions on every chunk.
+
+        Args:
+            runner: of the dense model, on windows without padding.
+            top: most probable tokens kept per position; see `Teacher`.
 
         Raises:
             UsageError: a batch is padded.
         """
         if any(batch.real is not None for batch in runner.batches):
-            raise UsageError("A search asks about whole windows; give text without padding.")
+            raise UsageError("A loss is the mean over whole windows; give text without padding.")
         self.top = top
         self._runner = runner
-        self._specs = runner.layers.specs
-        largest = max(spec.numel for spec in self._specs)
-        held = WEIGHTS_AT_ONCE // (4 * largest * (LAZY_SHARE if runner.layers.lazy is not None else 1))
-        self._weight = lru_cache(max(1, held))(materialise)
         self._dense = runner.layers.originals()
-        self._placed: dict[str, Target | Mask] = {}
+        self._placed: dict[str, Weight] = {}
         self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
 
     @property
     def chunks(self) -> int:
+        """The number of chunks."""
         return len(self._runner)
 
     @property
     def chunk_tokens(self) -> int:
+        """Tokens of the largest chunk."""
         return max(batch.tokens for batch in self._runner.batches)
 
     @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """The layers that may be replaced, in model order."""
+        return self._runner.layers.specs
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the blocks of the model are read from disk when they are run."""
+        return self._runner.layers.lazy is not None
+
+    @property
     def tail(self) -> float:
-        """Mean probability of what the kept predictions leave out."""
+        """Mean probability of the tokens outside of the `top` most probable ones."""
         return float(torch.cat([teacher.tail.flatten() for teacher in self._teachers]).double().mean())
 
-    def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
-        """(candidates, windows of the chunks) float64; see `Objective.losses`.
+    def losses_of(self, replacements: Sequence[Mapping[str, Weight]], chunks: Sequence[int]) -> Tensor:
+        """Compute the losses of models with replaced layers.
+
+        Two candidates have a layer in common where they give the same object for it, or neither names it.
+
+        Args:
+            replacements: for every candidate the weights of its replaced layers, by name; layers that are not named
+                are dense. A function is called whenever its weight is put into the model.
+            chunks: numbers of the chunks.
+        Returns:
+            (candidates, windows of the chunks) float64, windows in the order of `chunks`.
 
         Raises:
+            UnknownNameError: a name is none of the layers.
             NumericalError: a loss is not finite.
         """
-        order = sorted(range(len(candidates)), key=lambda i: self._order(candidates[i]))
+        for name in {name for replaced in replacements for name in replaced}:
+            self._runner.layers.module(name)
+        order = self._order(replacements)
         columns = []
         for chunk in chunks:
             column: dict[int, Tensor] = {}
             states: list[Tensor] = []
             for i in order:
-                states = self._states(chunk, states[: self._place(candidates[i]) + 1])
+                states = self._states(chunk, states[: self._place(replacements[i]) + 1])
                 column[i] = self._teachers[chunk].kl(self._logits(chunk, states[-1]))
                 if not bool(torch.isfinite(column[i]).all()):
                     raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
-            columns.append(torch.stack([column[i] for i in range(len(candidates))]))
+            columns.append(torch.stack([column[i] for i in range(len(replacements))]))
         return torch.cat(columns, dim=1)
 
     def close(self) -> None:
@@ -90,24 +137,36 @@ class ModelObjective:
         for name in self._placed:
             self._runner.layers.restore(name, self._dense)
         self._placed = {}
-        self._weight.cache_clear()
 
     def dense(self, name: str) -> Tensor:
-        """(d_out, d_in) float32, the weight of a layer before the search."""
+        """Return the dense weight of a layer, (d_out, d_in) float32, whatever the model holds now."""
         return self._dense[name]
 
-    def _order(self, candidate: Candidate) -> tuple[tuple[int, ...], ...]:
-        return tuple(_key(candidate[spec.name]) for spec in self._specs)
+    def _order(self, replacements: Sequence[Mapping[str, Weight]]) -> list[int]:
+        """Sort candidates by their layers, so that those with the same leading layers are neighbours."""
+        numbers: dict[str, dict[int, int]] = {spec.name: {id(None): 0} for spec in self.specs}
 
-    def _place(self, candidate: Candidate) -> int:
-        """Put the candidate's layers into the model; the first block that changed, or the number of blocks."""
-        first = len(self._runner.layers.blocks)
-        for spec in self._specs:
-            kept = candidate[spec.name]
-            if self._placed.get(spec.name) != kept:
-                self._runner.layers.place(spec.name, partial(self._weight, spec, kept))
-                self._placed[spec.name] = kept
-                first = min(first, spec.block)
+        def key(replaced: Mapping[str, Weight]) -> tuple[int, ...]:
+            return tuple(known.setdefault(id(replaced.get(name)), len(known)) for name, known in numbers.items())
+
+        keys = [key(replaced) for replaced in replacements]
+        return sorted(range(len(keys)), key=keys.__getitem__)
+
+    def _place(self, replaced: Mapping[str, Weight]) -> int:
+        """Put a candidate's weights into the model; return the first block that changed, or the number of blocks."""
+        layers = self._runner.layers
+        first = len(layers.blocks)
+        for spec in self.specs:
+            weight = replaced.get(spec.name)
+            if self._placed.get(spec.name) is weight:
+                continue
+            if weight is None:
+                layers.restore(spec.name, self._dense)
+                del self._placed[spec.name]
+            else:
+                layers.place(spec.name, partial(_made, weight))
+                self._placed[spec.name] = weight
+            first = min(first, spec.block)
         return first
 
     @torch.no_grad()
@@ -123,8 +182,65 @@ class ModelObjective:
         return self._runner.logits(chunk, hidden)[:, :-1]
 
 
-def _key(kept: Target | Mask) -> tuple[int, ...]:
-    """An order of what a layer may keep in which equal ones are neighbours."""
-    if isinstance(kept, Mask):
-        return (id(kept),)
-    return kept.rank, kept.nnz
+def _made(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight()
+
+
+class TargetObjective:
+    """Compute the losses of candidates that are given by a target or a mask for every layer.
+
+    The weights of the candidates are made by `materialise` and the latest ones are held in memory, up to
+    `WEIGHTS_AT_ONCE` bytes.
+
+    Args:
+        model: computes the losses of the weights.
+        materialise: makes the weight of a layer from what it keeps; a function of its arguments alone.
+
+    >>> import torch
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> model = ModelObjective(BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]))
+    >>> def largest(spec, kept):  # magnitude pruning
+    ...     weight = model.dense(spec.name)
+    ...     least = weight.abs().flatten().topk(kept.nnz).values[-1]
+    ...     return torch.where(weight.abs() >= least, weight, 0.0)
+    >>> objective = TargetObjective(model, largest)
+    >>> candidates = [{spec.name: Target(0, int(kept * spec.numel)) for spec in layers.specs} for kept in (0.9, 0.3)]
+    >>> high, low = objective.losses(candidates, chunks=[0]).mean(1).tolist()
+    >>> high < low
+    True
+    >>> objective.close()
+    """
+
+    def __init__(self, model: ModelObjective, materialise: Materialise) -> None:
+        self.model = model
+        largest = max(spec.numel for spec in model.specs)
+        held = WEIGHTS_AT_ONCE // (4 * largest * (LAZY_SHARE if model.lazy else 1))
+        self._make = lru_cache(max(1, held))(materialise)
+        self._weights: dict[tuple[str, Target | Mask], Weight] = {}
+
+    def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+        """Compute the losses of candidates: (candidates, windows of the chunks) float64; see `Objective.losses`.
+
+        Raises:
+            NumericalError: a loss is not finite.
+        """
+        before, self._weights = self._weights, {}
+        specs = self.model.specs
+        replacements = [{spec.name: self._weight(spec, each, before) for spec in specs} for each in candidates]
+        return self.model.losses_of(replacements, chunks)
+
+    def close(self) -> None:
+        """Put the dense weights back and let go of the weights that are held."""
+        self.model.close()
+        self._make.cache_clear()
+        self._weights = {}
+
+    def _weight(self, spec: LayerSpec, candidate: Candidate, before: Weights) -> Weight:
+        """Return one object for equal targets of a layer, also that of the call before, which the model may hold."""
+        key = spec.name, candidate[spec.name]
+        if key not in self._weights:
+            self._weights[key] = before[key] if key in before else partial(self._make, spec, key[1])
+        return self._weights[key]

@@ -10,7 +10,7 @@ from torch import Tensor
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.candidates import FittedLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
-from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective
+from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective
 from globalopt.protocols import Candidate
 from globalopt.runs.files import read_json, write_json
 from globalopt.runs.folder import Run
@@ -50,7 +50,7 @@ class SearchObjective(RecordedObjective):
         self._start = start
         self._run = run
         self._problem = problem
-        self._model: ModelObjective | None = None
+        self._model: TargetObjective | None = None
         super().__init__(
             self._answer,
             lambda name: run.read_span(specs[name]),
@@ -75,15 +75,15 @@ class SearchObjective(RecordedObjective):
 
     def _answer(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         if self._model is None:
-            runner = self._start()
-            self._model = ModelObjective(runner, self._materialise(runner.layers.lazy is not None))
-            write_json(self._run.teacher_path, {"top": self._model.top, "tail": self._model.tail})
+            model = ModelObjective(self._start())
+            self._model = TargetObjective(model, self._materialise(model))
+            write_json(self._run.teacher_path, {"top": model.top, "tail": model.tail})
         return self._model.losses(candidates, chunks)
 
-    def _materialise(self, lazy: bool) -> Materialise:
+    def _materialise(self, model: ModelObjective) -> Materialise:
         surfaces = {surface.spec.name: surface for surface in self._problem.surfaces}
         largest = max(spec.numel for spec in self._problem.specs)
-        held = max(1, FITS_AT_ONCE // (16 * largest * (LAZY_SHARE if lazy else 1)))
+        held = max(1, FITS_AT_ONCE // (16 * largest * (LAZY_SHARE if model.lazy else 1)))
         read_span = lru_cache(held)(self._run.read_span)
 
         @lru_cache(held)
@@ -93,7 +93,6 @@ class SearchObjective(RecordedObjective):
         def weight(spec: LayerSpec, kept: Target | Mask) -> Tensor:
             if self.candidates == "span" or isinstance(kept, Mask):
                 return span_weight(read_span(spec), kept)
-            assert self._model is not None
-            return fits(spec).weight(self._model.dense(spec.name), kept)
+            return fits(spec).weight(model.dense(spec.name), kept)
 
         return weight

@@ -7,10 +7,15 @@ import torch
 
 from globalopt.analysis.collect import output_grams, span_layers
 from globalopt.analysis.fits import MEASURED_KEPT, fit_layers
-from globalopt.analysis.one_layer_losses import measure_layers, weigh_layers
+from globalopt.analysis.one_layer_losses import (
+    choose_metrics,
+    measure_layers,
+    single_layer_losses,
+    weigh_layers,
+)
 from globalopt.analysis.prices import price_by_gradients, price_by_grams
 from globalopt.analysis.sensitivity import backward_sweep
-from globalopt.errors import ArtefactError
+from globalopt.errors import ArtefactError, NumericalError
 from globalopt.kernels.sketch import DenseSketch
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner
@@ -20,7 +25,7 @@ from globalopt.values.budget import Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 from solvers import get_solver
-from tests.objective.test_kl_to_dense import kl
+from tests.objective.test_kl_to_dense import counted, kl
 from tests.tiny_models import tiny_ids, tiny_model
 
 SOLVER = get_solver("3basil", {"steps": "10"})
@@ -70,6 +75,46 @@ def test_measured_is_the_loss_with_one_layer_replaced(analysed):
                 logits = layers.model(input_ids=ids).logits[:, :-1]
             assert loss == pytest.approx(float(kl(dense, logits).mean()), rel=1e-3, abs=1e-6)
         layers.set_weight(spec.name, weight)
+
+
+def test_blocks_before_the_replaced_layer_are_run_once_for_all_its_solutions(analysed, monkeypatch):
+    runner = analysed[0]
+    layers, chunks = runner.layers, len(runner)
+    blocks = len(layers.blocks)
+    tried = [layers.specs[0], layers.specs[-1]]
+    residuals = [(spec, {Target(0, n): n * 0.1 * layers.weight(spec.name) for n in (1, 2, 3)}) for spec in tried]
+    run = counted(monkeypatch)
+    found = dict(single_layer_losses(runner, residuals))
+    # The dense predictions; then the three solutions and the dropped layer.
+    assert len(run) == chunks * (blocks + sum(blocks + 3 * (blocks - spec.block) for spec in tried))
+    assert [list(losses) for losses in found.values()] == [[Target(0, n) for n in (1, 2, 3)] + [Target.zero()]] * 2
+    run.clear()
+    grams = [(spec, Gram(torch.eye(spec.d_in), 1), Gram(torch.eye(spec.d_out), 1)) for spec in tried]
+    assert [choice.spec for choice in choose_metrics(runner, grams, SOLVER)] == tried
+    assert len(run) == chunks * (blocks + sum(blocks + (blocks - spec.block) for spec in tried))
+
+
+def test_the_model_is_dense_between_layers(analysed):
+    runner = analysed[0]
+    layers = runner.layers
+    dense = {spec.name: layers.weight(spec.name) for spec in layers.specs}
+
+    def is_dense() -> bool:
+        return all(torch.equal(layers.weight(name), weight) for name, weight in dense.items())
+
+    def residuals():
+        for spec in layers.specs[:3]:
+            assert is_dense()
+            yield spec, {Target(0, 1): 0.5 * dense[spec.name]}
+
+    for _ in single_layer_losses(runner, residuals()):
+        assert is_dense()
+    for _ in choose_metrics(runner, [], SOLVER):
+        pass
+    broken = [(layers.specs[0], {Target(0, 1): torch.full_like(dense[layers.specs[0].name], 1e38)})]
+    with pytest.raises(NumericalError, match="not finite"):
+        list(single_layer_losses(runner, broken))
+    assert is_dense()
 
 
 def test_prices_pass_through_what_was_measured(analysed):

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from globalopt.errors import NumericalError, UsageError
+from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.evaluation.perplexity import evaluate
 from globalopt.kernels.top_kl import Teacher
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.objective.kl_to_dense import ModelObjective, TargetObjective
 from globalopt.text.splits import Split
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -67,7 +67,8 @@ def made(kind: str, size: int = 2):
     layers = find_layers(tiny_model(kind), allow_low_coverage=True)
     runner = BlockRunner(layers, [Batch(ids) for ids in tiny_ids(WINDOWS, TOKENS).split(size)])
     dense = {spec.name: layers.weight(spec.name) for spec in layers.specs}
-    return layers, ModelObjective(runner, lambda spec, kept: shrunk(spec, dense[spec.name], kept), top=1000)
+    model = ModelObjective(runner, top=1000)
+    return layers, TargetObjective(model, lambda spec, kept: shrunk(spec, dense[spec.name], kept))
 
 
 def candidates(specs, count: int = 6):
@@ -85,7 +86,7 @@ def test_losses_are_what_evaluation_measures(kind):
     layers, objective = made(kind)
     dense_model = tiny_model(kind)
     asked = candidates(layers.specs, 3)
-    losses = objective.losses(asked, range(objective.chunks))
+    losses = objective.losses(asked, range(objective.model.chunks))
     assert losses.shape == (3, WINDOWS)
     objective.close()
     ids = tiny_ids(WINDOWS, TOKENS)
@@ -102,11 +103,43 @@ def test_losses_are_what_evaluation_measures(kind):
 def test_answers_do_not_depend_on_what_is_asked_with_them():
     layers, objective = made("llama")
     asked = candidates(layers.specs)
-    together = objective.losses(asked, range(objective.chunks))
+    together = objective.losses(asked, range(objective.model.chunks))
     for i in reversed(range(len(asked))):
         for chunk in (2, 0, 1):
             alone = objective.losses([asked[i]], [chunk])
             assert torch.equal(alone[0], together[i, 2 * chunk : 2 * chunk + 2])
+
+
+def counted(monkeypatch) -> list[int]:
+    """The blocks that are run from now on."""
+    run: list[int] = []
+    real = BlockRunner.run
+    monkeypatch.setattr(BlockRunner, "run", lambda self, block, *rest: run.append(block) or real(self, block, *rest))
+    return run
+
+
+def least_work(layers, candidates) -> int:
+    """Block runs of the best order: one for every different start of a candidate, up to each block."""
+    names = [[spec.name for spec in layers.of_block(block)] for block in range(len(layers.blocks))]
+    starts = {
+        tuple(candidate[name] for block in names[: end + 1] for name in block)
+        for candidate in candidates
+        for end in range(len(names))
+    }
+    return len(starts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_any_order_no_block_is_run_more_often_than_in_the_best(monkeypatch, seed):
+    layers, objective = made("llama")
+    asked = candidates(layers.specs, 8)
+    shuffled = [asked[i] for i in torch.randperm(8, generator=torch.Generator().manual_seed(seed))]
+    run = counted(monkeypatch)
+    objective.losses(shuffled, [0, 2])
+    assert len(run) == 2 * least_work(layers, asked)
+    # Equal targets of the next call are the same weights.
+    objective.losses(shuffled, [1])
+    assert len(run) == 3 * least_work(layers, asked)
 
 
 def test_blocks_before_the_first_change_are_not_run_again(monkeypatch):
@@ -114,9 +147,7 @@ def test_blocks_before_the_first_change_are_not_run_again(monkeypatch):
     base = {spec.name: Target(0, spec.numel // 2) for spec in layers.specs}
     last = layers.of_block(len(layers.blocks) - 1)
     asked = [{**base, spec.name: Target(0, spec.numel // 3)} for spec in last]
-    run = []
-    real = BlockRunner.run
-    monkeypatch.setattr(BlockRunner, "run", lambda self, block, *rest: run.append(block) or real(self, block, *rest))
+    run = counted(monkeypatch)
     objective.losses([base, *asked], [0])
     assert run.count(0) == 1
     assert run.count(len(layers.blocks) - 1) == len(asked) + 1
@@ -134,9 +165,9 @@ def test_closing_puts_the_dense_weights_back_to_the_bit():
 def test_a_candidate_that_breaks_the_model_is_named_by_its_chunk():
     layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
     runner = BlockRunner(layers, [Batch(tiny_ids(2, TOKENS))])
-    objective = ModelObjective(runner, lambda spec, kept: layers.weight(spec.name) * 1e30)
+    huge = {spec.name: layers.weight(spec.name) * 1e30 for spec in layers.specs}
     with pytest.raises(NumericalError, match="selection chunk 0"):
-        objective.losses(candidates(layers.specs, 1), [0])
+        ModelObjective(runner).losses_of([huge], [0])
 
 
 def test_padding_is_refused():
@@ -145,4 +176,44 @@ def test_padding_is_refused():
     mask[0, 0] = 0
     layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
     with pytest.raises(UsageError, match="padding"):
-        ModelObjective(BlockRunner(layers, [Batch(ids, mask)]), lambda spec, kept: layers.weight(spec.name))
+        ModelObjective(BlockRunner(layers, [Batch(ids, mask)]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_layers_that_are_not_named_are_dense(kind, monkeypatch):
+    layers, objective = made(kind)
+    model = objective.model
+    first, last = layers.specs[0], layers.specs[-1]
+    weight = {spec.name: 0.5 * model.dense(spec.name) for spec in (first, last)}
+    asked = [{}, {last.name: weight[last.name]}, weight, {first.name: lambda: weight[first.name]}]
+    run = counted(monkeypatch)
+    losses = model.losses_of(asked, [0])
+    # One and two share the first block, and the others differ there.
+    assert len(run) == 4 * len(layers.blocks) - (len(layers.blocks) - 1)
+    assert float(losses[0].abs().max()) < 1e-6
+    everything = {spec.name: model.dense(spec.name) for spec in layers.specs}
+    for replaced, found in zip(asked, losses, strict=True):
+        whole = {**everything, **replaced}
+        assert torch.equal(model.losses_of([whole], [0])[0], found)
+    model.close()
+    assert all(torch.equal(layers.weight(name), weight) for name, weight in everything.items())
+
+
+def test_a_weight_is_made_once_for_all_chunks():
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    model = ModelObjective(BlockRunner(layers, [Batch(ids) for ids in tiny_ids(WINDOWS, TOKENS).split(2)]))
+    asked: list[tuple[str, Target | Mask]] = []
+
+    def materialise(spec: LayerSpec, kept: Target | Mask) -> torch.Tensor:
+        asked.append((spec.name, kept))
+        return shrunk(spec, model.dense(spec.name), kept)
+
+    objective = TargetObjective(model, materialise)
+    objective.losses(candidates(layers.specs), range(3))
+    assert len(asked) == len(set(asked))
+
+
+def test_a_name_that_is_no_layer_is_refused():
+    _, objective = made("llama")
+    with pytest.raises(UnknownNameError, match="head"):
+        objective.model.losses_of([{"head": torch.zeros(2, 2)}], [0])

@@ -13,7 +13,7 @@ from allocators.nested import is_within
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.commands.console import INTERRUPTED
-from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.objective.kl_to_dense import TargetObjective
 from globalopt.pipeline import family, session
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
@@ -127,7 +127,12 @@ def test_fresh_makes_another_family_in_its_place(tiny_search, tiny_family, tmp_p
 
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(Run, "write_sensitivity", 3), (budget_file, "write", 2), (ModelObjective, "losses", 4), (Run, "write_family", 1)],
+    [
+        (Run, "write_sensitivity", 3),
+        (budget_file, "write", 2),
+        (TargetObjective, "losses", 4),
+        (Run, "write_family", 1),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_interrupted_family_goes_on(tiny_search, tiny_family, tmp_path, monkeypatch, owner, name, at):
@@ -145,8 +150,8 @@ def test_an_interrupted_family_goes_on(tiny_search, tiny_family, tmp_path, monke
         assert run(*command).exit_code == INTERRUPTED
     assert not (tmp_path / "family" / "family.json").exists()
     asked = []
-    losses = ModelObjective.losses
-    monkeypatch.setattr(ModelObjective, "losses", lambda *arguments: asked.append(1) or losses(*arguments))
+    losses = TargetObjective.losses
+    monkeypatch.setattr(TargetObjective, "losses", lambda *arguments: asked.append(1) or losses(*arguments))
     done(*command)
     # Three nested and three uniform allocations; what was measured before is in the journal.
     assert len(asked) == {"losses": 3, "write_family": 0}.get(name, 6)
