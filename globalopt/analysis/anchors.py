@@ -54,26 +54,27 @@ def solve_anchors(
 
 def compare_solvers(
     analysis: LayerAnalysis,
+    specs: Sequence[LayerSpec],
     solver: Solver,
     budget: Budget,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Solve one layer of every kind at its anchors with the real solver too, and write the solver gaps.
+    """Solve the layers `specs` at their anchors with the real solver too, and write the solver gaps.
 
     Args:
         analysis: with the anchor solutions of these layers.
+        specs: one layer of every kind; see `sampled`.
         budget: of the model; what the solver lacks is converted at its cost.
     """
-    for spec in sampled(analysis.layers.specs):
-        if not analysis.work.has(SOLVER_GAP, spec):
-            weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)
-            try:
-                solutions = analysis.work.get(ANCHORS, spec)
-                found = measure_gap(spec, weight, metric, solutions, solver, budget)
-            except GlobalOptError as cause:
-                cause.args = (f"Layer {spec.name}: {cause}",)
-                raise
-            analysis.work.put(SOLVER_GAP, spec, found)
+    for spec in specs:
+        weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)
+        try:
+            solutions = analysis.work.get(ANCHORS, spec)
+            found = measure_gap(spec, weight, metric, solutions, solver, budget)
+        except GlobalOptError as cause:
+            cause.args = (f"Layer {spec.name}: {cause}",)
+            raise
+        analysis.work.put(SOLVER_GAP, spec, found)
         advance(spec.name)
 
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from globalopt.values.metric import Gram
 from globalopt.values.results import Curve, LayerCurves
 
+VERSION = 1
+"""Raised whenever curves change."""
+
+
 POINTS = 64
 """Most places at which a curve is kept."""
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from globalopt.analysis.fits import _Fits
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.protocols import Solver
-from globalopt.runs.folder import Run
+from globalopt.runs.records import MetricChoice
 from globalopt.values.budget import FREE, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
@@ -24,28 +22,14 @@ MEASURED_WINDOWS = 4
 """Calibration windows on which single-layer losses are computed."""
 
 
-@dataclass(frozen=True)
-class MetricChoice:
-    """The losses by which the error metric of a layer is chosen, in nats per token.
+METRICS_VERSION = 1
+"""Raised whenever choices of metrics change."""
 
-    Args:
-        spec: the layer.
-        plain: the loss with the layer solved in its input Gram alone, `tr(E G Eᵀ)`.
-        weighted: the loss with the layer solved in its output Gram too, `tr(A E G Eᵀ)`.
+LOSSES_VERSION = 1
+"""Raised whenever single-layer losses change."""
 
-    >>> spec = LayerSpec("layer", 0, "layer", "q_proj", 4, 4)
-    >>> MetricChoice(spec, plain=0.5, weighted=0.3).uses_outputs
-    True
-    """
-
-    spec: LayerSpec
-    plain: float
-    weighted: float
-
-    @property
-    def uses_outputs(self) -> bool:
-        """Whether the loss is no larger with the output Gram."""
-        return self.weighted <= self.plain
+MEASURED_KEPT = 0.25
+"""Anchors that keep at most this fraction are measured on the model."""
 
 
 def choose_metrics(
@@ -54,7 +38,7 @@ def choose_metrics(
     solver: Solver,
     pattern: NM | None = None,
     limits: Limits = FREE,
-) -> Iterator[MetricChoice]:
+) -> Iterator[tuple[LayerSpec, MetricChoice]]:
     """Compute the single-layer losses of solutions with and without the output Gram, layer by layer.
 
     The output Gram `A` is the curvature at no loss: an output to which the loss is almost insensitive may still matter
@@ -76,8 +60,8 @@ def choose_metrics(
     >>> runner = BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))])
     >>> spec = layers.specs[0]
     >>> grams = [(spec, Gram(torch.eye(16), 48), Gram(torch.eye(16), 48))]
-    >>> (choice,) = choose_metrics(runner, grams, get_solver("3basil", {"steps": "5"}))
-    >>> choice.spec == spec, choice.plain > 0, choice.weighted > 0
+    >>> ((of, choice),) = choose_metrics(runner, grams, get_solver("3basil", {"steps": "5"}))
+    >>> of == spec, choice.plain > 0, choice.weighted > 0
     (True, True, True)
     """
     model = ModelObjective(runner)
@@ -88,7 +72,7 @@ def choose_metrics(
         target = _probed_target(spec, pattern, limits)
         solved = [solver.solve(solver.prepare(dense, metric), target).value.dense() for metric in metrics]
         plain, weighted = _losses(model, spec, solved)
-        yield MetricChoice(spec, plain, weighted)
+        yield spec, MetricChoice(plain, weighted)
 
 
 def single_layer_losses(
@@ -142,36 +126,3 @@ def _probed_target(spec: LayerSpec, pattern: NM | None, limits: Limits) -> Targe
     if not limits.sparse:
         return Target(max(1, int(WEIGHED_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
     return Target(0, pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel), pattern)
-
-
-def weigh_layers(
-    runner: BlockRunner,
-    unweighed: Sequence[LayerSpec],
-    run: Run,
-    pattern: NM | None,
-    solver: Solver,
-    advance: Callable[[str], None] = lambda detail: None,
-    limits: Limits = FREE,
-) -> None:
-    """Write the losses by which the error metrics of the layers `unweighed` are chosen; see `choose_metrics`."""
-    grams = ((spec, run.read_gram(spec.site), run.read_outputs(spec)) for spec in unweighed)
-    for choice in choose_metrics(runner, grams, solver, pattern, limits):
-        run.write_weighing(choice.spec, choice.plain, choice.weighted)
-        advance(choice.spec.name)
-
-
-def measure_layers(
-    runner: BlockRunner,
-    unmeasured: Sequence[LayerSpec],
-    run: Run,
-    advance: Callable[[str], None] = lambda detail: None,
-) -> None:
-    """Write the losses of the anchor solutions that keep least, layer by layer; see `single_layer_losses`."""
-
-    def residuals(spec: LayerSpec) -> dict[Target, Tensor]:
-        fits = _Fits.read(run, spec)
-        return {target: fits.residuals[fits.anchors.index(target)] for target in fits.low}
-
-    for spec, losses in single_layer_losses(runner, ((spec, residuals(spec)) for spec in unmeasured)):
-        run.write_measured(spec, list(losses.items()))
-        advance(spec.name)

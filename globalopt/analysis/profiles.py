@@ -19,6 +19,9 @@ BINS = 100
 
 WINDOW = (0.95, 1.5)
 
+VERSION = 1
+"""Raised whenever profiles change."""
+
 
 def profile_block(weights: Mapping[str, Tensor], grams: Mapping[str, Gram]) -> dict[str, Profile]:
     """Profile every layer of one block.

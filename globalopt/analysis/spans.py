@@ -12,6 +12,10 @@ from globalopt.values.span import Span
 
 SCALINGS = ("activation", "none", "output", "direct")
 
+VERSION = 1
+"""Raised whenever spans change."""
+
+
 LEAST_IMPORTANCE = 1e-4
 """Of the mean: an output that the loss does not feel still has a scale that can be undone."""
 

@@ -26,6 +26,9 @@ from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
 
+VERSION = 1
+"""Raised whenever matched models change."""
+
 
 @dataclass(frozen=True)
 class Distillation(Training):

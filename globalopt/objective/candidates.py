@@ -23,6 +23,9 @@ from globalopt.values.decomposition import Decomposition
 from globalopt.values.problem import ErrorSurface
 from globalopt.values.span import Mask, Span
 
+VERSION = 1
+"""Raised whenever the loss of a candidate changes."""
+
 
 def take(span: Span, target: Target) -> Decomposition:
     """The span's candidate for `target`, without refinement.

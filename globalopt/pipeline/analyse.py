@@ -1,121 +1,131 @@
-"""The stages of an analysis: all that an allocation is made from, each skipped where its artefacts are there."""
+"""The analysis: every stage up to the predicted loss of every option, each skipped where its artefacts are there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from torch import Tensor
 
-from globalopt.analysis.collect import output_grams, span_layers
-from globalopt.analysis.fit_ratio import sampled
-from globalopt.analysis.fits import compare_fits, fit_layers
-from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS, measure_layers, weigh_layers
-from globalopt.analysis.prices import price_by_gradients, price_by_grams
+from globalopt.analysis.anchors import compare_solvers, read_gap, solve_anchors
+from globalopt.analysis.collect import span_layers, write_output_grams
+from globalopt.analysis.layer_analysis import PROBE_OUTPUT_GRAM, LayerAnalysis
+from globalopt.analysis.one_layer_losses import (
+    MEASURED_KEPT,
+    MEASURED_WINDOWS,
+    choose_metrics,
+    single_layer_losses,
+)
+from globalopt.analysis.predictions import predict_by_fisher, predict_by_grams
+from globalopt.analysis.solver_gap import sampled
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.pipeline.options import SearchOptions, fitted
-from globalopt.pipeline.session import Bench
-from globalopt.protocols import Outputs, Solver
+from globalopt.pipeline.plan import OTHER_LABELS, AnalysisPlan
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.session import Session
+from globalopt.protocols import Solver
+from globalopt.runs.artefacts import (
+    ANCHORS,
+    BLOCK_OUTPUT_GRAM,
+    GRAM,
+    METRIC_CHOICE,
+    OUTPUT_GRAM,
+    PREDICTION,
+    SINGLE_LAYER_LOSSES,
+    SOLVER_GAP,
+    Stage,
+)
 from globalopt.runs.folder import Run
-from globalopt.values.budget import FREE, Budget, Limits
-from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.metric import Gram
-from solvers import get_solver
-
-OTHER_LABELS = 2**31
-"""Turns a seed of labels into that of others."""
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import LayerSpec
 
 
-def analyse(bench: Bench, options: SearchOptions, run: Run, pattern: NM | None) -> None:
-    """All that an allocation is made from: Grams, the metric of every layer, spans, fits, measurements, prices.
+def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) -> LayerAnalysis:
+    """Make what an allocation is chosen from: Grams, metrics, spans, anchor solutions, losses, predictions.
 
-    What is there already is not made again.
+    Artefacts that are there are not made again.
+
+    Returns:
+        the analysis, for those who read its artefacts.
     """
-    layers, device = bench.layers, bench.loaded.device
-    unpriced = [spec for spec in layers.specs if not run.sensitivity_path(spec).exists()]
-    if not unpriced:
-        return
-    solver = get_solver(options.solver, options.solver_options)
-    limits = options.limits
-    weighted = solver.outputs is not Outputs.NONE and options.sensitivity != "none"
-    if weighted or options.scaling == "output":
-        # Of other labels than the prices': what was fitted to gradients looks too good when they price it.
-        collect_outputs(bench, run, options.seed ^ OTHER_LABELS)
-    if weighted:
-        weigh(bench, run, pattern, solver.outputs, limits)
-    runner = bench.runner(run.folder)
-    with bench.stage("span", len(layers.specs), "layers") as advance:
-        inputs = span_layers(runner, run, options.scaling, options.sensitivity != "none", device, advance)
-    if fitted(options, solver):
-        _fit(bench, options, run, pattern, solver, run.chosen_outputs if weighted else lambda spec: None)
-        # A pattern keeps more than what needs measuring.
-        if options.sensitivity != "none" and pattern is None:
-            _measure(bench, run)
-    with bench.stage("price", len(unpriced), "layers") as advance:
-        if options.sensitivity == "none":
-            found = price_by_grams(layers, unpriced, run, pattern, limits)
+    layers, device = session.layers, session.loaded.device
+    analysis = LayerAnalysis(layers, run, plan.pattern, plan.limits, plan.weighted)
+    unpredicted = run.missing(PREDICTION, layers.specs)
+    if not unpredicted:
+        return analysis
+    if plan.weighted or plan.scaling == "output":
+        collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, plan.seed ^ OTHER_LABELS)
+    if plan.weighted:
+        write_metric_choices(session, reporter, analysis, plan.probe)
+    runner = session.runner(run.folder)
+    with reporter.stage("span", len(layers.specs), "layers") as advance:
+        inputs = span_layers(runner, run, plan.scaling, plan.fisher, device, advance)
+    if plan.anchors:
+        _solve_anchors(session, reporter, plan, analysis)
+    if plan.single_layer_losses:
+        _measure(session, reporter, analysis)
+    with reporter.stage("predict", len(unpredicted), "layers") as advance:
+        if plan.fisher:
+            found = predict_by_fisher(analysis, runner, inputs, unpredicted, plan.seed, device)
         else:
-            found = price_by_gradients(runner, inputs, unpriced, run, pattern, options.seed, device, limits)
-        for one in found:
-            run.write_sensitivity(one.surface, one.outputs, one.overlap)
-            advance(one.surface.spec.name)
+            found = predict_by_grams(analysis, unpredicted)
+        for spec, prediction, output_gram in found:
+            if output_gram is not None:
+                run.put(OUTPUT_GRAM, spec, output_gram)
+            run.put(PREDICTION, spec, prediction)
+            advance(spec.name)
+    return analysis
 
 
-def weigh(bench: Bench, run: Run, pattern: NM | None, outputs: Outputs, limits: Limits = FREE) -> None:
-    """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and as much of `A` as `outputs` says."""
-    unweighed = [spec for spec in bench.layers.specs if not run.weighing_path(spec).exists()]
-    if unweighed:
-        with bench.stage("weigh", len(unweighed), "layers") as advance:
-            weigh_layers(_look(bench), unweighed, run, pattern, quick(outputs), advance, limits)
+def collect_output_grams(session: Session, reporter: Reporter, run: Run, stage: Stage, seed: int) -> None:
+    """Write the output Grams of all layers and blocks that are not there yet, by a backward sweep of their own."""
+    layers = session.layers
+    missing = run.missing(OUTPUT_GRAM.during(stage), layers.specs)
+    blocks = run.missing(BLOCK_OUTPUT_GRAM.during(stage), range(len(layers.blocks)))
+    if missing or blocks:
+        with reporter.stage("labels", len(missing), "layers") as advance:
+            runner = session.runner(run.folder)
+            write_output_grams(runner, run, stage, missing, seed, session.loaded.device, advance)
 
 
-def quick(outputs: Outputs) -> Solver:
-    """What fits layers that are only looked at."""
-    return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
+def write_metric_choices(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
+    """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and `tr(A E G Eᵀ)`."""
+    work = analysis.work
+    missing = work.missing(METRIC_CHOICE, session.layers.specs)
+    if missing:
+        grams = ((spec, work.get(GRAM, spec.site), work.get(PROBE_OUTPUT_GRAM, spec)) for spec in missing)
+        with reporter.stage("metric", len(missing), "layers") as advance:
+            for spec, choice in choose_metrics(_few(session), grams, probe, analysis.pattern, analysis.limits):
+                work.put(METRIC_CHOICE, spec, choice)
+                advance(spec.name)
 
 
-def _look(bench: Bench) -> BlockRunner:
-    """A runner on the few calibration windows on which layers are looked at one at a time."""
-    return BlockRunner(bench.layers, [Batch(bench.splits.calibration.windows[:MEASURED_WINDOWS])])
+def _few(session: Session) -> BlockRunner:
+    """A runner on the few calibration windows on which single layers are measured."""
+    return BlockRunner(session.layers, [Batch(session.splits.calibration.windows[:MEASURED_WINDOWS])])
 
 
-def _fit(
-    bench: Bench,
-    options: SearchOptions,
-    run: Run,
-    pattern: NM | None,
-    solver: Solver,
-    chosen: Callable[[LayerSpec], Gram | None],
-) -> None:
-    """Fit the anchors of every layer that has no fits yet, in the output Gram that `chosen` gives it."""
-    layers, limits, glance = bench.layers, options.limits, quick(solver.outputs)
-    if all(run.fits_path(spec).exists() for spec in layers.specs):
-        return
-    budget = Budget.fraction(options.budget, layers.specs, options.accounting)
-    with bench.stage("compare", len(sampled(layers.specs)), "layers") as advance:
-        ratio = compare_fits(layers, run, pattern, glance, solver, budget, chosen, advance, limits)
-    unfitted = [spec for spec in layers.specs if not run.fits_path(spec).exists()]
-    with bench.stage("fit", len(unfitted), "layers") as advance:
-        fit_layers(layers, unfitted, run, pattern, glance, chosen, advance, limits, ratio)
+def _solve_anchors(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
+    """Solve every layer at its anchors, and measure the gap of the real solver on a few."""
+    specs, work = session.layers.specs, analysis.work
+    if missing := work.missing(ANCHORS, specs):
+        with reporter.stage("anchors", len(missing), "layers") as advance:
+            solve_anchors(analysis, missing, plan.probe, advance)
+    if missing := work.missing(SOLVER_GAP, sampled(specs)):
+        with reporter.stage("gap", len(missing), "layers") as advance:
+            # Of the budget only the accounting is read.
+            compare_solvers(analysis, missing, plan.solver, Budget.fraction(1.0, specs, plan.accounting), advance)
 
 
-def _measure(bench: Bench, run: Run) -> None:
-    """Measure the lowest fits of every layer where that was not done yet."""
-    unmeasured = [spec for spec in bench.layers.specs if not run.measured_path(spec).exists()]
-    if unmeasured:
-        with bench.stage("measure", len(unmeasured), "layers") as advance:
-            measure_layers(_look(bench), unmeasured, run, advance)
+def _measure(session: Session, reporter: Reporter, analysis: LayerAnalysis) -> None:
+    """Measure the loss of every layer at its lowest anchors, where that was not done yet."""
+    work, layers = analysis.work, session.layers
+    missing = work.missing(SINGLE_LAYER_LOSSES, layers.specs)
+    if missing:
+        gap = read_gap(analysis)
 
+        def low(spec: LayerSpec) -> dict[Target, Tensor]:
+            residuals = analysis.residuals(spec, layers.weight(spec.name), gap)
+            kept = MEASURED_KEPT * spec.numel
+            return {anchor: residuals.at(anchor) for anchor in residuals.anchors if anchor.params(spec) <= kept}
 
-def collect_block_outputs(bench: Bench, run: Run, seed: int) -> None:
-    """The output Grams of the blocks, by a backward sweep, where they are not there yet."""
-    if not all(run.block_outputs_path(block).exists() for block in range(len(bench.layers.blocks))):
-        with bench.stage("outputs", 1, "sweeps") as advance:
-            output_grams(bench.runner(run.folder), run, [], seed, bench.loaded.device)
-            advance("blocks")
-
-
-def collect_outputs(bench: Bench, run: Run, seed: int) -> None:
-    """The output Grams that are not there yet, by a backward sweep of their own."""
-    unmeasured = [spec for spec in bench.layers.specs if not run.outputs_path(spec).exists()]
-    if unmeasured:
-        runner = bench.runner(run.folder)
-        with bench.stage("outputs", len(unmeasured), "layers") as advance:
-            output_grams(runner, run, unmeasured, seed, bench.loaded.device, advance)
+        with reporter.stage("measure", len(missing), "layers") as advance:
+            for spec, losses in single_layer_losses(_few(session), ((spec, low(spec)) for spec in missing)):
+                work.put(SINGLE_LAYER_LOSSES, spec, losses)
+                advance(spec.name)

@@ -1,4 +1,4 @@
-"""A bench for a model that is in memory already; the model itself is only read."""
+"""A session for a model that is in memory already; the model itself is only read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
-from globalopt.machine.clock import StageClock
 from globalopt.models.layers import check_finite, find_layers
 from globalopt.models.loading import LoadedModel, computed_dtype
 from globalopt.pipeline.options import ModelOptions, TextOptions
-from globalopt.pipeline.session import Bench, sizes
-from globalopt.protocols import Progress
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.session import Session, flush_denormals, sizes
 from globalopt.text.reading import Text, join, read_text
 from globalopt.text.splits import make_splits
 
@@ -27,17 +26,17 @@ Documents = str | Path | Sequence[str]
 """A text: a file, a folder or a hub data set by name, as `--calibration` takes it; or documents as strings."""
 
 
-def live_bench(
+def live_session(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: Documents,
     eval_text: Documents | None,
     texts: TextOptions,
     seed: int,
-    progress: Progress,
+    reporter: Reporter,
     allow_low_coverage: bool = False,
-) -> Bench:
-    """What every verb works on, for a copy of `model`.
+) -> Session:
+    """Make the session of a copy of `model`.
 
     The copy computes in float32 on a CPU and in the model's own type elsewhere, on the model's device.
 
@@ -50,8 +49,8 @@ def live_bench(
         CalibrationError, NumericalError: text or weights cannot be used.
     """
     device = _device(model)
-    clock = StageClock()
-    with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
+    flush_denormals()
+    with reporter.stage("load", 2, "steps") as advance:
         stored = model.dtype
         loaded = LoadedModel(_copy(model, device), tokenizer, name_of(model), device, stored)
         layers = find_layers(loaded.model, allow_low_coverage)
@@ -64,7 +63,7 @@ def live_bench(
     options = ModelOptions(loaded.name, in_memory=True, allow_low_coverage=allow_low_coverage, device=str(device))
     named = {"calibration": calibration.spec, "eval_text": evaluation and evaluation.spec}
     texts = TextOptions(**{**vars(texts), **named})
-    return Bench(options, texts, loaded, layers, splits, progress, clock, lambda: _copy(model, device))
+    return Session(options, texts, loaded, layers, splits, lambda: _copy(model, device))
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from allocators import get_allocator
-from globalopt.analysis.grid import Options
 from globalopt.analysis.spans import SCALINGS
-from globalopt.budgets.serving_limits import check_solver, get_profile, limits_of
+from globalopt.budgets.serving_limits import get_profile, limits_of
 from globalopt.errors import UsageError
 from globalopt.machine.memory import parse_size
 from globalopt.matching.block import Loss, Matching
 from globalopt.matching.model import Distillation
-from globalopt.models.layers import ModelLayers
 from globalopt.objective.of_run import CANDIDATES
-from globalopt.protocols import Needs, Solver
 from globalopt.refine.blocks import Order
-from globalopt.values.budget import Budget, Limits, Target
-from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem
-from solvers import get_solver
+from globalopt.values.budget import Limits
 
 SENSITIVITIES = ("fisher", "none")
 
@@ -72,62 +64,18 @@ class SearchOptions:
         """What every layer must be within, so that it can be served."""
         return limits_of(self.serving_profile, self.rank_multiple)
 
-    def words(self) -> dict[str, Any]:
-        """As JSON, for the identity of a run; runs without a place to be served are what they ever were."""
-        words = asdict(self)
-        if self.serving_profile == "dense":
-            del words["serving_profile"]
-        if self.rank_multiple is None:
-            del words["rank_multiple"]
-        return words
-
 
 def check_word(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UsageError` if the value of an option is none of those that are known.
+
+    >>> check_word("pricing", "fit", PRICINGS)
+    """
     if value not in known:
         raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
 
 
-def check_options(options: SearchOptions) -> None:
-    """Raise what is wrong with the options before a model is loaded: unknown names, budgets outside (0, 1]."""
-    solver = get_solver(options.solver, options.solver_options)
-    get_allocator(options.allocator, options.allocator_options)
-    if options.candidates == "fit" and not fitted(options, solver):
-        raise UsageError(
-            f"There are no fits to make candidates from: solver {solver.name} moves no weight it keeps, or --pricing "
-            "is span. Use --candidates span."
-        )
-    NM.parse(options.pattern)
-    check_solver(options.serving_profile, options.limits, solver)
-    Budget.fraction(options.budget, [LayerSpec("any", 0, "any", "any", 1, 1)], options.accounting)
-
-
-def fitted(options: SearchOptions, solver: Solver) -> bool:
-    """Whether layers are priced by fits. A solver that reads less than the Gram leaves what the span leaves."""
-    return options.pricing == "fit" and solver.needs is Needs.GRAM
-
-
-def check_feasible(options: SearchOptions, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
-    """Refuse what no allocation can be, before anything is computed.
-
-    Raises:
-        UsageError: the pattern does not divide a layer, or no layer has room for a rank that can be served.
-        BudgetError: the pattern does not fit the budget.
-    """
-    pattern, limits = NM.parse(options.pattern), options.limits
-    if get_profile(options.serving_profile).low_rank_part:
-        room = max(Options.of(spec, spec.max_rank, pattern, limits).rows[-1][0] for spec in specs)
-        if not room:
-            raise UsageError(
-                f"No layer has room for rank {limits.rank_multiple}, and --serving-profile {options.serving_profile} "
-                "needs some rank. Lower --rank-multiple."
-            )
-    if pattern is None:
-        return
-    surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
-    Problem(surfaces, budget, pattern)
-
-
 REFERENCE = "reference"
+"""Name of the bundled model."""
 
 
 @dataclass(frozen=True)
@@ -203,28 +151,20 @@ class RefineOptions:
             raise UsageError("--match-set is for --match block or model.")
         if self.distill_options and self.match != "model":
             raise UsageError("--distill-set is for --match model.")
-        self.matching("fisher")
+        self.matching(fisher=True)
         Distillation.read(self.distill_options)
-
-    def check(self, layers: ModelLayers) -> None:
-        """`UsageError` if the model cannot be matched as asked."""
-        if self.match == "model" and layers.lazy is not None:
-            raise UsageError(
-                "--match model trains the whole model at once, and it does not fit in memory. Use --match block, or "
-                "raise --max-memory."
-            )
 
     @property
     def distillation(self) -> Distillation | None:
         """How the whole model is matched."""
         return Distillation.read(self.distill_options) if self.match == "model" else None
 
-    def matching(self, sensitivity: str) -> Matching | None:
+    def matching(self, fisher: bool) -> Matching | None:
         """How blocks are matched. Without a backward sweep there are no nats, and errors are relative to the token."""
         if self.match == "none":
             return None
         found = Matching.read(self.match_options)
-        if sensitivity == "none" and found.loss.weighted:
+        if not fisher and found.loss.weighted:
             if "loss" in self.match_options:
                 raise UsageError(
                     f"Matching with loss={found.loss} needs the backward sweep that --sensitivity none leaves out."

@@ -1,13 +1,13 @@
-"""A loaded model with its texts: what every verb works on, and the options that decide it."""
+"""Sessions: a loaded model with its layers and its texts, which every job works on."""
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
-from globalopt.machine.clock import StageClock
 from globalopt.machine.memory import available, resident
-from globalopt.models.identity import model_fingerprint, weights_sha256
+from globalopt.models.identity import model_fingerprint, model_sha256
 from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
 from globalopt.models.loading import LoadedModel, load_model, reference_folder
 from globalopt.models.streaming import dtype_of, lazy_blocks
@@ -29,7 +28,7 @@ from globalopt.pipeline.options import (
     ModelOptions,
     TextOptions,
 )
-from globalopt.protocols import Progress
+from globalopt.pipeline.reporter import Reporter
 from globalopt.runs.folder import Run
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits, reference_splits
@@ -39,11 +38,18 @@ WORKING_BLOCKS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """A loaded model with its layers and its windows, and where stages say how far they are.
+class Session:
+    """Hold a loaded model with its layers, and the windows of its texts.
 
     Args:
         live: makes the dense model where it is in memory and has no place to be loaded from.
+
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> session.name, len(session.layers.specs), len(session.splits.calibration.windows)
+    ('reference', 56, 4)
     """
 
     model_options: ModelOptions
@@ -51,12 +57,11 @@ class Bench:
     loaded: LoadedModel
     layers: ModelLayers
     splits: Splits
-    progress: Progress
-    clock: StageClock
     live: Callable[[], PreTrainedModel] | None = None
 
     @property
     def name(self) -> str:
+        """What the model is called in reports."""
         return self.model_options.model or REFERENCE
 
     def dense(self) -> PreTrainedModel:
@@ -68,7 +73,13 @@ class Bench:
 
     @property
     def fingerprint(self) -> str:
+        """What a budget file must agree with: type of the model, names and shapes of its layers."""
         return model_fingerprint(self.layers)
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Hash of everything that the forward pass of the dense model uses; first asked for before it is changed."""
+        return model_sha256(self.layers, self.loaded.tokenizer)
 
     def batches(self, split: Split, most: int | None = None) -> list[Batch]:
         """The windows of a split, `--batch-size` in each batch, or `most` if that is less."""
@@ -98,15 +109,13 @@ class Bench:
         room = available(lazy.device) if limit is None else limit - resident()
         return run if states + working > room else None
 
-    def identity(self, seed: int) -> dict[str, Any]:
-        """What decides results apart from the method: weights, windows, precision, seed."""
+    def identity(self) -> dict[str, Any]:
+        """What decides results apart from the method: model, windows, precision."""
         return {
-            "model": self.fingerprint,
-            "weights": weights_sha256(self.layers),
+            "model": self.model_digest,
             "dtype": str(dtype_of(self.loaded.model)).removeprefix("torch."),
             "splits": {split.name: split.sha256 for split in self.splits},
             "batch_size": self.text_options.batch_size,
-            "seed": seed,
         }
 
     def facts(self, command: str) -> dict[str, Any]:
@@ -120,12 +129,6 @@ class Bench:
             "versions": versions(),
         }
 
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
-        """A stage that is both shown and measured."""
-        with self.clock.stage(name), self.progress.stage(name, total, unit) as advance:
-            yield advance
-
 
 def versions() -> dict[str, str]:
     """Versions of what decides results."""
@@ -133,24 +136,33 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def set_up(model: ModelOptions, text: TextOptions, seed: int, progress: Progress, clock: StageClock) -> Bench:
-    """Load the model and cut the text into its splits. The process rounds numbers below 1e-38 to zero from here on.
+def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter) -> Session:
+    """Load a model, and cut its text into splits. The process rounds numbers below 1e-38 to zero from here on.
 
     Raises:
         UsageError: a model of the user's without a text of the user's.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
     """
-    # Gradients of a loss of a millionth of a nat get that small, and attention's backward pass took six times as long.
-    # Before anything is multiplied: threads are born with the mode of the one that asks for them.
-    torch.set_flush_denormal(True)
-    with clock.stage("load"), progress.stage("load", 2, "steps") as advance:
+    flush_denormals()
+    with reporter.stage("load", 2, "steps") as advance:
         loaded, layers = load(model, tokens=text.nsamples * text.seqlen)
         advance("model")
         splits = _splits(loaded, model, text, seed)
         advance("text")
     if model.model is None:
-        progress.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
-    return Bench(model, text, loaded, layers, splits, progress, clock)
+        reporter.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    return Session(model, text, loaded, layers, splits)
+
+
+def flush_denormals() -> None:
+    """Round numbers below 1e-38 to zero, in this process from here on.
+
+    Gradients of a loss of a millionth of a nat get that small, and the backward pass of attention took six times as
+    long. Called before anything is multiplied: threads are born with the mode of the one that starts them.
+
+    >>> flush_denormals()
+    """
+    torch.set_flush_denormal(True)
 
 
 def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:

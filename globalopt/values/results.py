@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from globalopt.values.decomposition import Trace
@@ -57,9 +58,20 @@ def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-NATS = "nats per token"
+class ErrorUnit(StrEnum):
+    """Unit of predicted losses and layer errors.
 
-OUTPUT_ERROR = "output error"
+    >>> ErrorUnit("nats per token").name
+    'NATS'
+    """
+
+    NATS = "nats per token"
+    OUTPUT_ERROR = "output error"
+
+
+NATS = ErrorUnit.NATS
+
+OUTPUT_ERROR = ErrorUnit.OUTPUT_ERROR
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,338 @@
+"""Plans: the options of a job, resolved once into the objects that do the work.
+
+Typed words end here. Past this module a solver is a solver, a budget is a rule, and a pattern is a pattern; the words
+are kept for the record of the run only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from allocators import get_allocator
+from globalopt.analysis.grid import Options
+from globalopt.budgets.serving_limits import ServingProfile, check_solver, get_profile
+from globalopt.errors import UsageError
+from globalopt.matching.block import Matching
+from globalopt.matching.model import Distillation
+from globalopt.models.layers import ModelLayers
+from globalopt.pipeline.options import RefineOptions, SearchOptions
+from globalopt.protocols import Allocator, Needs, Outputs, Solver
+from globalopt.refine.blocks import Order
+from globalopt.runs.files import digest
+from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.results import ErrorUnit
+from solvers import get_solver
+
+OTHER_LABELS = 2**31
+"""Turns the seed of some labels into that of others."""
+
+
+@dataclass(frozen=True)
+class BudgetRule:
+    """Say what all layers keep together: a fraction of the model, whichever model it is.
+
+    >>> BudgetRule(0.5).of([LayerSpec("up", 0, "in", "up", 4, 4)]).limit
+    8
+    """
+
+    kept: float
+    accounting: str = "params"
+
+    def of(self, specs: Iterable[LayerSpec]) -> Budget:
+        """The budget of a model with these layers."""
+        return Budget.fraction(self.kept, specs, self.accounting)
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysisPlan:
+    """Say how the loss of every option of every layer is predicted. Neither budget nor allocator is a part of it.
+
+    Args:
+        solver: that will refine.
+        probe: cheap solver of single layers.
+        accounting: in which what a solver lacks is converted.
+        fisher: whether losses are predicted from gradients, in nats per token; otherwise they are output errors.
+        anchors: whether anchor solutions set the level of predictions; otherwise the spans alone do.
+        scaling: of the spans.
+        pattern: of `S`, or None. limits: of every layer.
+        seed: of sampled labels.
+
+    >>> plan = resolve(SearchOptions(0.5, solver="wanda")).analysis
+    >>> plan.weighted, plan.unit.value
+    (False, 'nats per token')
+    """
+
+    solver: Solver
+    probe: Solver
+    accounting: str
+    fisher: bool
+    anchors: bool
+    scaling: str
+    pattern: NM | None
+    limits: Limits
+    seed: int
+
+    @property
+    def weighted(self) -> bool:
+        """Whether layers are solved in their output Grams, where that is better."""
+        return self.solver.outputs is not Outputs.NONE and self.fisher
+
+    @property
+    def single_layer_losses(self) -> bool:
+        """Whether low anchors are measured on the model. A pattern keeps more than what needs measuring."""
+        return self.anchors and self.fisher and self.pattern is None
+
+    @property
+    def unit(self) -> ErrorUnit:
+        """Unit of predicted losses."""
+        return ErrorUnit.NATS if self.fisher else ErrorUnit.OUTPUT_ERROR
+
+
+@dataclass(frozen=True, eq=False)
+class RefinementPlan:
+    """Say how layers are refined and matched.
+
+    Args:
+        solver: of the layers.
+        output_grams: whether errors are weighted by output Grams, in nats per token.
+        metric_choices: whether it is decided layer by layer if the solver minimises in the output Gram too.
+        order: when Grams are taken.
+        matching: of blocks, or None. distillation: of the whole model, or None.
+        seed: of labels and of matching.
+
+    >>> resolve(SearchOptions(0.5), RefineOptions(match="block")).refinement.matching.epochs > 0
+    True
+    """
+
+    solver: Solver
+    output_grams: bool
+    metric_choices: bool
+    order: Order
+    matching: Matching | None
+    distillation: Distillation | None
+    seed: int
+
+    @property
+    def unit(self) -> ErrorUnit:
+        """Unit of layer errors."""
+        return ErrorUnit.NATS if self.output_grams else ErrorUnit.OUTPUT_ERROR
+
+    @property
+    def block_output_grams(self) -> bool:
+        """Whether matching weights what a block answers by its output Gram."""
+        return self.matching is not None and self.matching.loss.weighted
+
+    def check(self, layers: ModelLayers) -> None:
+        """Raise `UsageError` if the model cannot be matched as asked."""
+        if self.distillation is not None and layers.lazy is not None:
+            raise UsageError(
+                "--match model trains the whole model at once, and it does not fit in memory. Use --match block, or "
+                "raise --max-memory."
+            )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the addresses of artefacts."""
+        return {
+            "solver": method_record(self.solver),
+            "output_grams": self.output_grams,
+            "metric_choices": self.metric_choices,
+            "order": self.order,
+            "matching": self.matching and asdict(self.matching),
+            "distillation": self.distillation and asdict(self.distillation),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SearchPlan:
+    """Say what a search does.
+
+    Args:
+        analysis: how losses are predicted.
+        allocator: chooses the targets.
+        rule: the budget.
+        candidates: what stands for a target in the objective: "fit", "span", or "auto".
+        search_tokens: forward tokens that the allocator may spend on the objective.
+        profile: the place where the model will be served.
+        refinement: of the chosen targets.
+        words: the options as they were typed, for the record.
+
+    >>> plan = resolve(SearchOptions(0.5, allocator="knapsack"))
+    >>> plan.allocator.name, plan.rule.kept
+    ('knapsack', 0.5)
+    """
+
+    analysis: AnalysisPlan
+    allocator: Allocator
+    rule: BudgetRule
+    candidates: str
+    search_tokens: int
+    profile: ServingProfile
+    refinement: RefinementPlan
+    words: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the job."""
+        return self.analysis.seed
+
+    def check_feasible(self, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
+        """Refuse a model for which there is no allocation, before anything is computed.
+
+        Raises:
+            UsageError: the pattern does not divide a layer, or no layer has room for a rank that can be served.
+            BudgetError: the pattern does not fit the budget.
+        """
+        pattern, limits = self.analysis.pattern, self.analysis.limits
+        if self.profile.low_rank_part:
+            room = max(Options.of(spec, spec.max_rank, pattern, limits).rows[-1][0] for spec in specs)
+            if not room:
+                raise UsageError(
+                    f"No layer has room for rank {limits.rank_multiple}, and --serving-profile "
+                    f"{self.words['serving_profile']} needs some rank. Lower --rank-multiple."
+                )
+        if pattern is not None:
+            surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
+            Problem(surfaces, budget, pattern)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the identity of a run: the typed words, and the methods that they resolve to."""
+        return {
+            "search": dict(self.words),
+            "refining": self.refinement.record(),
+            "methods": {
+                "solver": method_record(self.analysis.solver),
+                "allocator": method_record(self.allocator),
+                "probe": method_record(self.analysis.probe),
+            },
+        }
+
+
+def resolve(
+    options: SearchOptions,
+    refining: RefineOptions | None = None,
+    allocator: Allocator | None = None,
+    solver: Solver | None = None,
+) -> SearchPlan:
+    """Resolve the options of a search, before a model is loaded.
+
+    Args:
+        refining: how the result is refined; None: without matching.
+        allocator, solver: of the caller's own, in place of those that the options name.
+    Raises:
+        UsageError, UnknownNameError: an option that is unknown, out of its range, or at odds with another.
+
+    >>> resolve(SearchOptions(0.5, pattern="2:4")).analysis.pattern
+    NM(keep=2, of=4)
+    """
+    solver = solver or get_solver(options.solver, options.solver_options)
+    allocator = allocator or get_allocator(options.allocator, options.allocator_options)
+    anchors = options.pricing == "fit" and solver.needs is Needs.GRAM
+    if options.candidates == "fit" and not anchors:
+        raise UsageError(
+            f"There are no anchor solutions to make candidates from: solver {solver.name} moves no weight it keeps, or "
+            "--pricing is span. Use --candidates span."
+        )
+    check_solver(options.serving_profile, options.limits, solver)
+    rule = BudgetRule(options.budget, options.accounting)
+    # The fraction and the accounting are checked on any model.
+    rule.of([LayerSpec("any", 0, "any", "any", 1, 1)])
+    analysis = AnalysisPlan(
+        solver=solver,
+        probe=probe_solver(solver.outputs),
+        accounting=options.accounting,
+        fisher=options.sensitivity != "none",
+        anchors=anchors,
+        scaling=options.scaling,
+        pattern=NM.parse(options.pattern),
+        limits=options.limits,
+        seed=options.seed,
+    )
+    refinement = replace(
+        resolve_refinement(refining or RefineOptions(), solver, analysis.fisher, options.seed),
+        output_grams=analysis.fisher,
+        metric_choices=analysis.weighted,
+    )
+    profile = get_profile(options.serving_profile)
+    return SearchPlan(
+        analysis, allocator, rule, options.candidates, options.search_tokens, profile, refinement, asdict(options)
+    )
+
+
+def resolve_refinement(options: RefineOptions, solver: Solver, fisher: bool, seed: int) -> RefinementPlan:
+    """Resolve the options of a refinement without a search before it.
+
+    Args:
+        fisher: whether a backward sweep may weight errors by output Grams.
+
+    >>> resolve_refinement(RefineOptions(), get_solver("wanda"), fisher=True, seed=0).output_grams
+    False
+    """
+    weighted = fisher and solver.outputs is not Outputs.NONE
+    return RefinementPlan(
+        solver=solver,
+        output_grams=weighted,
+        metric_choices=weighted,
+        order=Order(options.order),
+        matching=options.matching(fisher),
+        distillation=options.distillation,
+        seed=seed,
+    )
+
+
+def probe_solver(outputs: Outputs) -> Solver:
+    """Make the probe solver: a few steps of 3BASiL, with as much of the output Gram as the real solver uses.
+
+    >>> probe_solver(Outputs.NONE).name
+    '3basil'
+    """
+    return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
+
+
+def method_record(method: Solver | Allocator) -> dict[str, Any]:
+    """Record a solver or an allocator as JSON: its class, its version and its hyper-parameters.
+
+    A class of the user's own has no version that we raise, so its source is hashed in its place. An object without
+    fields to record would be taken for any other of its class, and is refused.
+
+    Raises:
+        UsageError: the method is no dataclass, or a field is no number, text or truth value.
+
+    >>> method_record(get_allocator("uniform"))["options"]
+    {'rank_share': 0.1}
+    """
+    kind = type(method)
+    if not is_dataclass(method):
+        raise UsageError(
+            f"{kind.__name__} is no dataclass, so that two of them could not be told apart. Make it a frozen dataclass "
+            "whose fields are its hyper-parameters."
+        )
+    options = {field.name: getattr(method, field.name) for field in fields(method)}
+    for name, value in options.items():
+        if not isinstance(value, str | int | float | bool | None):
+            raise UsageError(
+                f"{kind.__name__}.{name} is a {type(value).__name__}; hyper-parameters are numbers, texts or truth "
+                "values, so that a run can record them."
+            )
+    found = {"class": f"{kind.__module__}.{kind.__qualname__}", "options": options}
+    if kind.__module__.split(".")[0] in ("solvers", "allocators"):
+        return {**found, "version": kind.version}
+    try:
+        return {**found, "source": digest(inspect.getsource(kind))}
+    except (OSError, TypeError):
+        # Typed into an interpreter, which keeps no source.
+        return found
+
+
+def limits_record(limits: Limits) -> dict[str, Any] | None:
+    """Record limits as JSON; None where there are none.
+
+    >>> limits_record(Limits(rank_multiple=8))["rank_multiple"]
+    8
+    """
+    return None if limits == FREE else asdict(limits)

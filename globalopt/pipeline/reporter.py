@@ -1,0 +1,39 @@
+"""The reporter: where a job shows its stages, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from globalopt.machine.clock import StageClock
+from globalopt.protocols import Progress
+from globalopt.values.results import StageCost
+
+
+@dataclass(frozen=True, eq=False)
+class Reporter:
+    """Show stages on a display, and measure their time and memory.
+
+    Args:
+        progress: the display.
+        clock: measures.
+    """
+
+    progress: Progress
+    clock: StageClock = field(default_factory=StageClock)
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """Time and peak memory of the stages so far."""
+        return self.clock.costs
+
+    def note(self, text: str) -> None:
+        """Show one line that stays."""
+        self.progress.note(text)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """Open a stage of `total` units; calling the yielded function with a detail advances it by one."""
+        with self.clock.stage(name), self.progress.stage(name, total, unit) as advance:
+            yield advance
