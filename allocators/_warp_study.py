@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -65,7 +66,7 @@ def _price(problem: Problem, surface: ErrorSurface, target: Target) -> float:
 
 
 class WarpStudy:
-    """One worker's part in a study; `sampler`, `size` (trials in the end), `spread` and `worker` as in `OptunaWarp`."""
+    """One worker's part in a study; `sampler`, `size` (trials in the end) and the other options as in `OptunaWarp`."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class WarpStudy:
         size: int,
         spread: float,
         worker: int,
+        path: str = "",
     ) -> None:
         self.sampler = sampler
         self.size = size
@@ -85,7 +87,8 @@ class WarpStudy:
         self.trials = trials
         self.warp = Warp.of(problem)
         self.space = {name: FloatDistribution(-spread, spread) for name in self.warp.names}
-        self.study = _open(trials.objective.study)
+        self.path = path
+        self.study = _open(path)
         self._solved: dict[Theta, dict[str, Target]] = {}
         self.knapsack = trials.judge([starts[0]])[0]
         near = [nearest(problem, self.warp, start) for start in starts[1:]]
@@ -113,7 +116,7 @@ class WarpStudy:
     def _theta(self, trial: FrozenTrial) -> Theta:
         if trial.distributions != self.space:
             raise ArtefactError(
-                f"The study {self.trials.objective.study} searches other coefficients or another spread than this "
+                f"The study {self.path} searches other coefficients or another spread than this "
                 "search; delete it, or set the spread it was made with."
             )
         return tuple(trial.params[name] for name in self.warp.names)
@@ -201,8 +204,14 @@ def _cmaes(told: Told, spread: float, seed: int) -> Theta:
     return tuple(optimizer.ask().tolist())
 
 
-def _open(path: str | None) -> optuna.Study:
-    """The study in the journal at `path`, made if it is not there; in memory without one."""
+def _open(path: str) -> optuna.Study:
+    """The study in the journal at `path`, made if it is not there; in memory where that is empty."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = None if path is None else JournalStorage(JournalFileBackend(path))
-    return optuna.create_study(storage=storage, study_name="warp", load_if_exists=True)
+    if not path:
+        return optuna.create_study(study_name="warp")
+    try:
+        # The lock is a symbolic link to the journal: by a relative path Optuna would not find out how old it is.
+        storage = JournalStorage(JournalFileBackend(str(Path(path).absolute())))
+        return optuna.create_study(storage=storage, study_name="warp", load_if_exists=True)
+    except (OSError, ValueError, KeyError) as cause:
+        raise ArtefactError(f"{path} is no journal of a study ({cause}). Set option study to another file.") from None

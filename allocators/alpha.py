@@ -29,7 +29,8 @@ class Alpha:
 
     name: ClassVar[str] = "alpha"
     paper: ClassVar[str] = "arXiv:2410.10912"
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     epsilon: float = 0.3
     rank_share: float = 0.1
 

@@ -66,7 +66,8 @@ class Auto:
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = ""
-    asks: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+    version: ClassVar[int] = 1
     rounds: int = 3
     designs: int = 16
     spread: float = 0.3

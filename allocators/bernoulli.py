@@ -81,7 +81,8 @@ class Bernoulli:
 
     name: ClassVar[str] = "bernoulli"
     paper: ClassVar[str] = "arXiv:2505.03801"
-    asks: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+    version: ClassVar[int] = 1
     preset: Preset = Preset.DEFAULT
     updates: int = 0
     samples: int = 0

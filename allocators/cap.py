@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from allocators._trials import OutOfTokens, Trials
-from globalopt.protocols import Candidate, Objective
+from globalopt.protocols import Candidate
 from globalopt.values.budget import BYTES_PER_VALUE, Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
@@ -37,7 +37,7 @@ def search(trials: Trials, updates: int, samples: int, learning_rate: float, bat
         samples: masks `m_k` per iteration.
         batch: chunks that they are asked on.
     """
-    components = Components(trials.problem, trials.objective)
+    components = Components(trials.problem)
     s = components.initial()
     generator = torch.Generator().manual_seed(trials.problem.seed)
     window: deque[float] = deque(maxlen=WINDOW)
@@ -115,7 +115,7 @@ class Components:
     sparse parts there are none. Counts of directions are rounded down to the problem's limits.
     """
 
-    def __init__(self, problem: Problem, objective: Objective) -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem = problem
         budget, pattern = problem.budget, problem.pattern
         self._parts: list[_Part] = []
@@ -123,7 +123,7 @@ class Components:
         price: list[Tensor] = []
         start = 0
         for spec in sorted(problem.specs, key=lambda spec: spec.name):
-            span = objective.span(spec.name)
+            span = problem.span(spec.name)
             bare = Target(0, pattern.nnz(spec) if pattern else 0, pattern)
             room = (spec.numel - bare.nnz) // (spec.d_out + spec.d_in) if pattern else span.max_rank
             directions = problem.limits.floor(min(span.max_rank, room))

@@ -60,7 +60,8 @@ class DepthRamp:
 
     name: ClassVar[str] = "depth-ramp"
     paper: ClassVar[str] = "arXiv:2502.14770"
-    asks: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+    version: ClassVar[int] = 1
     tune: bool = True
     steepness: float = 0.5
     rank_share: float = 0.1

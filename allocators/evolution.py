@@ -45,7 +45,8 @@ class Evolution:
 
     name: ClassVar[str] = "evolution"
     paper: ClassVar[str] = "arXiv:2410.14649"
-    asks: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+    version: ClassVar[int] = 1
     preset: Preset = Preset.GUIDED
     generations: int = 400
     rank_share: float = 0.0

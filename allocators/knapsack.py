@@ -39,7 +39,8 @@ class Knapsack:
 
     name: ClassVar[str] = "knapsack"
     paper: ClassVar[str] = "doi:10.1287/opre.27.3.503"
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     exact: bool = True
     gap: float = 1e-6
     nodes: int = 2000

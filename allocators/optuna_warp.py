@@ -25,24 +25,28 @@ class OptunaWarp:
     selection text and pruned where it is worse than the best so far, window by window. Its value is its mean loss; a
     pruned trial's is the knapsack's plus their mean difference on what both were asked, so that all values compare.
 
-    Only finished trials are written to the study, and every proposal depends on them, the seed and `worker` alone: a
-    search that was killed goes on to the answer it would have had. Searches with different `worker` may share a study
-    at the same time; then the answer depends on who was faster.
+    Every proposal depends on the finished trials, the seed and `worker` alone: a search that was killed and is told the
+    same losses again goes on to the answer it would have had. Searches with different `worker` may share a study in a
+    file, also at the same time; then the answer depends on which of them was faster.
 
     Args:
-        sampler: what proposes the coefficients.
+        sampler: proposes the coefficients.
         trials: how many the study holds in the end, those of all workers together.
         spread: the coefficients are in [-spread, spread], in log units.
         worker: makes the proposals of searches that share a study differ.
+        study: file of the Optuna journal that holds the study of several workers, made if it is not there; empty for a
+            study of this search alone, in memory.
     """
 
     name: ClassVar[str] = "optuna"
     paper: ClassVar[str] = "arXiv:1907.10902"
-    asks: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+    version: ClassVar[int] = 1
     sampler: Sampler = Sampler.TPE
     trials: int = 80
     spread: float = 1.5
     worker: int = 0
+    study: str = ""
 
     def __post_init__(self) -> None:
         at_least(1, trials=self.trials)
@@ -56,7 +60,7 @@ class OptunaWarp:
         by = [Knapsack(), Uniform(), *([Owl()] if problem.profiles else [])]
         starts = [allocator.allocate(problem).targets for allocator in by]
         trials = Trials(problem, objective, starts)
-        study = WarpStudy(problem, trials, starts, self.sampler, self.trials, self.spread, self.worker)
+        study = WarpStudy(problem, trials, starts, self.sampler, self.trials, self.spread, self.worker, self.study)
         with contextlib.suppress(OutOfTokens):
             study.run()
         for targets in study.improvements():

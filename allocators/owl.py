@@ -31,7 +31,8 @@ class Owl:
 
     name: ClassVar[str] = "owl"
     paper: ClassVar[str] = "arXiv:2310.05175"
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     threshold: int = 5
     spread: float = 0.08
     rank_share: float = 0.1

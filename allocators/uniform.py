@@ -24,7 +24,8 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "arXiv:2409.13652"
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     rank_share: float = 0.1
 
     def __post_init__(self) -> None:

@@ -41,7 +41,8 @@ class OneShare:
 
     name: ClassVar[str] = "knapsack@share"
     paper: ClassVar[str] = Knapsack.paper
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     rank_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -79,7 +80,8 @@ class Disturbed:
 
     name: ClassVar[str] = "disturbed"
     paper: ClassVar[str] = Knapsack.paper
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     number: int = 0
     spread: float = 1.0
 
@@ -123,8 +125,8 @@ class Contender:
         return self.method if self.limit is None else f"{self.method}@{self.limit}"
 
     @property
-    def asks(self) -> bool:
-        return self.make().asks
+    def uses_objective(self) -> bool:
+        return self.make().uses_objective
 
     @property
     def priced(self) -> bool:
@@ -142,11 +144,11 @@ class Contender:
         return found if self.limit is None else replace(found, search_tokens=self.limit)
 
     def at(self, limits: Sequence[int]) -> list[Contender]:
-        """It at each of `limits` where it asks and has no limit of its own."""
-        if self.asks:
+        """It at each of `limits` where it uses the objective and has no limit of its own."""
+        if self.uses_objective:
             return [self] if self.limit else [replace(self, limit=limit) for limit in limits]
         if self.limit:
-            raise UsageError(f"Allocator '{self.allocator}' asks nothing; leave out @{self.limit}.")
+            raise UsageError(f"Allocator '{self.allocator}' does not use the objective; leave out @{self.limit}.")
         return [self]
 
 

@@ -17,7 +17,7 @@ from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.span import Mask, Span
+from globalopt.values.span import Mask
 
 
 class Needs(IntEnum):
@@ -74,61 +74,59 @@ class Solver(Protocol):
 
 
 Candidate = Mapping[str, Target | Mask]
-"""What every layer keeps, by name: a target, or single components of its span."""
+"""What every layer keeps, by layer name: a target, or single components of its span."""
 
 
 class Objective(Protocol):
-    """How far the model is from the dense one when its layers are replaced: all that a searcher may ask of it.
+    """The loss of a model whose layers are replaced: all that an allocator may evaluate on the model.
 
-    A loss is a window's mean KL(dense || candidate) in nats per token, on text that nothing was fitted to. Windows come
-    in `chunks`; candidates that are asked on the same chunks can be compared window by window. Asking for the same
-    candidate and chunk again costs nothing.
+    A loss is the mean over a window of KL(dense || candidate) in nats per token, on text that nothing was fitted to.
+    Windows come in `chunks`; candidates that are evaluated on the same chunks can be compared window by window.
+    Evaluating the same candidate on the same chunk again costs nothing.
+
+    `allocators.example.ExampleObjective` is a small one that needs no model.
     """
 
     @property
     def chunks(self) -> int:
-        """How many chunks of windows there are."""
+        """The number of chunks of windows."""
         ...
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of the largest chunk: what asking for one candidate on one chunk costs at most."""
+        """Tokens of the largest chunk: the most that evaluating one candidate on one chunk costs."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Forward tokens spent so far."""
+        """Tokens spent so far, one for each token of a chunk and each candidate."""
         ...
 
     @property
     def limit(self) -> int:
-        """Tokens that may be spent in all; a searcher stops before it."""
+        """Tokens that may be spent in all; an allocator stops before it would spend more."""
         ...
 
     def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
-        """(candidates, windows of the chunks) float64, windows in the order of `chunks`."""
-        ...
-
-    def span(self, name: str, /) -> Span:
-        """The span of a layer, whose components a `Mask` chooses."""
-        ...
-
-    @property
-    def study(self) -> str | None:
-        """Path of the journal in which a search may keep its study beside the evaluations; None: in memory."""
+        """Compute the losses: (candidates, windows of the chunks) float64, windows in the order of `chunks`."""
         ...
 
 
 class Allocator(Protocol):
-    """Chooses one option per layer of a problem, within its budget. A frozen dataclass of hyper-parameters."""
+    """Chooses one target per layer of a problem, within its budget. A frozen dataclass of hyper-parameters."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    asks: ClassVar[bool]
-    """Whether it asks the objective; one that does not is given None."""
+
+    uses_objective: ClassVar[bool]
+    """Whether it evaluates the objective; an allocator that does not is given None."""
+
+    version: ClassVar[int] = 1
+    """Raised whenever the allocator's result for the same problem changes: artefacts of an older version are not used
+    again."""
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return a feasible allocation, made by `problem.finish`."""
+        """Return an allocation within the budget, made by `problem.finish`."""
         ...
 
 

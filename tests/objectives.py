@@ -10,10 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from globalopt.analysis.spans import compute_span
 from globalopt.protocols import Candidate
 from globalopt.values.problem import Problem
-from globalopt.values.span import Mask, Span
+from globalopt.values.span import Mask
 
 CHUNK = 4
 
@@ -34,7 +33,6 @@ class BentObjective:
     chunks: int = 6
     limit: int = 200_000
     power: float = 0.9
-    study: str | None = None
     asked: int = 0
     tokens: int = 0
     _known: dict[tuple[int, frozenset], Tensor] = field(default_factory=dict)
@@ -77,12 +75,6 @@ class BentObjective:
                 row.append(self._known[key])
             rows.append(torch.cat(row))
         return torch.stack(rows)
-
-    def span(self, name: str) -> Span:
-        surface = next(s for s in self.problem.surfaces if s.spec.name == name)
-        generator = torch.Generator().manual_seed(len(name))
-        weight = torch.randn(surface.spec.d_out, surface.spec.d_in, generator=generator)
-        return compute_span(weight, scaling="none")
 
 
 def _key(kept: object) -> object:

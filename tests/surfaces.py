@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 
+import torch
+
+from globalopt.analysis.spans import compute_span
 from globalopt.values.budget import FREE, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem, Profile
+from globalopt.values.span import Span
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
 
@@ -58,4 +62,11 @@ def problem(
         for s in surfaces
     }
     budget = Budget.fraction(kept, [s.spec for s in surfaces], accounting)
-    return Problem(surfaces, budget, pattern, seed, profiles, limits)
+    specs = {s.spec.name: s.spec for s in surfaces}
+
+    def span(name: str) -> Span:
+        """Of a random weight."""
+        generator = torch.Generator().manual_seed(len(name))
+        return compute_span(torch.randn(specs[name].d_out, specs[name].d_in, generator=generator), scaling="none")
+
+    return Problem(surfaces, budget, pattern, seed, profiles, limits, span)

@@ -155,7 +155,8 @@ class Mine:
 
     name: ClassVar[str] = "mine"
     paper: ClassVar[str] = ""
-    asks: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
+    version: ClassVar[int] = 1
 
     def allocate(self, problem: Problem, objective: Any = None) -> Allocation:
         return problem.finish(get_allocator("uniform", {}).allocate(problem).targets, self.name)

@@ -1,9 +1,10 @@
-"""The objective of a run: candidates from its spans and fits, asked of the model, remembered in its journal."""
+"""The objective of an analysed model: candidates made from its spans or anchor solutions, and a journal of losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,26 +17,83 @@ from globalopt.runs.files import read_json, write_json
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import Problem
+from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import Search
 from globalopt.values.span import Mask
 
 CANDIDATES = ("auto", "fit", "span")
 
 FITS_AT_ONCE = 2**31
-"""Bytes of fits and spans each that are held in memory; the rest is read again when it is needed."""
+"""Bytes of anchor solutions and spans each that are held in memory; the rest is read again when it is needed."""
 
 
 class SearchObjective(RecordedObjective):
-    """A `RecordedObjective` whose model is prepared when the first question comes that the journal cannot answer.
+    """Evaluate candidates made from anchor solutions or spans, on a model that is prepared when it is first needed.
+
+    A search that is answered by its journal alone never touches the model.
 
     Args:
         start: makes the runner on the selection text.
-        candidates: "fit", "span", or "auto": fits where the analysis of the run made some.
+        selection: the sizes of its chunks.
+        problem: its spans make the candidates where there are no anchor solutions, and those of masks.
+        fitted: reads the anchor solutions of a layer; None where candidates are cut from the spans.
+        limit: tokens a search may spend.
+        journal: file of the journal; None keeps the losses in memory.
+        teacher: file in which the metadata of the dense model's predictions are kept beside the journal.
+        advance: called with a detail for every candidate and chunk whose tokens are counted.
+
+    >>> import torch
+    >>> from globalopt.analysis.spans import compute_span
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.values.budget import Budget
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> surfaces = [ErrorSurface(s, (Target.zero(), Target.dense(s)), (1.0, 0.0)) for s in layers.specs]
+    >>> spans = {spec.name: compute_span(layers.weight(spec.name), scaling="none") for spec in layers.specs}
+    >>> budget = Budget.fraction(0.5, layers.specs)
+    >>> problem = Problem(tuple(surfaces), budget, spans=spans.__getitem__)
+    >>> objective = SearchObjective(
+    ...     start=lambda: BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]),
+    ...     selection=Selection((3,), 16),
+    ...     problem=problem,
+    ...     fitted=None,
+    ...     limit=1000,
+    ...     journal=None,
+    ...     teacher=Path("teacher.json"),
+    ... )
+    >>> candidate = {spec.name: Target(0, spec.numel // 2) for spec in layers.specs}
+    >>> losses = objective.losses([candidate], chunks=[0])
+    >>> losses.shape, objective.tokens, objective.candidates
+    (torch.Size([1, 3]), 48, 'span')
+    >>> objective.facts(loss=float(losses.mean())).tokens
+    48
+    >>> objective.close()
     """
 
     def __init__(
         self,
+        start: Callable[[], BlockRunner],
+        selection: Selection,
+        problem: Problem,
+        fitted: Callable[[ErrorSurface], FittedLayer] | None,
+        limit: int,
+        journal: Path | None,
+        teacher: Path,
+        advance: Callable[[str], None] = lambda detail: None,
+    ) -> None:
+        self.candidates = "span" if fitted is None else "fit"
+        self._start = start
+        self._teacher = teacher
+        self._surfaces = {surface.spec.name: surface for surface in problem.surfaces}
+        self._fitted = fitted
+        self._span = problem.span
+        self._model: TargetObjective | None = None
+        super().__init__(self._losses, selection, problem, limit, journal, advance, self.candidates)
+
+    @classmethod
+    def of_run(
+        cls,
         start: Callable[[], BlockRunner],
         selection: Selection,
         run: Run,
@@ -43,23 +101,19 @@ class SearchObjective(RecordedObjective):
         candidates: str,
         limit: int,
         advance: Callable[[str], None],
-    ) -> None:
-        specs = {spec.name: spec for spec in problem.specs}
-        fitted = all(run.fits_path(spec).exists() for spec in problem.specs)
-        self.candidates = "fit" if fitted and candidates != "span" else "span"
-        self._start = start
-        self._run = run
-        self._problem = problem
-        self._model: TargetObjective | None = None
-        super().__init__(
-            self._answer,
-            lambda name: run.read_span(specs[name]),
-            selection,
-            problem,
-            limit,
-            run.study_path,
-            advance,
-        )
+    ) -> SearchObjective:
+        """Make the objective of an analysed run.
+
+        Args:
+            candidates: "fit", "span", or "auto": from the anchor solutions where the analysis made some.
+        """
+        solved = all(run.fits_path(spec).exists() for spec in problem.specs)
+
+        def fitted(surface: ErrorSurface) -> FittedLayer:
+            return FittedLayer(surface, *run.read_fits(surface.spec), run.read_overlap(surface.spec))
+
+        chosen = fitted if solved and candidates != "span" else None
+        return cls(start, selection, problem, chosen, limit, run.study_path, run.teacher_path, advance)
 
     def close(self) -> None:
         """Put the dense weights back into the model."""
@@ -67,32 +121,39 @@ class SearchObjective(RecordedObjective):
             self._model.close()
 
     def facts(self, loss: float) -> Search:
-        """What the search was and what it spent; `loss` is that of the chosen allocation."""
-        teacher = read_json(self._run.teacher_path)
+        """Return the metadata of the search and the tokens it spent; `loss` is that of the chosen allocation."""
+        if not self._teacher.exists():
+            self._prepared()
+        teacher = read_json(self._teacher)
         return Search(
             self.tokens, self.limit, self.candidates, teacher["top"], teacher["tail"], loss, tuple(self.evaluations)
         )
 
-    def _answer(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+    def _losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+        return self._prepared().losses(candidates, chunks)
+
+    def _prepared(self) -> TargetObjective:
         if self._model is None:
             model = ModelObjective(self._start())
             self._model = TargetObjective(model, self._materialise(model))
-            write_json(self._run.teacher_path, {"top": model.top, "tail": model.tail})
-        return self._model.losses(candidates, chunks)
+            write_json(self._teacher, {"top": model.top, "tail": model.tail})
+        return self._model
 
     def _materialise(self, model: ModelObjective) -> Materialise:
-        surfaces = {surface.spec.name: surface for surface in self._problem.surfaces}
-        largest = max(spec.numel for spec in self._problem.specs)
+        largest = max(spec.numel for spec in model.specs)
         held = max(1, FITS_AT_ONCE // (16 * largest * (LAZY_SHARE if model.lazy else 1)))
-        read_span = lru_cache(held)(self._run.read_span)
+        read_span = lru_cache(held)(self._span)
+        if self._fitted is None:
+            return lambda spec, kept: span_weight(read_span(spec.name), kept)
+        fitted, surfaces = self._fitted, self._surfaces
 
         @lru_cache(held)
-        def fits(spec: LayerSpec) -> FittedLayer:
-            return FittedLayer(surfaces[spec.name], *self._run.read_fits(spec), self._run.read_overlap(spec))
+        def layer(name: str) -> FittedLayer:
+            return fitted(surfaces[name])
 
         def weight(spec: LayerSpec, kept: Target | Mask) -> Tensor:
-            if self.candidates == "span" or isinstance(kept, Mask):
-                return span_weight(read_span(spec), kept)
-            return fits(spec).weight(model.dense(spec.name), kept)
+            if isinstance(kept, Mask):
+                return span_weight(read_span(spec.name), kept)
+            return layer(spec.name).weight(model.dense(spec.name), kept)
 
         return weight

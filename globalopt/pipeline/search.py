@@ -30,6 +30,7 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
 from globalopt.values.results import NATS, OUTPUT_ERROR, Outcome, Search, Summary
+from globalopt.values.span import Span
 from solvers import get_solver
 
 
@@ -93,7 +94,7 @@ def allocate(
 ) -> tuple[Allocation, Search | None, Outcome]:
     """The allocator's answer, what it asked of the model, if it asks, and what the uniform allocation comes to."""
     flat = Uniform().allocate(problem)
-    if not allocator.asks:
+    if not allocator.uses_objective:
         with bench.stage("allocate", 1, "budgets") as advance:
             allocation = allocator.allocate(problem)
             advance(allocator.name)
@@ -121,7 +122,12 @@ def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
     surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
     profiles = {spec.name: run.read_profile(spec) for spec in specs}
     budget = Budget.fraction(options.budget, specs, options.accounting)
-    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles, options.limits)
+    by_name = {spec.name: spec for spec in specs}
+
+    def span(name: str) -> Span:
+        return run.read_span(by_name[name])
+
+    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles, options.limits, span)
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
@@ -150,7 +156,7 @@ def true_loss(
     selection = Selection(tuple(len(batch.input_ids) for batch in batches), bench.splits.selection.seqlen)
     most = options.search_tokens // max(batch.tokens for batch in batches)
     with bench.stage(stage, most, "chunks") as advance:
-        objective = SearchObjective(
+        objective = SearchObjective.of_run(
             lambda: BlockRunner(bench.layers, batches),
             selection,
             run,

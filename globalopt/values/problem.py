@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
-from globalopt.errors import BudgetError, NumericalError
+from globalopt.errors import BudgetError, NumericalError, UsageError
 from globalopt.values.budget import FREE, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.span import Span
 
 OUTLIER_THRESHOLDS = (3, 5, 7, 10)
 
@@ -129,10 +130,25 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything an allocator sees: the surfaces, the budget, a pattern for `S`, a seed, and what heuristics read.
+    """The allocation problem: the error surfaces of all layers, under one budget.
 
-    `profiles`, by layer name, may be empty: the allocators that read them then refuse. Every option of the surfaces,
-    and every answer, is within the `limits`.
+    Every option of the surfaces, and every allocation, is within the `limits`.
+
+    Args:
+        surfaces: one per layer, in model order.
+        budget: of all layers together.
+        pattern: of every `S`, or None.
+        seed: of the allocators' random draws.
+        profiles: by layer name, for the one-shot heuristics; may be empty, and then these refuse.
+        limits: of the ranks, and whether there are sparse parts.
+        spans: reads the span of a layer by its name, for allocators that choose among its components; None where there
+            are no spans. A function, because all spans together are as large as the model.
+
+    >>> spec = LayerSpec("layer", 0, "layer", "q_proj", 4, 4)
+    >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 8), Target(0, 16)), (1.0, 0.25, 0.0))
+    >>> problem = Problem((surface,), Budget.fraction(0.5, [spec]))
+    >>> problem.finish({"layer": Target(0, 8)}, by="hand").predicted
+    0.25
     """
 
     surfaces: tuple[ErrorSurface, ...]
@@ -141,6 +157,7 @@ class Problem:
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     limits: Limits = FREE
+    spans: Callable[[str], Span] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.surfaces:
@@ -161,6 +178,12 @@ class Problem:
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(surface.spec for surface in self.surfaces)
+
+    def span(self, name: str) -> Span:
+        """Read the span of a layer; `UsageError` where the problem has none."""
+        if self.spans is None:
+            raise UsageError("This needs the layers' spans; give Problem the function that reads them as `spans`.")
+        return self.spans(name)
 
     @property
     def axis(self) -> str:

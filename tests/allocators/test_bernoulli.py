@@ -264,7 +264,7 @@ def test_projection_leaves_what_fits_and_may_leave_nothing():
 @pytest.mark.parametrize("accounting", ["params", "bytes"])
 def test_cap_starts_at_the_budget_and_asks_about_components(accounting):
     p = problem(0.4, accounting=accounting)
-    components = Components(p, BentObjective(p))
+    components = Components(p)
     s = components.initial()
     assert float(s.double() @ components.price.double()) == pytest.approx(p.budget.limit, rel=1e-4)
     candidate = components.candidate(torch.rand(len(s), generator=generator()) < s)
@@ -277,7 +277,7 @@ def test_cap_starts_at_the_budget_and_asks_about_components(accounting):
 
 def test_cap_rounds_to_the_largest_probabilities_that_fit():
     p = problem(0.4)
-    components = Components(p, BentObjective(p))
+    components = Components(p)
     s = components.initial()
     targets = components.rounded(s)
     left = p.budget.limit - p.used(targets)
@@ -285,14 +285,14 @@ def test_cap_rounds_to_the_largest_probabilities_that_fit():
     # All of one layer's components first: it is dense, and pays no more than that.
     first = p.specs[0]
     favoured = s * 0.5
-    size = len(BentObjective(p).span(first.name).s) + first.numel
+    size = len(p.span(first.name).s) + first.numel
     favoured[:size] = 1.0
     assert components.rounded(favoured)[first.name] == Target.dense(first)
 
 
 def test_cap_under_a_pattern_chooses_directions_alone():
     p = problem(0.7, pattern=NM(2, 4))
-    components = Components(p, BentObjective(p))
+    components = Components(p)
     s = components.initial()
     candidate = components.candidate(s > 0)
     for spec in p.specs:

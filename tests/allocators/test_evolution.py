@@ -153,7 +153,7 @@ def test_a_killed_search_ends_with_the_same_answer(preset, tmp_path):
                 raise Killed
             return model.losses(candidates, chunks)
 
-        return RecordedObjective(ask, model.span, Selection((4,) * 6, 10), p, model.limit, journal)
+        return RecordedObjective(ask, Selection((4,) * 6, 10), p, model.limit, journal)
 
     model = BentObjective(p)
     undisturbed = search.allocate(p, recorded(model, tmp_path / "whole"))

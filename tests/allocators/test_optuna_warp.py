@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from multiprocessing import Queue, get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from allocators.optuna_warp import OptunaWarp
 from globalopt.errors import ArtefactError
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.values.layer import NM
-from globalopt.values.problem import Problem
+from globalopt.values.problem import Allocation, Problem
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 
@@ -73,21 +74,22 @@ def test_finds_a_bend_of_its_family(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_killed_search_ends_with_the_same_answer(sampler, tmp_path):
+    """Also where its study is in a file: then trials that are finished are not made again."""
     p = with_kinds(problem(0.4, layers=9))
-    search = OptunaWarp(sampler=sampler, trials=16)
+    alone = Dying(p, die=-1)
+    undisturbed = OptunaWarp(sampler=sampler, trials=16).allocate(p, alone)
 
-    def journal(path: Path) -> list:
-        study = Dying(p, study=str(path), die=-1)
-        return [search.allocate(p, study), study.asked, study.tokens]
+    def search(path: Path, die: int = -1) -> Allocation:
+        return OptunaWarp(sampler=sampler, trials=16, study=str(path)).allocate(p, Dying(p, die=die))
 
-    undisturbed, asked, _ = journal(tmp_path / "whole")
-    for die in (1, asked // 2, asked - 1):
+    assert search(tmp_path / "whole") == undisturbed
+    for die in (1, alone.asked // 2, alone.asked - 1):
         path = tmp_path / f"killed-{die}"
         with pytest.raises(Killed):
-            search.allocate(p, Dying(p, study=str(path), die=die))
-        assert journal(path)[0] == undisturbed
-    # Finished already: only what is needed for the verdict is asked.
-    assert journal(tmp_path / "whole")[0] == undisturbed
+            search(path, die)
+        assert search(path) == undisturbed
+    # Finished already: only what is needed for the verdict is evaluated.
+    assert search(tmp_path / "whole") == undisturbed
 
 
 def test_resumed_it_stops_at_the_same_token(tmp_path):
@@ -97,19 +99,20 @@ def test_resumed_it_stops_at_the_same_token(tmp_path):
     whole = BentObjective(p, limit=limit)
     undisturbed = OptunaWarp().allocate(p, whole)
     with pytest.raises(Killed):
-        OptunaWarp().allocate(p, Dying(p, limit=limit, study=path, die=10))
-    again = BentObjective(p, limit=limit, study=path)
-    assert OptunaWarp().allocate(p, again) == undisturbed
+        OptunaWarp(study=path).allocate(p, Dying(p, limit=limit, die=10))
+    again = BentObjective(p, limit=limit)
+    assert OptunaWarp(study=path).allocate(p, again) == undisturbed
     assert again.tokens == whole.tokens <= limit
 
 
-def test_the_study_lies_beside_the_evaluations(tmp_path):
-    """The journal of evaluations answers again what a killed search was told; nothing is asked of the model twice."""
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_killed_search_proposes_the_same_from_the_journal(sampler, tmp_path):
+    """The journal of losses tells the study, which is in memory, the same again; nothing is evaluated twice."""
     p = with_kinds(problem(0.4, layers=9))
-    search = OptunaWarp(trials=16)
+    search = OptunaWarp(sampler=sampler, trials=16)
 
     def recorded(model: BentObjective, journal: Path) -> RecordedObjective:
-        return RecordedObjective(model.losses, model.span, Selection((4,) * 6, 10), p, model.limit, journal)
+        return RecordedObjective(model.losses, Selection((4,) * 6, 10), p, model.limit, journal)
 
     model = Dying(p, die=-1)
     whole = recorded(model, tmp_path / "whole")
@@ -128,14 +131,14 @@ def test_the_study_lies_beside_the_evaluations(tmp_path):
 def test_workers_share_a_study(tmp_path):
     p = with_kinds(problem(0.4, layers=9))
     path = str(tmp_path / "journal")
-    search = OptunaWarp(trials=12)
-    objective = BentByKind(p, study=path)
+    search = OptunaWarp(trials=12, study=path)
+    objective = BentByKind(p)
     first = objective.true(search.allocate(p, objective).targets)
     other = replace(search, trials=24, worker=1)
-    both = other.allocate(p, BentByKind(p, study=path))
+    both = other.allocate(p, BentByKind(p))
     assert objective.true(both.targets) < first
     # A third that adds nothing returns the best of all, which it did not find.
-    assert replace(other, worker=2).allocate(p, BentByKind(p, study=path)) == both
+    assert replace(other, worker=2).allocate(p, BentByKind(p)) == both
     alone = OptunaWarp(trials=24).allocate(p, BentByKind(p))
     assert dict(alone.targets) != dict(both.targets)
 
@@ -152,12 +155,12 @@ def test_workers_at_the_same_time(tmp_path):
         def losses(self, candidates, chunks):
             if self.other is not None and self.asked and self.asked % 6 == 0:
                 more = len((tmp_path / "journal").read_text().splitlines())
-                OptunaWarp(trials=min(20, more), worker=1).allocate(p, self.other)
+                OptunaWarp(trials=min(20, more), worker=1, study=path).allocate(p, self.other)
             return super().losses(candidates, chunks)
 
-    search = OptunaWarp(trials=20)
-    found = search.allocate(p, Interrupted(p, study=path, other=BentByKind(p, study=path)))
-    assert found.targets == search.allocate(p, BentByKind(p, study=path)).targets
+    search = OptunaWarp(trials=20, study=path)
+    found = search.allocate(p, Interrupted(p, other=BentByKind(p)))
+    assert found.targets == search.allocate(p, BentByKind(p)).targets
 
 
 def test_pruning_saves_tokens():
@@ -192,12 +195,50 @@ def test_nearest_finds_the_coefficients_of_a_warped_knapsack():
 def test_the_study_of_another_search_is_refused(tmp_path):
     p = problem(0.4)
     path = str(tmp_path / "journal")
-    OptunaWarp(trials=2).allocate(p, BentObjective(p, study=path))
+    OptunaWarp(trials=2, study=path).allocate(p, BentObjective(p))
     with pytest.raises(ArtefactError, match="another spread"):
-        OptunaWarp(trials=3, spread=1.0).allocate(p, BentObjective(p, study=path))
+        OptunaWarp(trials=3, spread=1.0, study=path).allocate(p, BentObjective(p))
+
+
+def test_a_study_that_is_no_journal_is_refused(tmp_path):
+    p = problem(0.4)
+    (tmp_path / "study").write_text("this is no journal\n")
+    for path in (tmp_path / "study", tmp_path / "missing" / "study"):
+        with pytest.raises(ArtefactError, match="no journal of a study"):
+            OptunaWarp(trials=2, study=str(path)).allocate(p, BentObjective(p))
 
 
 def test_under_a_pattern():
     p = with_kinds(problem(0.65, pattern=NM(2, 4)))
     found = OptunaWarp(trials=8).allocate(p, BentObjective(p))
     assert all(target.pattern == NM(2, 4) for target in found.targets.values())
+
+
+def search_elsewhere(folder: Path, worker: int, queue: Queue) -> None:
+    """In a process of its own: a search that shares its study and its journal of losses."""
+    p = with_kinds(problem(0.4, layers=9))
+    model = BentByKind(p)
+    objective = RecordedObjective(model.losses, Selection((4,) * 6, 10), p, model.limit, folder / "losses")
+    search = OptunaWarp(trials=16, worker=worker, study=str(folder / "study"))
+    found = search.allocate(p, objective)
+    queue.put((worker, model.true(found.targets)))
+
+
+def test_two_processes_share_a_study_and_a_journal(tmp_path):
+    context = get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=search_elsewhere, args=(tmp_path, worker, queue)) for worker in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    found = dict(queue.get(timeout=10) for _ in workers)
+    p = with_kinds(problem(0.4, layers=9))
+    model = BentByKind(p)
+    assert max(found.values()) < model.true(Knapsack().allocate(p).targets)
+    # The study is whole, and a worker that comes later adds nothing to it and evaluates nothing on the model.
+    objective = RecordedObjective(model.losses, Selection((4,) * 6, 10), p, model.limit, tmp_path / "losses")
+    last = OptunaWarp(trials=16, worker=2, study=str(tmp_path / "study")).allocate(p, objective)
+    assert model.true(last.targets) == pytest.approx(min(found.values()))
+    assert model.tokens == 0

@@ -125,7 +125,7 @@ def test_contenders_are_read_as_they_are_written():
     assert [found.limit for found in contender.parse("depth-ramp").at([10, 20])] == [10, 20]
     assert [found.limit for found in contender.parse("depth-ramp@5").at([10, 20])] == [5]
     assert [found.limit for found in contender.parse("knapsack").at([10, 20])] == [None]
-    with pytest.raises(UsageError, match="asks nothing"):
+    with pytest.raises(UsageError, match="does not use the objective"):
         contender.parse("knapsack@5").at([10])
     for text in ("", "knapsack:", "knapsack:exact", "knapsack@", "knapsack@many"):
         with pytest.raises(ArgumentTypeError):
