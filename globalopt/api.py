@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.serving_limits import get_profile
 from globalopt.models.loading import load_model
 from globalopt.pipeline.compress import compress as run_compress
-from globalopt.pipeline.live import Documents, live_bench
-from globalopt.pipeline.options import RefineOptions, SearchOptions, TextOptions, check_options
+from globalopt.pipeline.live import Documents, live_session
+from globalopt.pipeline.options import SENSITIVITIES, RefineOptions, SearchOptions, TextOptions, check_word
+from globalopt.pipeline.plan import resolve, resolve_refinement
+from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.search import search as run_search
-from globalopt.pipeline.session import Bench
+from globalopt.pipeline.session import Session
 from globalopt.protocols import Allocator, Progress, Solver
+from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.problem import Allocation
 from globalopt.values.results import Summary
 from reports import make_progress, render
+from solvers import get_solver
 
 MATCH_BLOCKS = RefineOptions(match="block")
 
@@ -85,6 +89,7 @@ def search(
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
+    cache: bool | str | Path = True,
     progress: bool | Progress = True,
 ) -> Compressed:
     """Span, allocate, refine and evaluate: what `globalopt search` does, on a copy of `model`, which is not changed.
@@ -94,13 +99,14 @@ def search(
         text: to calibrate and search on: documents as strings, or a file, a folder or a hub data set by name.
         budget: fraction kept of the compressible layers, in (0, 1].
         eval_text: the test split; without it a part of `text` is held out.
-        allocator: by name, with `allocator_options`, or one of your own, whose `repr` tells runs apart.
+        allocator: by name, with `allocator_options`, or one of your own, a frozen dataclass, whose fields and source tell runs apart.
         solver: by name, with `solver_options`.
         accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, nsamples, seqlen, eval_windows,
             batch_size, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; `RefineOptions()` matches nothing.
         out: run folder, in which a run that was stopped goes on; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
+        cache: of artefacts that runs share: True is beside `out`, False shares nothing, a path is a folder.
         progress: on stderr, or to a display of your own.
     Raises:
         GlobalOptError: one of its kinds, saying what was wrong and what to do.
@@ -113,21 +119,20 @@ def search(
         serving_profile=serving_profile,
         rank_multiple=rank_multiple,
         allocator=allocator if isinstance(allocator, str) else allocator.name,
-        allocator_options=_texts(allocator_options) if own is None else {"own": repr(own)},
+        allocator_options=_texts(allocator_options),
         solver=solver,
         solver_options=_texts(solver_options),
         sensitivity=sensitivity,
         seed=seed,
         search_tokens=search_tokens,
     )
-    # An allocator of one's own is in no table.
-    check_options(options if own is None else replace(options, allocator="uniform", allocator_options={}))
-    refining.matching(sensitivity)
+    plan = resolve(options, refining, own)
     texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
-    bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
+    reporter = Reporter(_progress(progress))
+    session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
-        found = run_search(bench, options, folder, "globalopt.search", fresh, own, refining)
-        return _compressed(bench, *found, out)
+        found = run_search(session, reporter, plan, folder, "globalopt.search", _cache(folder, cache), fresh)
+        return _compressed(session, *found, out)
 
 
 def compress(
@@ -148,41 +153,38 @@ def compress(
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
+    cache: bool | str | Path = True,
     progress: bool | Progress = True,
 ) -> Compressed:
     """Refine a found budget: what `globalopt compress` does, on a copy of `model`, which is not changed.
 
     Args:
         budget: a budget file, or what `search` returned as `Compressed.budget`.
-        solver: by name, with `solver_options`, or one of your own, whose `repr` tells runs apart.
+        solver: by name, with `solver_options`, or one of your own, a frozen dataclass, whose fields and source tell runs apart.
         the others: as of `search`.
     Raises:
         GlobalOptError: one of its kinds, saying what was wrong and what to do.
     """
     source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
     file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
-    own = None if isinstance(solver, str) else solver
-    name = solver if isinstance(solver, str) else solver.name
-    options = _texts(solver_options) if own is None else {"own": repr(own)}
-    refining.matching(sensitivity)
+    check_word("sensitivity", sensitivity, SENSITIVITIES)
+    chosen = get_solver(solver, _texts(solver_options)) if isinstance(solver, str) else solver
+    plan = resolve_refinement(refining, chosen, fisher=sensitivity != "none", seed=seed)
     texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
-    bench = live_bench(model, tokenizer, text, eval_text, texts, seed, _progress(progress))
+    reporter = Reporter(_progress(progress))
+    session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
         found = run_compress(
-            bench,
-            source,
-            file,
-            name,
-            options,
-            seed,
-            folder,
-            "globalopt.compress",
-            fresh,
-            sensitivity,
-            refining,
-            own,
+            session, reporter, plan, source, file, folder, "globalopt.compress", _cache(folder, cache), fresh
         )
-        return _compressed(bench, *found, out)
+        return _compressed(session, *found, out)
+
+
+def _cache(folder: Path, wanted: bool | str | Path) -> Cache | None:
+    """The cache of artefacts: beside the run folder, in a folder of its own, or None for the run's own."""
+    if isinstance(wanted, bool):
+        return Cache.beside(folder) if wanted else None
+    return Cache(Path(wanted))
 
 
 def _texts(options: Mapping[str, Any] | None) -> dict[str, str]:
@@ -206,12 +208,12 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         yield Path(folder) / "run"
 
 
-def _compressed(bench: Bench, summary: Summary, run: Run, out: str | Path | None) -> Compressed:
+def _compressed(session: Session, summary: Summary, run: Run, out: str | Path | None) -> Compressed:
     """What a finished run holds, in memory."""
-    stored = str(bench.loaded.checkpoint_dtype).removeprefix("torch.")
-    model = load_model(run.model_folder, stored, str(bench.loaded.device), lazily=False).model
-    model.config.name_or_path = bench.name if out is None else str(run.model_folder)
+    stored = str(session.loaded.checkpoint_dtype).removeprefix("torch.")
+    model = load_model(run.model_folder, stored, str(session.loaded.device), lazily=False).model
+    model.config.name_or_path = session.name if out is None else str(run.model_folder)
     model.config.use_cache = True
-    layers = {spec.name: run.read_layer(spec)[0] for spec in bench.layers.specs}
+    layers = {spec.name: run.layer(spec) for spec in session.layers.specs}
     file = budget_file.read(run.budget_path)
     return Compressed(model, layers, file, summary, None if out is None else run.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def predict_by_fisher(
     specs: Sequence[LayerSpec],
     seed: int,
     device: torch.device | None = None,
+    behind: Callable[[int, Gram], None] = lambda block, output_gram: None,
 ) -> Iterator[tuple[LayerSpec, Prediction, Gram]]:
     """Predict losses in nats per token by the block-diagonal Fisher, and collect output Grams, last block first.
 
@@ -41,6 +42,7 @@ def predict_by_fisher(
         specs: the layers to predict.
         seed: of the labels. Anchor solutions in output Grams should be of other labels: a solution that minimises an
             error in the gradients of some labels looks too good when the same labels predict its loss.
+        behind: called per block with the output Gram of the hidden states that leave it.
     """
     gap = read_gap(analysis)
 
@@ -52,7 +54,7 @@ def predict_by_fisher(
         residuals = analysis.residuals(spec, analysis.layers.weight(spec.name), gap)
         return Sketches(made, DenseSketch(residuals.tensor.float()))
 
-    for found in backward_sweep(runner, inputs, specs, sketches_of, seed, device):
+    for found in backward_sweep(runner, inputs, specs, sketches_of, seed, device, behind):
         yield found.spec, _predicted(analysis, found), found.output_gram
 
 

@@ -1,4 +1,4 @@
-"""What the words of an option come to: a model, a folder, NAME=VALUE pairs, a bench."""
+"""Read the words of options: a model, a folder, NAME=VALUE pairs, a cache."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from globalopt.commands.console import err
 
 if TYPE_CHECKING:
-    from globalopt.pipeline.options import ModelOptions, RefineOptions, TextOptions
-    from globalopt.pipeline.session import Bench
+    from globalopt.pipeline.options import ModelOptions, RefineOptions
+    from globalopt.pipeline.reporter import Reporter
+    from globalopt.runs.cache import Cache
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
@@ -62,10 +63,21 @@ def refine_options(
     return RefineOptions(sequential, match, matching, distilling)
 
 
-def set_up(models: ModelOptions, texts: TextOptions, seed: int, quiet: bool) -> Bench:
-    """A bench with its progress on stderr."""
-    from globalopt.machine.clock import StageClock
-    from globalopt.pipeline import session
+def reporter(quiet: bool) -> Reporter:
+    """Make the reporter that shows stages on stderr."""
+    from globalopt.pipeline.reporter import Reporter
     from reports import make_progress
 
-    return session.set_up(models, texts, seed, make_progress(err, quiet), StageClock())
+    return Reporter(make_progress(err, quiet))
+
+
+def chosen_cache(folder: Path, cache: Path | None, no_cache: bool) -> Cache | None:
+    """The cache for a run folder; None where the run shares nothing. `UsageError` where both options are given."""
+    from globalopt.errors import UsageError
+    from globalopt.runs.cache import Cache
+
+    if no_cache:
+        if cache is not None:
+            raise UsageError(f"Give --cache {cache} or --no-cache, not both.")
+        return None
+    return Cache(cache) if cache is not None else Cache.beside(folder)

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands.arguments import default_folder, one_model, pairs, refine_options, set_up
+from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
+    CacheFolder,
     Calibration,
     Device,
     DistillSet,
@@ -27,6 +28,7 @@ from globalopt.commands.options import (
     MaxMemory,
     ModelArgument,
     ModelOption,
+    NoCache,
     Nsamples,
     Out,
     Quiet,
@@ -73,6 +75,8 @@ def compress(
     max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -82,55 +86,33 @@ def compress(
     with errors():
         from globalopt.budgets import budget_file
         from globalopt.models.identity import model_fingerprint
-        from globalopt.pipeline import compress, session
-        from globalopt.pipeline.analyse import quick
-        from globalopt.pipeline.dry_run import Job, Structure
-        from globalopt.pipeline.options import ModelOptions, TextOptions
-        from globalopt.protocols import Outputs
+        from globalopt.pipeline import compress as pipeline
+        from globalopt.pipeline import session
+        from globalopt.pipeline.dry_run import Structure, compress_job
+        from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
+        from globalopt.pipeline.plan import resolve_refinement
         from globalopt.runs.folder import Run
         from solvers import get_solver
 
         file = budget_file.read(budget_path)
-        options = pairs(solver_set, "--set")
-        fitting = get_solver(solver, options)
+        check_word("sensitivity", sensitivity, SENSITIVITIES)
         refining = refine_options(sequential, match, match_set, distill_set)
-        refining.matching(sensitivity)
+        fitting = get_solver(solver, pairs(solver_set, "--set"))
+        plan = resolve_refinement(refining, fitting, fisher=sensitivity != "none", seed=seed)
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
+        shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)
         if dry_run:
             structure = Structure.of(models)
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
-            matching = refining.matching(sensitivity)
-            weighted = fitting.outputs is not Outputs.NONE or (matching is not None and matching.loss.weighted)
-            kept, glance = file.used / file.total, quick(fitting.outputs)
-            job = Job(
-                kept,
-                fitting,
-                glance,
-                searches=False,
-                refines=True,
-                sweeps=sensitivity != "none" and weighted,
-                matching=matching,
-                distillation=refining.distillation,
-            )
-            show_dry_run(structure, models, texts, job, as_json)
+            show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total), as_json)
             return
-        bench = set_up(models, texts, seed, quiet)
-        summary, run = compress.compress(
-            bench,
-            budget_path,
-            file,
-            solver,
-            options,
-            seed,
-            folder,
-            session.run_command(),
-            fresh,
-            sensitivity,
-            refining,
-        )
+        shown = reporter(quiet)
+        opened = session.set_up(models, texts, seed, shown)
+        command = session.run_command()
+        summary, run = pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
         show(summary, run, quiet, verbose, as_json)

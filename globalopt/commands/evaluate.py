@@ -95,6 +95,8 @@ def evaluate(
         from globalopt.pipeline import score, session
         from globalopt.pipeline.live import IN_MEMORY
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
+        from globalopt.pipeline.reporter import Reporter
+        from globalopt.runs.artefacts import SCORES
         from globalopt.runs.folder import MANIFEST
         from reports import make_progress
 
@@ -130,7 +132,7 @@ def evaluate(
             from globalopt.evaluation.tasks import choose_tasks
 
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
-        scores = score.score(models, texts, options, make_progress(err, quiet), session.run_command())
+        scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
         if as_json:
             print_json(asdict(scores))
         elif not quiet:
@@ -138,7 +140,7 @@ def evaluate(
 
             render_scores(scores, out)
         if run is not None:
-            run.write_scores(scores)
+            run.put(SCORES, None, scores)
 
 
 def named_texts(words: list[str] | None) -> dict[str, str]:

@@ -99,7 +99,22 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print parameters, coverage, memory, disk and time of the run, and stop."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in the folder and start over.")]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Delete an earlier run in the folder and start over; the cache is kept and used."),
+]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Folder of artefacts that runs share. Left out: globalopt-cache beside the run folder, or where the "
+        "variable GLOBALOPT_CACHE says.",
+        show_default=False,
+    ),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Keep this run's artefacts in its own folder and share nothing.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

@@ -31,17 +31,18 @@ def report(
 
         import reports
         from globalopt.errors import UsageError
+        from globalopt.runs.artefacts import FAMILY
         from globalopt.runs.folder import Run
 
         if folder is not None and len(runs) == 1:
             raise UsageError(f"--out is for several runs; the report of one is written into {runs[0]}/report.")
         opened = [Run.open(run) for run in runs]
-        if len(opened) == 1 and opened[0].family_path.exists():
-            show_family(opened[0].read_family(), opened[0], quiet=False, as_json=as_json)
+        if len(opened) == 1 and opened[0].has(FAMILY, None):
+            show_family(opened[0].family(), opened[0], quiet=False, as_json=as_json)
             return
-        summaries = [run.read_summary() for run in opened]
+        summaries = [run.summary() for run in opened]
         labels = [str(run) for run in runs]
-        losses = [run.read_window_losses() for run in opened]
+        losses = [run.window_losses() for run in opened]
         if as_json:
             apart = reports.held_against_first(summaries, labels, losses)
             found = [{"run": label, **asdict(summary)} for label, summary in zip(labels, summaries, strict=True)]

@@ -50,7 +50,7 @@ def show_report(summary: Summary, run: Run, verbose: bool) -> None:
     """Print the tables of a run, write its page and its pictures, and say where things are."""
     import reports
 
-    details = run.read_details(layer.name for layer in summary.layers)
+    details = run.details(layer.name for layer in summary.layers)
     written = reports.report(summary, run.report_folder, out, verbose, details)
     pictured = [("picture", path) for path in written.pictures]
     refine = _compress_command(run, run.budget_path, "hassle-free")

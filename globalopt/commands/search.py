@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from globalopt.commands.arguments import default_folder, one_model, pairs, refine_options, set_up
+from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
+    CacheFolder,
     Calibration,
     Device,
     DistillSet,
@@ -27,6 +28,7 @@ from globalopt.commands.options import (
     MaxMemory,
     ModelArgument,
     ModelOption,
+    NoCache,
     Nsamples,
     Out,
     Quiet,
@@ -42,10 +44,6 @@ from globalopt.commands.options import (
     Verbose,
 )
 from globalopt.commands.results import show, show_dry_run, show_family
-
-if TYPE_CHECKING:
-    from globalopt.pipeline.dry_run import Job
-    from globalopt.pipeline.options import RefineOptions, SearchOptions
 
 BUDGET = 0.5
 ALLOCATOR = "auto"
@@ -122,6 +120,8 @@ def search(
     max_memory: MaxMemory = None,
     folder: Out = None,
     fresh: Fresh = False,
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -129,13 +129,13 @@ def search(
 ) -> None:
     """Span, allocate, refine, evaluate and report: the whole job."""
     with errors():
-        from dataclasses import replace
-
         from globalopt.budgets.serving_limits import get_profile
         from globalopt.errors import UsageError
-        from globalopt.pipeline import family, search, session
-        from globalopt.pipeline.dry_run import Structure
-        from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions, check_options
+        from globalopt.pipeline import family, session
+        from globalopt.pipeline import search as pipeline
+        from globalopt.pipeline.dry_run import Structure, search_job
+        from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+        from globalopt.pipeline.plan import BudgetRule, resolve
         from globalopt.runs.folder import Run
 
         budgets = _budgets(budget, family.FRONTIER if frontier else None)
@@ -162,10 +162,9 @@ def search(
             serving_profile=serving_profile,
             rank_multiple=rank_multiple,
         )
+        plan = resolve(options, refine_options(sequential, match, match_set, distill_set))
         for kept in budgets:
-            check_options(replace(options, budget=kept))
-        refining = refine_options(sequential, match, match_set, distill_set)
-        refining.matching(sensitivity)
+            BudgetRule(kept, accounting).check()
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
@@ -176,40 +175,20 @@ def search(
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
+        shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)
         if dry_run:
-            show_dry_run(Structure.of(models), models, texts, _job(options, several, refining), as_json)
+            show_dry_run(Structure.of(models), models, texts, search_job(plan, refines=not several), as_json)
             return
-        bench = set_up(models, texts, seed, quiet)
+        shown = reporter(quiet)
+        opened = session.set_up(models, texts, seed, shown)
         command = session.run_command()
         if several:
-            found, run = family.family(bench, options, budgets, folder, command, fresh, leave_out=frontier)
+            found, run = family.family(opened, shown, plan, budgets, folder, command, shared, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
-            found = search.search(bench, options, folder, command, fresh, refining=refining)
-            show(*found, quiet, verbose, as_json)
-
-
-def _job(options: SearchOptions, several: bool, refining: RefineOptions) -> Job:
-    """What a search comes to, for an estimate."""
-    from globalopt.pipeline.analyse import quick
-    from globalopt.pipeline.dry_run import Job
-    from globalopt.pipeline.options import fitted
-    from solvers import get_solver
-
-    solver = get_solver(options.solver, options.solver_options)
-    return Job(
-        options.budget,
-        solver,
-        searches=True,
-        refines=not several,
-        sweeps=options.sensitivity != "none",
-        quick=quick(solver.outputs),
-        fits=fitted(options, solver),
-        search_tokens=options.search_tokens,
-        matching=refining.matching(options.sensitivity),
-        distillation=refining.distillation,
-    )
+            summary, run = pipeline.search(opened, shown, plan, folder, command, shared, fresh)
+            show(summary, run, quiet, verbose, as_json)
 
 
 def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:

@@ -20,6 +20,9 @@ from globalopt.values.results import Metrics, WindowLosses
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+VERSION = 1
+"""Raised whenever the figures of a model change."""
+
 LOGITS_AT_ONCE = 2**28
 """Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
 

@@ -61,7 +61,7 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 
 def _sparse_part(source: Source, spec: LayerSpec) -> Tensor:
-    return source.run.read_layer(spec)[0].S.to(source.dtype)
+    return source.run.layer(spec).S.to(source.dtype)
 
 
 def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from globalopt.errors import ArtefactError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import DTYPES, LoadedModel, load_model
+from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
 from globalopt.runs.files import read_json
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
@@ -45,14 +46,15 @@ class Source:
             ArtefactError: a layer's artefact is missing, broken, or does not make up the weight of the saved model.
         """
         for spec in self.layers.specs:
-            value, _ = self.run.read_layer(spec)
+            value = self.run.layer(spec)
             shape = (spec.d_out, spec.d_in)
             weight = self.layers.weight(spec.name)
             scale = float(weight.abs().max())
             if value.S.shape != shape or float((value.dense() - weight).abs().max()) > scale * self._precision:
+                path = self.run.path(SOLVED_LAYER, spec)
                 raise ArtefactError(
-                    f"{self.run.layer_path(spec)} does not make up the weight in {self.run.model_folder}: they are of "
-                    "different runs. Delete both folders and run the command again."
+                    f"{path} does not make up the weight in {self.run.model_folder}: they are of different runs. "
+                    "Delete both folders and run the command again."
                 )
             S, U, V = (part.to(self.dtype) for part in (value.S, value.U, value.V))
             yield spec, Decomposition(S, U, V, value.signs)
@@ -77,7 +79,7 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
         ArtefactError: the folder holds no run, an unfinished one or a family of budgets, or its model is broken.
     """
     run = Run.open(folder)
-    summary = run.read_summary()
+    summary = run.summary()
     # Left to itself it would come in float32, for the CPU to compute with.
     stored = read_json(run.saved_model / "config.json").get("dtype")
     dtype = stored if stored in DTYPES else "auto"
@@ -88,7 +90,7 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
     patterns = {layer.name: NM.parse(layer.pattern) if layer.pattern else None for layer in summary.layers}
     if patterns.keys() != {spec.name for spec in layers.specs}:
         raise ArtefactError(
-            f"{run.summary_path} and {run.model_folder} are of different models. Run the command again."
+            f"{run.path(SUMMARY, None)} and {run.model_folder} are of different models. Run the command again."
         )
     return Source(run, loaded, layers, patterns)
 

@@ -14,7 +14,6 @@ from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective
 from globalopt.protocols import Candidate
 from globalopt.runs.files import read_json, write_json
-from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem
@@ -36,7 +35,8 @@ class SearchObjective(RecordedObjective):
         start: makes the runner on the selection text.
         selection: the sizes of its chunks.
         problem: its spans make the candidates where there are no anchor solutions, and those of masks.
-        fitted: reads the anchor solutions of a layer; None where candidates are cut from the spans.
+        fitted: makes the candidates of a layer from its surface, its dense weight and its anchor solutions; None where
+            candidates are cut from the spans.
         limit: tokens a search may spend.
         journal: file of the journal; None keeps the losses in memory.
         teacher: file in which the metadata of the dense model's predictions are kept beside the journal.
@@ -76,7 +76,7 @@ class SearchObjective(RecordedObjective):
         start: Callable[[], BlockRunner],
         selection: Selection,
         problem: Problem,
-        fitted: Callable[[ErrorSurface], FittedLayer] | None,
+        fitted: Callable[[ErrorSurface, Tensor], FittedLayer] | None,
         limit: int,
         journal: Path | None,
         teacher: Path,
@@ -90,30 +90,6 @@ class SearchObjective(RecordedObjective):
         self._span = problem.span
         self._model: TargetObjective | None = None
         super().__init__(self._losses, selection, problem, limit, journal, advance, self.candidates)
-
-    @classmethod
-    def of_run(
-        cls,
-        start: Callable[[], BlockRunner],
-        selection: Selection,
-        run: Run,
-        problem: Problem,
-        candidates: str,
-        limit: int,
-        advance: Callable[[str], None],
-    ) -> SearchObjective:
-        """Make the objective of an analysed run.
-
-        Args:
-            candidates: "fit", "span", or "auto": from the anchor solutions where the analysis made some.
-        """
-        solved = all(run.fits_path(spec).exists() for spec in problem.specs)
-
-        def fitted(surface: ErrorSurface) -> FittedLayer:
-            return FittedLayer(surface, *run.read_fits(surface.spec), run.read_overlap(surface.spec))
-
-        chosen = fitted if solved and candidates != "span" else None
-        return cls(start, selection, problem, chosen, limit, run.study_path, run.teacher_path, advance)
 
     def close(self) -> None:
         """Put the dense weights back into the model."""
@@ -149,7 +125,7 @@ class SearchObjective(RecordedObjective):
 
         @lru_cache(held)
         def layer(name: str) -> FittedLayer:
-            return fitted(surfaces[name])
+            return fitted(surfaces[name], model.dense(name))
 
         def weight(spec: LayerSpec, kept: Target | Mask) -> Tensor:
             if isinstance(kept, Mask):

@@ -7,13 +7,14 @@ stages before it where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from globalopt.analysis import anchors, collect, curves, one_layer_losses, predictions, profiles, spans
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
+from globalopt.evaluation import perplexity
 from globalopt.matching import model as model_matching
 from globalopt.objective import candidates
 from globalopt.pipeline.plan import OTHER_LABELS, AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
@@ -26,8 +27,31 @@ from globalopt.runs.files import digest
 from globalopt.values.budget import Limits
 from globalopt.values.layer import NM
 
-ALLOCATION_VERSION = 1
-"""Raised whenever allocations change, other than by their allocator."""
+VERSIONS: Mapping[Stage, int] = {
+    Stage.GRAMS: collect.GRAMS_VERSION,
+    Stage.SPECTRA: curves.VERSION,
+    Stage.PROFILES: profiles.VERSION,
+    Stage.METRICS: one_layer_losses.METRICS_VERSION,
+    Stage.SPANS: spans.VERSION,
+    Stage.ANCHORS: anchors.ANCHORS_VERSION,
+    Stage.GAPS: anchors.GAPS_VERSION,
+    Stage.LOSSES: one_layer_losses.LOSSES_VERSION,
+    Stage.LABELS: collect.LABELS_VERSION,
+    Stage.PREDICTIONS: predictions.VERSION,
+    Stage.OBJECTIVE: candidates.VERSION,
+    # Of the problem that is posed and of what is kept of its solution; allocators have versions of their own.
+    Stage.ALLOCATION: 1,
+    Stage.REFINEMENT: blocks.VERSION,
+    Stage.MODEL_MATCHING: model_matching.VERSION,
+    Stage.RESULT: perplexity.VERSION,
+}
+"""The version of every stage's algorithm, which stands beside it."""
+
+FINISHED = (Stage.ALLOCATION, Stage.REFINEMENT, Stage.MODEL_MATCHING, Stage.RESULT)
+"""Stages that a family of budgets does without."""
+
+REFINED = (Stage.GRAMS, Stage.METRICS, Stage.LABELS, Stage.REFINEMENT, Stage.MODEL_MATCHING, Stage.RESULT)
+"""Stages of a refinement without a search."""
 
 Addresses = Mapping[Stage, Address]
 
@@ -42,11 +66,10 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
     probed = _labels(data, plan.seed ^ OTHER_LABELS)
     found = {
         Stage.GRAMS: grams,
-        Stage.SPECTRA: Address(Stage.SPECTRA, curves.VERSION, {"grams": grams.digest}),
-        Stage.PROFILES: Address(Stage.PROFILES, profiles.VERSION, {"grams": grams.digest}),
-        Stage.SPANS: Address(
+        Stage.SPECTRA: _address(Stage.SPECTRA, {"grams": grams.digest}),
+        Stage.PROFILES: _address(Stage.PROFILES, {"grams": grams.digest}),
+        Stage.SPANS: _address(
             Stage.SPANS,
-            spans.VERSION,
             {
                 "grams": grams.digest,
                 "scaling": plan.scaling,
@@ -60,19 +83,19 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
         found[Stage.METRICS] = _metrics(grams, probed, method)
     if plan.anchors:
         inputs = {"spans": found[Stage.SPANS].digest, "metrics": _digest(found, Stage.METRICS), **method}
-        found[Stage.ANCHORS] = Address(Stage.ANCHORS, anchors.ANCHORS_VERSION, inputs)
+        found[Stage.ANCHORS] = _address(Stage.ANCHORS, inputs)
         inputs = {"anchors": found[Stage.ANCHORS].digest, "solver": method_record(plan.solver)}
         inputs["accounting"] = plan.accounting
-        found[Stage.GAPS] = Address(Stage.GAPS, anchors.GAPS_VERSION, inputs)
+        found[Stage.GAPS] = _address(Stage.GAPS, inputs)
     if plan.single_layer_losses:
         inputs = {"gaps": found[Stage.GAPS].digest}
-        found[Stage.LOSSES] = Address(Stage.LOSSES, one_layer_losses.LOSSES_VERSION, inputs)
+        found[Stage.LOSSES] = _address(Stage.LOSSES, inputs)
     if plan.fisher:
         found[Stage.LABELS] = _labels(data, plan.seed)
     read = (Stage.SPANS, Stage.GAPS, Stage.LOSSES, Stage.LABELS)
     inputs = {stage: _digest(found, stage) for stage in read}
     inputs |= {"pattern": method["pattern"], "limits": method["limits"]}
-    found[Stage.PREDICTIONS] = Address(Stage.PREDICTIONS, predictions.VERSION, inputs)
+    found[Stage.PREDICTIONS] = _address(Stage.PREDICTIONS, inputs)
     return found
 
 
@@ -87,7 +110,7 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
         "search_tokens": plan.search_tokens,
         "seed": plan.seed,
     }
-    return {**found, Stage.ALLOCATION: Address(Stage.ALLOCATION, ALLOCATION_VERSION, inputs)}
+    return {**found, Stage.ALLOCATION: _address(Stage.ALLOCATION, inputs)}
 
 
 def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
@@ -103,7 +126,7 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
         "batch_size": session.text_options.batch_size,
         "candidates": plan.candidates,
     }
-    return {**found, Stage.OBJECTIVE: Address(Stage.OBJECTIVE, candidates.VERSION, inputs)}
+    return {**found, Stage.OBJECTIVE: _address(Stage.OBJECTIVE, inputs)}
 
 
 def compress_addresses(
@@ -137,15 +160,23 @@ def refinement_addresses(
         "labels": found[Stage.LABELS].digest if plan.output_grams else None,
         "match_labels": found[Stage.MATCH_LABELS].digest if plan.block_output_grams else None,
     }
-    found[Stage.REFINEMENT] = Address(Stage.REFINEMENT, blocks.VERSION, inputs)
+    found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
     matched = {"refinement": found[Stage.REFINEMENT].digest, "distillation": distillation}
-    found[Stage.MODEL_MATCHING] = Address(Stage.MODEL_MATCHING, model_matching.VERSION, matched)
+    found[Stage.MODEL_MATCHING] = _address(Stage.MODEL_MATCHING, matched)
     return found
 
 
-def algorithms(addresses: Addresses) -> dict[str, int]:
-    """The version of every stage's algorithm, for the identity of a run."""
-    return {str(stage): address.version for stage, address in addresses.items()}
+def algorithms(stages: Iterable[Stage] = tuple(VERSIONS)) -> dict[str, int]:
+    """The versions of the algorithms of some stages, for the identity of a run.
+
+    >>> algorithms([Stage.SPANS])
+    {'spans': 1}
+    """
+    return {str(stage): VERSIONS[stage] for stage in stages}
+
+
+def _address(stage: Stage, inputs: Mapping[str, Any]) -> Address:
+    return Address(stage, VERSIONS[stage], inputs)
 
 
 def _data(session: Session) -> dict[str, Any]:
@@ -167,16 +198,16 @@ def _method(probe: Solver, pattern: NM | None, limits: Limits) -> dict[str, Any]
 
 
 def _grams(data: Mapping[str, Any]) -> Address:
-    return Address(Stage.GRAMS, collect.GRAMS_VERSION, data)
+    return _address(Stage.GRAMS, data)
 
 
 def _metrics(grams: Address, labels: Address, method: Mapping[str, Any]) -> Address:
     inputs = {"grams": grams.digest, "labels": labels.digest, **method}
-    return Address(Stage.METRICS, one_layer_losses.METRICS_VERSION, inputs)
+    return _address(Stage.METRICS, inputs)
 
 
 def _labels(data: Mapping[str, Any], seed: int) -> Address:
-    return Address(Stage.LABELS, collect.LABELS_VERSION, {**data, "seed": seed})
+    return _address(Stage.LABELS, {**data, "seed": seed})
 
 
 def _digest(found: Addresses, stage: Stage) -> str | None:

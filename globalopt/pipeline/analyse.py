@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from torch import Tensor
 
 from globalopt.analysis.anchors import compare_solvers, read_gap, solve_anchors
@@ -50,7 +53,8 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     if not unpredicted:
         return analysis
     if plan.weighted or plan.scaling == "output":
-        collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, plan.seed ^ OTHER_LABELS)
+        seed = plan.seed ^ OTHER_LABELS
+        collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
     if plan.weighted:
         write_metric_choices(session, reporter, analysis, plan.probe)
     runner = session.runner(run.folder)
@@ -62,7 +66,8 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
         _measure(session, reporter, analysis)
     with reporter.stage("predict", len(unpredicted), "layers") as advance:
         if plan.fisher:
-            found = predict_by_fisher(analysis, runner, inputs, unpredicted, plan.seed, device)
+            behind = partial(run.put, BLOCK_OUTPUT_GRAM.during(Stage.LABELS))
+            found = predict_by_fisher(analysis, runner, inputs, unpredicted, plan.seed, device, behind)
         else:
             found = predict_by_grams(analysis, unpredicted)
         for spec, prediction, output_gram in found:
@@ -73,11 +78,12 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     return analysis
 
 
-def collect_output_grams(session: Session, reporter: Reporter, run: Run, stage: Stage, seed: int) -> None:
-    """Write the output Grams of all layers and blocks that are not there yet, by a backward sweep of their own."""
-    layers = session.layers
-    missing = run.missing(OUTPUT_GRAM.during(stage), layers.specs)
-    blocks = run.missing(BLOCK_OUTPUT_GRAM.during(stage), range(len(layers.blocks)))
+def collect_output_grams(
+    session: Session, reporter: Reporter, run: Run, stage: Stage, specs: Sequence[LayerSpec], seed: int
+) -> None:
+    """Write the output Grams of the layers `specs` and of all blocks, by a backward sweep, if some are not there."""
+    missing = run.missing(OUTPUT_GRAM.during(stage), specs)
+    blocks = run.missing(BLOCK_OUTPUT_GRAM.during(stage), range(len(session.layers.blocks)))
     if missing or blocks:
         with reporter.stage("labels", len(missing), "layers") as advance:
             runner = session.runner(run.folder)

@@ -2,92 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import for_solver
-from globalopt.pipeline.analyse import collect_outputs, weigh
+from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
+from globalopt.pipeline.analyse import collect_output_grams, write_metric_choices
 from globalopt.pipeline.finish import finish
-from globalopt.pipeline.options import (
-    AS_FITTED,
-    SENSITIVITIES,
-    RefineOptions,
-    check_word,
-)
-from globalopt.pipeline.session import Bench
-from globalopt.protocols import Outputs, Solver
+from globalopt.pipeline.plan import RefinementPlan, probe_solver
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.reuse import note_reused, opened
+from globalopt.pipeline.session import Session
+from globalopt.runs.artefacts import SUMMARY, Stage
+from globalopt.runs.cache import Cache
 from globalopt.runs.files import digest
 from globalopt.runs.folder import Run
-from globalopt.values.layer import LayerSpec
-from globalopt.values.metric import Gram
-from globalopt.values.results import NATS, OUTPUT_ERROR, Summary
-from solvers import get_solver
-
-
-def compress_identity(
-    bench: Bench,
-    file: BudgetFile,
-    solver_name: str,
-    solver_options: Mapping[str, str],
-    seed: int,
-    sensitivity: str,
-    refining: RefineOptions,
-) -> dict[str, Any]:
-    """What decides the results of a refinement."""
-    return {
-        **bench.identity(seed),
-        "budget": digest(budget_file.record(file)),
-        "solver": [solver_name, dict(solver_options)],
-        "sensitivity": sensitivity,
-        "refining": asdict(refining),
-    }
+from globalopt.values.results import Summary
 
 
 def compress(
-    bench: Bench,
+    session: Session,
+    reporter: Reporter,
+    plan: RefinementPlan,
     source: Path,
     file: BudgetFile,
-    solver_name: str,
-    solver_options: Mapping[str, str],
-    seed: int,
     folder: Path,
     command: str,
+    cache: Cache | None = None,
     fresh: bool = False,
-    sensitivity: str = "fisher",
-    refining: RefineOptions = AS_FITTED,
-    solver: Solver | None = None,
 ) -> tuple[Summary, Run]:
-    """Refine a found budget with any solver, evaluate, and write the result into `folder`.
+    """Refine a found budget, evaluate, and write the result into `folder`. Running it again goes on.
 
     Args:
-        solver: stands in for the one that `solver_name` and `solver_options` say; these then only tell runs apart.
+        source: of the budget file, for messages.
+        command: as it was typed, for the record.
+        cache: of artefacts; None keeps them in the run folder.
+        fresh: delete an earlier run in the folder; artefacts in the cache are used again.
     """
-    check_word("sensitivity", sensitivity, SENSITIVITIES)
-    solver = solver or get_solver(solver_name, solver_options)
-    allocation = file.for_model(bench.fingerprint, bench.layers.specs, source)
-    refining.check(bench.layers)
-    for spec in bench.layers.specs:
-        made = for_solver(allocation.targets[spec.name], spec, solver, allocation.budget)
-        file.served.check(made, spec)
-    identity = compress_identity(bench, file, solver_name, solver_options, seed, sensitivity, refining)
-    run = Run.start(folder, identity, bench.facts(command), fresh)
-    if run.summary_path.exists():
-        bench.progress.note(f"{folder} is finished; nothing was computed again.")
-        return run.read_summary(), run
-    budget_file.write(run.budget_path, file)
-    unit, outputs = OUTPUT_ERROR, _no_outputs
-    if sensitivity != "none" and solver.outputs is not Outputs.NONE:
-        unit, outputs = NATS, run.read_outputs
-        collect_outputs(bench, run, seed)
-        patterns = {target.pattern for target in allocation.targets.values()}
-        weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs, file.served)
-    matching = refining.matching(sensitivity)
-    return finish(bench, run, file, allocation, solver, command, seed, unit, outputs, refining, matching), run
+    allocation = file.for_model(session.fingerprint, session.layers.specs, source)
+    plan.check(session.layers)
+    for spec in session.layers.specs:
+        file.served.check(for_solver(allocation.targets[spec.name], spec, plan.solver, allocation.budget), spec)
+    patterns = {target.pattern for target in allocation.targets.values()}
+    pattern = patterns.pop() if len(patterns) == 1 else None
+    probe = probe_solver(plan.solver.outputs)
+    addresses = compress_addresses(session, plan, file, probe, pattern)
+    with opened(session, folder, compress_identity(session, plan, file), command, cache, fresh) as (run, at):
+        if run.has(SUMMARY, None):
+            reporter.note(f"{folder} is finished; nothing was computed again.")
+            return run.summary(), run
+        at(addresses)
+        note_reused(session, reporter, run, addresses)
+        budget_file.write(run.budget_path, file)
+        if plan.metric_choices:
+            collect_output_grams(session, reporter, run, Stage.LABELS, session.layers.specs, plan.seed)
+            analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)
+            write_metric_choices(session, reporter, analysis, probe)
+        return finish(session, reporter, run, plan, file, command), run
 
 
-def _no_outputs(spec: LayerSpec) -> Gram | None:
-    return None
+def compress_identity(session: Session, plan: RefinementPlan, file: BudgetFile) -> dict[str, Any]:
+    """What decides the results of a refinement."""
+    budget = digest(budget_file.record(file))
+    return {**session.identity(), "budget": budget, "refining": plan.record(), "algorithms": algorithms(REFINED)}

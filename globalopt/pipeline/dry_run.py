@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from globalopt.analysis.fit_ratio import sampled
 from globalopt.analysis.grid import Options
 from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS
+from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.kernels.top_kl import TOP
 from globalopt.machine.memory import WHOLE_COPIES, available, resident
@@ -37,6 +37,7 @@ from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.objective.of_run import FITS_AT_ONCE
 from globalopt.pipeline import timing
 from globalopt.pipeline.options import ModelOptions, TextOptions
+from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.pipeline.session import WORKING_BLOCKS
 from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.values.layer import LayerSpec
@@ -80,6 +81,36 @@ class Job:
     search_tokens: int = 0
     matching: Training | None = None
     distillation: Training | None = None
+
+
+def search_job(plan: SearchPlan, refines: bool) -> Job:
+    """The work of a search, for an estimate; of a family of budgets none is refined."""
+    return Job(
+        plan.rule.kept,
+        plan.analysis.solver,
+        plan.analysis.probe,
+        searches=True,
+        refines=refines,
+        sweeps=plan.analysis.fisher,
+        fits=plan.analysis.anchors,
+        search_tokens=plan.search_tokens,
+        matching=plan.refinement.matching,
+        distillation=plan.refinement.distillation,
+    )
+
+
+def compress_job(plan: RefinementPlan, kept: float) -> Job:
+    """The work of a refinement to a budget that keeps a fraction `kept`, for an estimate."""
+    return Job(
+        kept,
+        plan.solver,
+        probe_solver(plan.solver.outputs),
+        searches=False,
+        refines=True,
+        sweeps=plan.output_grams or plan.block_output_grams,
+        matching=plan.matching,
+        distillation=plan.distillation,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,22 +280,28 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     if job.sweeps or job.searches:
         found["grams"] = sum(4 * specs[0].d_in ** 2 for specs in shape.sites.values())
     if job.sweeps:
-        found["outputs"] = outputs
+        found["labels"] = outputs
     if job.searches:
         # Robust PCA finds at most the rank at which it would turn to a full decomposition.
         factors = sum((spec.d_out + spec.d_in) * spec.max_rank // 4 for spec in shape.specs)
         found["spans"] = 4 * (weights + factors)
         if job.fits:
-            anchors = [sum(map(len, Options.of(spec, spec.max_rank).anchors)) for spec in shape.specs]
-            found["fits"] = sum(2 * count * spec.numel for count, spec in zip(anchors, shape.specs, strict=True))
-        if job.sweeps:
-            found["sensitivity"] = outputs
+            found["anchors"] = sum(map(_anchor_bytes, shape.specs))
+        if job.sweeps and job.solver.outputs is not Outputs.NONE:
+            # Of the probe's labels beside those of the predictions.
+            found["probe labels"] = outputs
     if job.refines:
         found["layers"] = int((1 + job.kept) * weights * shape.stored)
         if job.matching is not None:
             found["matched"] = (1 + (job.distillation is not None)) * found["layers"]
         found["model"] = shape.parameters * shape.stored
     return found
+
+
+def _anchor_bytes(spec: LayerSpec) -> int:
+    """Bytes of the anchor solutions of a layer: values and factors in float32, and a bit per entry of each."""
+    anchors = [anchor for row in Options.of(spec, spec.max_rank).anchors for anchor in row]
+    return sum(4 * anchor.params(spec) + spec.numel // 8 + 1 for anchor in anchors)
 
 
 def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.device) -> dict[str, float]:
@@ -287,17 +324,17 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     quick = timing.fit_seconds(job.quick, job.kept, device) if weighed or job.fits else 0.0
     # Matching asks for those of the blocks, in a sweep of its own where the solver reads none.
     if weighed or (job.sweeps and job.matching is not None):
-        found["outputs"] = 4 * forward(tokens) + grams + outputs
+        found["labels"] = 4 * forward(tokens) + grams + outputs
     if weighed:
-        found["weigh"] = 2 * look + 2 * fits(quick)
+        found["metric"] = 2 * look + 2 * fits(quick)
     if job.searches:
         found["span"] = forward(tokens) + grams + fits(timing.span_seconds(device))
         if job.fits:
-            found["compare"] = 8 * fits(quick + fit, sampled(shape.specs))
-            found["fit"] = ON_A_PATH * 8 * fits(quick)
+            found["gap"] = 8 * fits(quick + fit, sampled(shape.specs))
+            found["anchors"] = ON_A_PATH * 8 * fits(quick)
             found["measure"] = 4 * look
         if job.sweeps:
-            found["price"] = 3 * forward(tokens) + outputs
+            found["predict"] = 3 * forward(tokens) + outputs
         found["search"] = forward(job.search_tokens)
     if job.refines:
         found["refine"] = 2 * forward(tokens) + grams + fits(fit)

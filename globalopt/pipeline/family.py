@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from allocators import Knapsack, Uniform
 from allocators.nested import nested
+from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
-from globalopt.errors import BudgetError
+from globalopt.errors import BudgetError, UsageError
+from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, objective_addresses
 from globalopt.pipeline.analyse import analyse
-from globalopt.pipeline.options import SearchOptions, check_feasible
+from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.search import budget_of, outcome, pose, true_loss
-from globalopt.pipeline.session import Bench, versions
-from globalopt.registry import read_options
+from globalopt.pipeline.session import Session, versions
+from globalopt.runs.artefacts import FAMILY
+from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Family, FamilyPoint, Outcome
 
@@ -32,104 +38,119 @@ UNREAD = ("budget", "allocator", "search_tokens")
 
 
 def family(
-    bench: Bench,
-    options: SearchOptions,
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
     budgets: Sequence[float],
     folder: Path,
     command: str,
+    cache: Cache | None = None,
     fresh: bool = False,
     leave_out: bool = False,
 ) -> tuple[Family, Run]:
-    """Span once, allocate at every budget, measure every allocation; nothing is refined.
+    """Analyse once, allocate at every budget, evaluate every allocation; nothing is refined.
 
     Running it again goes on where it stopped.
 
     Args:
-        options: of a search; `budget` and `allocator` are not read, `allocator_options` are the knapsack's, and with
-            `search_tokens` 0 nothing is measured.
+        plan: of a search by the knapsack; its budget is not read, and with `search_tokens` 0 nothing is evaluated.
         budgets: fractions kept, distinct.
         leave_out: whether budgets that the pattern does not reach are left out instead of refused.
 
     Raises:
         BudgetError: a budget, or with `leave_out` every one of them, is below what the pattern needs.
     """
-    knapsack = Knapsack(**read_options(Knapsack, f"allocator '{ALLOCATOR}'", options.allocator_options))
-    pattern = NM.parse(options.pattern)
-    specs = bench.layers.specs
-    reached = _reached(options, specs, budgets, leave_out)
+    knapsack = plan.allocator
+    if not isinstance(knapsack, Knapsack):
+        raise UsageError(f"A family of budgets is made by the nested knapsack, not by {knapsack.name}.")
+    specs = session.layers.specs
+    reached = _reached(plan, specs, budgets, leave_out)
     left_out = tuple(sorted(set(budgets) - reached.keys()))
-    words = {name: value for name, value in options.words().items() if name not in UNREAD}
-    identity = {
-        **bench.identity(options.seed),
-        "family": {**words, "budgets": list(reached), "measured": options.search_tokens > 0},
-    }
-    run = Run.start(folder, identity, bench.facts(command), fresh)
-    if run.family_path.exists():
-        bench.progress.note(f"{folder} is finished; nothing was computed again.")
-        return run.read_family(), run
-    if left_out:
-        bench.progress.note(f"Left out: {', '.join(f'{kept:g}' for kept in left_out)}. Pattern {pattern} needs more.")
+    plan = replace(plan, rule=replace(plan.rule, kept=max(reached)))
+    addresses = objective_addresses(session, plan)
+    identity = family_identity(session, plan, list(reached))
+    with opened(session, folder, identity, command, cache, fresh) as (run, at):
+        if run.has(FAMILY, None):
+            reporter.note(f"{folder} is finished; nothing was computed again.")
+            return run.family(), run
+        if left_out:
+            named = ", ".join(f"{kept:g}" for kept in left_out)
+            reporter.note(f"Left out: {named}. Pattern {plan.analysis.pattern} needs more.")
+        at(addresses)
+        note_reused(session, reporter, run, addresses)
+        analysis = analyse(session, reporter, plan.analysis, run)
+        problem = pose(session, plan, run)
+        found: list[Allocation] = []
+        with reporter.stage("allocate", len(reached), "budgets") as advance:
+            for allocation in nested(problem, list(reached.values()), knapsack):
+                found.append(allocation)
+                advance(f"kept {allocation.budget.kept:.4g}")
+        files = [
+            budget_of(session, replace(plan, rule=replace(plan.rule, kept=kept)), problem, allocation)
+            for kept, allocation in zip(reached, found, strict=True)
+        ]
+        for file in files:
+            budget_file.write(run.family_budget_path(file.asked), file)
+        flat = [Uniform().allocate(replace(problem, budget=budget)) for budget in reached.values()]
+        outcomes, candidates = _outcomes(session, reporter, plan, analysis, problem, [*found, *flat])
+        selection = session.splits.selection
+        made = Family(
+            command=command,
+            model=session.name,
+            solver=plan.words["solver"],
+            solver_options=plan.words["solver_options"],
+            seed=plan.seed,
+            accounting=plan.rule.accounting,
+            pattern=plan.words["pattern"],
+            total=problem.budget.total,
+            error_unit=files[0].error_unit,
+            candidates=candidates,
+            windows=len(selection.windows),
+            seqlen=selection.seqlen,
+            left_out=left_out,
+            stages=reporter.costs,
+            versions=versions(),
+            points=tuple(
+                FamilyPoint(
+                    **asdict(outcome),
+                    asked=file.asked,
+                    limit=file.limit,
+                    file=run.family_budget_path(file.asked).relative_to(folder).as_posix(),
+                    bound=allocation.bound or 0.0,
+                    gap=allocation.gap or 0.0,
+                    uniform=uniform,
+                )
+                for file, allocation, outcome, uniform in zip(
+                    files, found, outcomes[: len(found)], outcomes[len(found) :], strict=True
+                )
+            ),
+        )
+        run.publish(specs, 0)
+        run.put(FAMILY, None, made)
+        return made, run
 
-    analyse(bench, options, run, pattern)
-    problem = pose(bench, replace(options, budget=max(reached)), run)
-    found: list[Allocation] = []
-    with bench.stage("allocate", len(reached), "budgets") as advance:
-        for allocation in nested(problem, list(reached.values()), knapsack):
-            found.append(allocation)
-            advance(f"kept {allocation.budget.kept:.4g}")
-    files = [
-        budget_of(bench, replace(options, budget=kept), problem, allocation)
-        for kept, allocation in zip(reached, found, strict=True)
-    ]
-    for file in files:
-        budget_file.write(run.family_budget_path(file.asked), file)
-    flat = [Uniform().allocate(replace(problem, budget=budget)) for budget in reached.values()]
-    outcomes, candidates = _outcomes(bench, options, run, problem, [*found, *flat])
-    selection = bench.splits.selection
-    made = Family(
-        command=command,
-        model=bench.name,
-        solver=options.solver,
-        solver_options=options.solver_options,
-        seed=options.seed,
-        accounting=options.accounting,
-        pattern=options.pattern,
-        total=problem.budget.total,
-        error_unit=files[0].error_unit,
-        candidates=candidates,
-        windows=len(selection.windows),
-        seqlen=selection.seqlen,
-        left_out=left_out,
-        stages=bench.clock.costs,
-        versions=versions(),
-        points=tuple(
-            FamilyPoint(
-                **asdict(outcome),
-                asked=file.asked,
-                limit=file.limit,
-                file=run.family_budget_path(file.asked).relative_to(folder).as_posix(),
-                bound=allocation.bound or 0.0,
-                gap=allocation.gap or 0.0,
-                uniform=uniform,
-            )
-            for file, allocation, outcome, uniform in zip(
-                files, found, outcomes[: len(found)], outcomes[len(found) :], strict=True
-            )
-        ),
-    )
-    run.write_family(made)
-    return made, run
+
+def family_identity(session: Session, plan: SearchPlan, budgets: Sequence[float]) -> dict[str, Any]:
+    """What decides the results of a family."""
+    record = plan.record()
+    words = {name: value for name, value in record["search"].items() if name not in UNREAD}
+    return {
+        **session.identity(),
+        "family": {**words, "budgets": list(budgets), "measured": plan.search_tokens > 0},
+        "methods": record["methods"],
+        "algorithms": algorithms(stage for stage in VERSIONS if stage not in FINISHED),
+    }
 
 
 def _reached(
-    options: SearchOptions, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
+    plan: SearchPlan, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
 ) -> Mapping[float, Budget]:
     """The budgets by their fractions, ascending, without those below the pattern's own cost if they may be left out."""
     reached = {}
     for kept in sorted(budgets):
-        budget = Budget.fraction(kept, specs, options.accounting)
+        budget = replace(plan.rule, kept=kept).of(specs)
         try:
-            check_feasible(options, specs, budget)
+            plan.check_feasible(specs, budget)
         except BudgetError:
             if not leave_out or kept == max(budgets):
                 raise
@@ -139,11 +160,16 @@ def _reached(
 
 
 def _outcomes(
-    bench: Bench, options: SearchOptions, run: Run, problem: Problem, allocations: Sequence[Allocation]
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
+    analysis: LayerAnalysis,
+    problem: Problem,
+    allocations: Sequence[Allocation],
 ) -> tuple[list[Outcome], str | None]:
-    """What every allocation comes to, measured on all of the selection text, and what candidates were made from."""
-    if not options.search_tokens:
+    """Evaluate every allocation on all of the selection text; also say what candidates were made from."""
+    if not plan.search_tokens:
         return [outcome(one) for one in allocations], None
-    whole = replace(options, search_tokens=len(allocations) * bench.splits.selection.windows.numel())
-    with true_loss(bench, whole, run, problem, "measure") as objective:
+    whole = replace(plan, search_tokens=len(allocations) * session.splits.selection.windows.numel())
+    with true_loss(session, reporter, whole, analysis, problem, "measure") as objective:
         return [outcome(one, objective) for one in allocations], objective.candidates

@@ -1,79 +1,76 @@
-"""How a refinement goes: what a user chooses, and the matching of the whole model that may end it."""
+"""Refine, match, save and evaluate: what follows every budget."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import for_solver
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
-from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation, match_model, teachers
 from globalopt.models.saving import save_dense
-from globalopt.pipeline.analyse import collect_block_outputs
-from globalopt.pipeline.options import (
-    RefineOptions,
-)
-from globalopt.pipeline.session import Bench, load_from, versions
+from globalopt.pipeline.analyse import collect_output_grams
+from globalopt.pipeline.plan import RefinementPlan
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.session import Session, load_from, versions
 from globalopt.protocols import Solver
-from globalopt.refine.blocks import Order, Refinement, checked, refine
+from globalopt.refine.blocks import Refinement, checked, refine
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, SAMPLES, SUMMARY, WINDOWS, Stage
 from globalopt.runs.folder import Run
-from globalopt.values.layer import LayerSpec
-from globalopt.values.metric import Gram
+from globalopt.runs.records import Allocated, Matched
+from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation
-from globalopt.values.results import Metrics, Outcome, Search, Summary, WindowLosses
+from globalopt.values.results import LayerResult, Metrics, Summary, WindowLosses
 
 
 def finish(
-    bench: Bench,
+    session: Session,
+    reporter: Reporter,
     run: Run,
+    plan: RefinementPlan,
     file: BudgetFile,
-    allocation: Allocation,
-    solver: Solver,
     command: str,
-    seed: int,
-    unit: str,
-    outputs: Callable[[LayerSpec], Gram | None],
-    refining: RefineOptions,
-    matching: Matching | None,
-    searched: Search | None = None,
-    uniform: Outcome | None = None,
+    found: Allocated | None = None,
 ) -> Summary:
-    """Refine to the allocation, match, save the model, evaluate what was saved, and write the summary.
+    """Refine to a budget, match, save the model, evaluate what was saved, and write the summary.
 
-    The bench's model is changed in place: a bench serves one refinement.
+    The session's model is changed in place: a session serves one refinement.
+
+    Args:
+        found: by the search before it, where there was one.
     """
-    layers = bench.layers
-    dtype = bench.loaded.checkpoint_dtype
-    notes = list(_notes(allocation, solver))
+    layers, allocation = session.layers, file.allocation
+    notes = list(_notes(allocation, plan.solver))
     for note in notes:
-        bench.progress.note(note)
-    predicted = {entry.name: entry.predicted if file.error_unit == unit else None for entry in file.layers}
-    order = Order(refining.order)
-    plan = Refinement(allocation.targets, solver, allocation.budget, dtype, predicted, order, matching, seed)
-
-    if matching is not None and matching.loss.weighted:
-        collect_block_outputs(bench, run, seed)
-    with bench.stage("refine", len(layers.specs), "layers") as advance:
-        runner = bench.runner(run.folder, matching and matching.windows)
-        results = list(refine(runner, plan, run, outputs, bench.loaded.device, advance, run.weighs_outputs))
-    if refining.distillation is not None:
-        match_whole(bench, run, plan, refining.distillation)
-    with bench.stage("save", 1, "models") as advance:
+        reporter.note(note)
+    if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):
+        # No sweep for layers came before.
+        collect_output_grams(session, reporter, run, Stage.MATCH_LABELS, (), plan.seed)
+    targets = {
+        spec.name: for_solver(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
+        for spec in layers.specs
+    }
+    results = _refined(session, reporter, run, plan, file, targets)
+    if plan.distillation is not None:
+        match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
+    run.publish(layers.specs, len(layers.blocks))
+    with reporter.stage("save", 1, "models") as advance:
         # A model folder appears whole or not at all, so one that is there is this run's.
         if not run.model_folder.exists():
-            save_dense(bench.loaded.model, bench.loaded.tokenizer, run.model_folder, dtype)
+            save_dense(
+                session.loaded.model, session.loaded.tokenizer, run.model_folder, session.loaded.checkpoint_dtype
+            )
         advance(str(run.model_folder))
-    dense, compressed = _evaluate_both(bench, run)
+    dense, compressed = _evaluate_both(session, reporter, run)
     summary = Summary(
         command=command,
-        model=bench.name,
+        model=session.name,
         allocator=file.allocator,
-        solver=solver.name,
-        seed=seed,
+        solver=plan.solver.name,
+        seed=plan.seed,
         accounting=file.accounting,
         asked=file.asked,
         limit=file.limit,
@@ -81,7 +78,7 @@ def finish(
         total=file.total,
         predicted=file.predicted,
         bound=file.bound,
-        error_unit=unit,
+        error_unit=plan.unit,
         budget_unit=file.error_unit,
         covered=layers.coverage.covered,
         block_params=layers.coverage.block_params,
@@ -89,16 +86,37 @@ def finish(
         layers=tuple(results),
         dense=dense,
         compressed=compressed,
-        stages=bench.clock.costs,
-        splits={split.name: split.record() for split in bench.splits},
+        stages=reporter.costs,
+        splits={split.name: split.record() for split in session.splits},
         versions=versions(),
         notes=tuple(notes),
-        search=searched,
-        uniform=uniform,
-        matching=run.read_matches(len(layers.blocks)),
+        search=found and found.search,
+        uniform=found and found.uniform,
+        matching=run.matches(len(layers.blocks)),
     )
-    run.write_summary(summary)
+    run.put(SUMMARY, None, summary)
     return summary
+
+
+def _refined(
+    session: Session, reporter: Reporter, run: Run, plan: RefinementPlan, file: BudgetFile, targets: dict[str, Target]
+) -> list[LayerResult]:
+    """Refine and match block by block."""
+    refinement = Refinement(
+        targets=targets,
+        solver=plan.solver,
+        budget=file.allocation.budget,
+        dtype=session.loaded.checkpoint_dtype,
+        predicted={entry.name: entry.predicted if file.error_unit == plan.unit else None for entry in file.layers},
+        output_grams=plan.output_grams,
+        metric_choices=plan.metric_choices,
+        order=plan.order,
+        matching=plan.matching,
+        seed=plan.seed,
+    )
+    with reporter.stage("refine", len(session.layers.specs), "layers") as advance:
+        runner = session.runner(run.folder, plan.matching and plan.matching.windows)
+        return list(refine(runner, refinement, run, session.loaded.device, advance))
 
 
 def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
@@ -114,44 +132,47 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
         yield f"Solver {solver.name} keeps a sign plane of rank 1 in every layer, paid for with other parts of it."
 
 
-def _evaluate_both(bench: Bench, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
-    """Metrics of the dense model and of the saved one, reloaded, on validation and test windows; samples of both."""
-    options = bench.model_options
-    splits = (bench.splits.validation, bench.splits.test)
+def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
+    """Evaluate the dense model and the saved one, reloaded, on validation and test windows; write samples of both."""
+    splits = (session.splits.validation, session.splits.test)
     windows = sum(len(split.windows) for split in splits)
-    with bench.stage("evaluate", windows, "windows") as advance:
-        original = bench.dense()
-        saved = load_from(str(run.model_folder), options, like=bench.loaded.model)
-        size = bench.text_options.batch_size
+    with reporter.stage("evaluate", windows, "windows") as advance:
+        original = session.dense()
+        saved = load_from(str(run.model_folder), session.model_options, like=session.loaded.model)
+        size = session.text_options.batch_size
         losses: list[WindowLosses] = []
         pairs = [
-            evaluate_both(saved.model, original, split, size, advance, bench.scratch(run.folder, split), losses.append)
+            evaluate_both(
+                saved.model, original, split, size, advance, session.scratch(run.folder, split), losses.append
+            )
             for split in splits
         ]
-        written = write_samples(original, saved.model, saved.tokenizer, bench.splits.validation)
-    run.write_window_losses(losses)
-    run.write_samples(written)
+        written = write_samples(original, saved.model, saved.tokenizer, session.splits.validation)
+    run.put(WINDOWS, None, tuple(losses))
+    run.put(SAMPLES, None, written)
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 
-def match_whole(bench: Bench, run: Run, plan: Refinement, options: Distillation) -> None:
-    """Match the refined model to the dense one if that is not done yet, and put what came of it in place."""
-    layers, path = bench.layers, run.matched_path(None)
-    if not path.exists():
-        with bench.stage("match", options.epochs, "epochs") as advance:
-            batches = bench.batches(bench.splits.calibration, options.windows)
-            dense = teachers(bench.dense(), batches)
-            values = {spec.name: run.read_layer(spec)[0] for spec in layers.specs}
+def match_whole(
+    session: Session, reporter: Reporter, run: Run, options: Distillation, targets: dict[str, Target], seed: int
+) -> None:
+    """Match the refined model to the dense one if that is not done yet, and put the result in place."""
+    layers = session.layers
+    if not run.has(MATCHED_MODEL, None):
+        with reporter.stage("match", options.epochs, "epochs") as advance:
+            batches = session.batches(session.splits.calibration, options.windows)
+            dense = teachers(session.dense(), batches)
+            values = {spec.name: run.layer(spec) for spec in layers.specs}
             started = time.perf_counter()
-            trained, match = match_model(layers, batches, dense, values, options, plan.seed, run.training_path, advance)
+            trained, match = match_model(layers, batches, dense, values, options, seed, run.training_path, advance)
             found = trained.values()
-            for spec in layers.specs:
-                checked(found[spec.name], for_solver(plan.targets[spec.name], spec, plan.solver, plan.budget))
-            facts = {**asdict(match), "loss": "kl", "seconds": time.perf_counter() - started}
-            run.write_matched(path, found, trained.norm_values(), facts)
+            for name, target in targets.items():
+                checked(found[name], target)
+            metadata = {**asdict(match), "loss": "kl", "seconds": time.perf_counter() - started}
+            run.put(MATCHED_MODEL, None, Matched(found, trained.norm_values(), metadata))
     run.training_path.unlink(missing_ok=True)
-    values, norms, _ = run.read_matched(path, layers.specs)
-    for name, value in values.items():
+    matched = run.get(MATCHED_MODEL, None)
+    for name, value in matched.values.items():
         layers.set_weight(name, value.dense())
-    for name, norm in norms.items():
+    for name, norm in matched.norms.items():
         layers.set_parameter(name, norm)

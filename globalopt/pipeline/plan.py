@@ -47,6 +47,11 @@ class BudgetRule:
         """The budget of a model with these layers."""
         return Budget.fraction(self.kept, specs, self.accounting)
 
+    def check(self) -> BudgetRule:
+        """Return self; `UsageError` or `UnknownNameError` if it is no budget of any model."""
+        self.of([LayerSpec("any", 0, "any", "any", 1, 1)])
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class AnalysisPlan:
@@ -239,9 +244,7 @@ def resolve(
             "--pricing is span. Use --candidates span."
         )
     check_solver(options.serving_profile, options.limits, solver)
-    rule = BudgetRule(options.budget, options.accounting)
-    # The fraction and the accounting are checked on any model.
-    rule.of([LayerSpec("any", 0, "any", "any", 1, 1)])
+    rule = BudgetRule(options.budget, options.accounting).check()
     analysis = AnalysisPlan(
         solver=solver,
         probe=probe_solver(solver.outputs),

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
 from globalopt.evaluation.tasks import Answers, Tasks, ask, lm_eval_version
-from globalopt.machine.clock import StageClock
 from globalopt.models.identity import weights_sha256
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import LoadedModel, reference_folder
 from globalopt.models.streaming import dtype_of
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
+from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import load, load_from, set_up, versions
-from globalopt.protocols import Progress
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, consecutive_split
 from globalopt.values.results import Metrics
@@ -50,7 +49,7 @@ class ScoreOptions:
 
 
 def score(
-    models: ModelOptions, texts: TextOptions, options: ScoreOptions, progress: Progress, command: str
+    models: ModelOptions, texts: TextOptions, options: ScoreOptions, reporter: Reporter, command: str
 ) -> Scorecard:
     """Measure a model, and the dense one on the same windows and items.
 
@@ -58,10 +57,10 @@ def score(
         what loading, evaluation and tasks raise.
     """
     if options.splits:
-        bench = set_up(models, texts, 0, progress, StageClock())
-        loaded, layers, splits = bench.loaded, bench.layers, [bench.splits.validation, bench.splits.test]
+        session = set_up(models, texts, 0, reporter)
+        loaded, layers, splits = session.loaded, session.layers, [session.splits.validation, session.splits.test]
     else:
-        with progress.stage("load", 1, "models") as advance:
+        with reporter.stage("load", 1, "models") as advance:
             (loaded, layers), splits = load(models), []
             advance("model")
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
@@ -74,9 +73,9 @@ def score(
         source = str(reference_folder()) if options.dense == REFERENCE else options.dense
         dense = load_from(source, models, like=loaded.model)
 
-    metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, progress)
+    metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, reporter)
     answers = [
-        ask(each, options.tasks, options.limit, texts.batch_size, progress)
+        ask(each, options.tasks, options.limit, texts.batch_size, reporter.progress)
         for each in (loaded, dense)
         if each is not None and options.tasks is not None
     ]
@@ -99,14 +98,14 @@ def score(
 
 
 def _evaluate(
-    loaded: LoadedModel, dense: LoadedModel | None, splits: Sequence[Split], batch_size: int, progress: Progress
+    loaded: LoadedModel, dense: LoadedModel | None, splits: Sequence[Split], batch_size: int, reporter: Reporter
 ) -> tuple[list[Metrics], list[Metrics]]:
     """Metrics of the model and of the dense one, per split."""
     metrics: list[Metrics] = []
     dense_metrics: list[Metrics] = []
     if not splits:
         return metrics, dense_metrics
-    with progress.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
+    with reporter.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
         for split in splits:
             if dense is None:
                 metrics.append(evaluate(loaded.model, split, None, batch_size, advance))

@@ -1,113 +1,108 @@
-"""The verbs: what `search`, `compress` and `eval` do, as short functions that call the stages in order."""
+"""Search: analyse a model, allocate its budget, and refine it to the allocation."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from allocators import Uniform, get_allocator
+from torch import Tensor
+
+from allocators import Uniform
+from globalopt.analysis.anchors import read_gap
+from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.models.walk import BlockRunner
+from globalopt.objective.candidates import FittedLayer
 from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
+from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.finish import finish
-from globalopt.pipeline.options import (
-    AS_FITTED,
-    RefineOptions,
-    SearchOptions,
-    check_feasible,
-)
-from globalopt.pipeline.session import Bench
-from globalopt.protocols import Allocator, Solver
+from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.reuse import note_reused, opened
+from globalopt.pipeline.session import Session
+from globalopt.protocols import Solver
+from globalopt.runs.artefacts import ALLOCATED, PREDICTION, PROFILE, SPAN, SUMMARY, TEACHER
+from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
-from globalopt.values.budget import Budget
-from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.metric import Gram
+from globalopt.runs.records import Allocated
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
-from globalopt.values.results import NATS, OUTPUT_ERROR, Outcome, Search, Summary
+from globalopt.values.results import Outcome, Summary
 from globalopt.values.span import Span
-from solvers import get_solver
 
 
 def search(
-    bench: Bench,
-    options: SearchOptions,
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
     folder: Path,
     command: str,
+    cache: Cache | None = None,
     fresh: bool = False,
-    allocator: Allocator | None = None,
-    refining: RefineOptions = AS_FITTED,
 ) -> tuple[Summary, Run]:
-    """Span, allocate, refine, evaluate: the whole job, into `folder`. Running it again goes on where it stopped.
+    """Analyse, allocate, refine and evaluate: the whole job, into `folder`. Running it again goes on where it stopped.
+
+    The session's model is changed in place: a session serves one refinement.
 
     Args:
-        allocator: stands in for the one that the options name; their words then only tell runs apart.
+        command: as it was typed, for the record.
+        cache: of artefacts; None keeps them in the run folder.
+        fresh: delete an earlier run in the folder; artefacts in the cache are used again.
     """
-    solver = get_solver(options.solver, options.solver_options)
-    allocator = allocator or get_allocator(options.allocator, options.allocator_options)
-    pattern = NM.parse(options.pattern)
-    specs = bench.layers.specs
-    budget = Budget.fraction(options.budget, specs, options.accounting)
-    check_feasible(options, specs, budget)
-    refining.check(bench.layers)
+    specs = session.layers.specs
+    plan.check_feasible(specs, plan.rule.of(specs))
+    plan.refinement.check(session.layers)
+    addresses = search_addresses(session, plan)
+    with opened(session, folder, search_identity(session, plan), command, cache, fresh) as (run, at):
+        if run.has(SUMMARY, None):
+            reporter.note(f"{folder} is finished; nothing was computed again.")
+            return run.summary(), run
+        at(addresses)
+        note_reused(session, reporter, run, addresses)
+        problem, allocation, found = allocated(session, reporter, plan, run)
+        file = budget_of(session, plan, problem, allocation)
+        budget_file.write(run.budget_path, file)
+        at(refinement_addresses(session, plan.refinement, file, addresses))
+        summary = finish(session, reporter, run, plan.refinement, file, command, found)
+        return summary, run
 
-    run = Run.start(folder, search_identity(bench, options, refining), bench.facts(command), fresh)
-    if run.summary_path.exists():
-        bench.progress.note(f"{folder} is finished; nothing was computed again.")
-        return run.read_summary(), run
 
-    analyse(bench, options, run, pattern)
-    problem = pose(bench, options, run)
-    allocation, searched, uniform = allocate(bench, options, run, problem, allocator)
-    file = budget_of(bench, options, problem, allocation)
-    budget_file.write(run.budget_path, file)
-
-    def outputs(spec: LayerSpec) -> Gram | None:
-        return run.read_sensitivity(spec)[1]
-
-    unit = file.error_unit
-    matching = refining.matching(options.sensitivity)
-    return finish(
-        bench,
-        run,
-        file,
-        allocation,
-        solver,
-        command,
-        options.seed,
-        unit,
-        outputs,
-        refining,
-        matching,
-        searched,
-        uniform,
-    ), run
+def allocated(
+    session: Session, reporter: Reporter, plan: SearchPlan, run: Run
+) -> tuple[Problem, Allocation, Allocated]:
+    """Pose the problem of an analysed model and solve it, or read the solution that is there."""
+    analysis = analyse(session, reporter, plan.analysis, run)
+    problem = pose(session, plan, run)
+    if not run.has(ALLOCATED, None):
+        run.put(ALLOCATED, None, allocate(session, reporter, plan, analysis, problem))
+    found = run.get(ALLOCATED, None)
+    return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found
 
 
 def allocate(
-    bench: Bench, options: SearchOptions, run: Run, problem: Problem, allocator: Allocator
-) -> tuple[Allocation, Search | None, Outcome]:
-    """The allocator's answer, what it asked of the model, if it asks, and what the uniform allocation comes to."""
+    session: Session, reporter: Reporter, plan: SearchPlan, analysis: LayerAnalysis, problem: Problem
+) -> Allocated:
+    """Choose the targets of all layers, and evaluate the uniform allocation beside them."""
     flat = Uniform().allocate(problem)
-    if not allocator.uses_objective:
-        with bench.stage("allocate", 1, "budgets") as advance:
-            allocation = allocator.allocate(problem)
-            advance(allocator.name)
-        return allocation, None, outcome(flat)
-    with true_loss(bench, options, run, problem) as objective:
-        allocation = allocator.allocate(problem, objective)
-        facts = objective.facts(float(objective.losses([allocation.targets], range(objective.chunks)).mean()))
+    if not plan.allocator.uses_objective:
+        with reporter.stage("allocate", 1, "budgets") as advance:
+            allocation = plan.allocator.allocate(problem)
+            advance(plan.allocator.name)
+        return Allocated(allocation.targets, allocation.bound, None, outcome(flat))
+    with true_loss(session, reporter, plan, analysis, problem) as objective:
+        allocation = plan.allocator.allocate(problem, objective)
+        loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+        facts = objective.facts(loss)
         # Afterwards: it is none of the search's evaluations, and not paid from its tokens.
-        return allocation, facts, outcome(flat, objective)
+        return Allocated(allocation.targets, allocation.bound, facts, outcome(flat, objective))
 
 
 def outcome(allocation: Allocation, objective: SearchObjective | None = None) -> Outcome:
-    """What an allocation is predicted to lose and, with an objective, loses on all of the selection text."""
+    """Compare the predicted loss of an allocation with its loss on all of the selection text, given an objective."""
     if objective is None:
         return Outcome(allocation.used, allocation.predicted, None, None)
     losses = objective.losses([allocation.targets], range(objective.chunks))[0]
@@ -115,54 +110,80 @@ def outcome(allocation: Allocation, objective: SearchObjective | None = None) ->
     return Outcome(allocation.used, allocation.predicted, float(losses.mean()), stderr)
 
 
-def pose(bench: Bench, options: SearchOptions, run: Run) -> Problem:
-    """The problem of an analysed run: what its solver can make of every layer, under its budget."""
-    specs = bench.layers.specs
-    solver = get_solver(options.solver, options.solver_options)
-    surfaces = tuple(_offered(run.read_sensitivity(spec)[0], solver) for spec in specs)
-    profiles = {spec.name: run.read_profile(spec) for spec in specs}
-    budget = Budget.fraction(options.budget, specs, options.accounting)
-    by_name = {spec.name: spec for spec in specs}
+def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
+    """Pose the allocation problem of an analysed model: what its solver can make of every layer, under its budget."""
+    specs = {spec.name: spec for spec in session.layers.specs}
+    surfaces = tuple(_offered(run.get(PREDICTION, spec).surface, plan.analysis.solver) for spec in specs.values())
+    profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()}
 
     def span(name: str) -> Span:
-        return run.read_span(by_name[name])
+        return run.get(SPAN, specs[name])
 
-    return Problem(surfaces, budget, NM.parse(options.pattern), options.seed, profiles, options.limits, span)
+    return Problem(
+        surfaces,
+        plan.rule.of(specs.values()),
+        plan.analysis.pattern,
+        plan.seed,
+        profiles,
+        plan.analysis.limits,
+        span,
+    )
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
-    """The part of a surface a solver can make: rank 0 only, where it has no low-rank part."""
+    """Keep the options that a solver can make: rank 0 only, where it has no low-rank part."""
     if solver.low_rank:
         return surface
     kept = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.rank == 0]
     return ErrorSurface(surface.spec, tuple(t for t, _ in kept), tuple(e for _, e in kept))
 
 
-def budget_of(bench: Bench, options: SearchOptions, problem: Problem, allocation: Allocation) -> BudgetFile:
-    """The budget file of an allocation of a run's problem."""
-    coverage = bench.layers.coverage
-    unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
+def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: Allocation) -> BudgetFile:
+    """Make the budget file of an allocation."""
+    coverage = session.layers.coverage
     return budget_file.make(
-        allocation, problem, bench.fingerprint, coverage.covered, coverage.block_params, options.budget, unit
+        allocation,
+        problem,
+        session.fingerprint,
+        coverage.covered,
+        coverage.block_params,
+        plan.rule.kept,
+        plan.analysis.unit,
     )
 
 
 @contextlib.contextmanager
 def true_loss(
-    bench: Bench, options: SearchOptions, run: Run, problem: Problem, stage: str = "search"
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
+    analysis: LayerAnalysis,
+    problem: Problem,
+    stage: str = "search",
 ) -> Iterator[SearchObjective]:
-    """What a search asks, on the selection text and in the journal of an analysed run; the model is dense after it."""
-    batches = bench.batches(bench.splits.selection)
-    selection = Selection(tuple(len(batch.input_ids) for batch in batches), bench.splits.selection.seqlen)
-    most = options.search_tokens // max(batch.tokens for batch in batches)
-    with bench.stage(stage, most, "chunks") as advance:
-        objective = SearchObjective.of_run(
-            lambda: BlockRunner(bench.layers, batches),
+    """Yield the objective of an analysed model, on the selection text; the model is dense after it."""
+    batches = session.batches(session.splits.selection)
+    selection = Selection(tuple(len(batch.input_ids) for batch in batches), session.splits.selection.seqlen)
+    most = plan.search_tokens // max(batch.tokens for batch in batches)
+    run = analysis.work
+    assert isinstance(run, Run), "the analysis of a run"
+    gap = read_gap(analysis)
+
+    def fitted(surface: ErrorSurface, weight: Tensor) -> FittedLayer:
+        residuals = analysis.residuals(surface.spec, weight, gap)
+        overlap = run.get(PREDICTION, surface.spec).overlap
+        assert overlap is not None, "anchor solutions were predicted too"
+        return FittedLayer(surface, residuals.rows, residuals.tensor, overlap)
+
+    with reporter.stage(stage, most, "chunks") as advance:
+        objective = SearchObjective(
+            lambda: BlockRunner(session.layers, batches),
             selection,
-            run,
             problem,
-            options.candidates,
-            options.search_tokens,
+            fitted if plan.analysis.anchors and plan.candidates != "span" else None,
+            plan.search_tokens,
+            run.journal_path,
+            run.path(TEACHER, None),
             advance,
         )
         try:
@@ -171,6 +192,6 @@ def true_loss(
             objective.close()
 
 
-def search_identity(bench: Bench, options: SearchOptions, refining: RefineOptions) -> dict[str, Any]:
-    """What decides the results of a search."""
-    return {**bench.identity(options.seed), "search": options.words(), "refining": asdict(refining)}
+def search_identity(session: Session, plan: SearchPlan) -> dict[str, Any]:
+    """What decides the results of a search: model and text, options, and the versions of all algorithms."""
+    return {**session.identity(), **plan.record(), "algorithms": algorithms()}
