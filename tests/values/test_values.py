@@ -75,7 +75,7 @@ def test_messages_name_a_layer_or_its_shape():
         for target in (Target(9, 0), Target(0, 129), Target(0, 60, NM(2, 4)), Target(0, 10, NM(2, 3))):
             with pytest.raises(UsageError, match=f"^{name}"):
                 target.check(layer)
-    with pytest.raises(UsageError, match="^Layer of 0 x 16 has shape 0 x 16"):
+    with pytest.raises(UsageError, match=r"^Layer of 0 x 16 has shape 0 x 16"):
         Shape(0, 16)
 
 
