@@ -6,11 +6,11 @@ it; the contract tests run over the tables by themselves.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum, StrEnum
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from globalopt.values.problem import Allocation, Problem
 from globalopt.values.span import Mask, Span
 
 State = TypeVar("State")
-"""What a solver's `prepare` returns and its `solve` takes."""
+"""The type that a solver's `prepare` returns and its `solve` takes."""
 
 
 class Needs(IntEnum):
@@ -48,7 +48,7 @@ class Outputs(StrEnum):
     FULL = "full"
 
 
-class Solver(Protocol[State]):
+class Solver(ABC, Generic[State]):
     """Fit `S + L` to one weight `W` (d_out, d_in) at a target rank and number of nonzeros.
 
     A solver is a frozen dataclass whose fields are its options. It subclasses `Solver[State]`, sets `name`, and writes
@@ -56,16 +56,17 @@ class Solver(Protocol[State]):
     fits one target with the state that `prepare` returned. One `prepare` serves any number of targets, so a state is
     never modified. A solver knows no layer names, files or models, and keeps nothing between calls.
 
-    Everything else has a default. The class variables say what the solver can do:
+    Everything else has a default. The class variables describe the solver:
 
-        name: by which it is chosen; the only one without a default.
-        paper: "arXiv:...", "doi:..." or "".
-        version: raised whenever the results change for the same inputs. Artefacts of an older version are not reused.
-        needs: how much of the input Gram it reads.
-        sparse: whether it fits an `S`; without, a target keeps no nonzeros or all of them.
-        low_rank: whether it fits an `L`; without, a target has rank 0.
-        patterns: whether its `S` keeps to N:M patterns.
-        signs: whether it fits a sign plane, as SLaB does; then every target has one.
+        name      the name by which it is chosen; the only one without a default
+        paper     its source: "arXiv:...", "doi:..." or ""
+        version   raised whenever results change for the same inputs: artefacts computed by an older version
+                  are not reused
+        needs     how much of the input Gram it reads
+        sparse    whether it fits an `S`; if not, a target keeps no nonzeros or all of them
+        low_rank  whether it fits an `L`; if not, a target has rank 0
+        patterns  whether its `S` keeps to N:M patterns
+        signs     whether it fits a sign plane, as SLaB does; if so, every target has one
 
     >>> from dataclasses import dataclass
     >>> import torch
@@ -99,10 +100,8 @@ class Solver(Protocol[State]):
     patterns: ClassVar[bool] = True
     signs: ClassVar[bool] = False
 
-    @property
-    def outputs(self) -> Outputs:
-        """How much of `Metric.outputs` weights the error. A field of the same name makes it an option."""
-        return Outputs.NONE
+    outputs: Outputs = Outputs.NONE
+    """How much of `Metric.outputs` weights the error. A dataclass field of the same name makes it an option."""
 
     @abstractmethod
     def prepare(self, weight: Tensor, metric: Metric) -> State:

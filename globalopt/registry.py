@@ -88,7 +88,8 @@ def variant(cls: type[T], title: str, doc: str, **changes: Any) -> type[T]:
     >>> Short.name, Short()
     ('short', Short(steps=5, damping=0.01))
     """
-    options = [(field.name, field.type, changes.pop(field.name)) for field in fields(cls) if field.name in changes]
+    base: type[Any] = cls
+    options = [(field.name, field.type, changes.pop(field.name)) for field in fields(base) if field.name in changes]
     if unknown := [name for name in changes if not hasattr(cls, name)]:
         raise TypeError(f"There is no {', '.join(unknown)} of {cls.__name__} to change.")
     _, args, explained = inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:\n")
