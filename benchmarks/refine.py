@@ -37,7 +37,7 @@ from globalopt.pipeline import compress
 from globalopt.pipeline.options import AS_FITTED, RefineOptions, SearchOptions, check_options
 from globalopt.pipeline.search import allocate, budget_of, pose, search_identity
 from globalopt.pipeline.session import Bench
-from globalopt.protocols import Needs, Outputs, Solver
+from globalopt.protocols import Solver
 from globalopt.runs.files import write_json
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
@@ -53,17 +53,11 @@ BLOCK = RefineOptions(match="block")
 
 
 @dataclass(frozen=True)
-class Published:
+class Published(Solver[tuple[Tensor, Metric]]):
     """The transcription of the published 3BASiL loop as a solver."""
 
     name: ClassVar[str] = "3basil-published"
     paper: ClassVar[str] = "arXiv:2603.01376"
-    needs: ClassVar[Needs] = Needs.GRAM
-    sparse: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
-    patterns: ClassVar[bool] = True
-    signs: ClassVar[bool] = False
-    outputs: Outputs = Outputs.NONE
 
     def prepare(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         return weight, metric
@@ -84,12 +78,6 @@ class Published:
         U, s, Vh = torch.linalg.svd(L, full_matrices=False)
         value = Decomposition(S, U[:, : target.rank] * s[: target.rank], Vh[: target.rank])
         return Solution(value, metric.error(weight - value.dense()))
-
-    def solve_site(self, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
-        return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
-
-    def solve_path(self, state: tuple[Tensor, Metric], targets: Sequence[Target]) -> list[Solution]:
-        return [self.solve(state, target) for target in targets]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The sockets: what a solver, an allocator and a progress display must offer.
+"""Define the interfaces of solvers, allocators, objectives and progress displays.
 
 Adding a solver or an allocator is one file, one row in the table of its folder, and one test of what is special to
 it; the contract tests run over the tables by themselves.
@@ -6,10 +6,11 @@ it; the contract tests run over the tables by themselves.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum, StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,9 +20,16 @@ from globalopt.values.metric import Metric
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.span import Mask
 
+State = TypeVar("State")
+"""The type that a solver's `prepare` returns and its `solve` takes."""
+
 
 class Needs(IntEnum):
-    """How much of the input Gram a solver reads: nothing, its diagonal, or all of it."""
+    """Say how much of the input Gram a solver reads: nothing, its diagonal, or all of it.
+
+    >>> Needs.DIAGONAL < Needs.GRAM
+    True
+    """
 
     NOTHING = 0
     DIAGONAL = 1
@@ -29,48 +37,94 @@ class Needs(IntEnum):
 
 
 class Outputs(StrEnum):
-    """How much of the output Gram `A` a solver weights its error by: nothing, its diagonal (rows), or all of it."""
+    """Say how much of the output Gram `A` weights a solver's error: nothing, its diagonal (rows), or all of it.
+
+    >>> Outputs("rows")
+    <Outputs.ROWS: 'rows'>
+    """
 
     NONE = "none"
     ROWS = "rows"
     FULL = "full"
 
 
-class Solver(Protocol):
-    """Fits `S + L` to one weight. A frozen dataclass of hyper-parameters; it keeps no state of its own.
+class Solver(ABC, Generic[State]):
+    """Fit `S + L` to one weight `W` (d_out, d_in) at a target rank and number of nonzeros.
 
-    `prepare` does everything that ignores the target, so that many targets of one layer cost one factorisation;
-    `solve` is called with that state, as often as wanted. Solvers know no layer names, files or models.
+    A solver is a frozen dataclass whose fields are its options. It subclasses `Solver[State]`, sets `name`, and writes
+    two methods: `prepare` computes everything that does not depend on the target (factorisations, scalings), `solve`
+    fits one target with the state that `prepare` returned. One `prepare` serves any number of targets, so a state is
+    never modified. A solver knows no layer names, files or models, and keeps nothing between calls.
+
+    Everything else has a default. The class variables describe the solver:
+
+        name      the name by which it is chosen; the only one without a default
+        paper     its source: "arXiv:...", "doi:..." or ""
+        version   raised whenever results change for the same inputs: artefacts computed by an older version
+                  are not reused
+        needs     how much of the input Gram it reads
+        sparse    whether it fits an `S`; if not, a target keeps no nonzeros or all of them
+        low_rank  whether it fits an `L`; if not, a target has rank 0
+        patterns  whether its `S` keeps to N:M patterns
+        signs     whether it fits a sign plane, as SLaB does; if so, every target has one
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> @dataclass(frozen=True)
+    ... class Truncated(Solver[tuple[Tensor, Metric]]):
+    ...     name: ClassVar[str] = "truncated"
+    ...     sparse: ClassVar[bool] = False
+    ...
+    ...     def prepare(self, weight, metric):
+    ...         return weight, metric
+    ...
+    ...     def solve(self, state, target, start=None):
+    ...         weight, metric = state
+    ...         U, s, Vh = torch.linalg.svd(weight, full_matrices=False)
+    ...         U, V = U[:, : target.rank] * s[: target.rank], Vh[: target.rank]
+    ...         value = Decomposition(torch.zeros_like(weight), U, V)
+    ...         return Solution(value, metric.error(weight - value.dense()))
+    >>> solver = Truncated()
+    >>> state = solver.prepare(torch.diag(torch.tensor([3.0, 2.0, 1.0])), Metric(Gram(torch.eye(3), tokens=100)))
+    >>> [round(found.error, 3) for found in solver.solve_path(state, [Target(1, 0), Target(2, 0)])]
+    [5.0, 1.0]
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[Needs]
-    sparse: ClassVar[bool]
-    low_rank: ClassVar[bool]
-    patterns: ClassVar[bool]
-    signs: ClassVar[bool]
+    paper: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    needs: ClassVar[Needs] = Needs.GRAM
+    sparse: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = True
+    patterns: ClassVar[bool] = True
+    signs: ClassVar[bool] = False
 
-    @property
-    def outputs(self) -> Outputs:
-        """What it does with `Metric.outputs`, where there are any."""
-        ...
+    outputs: Outputs = Outputs.NONE
+    """How much of `Metric.outputs` weights the error. A dataclass field of the same name makes it an option."""
 
-    def prepare(self, weight: Tensor, metric: Metric) -> Any:
-        """Return the state shared by all targets of `weight` (d_out, d_in); inputs are not modified."""
-        ...
+    @abstractmethod
+    def prepare(self, weight: Tensor, metric: Metric) -> State:
+        """Compute the state that all targets of `weight` (d_out, d_in) share; neither argument is modified."""
 
-    def solve(self, state: Any, target: Target, start: Decomposition | None = None) -> Solution:
+    @abstractmethod
+    def solve(self, state: State, target: Target, start: Decomposition | None = None) -> Solution:
         """Fit `target`; with a feasible `start` the result's error, in the whole metric, is never above the start's."""
-        ...
 
     def solve_site(self, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
-        """Fit layers that share their inputs, `(weight, metric, target)` each; where a solver can, as one problem."""
-        ...
+        """Fit layers that share one input site, `(weight, metric, target)` each.
 
-    def solve_path(self, state: Any, targets: Sequence[Target]) -> list[Solution]:
-        """Fit all `targets`, given in any order; where a solver can, each from its neighbour at a lower cost."""
-        ...
+        By default one after the other. A solver that can share work between layers on the same inputs overrides this.
+        """
+        return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
+
+    def solve_path(self, state: State, targets: Sequence[Target]) -> list[Solution]:
+        """Fit all `targets` of one layer, given in any order.
+
+        By default each from nothing. A solver that can start from the solution of a neighbouring target, at a lower
+        cost, overrides this.
+        """
+        return [self.solve(state, target) for target in targets]
 
 
 Candidate = Mapping[str, Target | Mask]

@@ -1,16 +1,18 @@
-"""Layer solvers: fit `S + L` to one weight at one target.
+"""List the layer solvers: each fits `S + L` to one weight at one target.
 
 Every solver reports its error in the metric it was given, `tr(A E G Eᵀ)`, undamped; its option `outputs` says how much
-of `A` it minimises in.
+of `A` it minimises in. A new solver is a file here and a row in `SOLVERS`; a solver that is another one with other
+defaults is only a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from globalopt import registry
-from globalopt.protocols import Solver
-from solvers.alps import ALPS
+from globalopt.protocols import Outputs, Solver
+from globalopt.registry import variant
 from solvers.eora import EoRA
 from solvers.hassle_free import HassleFree
 from solvers.magnitude import Magnitude
@@ -21,20 +23,39 @@ from solvers.svd import SVD
 from solvers.three_basil import ThreeBASiL
 from solvers.wanda import Wanda
 
-SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, type[Solver[Any]]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "svd": SVD,
     "eora": EoRA,
     "oats": OATS,
-    "alps": ALPS,
+    "alps": variant(
+        ThreeBASiL,
+        "ALPS",
+        """Prune by the ADMM search of 3BASiL, without a low-rank part (ALPS, Meng et al. 2024, arXiv:2406.07831).
+
+            min over S   tr(A (W - S) G (W - S)ᵀ)
+
+        Damping and metric are as published. Departures: those of `ThreeBASiL`.
+        """,
+        name="alps",
+        paper="arXiv:2406.07831",
+        low_rank=False,
+        damping=0.01,
+        diagonal_damping=0.0,
+        outputs=Outputs.NONE,
+    ),
     "hassle-free": HassleFree,
     "3basil": ThreeBASiL,
     "slab": SLaB,
 }
 
 
-def get_solver(name: str, options: Mapping[str, str] | None = None) -> Solver:
-    """The solver `name` with `options` given as text; see `registry.build` for the errors."""
+def get_solver(name: str, options: Mapping[str, str] | None = None) -> Solver[Any]:
+    """Make the solver `name` with `options` given as text; see `registry.build` for the errors.
+
+    >>> get_solver("sparsegpt", {"damping": "0.02"})
+    SparseGPT(damping=0.02, column_block=128, layer_wide=False, outputs=<Outputs.NONE: 'none'>)
+    """
     return registry.build("solver", SOLVERS, name, options)

@@ -1,4 +1,4 @@
-"""The search for a support by ADMM, with or without a low-rank part: the method behind 3BASiL and ALPS."""
+"""Search a support by ADMM, with or without a low-rank part: the method behind 3BASiL and ALPS."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from globalopt.values.decomposition import Trace
 from globalopt.values.layer import NM
 
 # The penalty runs from FIRST[0] g^FIRST[1] to LAST[0] g^LAST[1], where g is the geometric mean of the eigenvalues of
-# the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and want a smaller penalty.
+# the Grams at unit diagonals: correlated coordinates have many small eigenvalues, and need a smaller penalty.
 FIRST = (0.12, 0.75)
 LAST = (0.9, 0.6)
-# With an output side the system's eigenvalues are products, and spread about so much further up.
+# With an output Gram the eigenvalues of the system are products, which spread upwards by about this factor.
 TWO_SIDED = 1.67
 HOLD = 12  # steps between changes of the penalty, each of which costs a factorisation
-LEVELS = 6  # and the fewest changes that still are a slow rise
-SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps promise little
-LOOK = 32  # fewest steps between looks at the objective
+LEVELS = 6  # the fewest changes of the penalty with which it still rises slowly
+SETTLED = 0.00125  # share of the support that changes in a step at the end, below which more steps gain little
+TRACE_EVERY = 32  # fewest steps between two entries of a trace
 
 
-class Found(NamedTuple):
-    """A fit per layer; steps of ADMM, and `taken` with those of the refit; whether the supports had settled; traces."""
+class AdmmResult(NamedTuple):
+    """Hold a fit per layer, the steps of ADMM, and `taken`: these with those of the refit.
+
+    `settled` says whether the supports hardly changed at the end; `traces` are as in `RidgeADMM`.
+    """
 
     fits: tuple[Fit, ...]
     steps: int
@@ -42,16 +45,16 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Search:
-    """How long to search, and how much to polish.
+class AdmmSearch:
+    """Search a support by `ridge_admm`, then refit the values on it.
 
     Args:
         steps: of ADMM, >= 1.
         begun: share of the penalty's rise that is skipped, for a warm start.
         full: share of the steps after which the support has its full size.
-        rounds: of refitting the values on the support that was found, `S` and `L` by turns.
+        rounds: of refitting the values on the support that was found, `S` and `L` in alternation.
         conjugate: conjugate-gradient steps per round.
-        traced: whether to look at the objective now and then: see `RidgeADMM.traces`.
+        traced: whether to record the objective every `TRACE_EVERY` steps: see `RidgeADMM.traces`.
     """
 
     steps: int
@@ -67,18 +70,18 @@ class Search:
         norms: Sequence[Norm],
         targets: Sequence[Target],
         start: Sequence[Fit] | None = None,
-    ) -> Found:
-        """Fit every weight (d_out, d_in) to its target, all in one problem.
+    ) -> AdmmResult:
+        """Fit every weight (d_out, d_in) to its target, all in one stacked problem.
 
         Args:
-            norms: with unit diagonals; they share their inputs.
-            targets: with at least one nonzero each.
-            start: fits of neighbouring targets.
+            norms: one per weight, with unit diagonals; they share their inputs.
+            targets: one per weight, with at least one nonzero each.
+            start: fits of neighbouring targets, one per weight.
         """
         inputs = norms[0].inputs
         if inputs is None:
             raise ValueError("The search needs an input Gram.")
-        # Columns in planes where all targets have one pattern: then keeping to it copies nothing.
+        # Where all targets have one pattern, columns are reordered into planes: then no step copies the magnitudes.
         pattern = targets[0].pattern if len({target.pattern for target in targets}) == 1 else None
         parts, begin = [], 0
         for weight, norm, target in zip(weights, norms, targets, strict=True):
@@ -97,14 +100,14 @@ class Search:
             grown=_grown(start, targets),
             full=self.full,
         )
-        look = LOOK if self.traced else 0
+        trace_every = TRACE_EVERY if self.traced else 0
         if pattern is None:
-            found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start, look)
+            found = ridge_admm(torch.cat(list(weights)), inputs, parts, schedule, start, trace_every)
         else:
             order = plane_order(len(inputs.matrix), pattern, inputs.matrix.device)
             planes = None if start is None else [fit._replace(S=fit.S[:, order]) for fit in start]
             found = ridge_admm(
-                torch.cat(list(weights))[:, order], inputs.reordered(order), parts, schedule, planes, look
+                torch.cat(list(weights))[:, order], inputs.reordered(order), parts, schedule, planes, trace_every
             )
             back = order.argsort()
             found = found._replace(fits=tuple(fit._replace(S=fit.S[:, back]) for fit in found.fits))
@@ -113,20 +116,24 @@ class Search:
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
         taken = found.steps + self.rounds * self.conjugate
-        return Found(fits, found.steps, taken, found.moved <= SETTLED * hold, found.traces)
+        return AdmmResult(fits, found.steps, taken, found.moved <= SETTLED * hold, found.traces)
 
 
 def prune(
-    search: Search, W: Tensor, norm: Norm, nnz: int, pattern: NM | None, previous: Tensor | None = None
+    search: AdmmSearch, W: Tensor, norm: Norm, nnz: int, pattern: NM | None, previous: Tensor | None = None
 ) -> Tensor:
-    """`S` (d_out, d_in) of `W` (d_out, d_in) alone, as ALPS finds it; from the support of a `previous` one if given."""
+    """Prune `W` (d_out, d_in) by ALPS, without a low-rank part; from the support of a `previous` `S` if given."""
     empty = W[:, :0]
     start = None if previous is None else [Fit(previous, Subspace(empty, empty))]
     return search.run([W], [norm], [Target(0, nnz, pattern)], start).fits[0].S
 
 
 def _keeper(target: Target, in_planes: bool) -> Callable[[Tensor, float, bool], Tensor]:
-    """What a layer keeps; its columns may be in the `plane_order` of the target's pattern."""
+    """Make the function that selects the entries `target` keeps: `Part.keep`.
+
+    Args:
+        in_planes: whether the columns are in the `plane_order` of the target's pattern.
+    """
     pattern = target.pattern
 
     def keep(magnitudes: Tensor, size: float, exact: bool) -> Tensor:
@@ -148,13 +155,14 @@ def _keeper(target: Target, in_planes: bool) -> Callable[[Tensor, float, bool], 
 
 
 def _grown(start: Sequence[Fit] | None, targets: Sequence[Target]) -> float:
-    """The share of the targets' entries that a start has; all of them, where it has more."""
+    """Share of the targets' nonzeros that a start has, at most 1."""
     if start is None:
         return 0.0
-    there = sum(int(torch.count_nonzero(fit.S)) for fit in start)
-    return min(1.0, there / sum(target.nnz for target in targets))
+    nonzeros = sum(int(torch.count_nonzero(fit.S)) for fit in start)
+    return min(1.0, nonzeros / sum(target.nnz for target in targets))
 
 
 def _mean_outputs(norms: Sequence[Norm]) -> float:
+    """Mean over layers of the geometric mean of the output Gram's eigenvalues; 1 where no layer has one."""
     means = [norm.outputs.geometric_mean for norm in norms if norm.outputs is not None]
     return sum(means) / len(means) if means else 1.0

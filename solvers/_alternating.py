@@ -1,4 +1,4 @@
-"""Sparse and low-rank parts fitted by turns: the strategy behind OATS, HASSLE-free and one-shot compensation."""
+"""Alternate between the sparse and the low-rank part: the loop of OATS and HASSLE-free."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from globalopt.kernels.norm import Norm
 from globalopt.values.decomposition import Trace
 
 
-class Fit(NamedTuple):
-    """`W ~ S + U V`, the steps taken, whether the error had settled, and the error after every step, from 0 on."""
+class AlternatingResult(NamedTuple):
+    """Hold `W ~ S + U V`, the steps taken, whether the error had settled, and the error after every step, from 0 on."""
 
     S: Tensor
     U: Tensor
@@ -27,7 +27,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrackedSubspace:
-    """Low-rank step: the exact leading subspace at first, one step of subspace iteration afterwards."""
+    """Update the low-rank part: the exact leading subspace at first, one step of subspace iteration afterwards."""
 
     norm: Norm
     rank: int
@@ -40,17 +40,20 @@ class TrackedSubspace:
 
 @dataclass(frozen=True, eq=False)
 class Alternating:
-    """`min ||W - S - L||²` by `S <- sparse_step(W - L - m (L - L'))`, `L <- U (A U)ᵀ (W - S)`, keeping the best pair.
+    """Minimise `||W - S - L||²` by alternation, and keep the best pair of all rounds. One round is
 
-    `L'` is the `L` of the round before. A support holds on to what `L` would take over, so that rounds are small
-    steps in one direction; the momentum m lengthens them. It takes fewer rounds, and ends lower than two hundred
-    of them without.
+        S <- sparse_step(W - L - m (L - L'))
+        L <- U (A U)ᵀ (W - S)
+
+    where `L'` is the `L` of the round before. With its support fixed for the moment, `S` reproduces entries that `L`
+    could take over, so that rounds are small steps in one direction; the momentum m lengthens them. It takes fewer
+    rounds, and ends at a lower error than two hundred rounds without.
 
     Args:
         sparse_step: `(W - L, with momentum, previous S)`, both (d_out, d_in) -> the next S. The first previous S is 0.
         low_rank_step: `(M, A M G, previous subspace or None)` -> subspace.
         norm: in which errors are measured.
-        steps: most rounds, >= 1.
+        steps: the largest number of rounds, >= 1.
         tolerance: relative change of the error in one round below which it has settled.
         momentum: m, in [0, 1).
         low_rank_first: begin with `L` of `W` instead of `L = 0`.
@@ -64,7 +67,7 @@ class Alternating:
     momentum: float = 0.0
     low_rank_first: bool = False
 
-    def run(self, W: Tensor) -> Fit:
+    def run(self, W: Tensor) -> AlternatingResult:
         """Fit `W` (d_out, d_in), which is not modified."""
         AWG = self.norm.times(W)
         subspace = self.low_rank_step(W, AWG, None) if self.low_rank_first else None
@@ -90,4 +93,4 @@ class Alternating:
             previous = error
         M = W - best
         subspace = self.low_rank_step(M, self.norm.times(M), None)
-        return Fit(best, subspace.U, subspace.factor(M), taken, settled, tuple(trace))
+        return AlternatingResult(best, subspace.U, subspace.factor(M), taken, settled, tuple(trace))

@@ -1,5 +1,7 @@
-"""Coordinates in which a layer's damped Grams have unit diagonals: there `|w|` is Wanda's score, and a penalty has no
-scale."""
+"""Scale a layer so that its damped Grams have unit diagonals.
+
+In these coordinates `|w|` is Wanda's score, and a penalty does not depend on the scale of inputs or outputs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ from globalopt.protocols import Outputs
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.metric import Metric
-from solvers._layer import Layer
+from solvers.layer_problem import LayerProblem
 
 
 @dataclass(frozen=True)
 class Damping:
-    """What is added to the Grams before they are factorised.
+    """Set the damping that is added to the Grams before they are factorised.
 
     Args:
         mean: fraction of the mean of G's diagonal added to it.
@@ -35,13 +37,13 @@ class Damping:
 
 @dataclass(frozen=True, eq=False)
 class UnitDiagonal:
-    """A layer, its weight `W` (d_out, d_in) `= rows W columns`, and the `norm` it is fitted in.
+    """Hold a layer, its scaled weight `W` (d_out, d_in) `= rows * weight * columns`, and the `norm` of the fit.
 
-    `columns` (d_in,) is the root of the damped Gram's diagonal; `layer.rows` that of `A`. `inputs_damping` is what the
-    Gram's factorisation took, `climbed` what A's took beyond what was asked.
+    `columns` (d_in,) is the root of the damped Gram's diagonal; `layer.rows` that of `A`. `inputs_damping` is the
+    damping that the factorisation of the Gram needed, `climbed` the part of A's damping beyond the one asked for.
     """
 
-    layer: Layer
+    layer: LayerProblem
     W: Tensor
     norm: Norm
     columns: Tensor
@@ -57,8 +59,8 @@ class UnitDiagonal:
         outputs: Outputs,
         beside: UnitDiagonal | None = None,
     ) -> UnitDiagonal:
-        """A layer in these coordinates; one on the inputs of `beside` shares what was made of their Gram."""
-        layer = Layer.read(weight, metric, outputs)
+        """Scale a layer; one on the same inputs as `beside` shares its scaled Gram and factor."""
+        layer = LayerProblem.read(weight, metric, outputs)
         if beside is None:
             damped = damped_cholesky(layer.G, damping.mean, damping.diagonal)
             columns = damped.matrix.diagonal().sqrt()
@@ -70,7 +72,7 @@ class UnitDiagonal:
         if outputs is Outputs.FULL and layer.weighted and metric.outputs is not None:
             A = metric.outputs.matrix / metric.outputs.diagonal.mean()
             A = A / layer.rows / layer.rows.mT
-            # A row the loss hardly feels keeps its whole scale.
+            # A row that hardly changes the loss keeps its whole scale.
             A.diagonal().fill_(1.0)
             correlated = damped_cholesky(A, damping.outputs)
             root = correlated.matrix.diagonal().sqrt()[:, None]
@@ -80,7 +82,7 @@ class UnitDiagonal:
 
     @property
     def damping(self) -> float:
-        """What the factorisations took, as fractions of mean diagonals: all of G's, and A's beyond what was asked."""
+        """The damping of the factorisations, in fractions of mean diagonals: all of G's, and A's beyond that asked."""
         return self.inputs_damping + self.climbed
 
     @property
@@ -91,21 +93,21 @@ class UnitDiagonal:
         return self.norm.inputs
 
     def restored(self, S: Tensor, U: Tensor, V: Tensor) -> Decomposition:
-        """`S + U V` in these coordinates, as parts of the weight."""
+        """Undo the scaling of a decomposition `S + U V` of `W`."""
         return self.layer.restored(S, U, V, self.columns)
 
     def best_low_rank(self, S: Tensor, rank: int) -> tuple[Decomposition, float]:
-        """`S` with the exact optimum of `L` for it, and the error of both in these coordinates."""
+        """Complete `S` (d_out, d_in) by the optimal `L` of at most `rank`, and give the error of both, all scaled."""
         M = self.W - S
         N = self.norm.times(M)
         subspace = leading_subspace(M, N, self.norm, rank)
         V = subspace.factor(M)
         # L is a projection of M, so Pythagoras gives the error.
-        left = (M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64)
-        return self.restored(S, subspace.U, V), max(0.0, float(left))
+        error = (M * N).sum(dtype=torch.float64) - (V * (subspace.U.mT @ N)).sum(dtype=torch.float64)
+        return self.restored(S, subspace.U, V), max(0.0, float(error))
 
     def without_search(self, target: Target) -> Decomposition | None:
-        """The optimum where there is no support to choose, all weights kept or none; None otherwise."""
+        """Compute the optimum of a target that keeps all weights or none, for which no support is chosen; else None."""
         if target.nnz == self.W.numel():
             return self.layer.kept(torch.ones_like(self.W, dtype=torch.bool))
         if target.nnz == 0:
@@ -115,7 +117,7 @@ class UnitDiagonal:
 
 @dataclass(frozen=True, eq=False)
 class Sweepable:
-    """A layer at unit diagonals with the upper factor `R` (d_in, d_in), `Rᵀ R = G^-1`, and the damping both took."""
+    """Hold a scaled layer, the upper factor `R` (d_in, d_in) with `Rᵀ R = G^-1`, and the damping of both."""
 
     unit: UnitDiagonal
     R: Tensor
@@ -123,5 +125,6 @@ class Sweepable:
 
     @classmethod
     def of(cls, unit: UnitDiagonal) -> Sweepable:
+        """Factorise the inverse of the scaled Gram of `unit`."""
         backwards = damped_cholesky(unit.inputs.matrix.flip(0, 1), 0.0)
         return cls(unit, obs_factor(backwards.factor), unit.damping + backwards.damping)

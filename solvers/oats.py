@@ -1,4 +1,4 @@
-"""OATS: sparse plus low-rank in the norm of the Gram's diagonal."""
+"""Fit sparse plus low-rank parts by alternating thresholding in the norm of the Gram's diagonal (OATS)."""
 
 from __future__ import annotations
 
@@ -9,38 +9,56 @@ from torch import Tensor
 
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.registry import at_least, below_one
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
 from solvers._alternating import Alternating, TrackedSubspace
-from solvers._layer import Layer, OneByOne, at_most_rows
+from solvers.layer_problem import LayerProblem, at_most_rows
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledState:
-    """A layer, its weight in scaled coordinates `WD` (d_out, d_in), and `scale` (d_in,), 1 for dead inputs."""
+    """Hold a layer, its scaled weight `WD` (d_out, d_in), and the `scale` (d_in,) of the columns, 1 for dead inputs.
 
-    layer: Layer
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> metric = Metric(Gram(torch.diag(torch.tensor([9.0, 0.0])), tokens=100))
+    >>> OATS().prepare(torch.ones(1, 2), metric).scale
+    tensor([3., 1.])
+    """
+
+    layer: LayerProblem
     WD: Tensor
     scale: Tensor
 
 
 @dataclass(frozen=True)
-class OATS(OneByOne):
-    """`min ||(W - S - L) D||_F`, `D = diag(G)^1/2`, by alternating thresholding (Zhang and Papyan 2024).
+class OATS(Solver[ScaledState]):
+    """Alternate between a truncated SVD and hard thresholding (Zhang and Papyan 2024, arXiv:2409.13652).
 
-    `L` first, then `S` = the largest entries of what is left. Departures: `L` has momentum, which halves the rounds and
-    lowers the error; its subspace is tracked instead of found by a full SVD per round; and the best round is kept
-    instead of the last.
+        min over S, L   ||(W - S - L) D||_F,   D = diag(G)^1/2
+
+    A round fits `L` to `W - S`, then keeps the largest entries of `W - L` as `S`. Departures: `L` has momentum, which
+    halves the rounds and lowers the error; its subspace is tracked from round to round instead of found by a full SVD;
+    and the best round is kept instead of the last.
 
     Args:
-        steps: most rounds; 80 as published.
+        steps: the largest number of rounds; 80 as published.
         per_row: threshold within each output row, as published; otherwise within the layer.
         momentum: of `L` from round to round; 0 as published.
         tolerance: relative change of the error in one round at which to stop.
         outputs: weight rows by the output Gram, or not, as published.
+
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    >>> metric = Metric(Gram(torch.eye(24), tokens=100))
+    >>> solver = OATS()
+    >>> found = solver.solve(solver.prepare(weight, metric), Target(rank=2, nnz=96))
+    >>> found.value.rank, found.value.nnz, found.error < 0.5 * metric.error(weight)
+    (2, 96, True)
     """
 
     steps: int = 80
@@ -52,10 +70,6 @@ class OATS(OneByOne):
     name: ClassVar[str] = "oats"
     paper: ClassVar[str] = "arXiv:2409.13652"
     needs: ClassVar[Needs] = Needs.DIAGONAL
-    sparse: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
-    patterns: ClassVar[bool] = True
-    signs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps)
@@ -64,7 +78,7 @@ class OATS(OneByOne):
         at_most_rows(self)
 
     def prepare(self, weight: Tensor, metric: Metric) -> ScaledState:
-        layer = Layer.read(weight, metric, self.outputs)
+        layer = LayerProblem.read(weight, metric, self.outputs)
         scale = metric.inputs.norms
         scale = scale.masked_fill(scale == 0, 1.0)
         return ScaledState(layer, layer.live * scale, scale)

@@ -1,4 +1,4 @@
-"""SLaB: a sparse part beside a low-rank one with a plane of signs."""
+"""Fit a sparse part and a low-rank part whose entries carry a plane of signs (SLaB)."""
 
 from __future__ import annotations
 
@@ -11,41 +11,51 @@ from torch import Tensor
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.sign_plane import SignPlane, SparseAndSigns, alternate, fit_factors, sign_sweep
 from globalopt.kernels.support_refit import fit_support
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
-from solvers._admm import Search, prune
-from solvers._layer import OneByOne
+from solvers._admm import AdmmSearch, prune
 from solvers._unit_diagonal import Damping, Sweepable, UnitDiagonal
 
-BEGUN = 0.5  # share of the penalty's rise that the support of the rounds before saves
+BEGUN = 0.5  # share of the penalty's rise that is skipped, because the rounds before give a support
 
 
 @dataclass(frozen=True)
-class SLaB(OneByOne):
-    """`min tr(A E G Eᵀ)`, `E = W - S - (U V) * B`, `B` of +-1 (arXiv:2604.04493), published for rank 1.
+class SLaB(Solver[Sweepable]):
+    """Fit a sparse part and a low-rank part with a sign plane (SLaB, arXiv:2604.04493), published for rank 1.
 
-    The published rounds are `kernels.sign_plane.alternate`: `S` by Wanda's score of what `L` leaves, `B` and `L` from
-    the rest. They are followed by `refit` rounds in the whole Gram: `sign_sweep` chooses `S` and `B` anew at the
-    magnitudes `|U V|`, then the values of `S` and the factors are refitted in turn. In the end the search of `ALPS`,
-    begun at the support there is, fits `S` to what the plane leaves. The best of all rounds is kept.
+        min over S, U, V, B   tr(A E G Eᵀ),   E = W - S - (U V) * B,   B of +-1
+
+    The published rounds are `kernels.sign_plane.alternate`: `S` keeps the entries of `W - L` of largest Wanda score,
+    `B` and `L` are fitted to `W - S`. They are followed by `refit` rounds in the norm of the whole Gram: `sign_sweep`
+    chooses `S` and `B` anew at the magnitudes `|U V|`, then the values of `S` and the factors are refitted, one after
+    the other. At the end the search of ALPS, started from the support so far, fits `S` to `W - (U V) * B`. The best of
+    all rounds is kept.
 
     Departures: the published rounds fit `L` in the norm of `diag(G)`, in which they score, instead of unweighted (on
     most layers the same error, on some a lower one; and at rank 1 no round is worse than the one before), and the best
     of them is kept instead of the last; with `refit = 0, search = 0` these are the only ones.
 
     Args:
-        steps: published rounds; 20 as published.
+        steps: number of published rounds; 20 as published.
         per_row: threshold within each output row in these, as published; otherwise within the layer.
-        refit: most rounds in the whole Gram; stops at the first that does not help.
+        refit: the largest number of rounds in the whole Gram; they stop at the first that does not lower the error.
         conjugate: conjugate-gradient steps for the values of `S` in each of those.
-        search: steps of ADMM for `S` in the end; 0 as published.
+        search: steps of ADMM for `S` at the end; 0 as published.
         damping: fraction of the mean of G's diagonal added to it.
-        diagonal_damping: fraction of each diagonal entry added to it.
+        diagonal_damping: fraction of each diagonal entry of G added to it.
         output_damping: fraction of each diagonal entry of A added to it.
-        outputs: how much of A counts. The published rounds and the sweep know only the rows; the refits know all of it.
+        outputs: how much of A weights the error. The published rounds and the sweep use its diagonal; the refits all.
+
+    >>> from globalopt import Gram
+    >>> weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    >>> metric = Metric(Gram(torch.eye(24), tokens=100))
+    >>> solver = SLaB(search=0)
+    >>> found = solver.solve(solver.prepare(weight, metric), Target(rank=1, nnz=96, signs=True))
+    >>> found.value.rank, found.value.nnz, found.error < 0.3 * metric.error(weight)
+    (1, 96, True)
     """
 
     steps: int = 20
@@ -60,10 +70,6 @@ class SLaB(OneByOne):
 
     name: ClassVar[str] = "slab"
     paper: ClassVar[str] = "arXiv:2604.04493"
-    needs: ClassVar[Needs] = Needs.GRAM
-    sparse: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
-    patterns: ClassVar[bool] = True
     signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -121,14 +127,14 @@ class SLaB(OneByOne):
         )
 
     def _swept(self, state: Sweepable, plane: SignPlane, target: Target) -> SparseAndSigns:
-        """`S` and the signs by a sweep at the magnitudes of `plane`, then values on that support, then the factors."""
+        """Choose `S` and the signs by a sweep at the magnitudes of `plane`, then refit the values, then the factors."""
         W, norm = state.unit.W, state.unit.norm
         S, plane = sign_sweep(W, state.R, plane, target.nnz, target.pattern)
         S = fit_support(W - plane.dense(), S, norm, self.conjugate)
         return SparseAndSigns(S, fit_factors(W - S, plane, norm))
 
     def _searched(self, unit: UnitDiagonal, fit: SparseAndSigns, target: Target) -> SparseAndSigns:
-        """`S` by ADMM on what the plane leaves, from the support there is, then the factors."""
+        """Search `S` by ADMM on the residual of the plane, from the support of `fit`, then refit the factors."""
         residual = unit.W - fit.plane.dense()
-        S = prune(Search(self.search, begun=BEGUN), residual, unit.norm, target.nnz, target.pattern, fit.S)
+        S = prune(AdmmSearch(self.search, begun=BEGUN), residual, unit.norm, target.nnz, target.pattern, fit.S)
         return SparseAndSigns(S, fit_factors(unit.W - S, fit.plane, unit.norm))

@@ -1,4 +1,4 @@
-"""SparseGPT: one sweep of optimal-brain-surgeon pruning."""
+"""Prune by one optimal-brain-surgeon sweep (SparseGPT)."""
 
 from __future__ import annotations
 
@@ -9,33 +9,56 @@ from torch import Tensor
 
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.obs import obs_prune
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
-from solvers._layer import Layer, OneByOne, at_most_rows
+from solvers.layer_problem import LayerProblem, at_most_rows
 
 
 @dataclass(frozen=True, eq=False)
 class SweepState:
-    """A layer, the upper factor `R` of its damped inverse Gram, and the damping that took."""
+    """Hold a layer, the upper factor `R` (d_in, d_in) of its damped inverse Gram, and the damping that was used.
 
-    layer: Layer
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> metric = Metric(Gram(4 * torch.eye(2), tokens=100))
+    >>> SparseGPT(damping=0).prepare(torch.ones(1, 2), metric).R
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+
+    layer: LayerProblem
     R: Tensor
     damping: float
 
 
 @dataclass(frozen=True)
-class SparseGPT(OneByOne):
-    """`min tr((W - S) G (W - S)ᵀ)` by `obs_prune` (Frantar and Alistarh 2023, arXiv:2301.00774).
+class SparseGPT(Solver[SweepState]):
+    """Prune by one optimal-brain-surgeon sweep over the columns (Frantar and Alistarh 2023, arXiv:2301.00774).
+
+        min over S   tr((W - S) G (W - S)ᵀ)
+
+    The sweep is `obs_prune`: whenever a weight is pruned, the weights to its right are moved to make up for it.
 
     Args:
-        damping: fraction of the mean of G's diagonal.
-        column_block: columns whose weights are chosen together.
+        damping: fraction of the mean of G's diagonal added to it.
+        column_block: number of columns whose weights are chosen together.
         layer_wide: let column blocks compete for the nonzeros instead of giving each the same share, as published;
             lower error wherever a few inputs carry most of the energy.
         outputs: weight rows by the output Gram, or not, as published.
+
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> from solvers.magnitude import Magnitude
+    >>> metric = Metric(Gram(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), tokens=100))
+    >>> errors = []
+    >>> for solver in (Magnitude(), SparseGPT(damping=0)):
+    ...     state = solver.prepare(torch.tensor([[1.0, 2.0]]), metric)
+    ...     errors.append(round(solver.solve(state, Target(rank=0, nnz=1)).error, 3))
+    >>> errors
+    [1.0, 0.36]
     """
 
     damping: float = 0.01
@@ -45,11 +68,7 @@ class SparseGPT(OneByOne):
 
     name: ClassVar[str] = "sparsegpt"
     paper: ClassVar[str] = "arXiv:2301.00774"
-    needs: ClassVar[Needs] = Needs.GRAM
-    sparse: ClassVar[bool] = True
     low_rank: ClassVar[bool] = False
-    patterns: ClassVar[bool] = True
-    signs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping)
@@ -57,7 +76,7 @@ class SparseGPT(OneByOne):
         at_most_rows(self)
 
     def prepare(self, weight: Tensor, metric: Metric) -> SweepState:
-        layer = Layer.read(weight, metric, self.outputs)
+        layer = LayerProblem.read(weight, metric, self.outputs)
         reversed_gram = damped_cholesky(layer.G.flip(0, 1), self.damping)
         return SweepState(layer, obs_factor(reversed_gram.factor), reversed_gram.damping)
 

@@ -1,4 +1,4 @@
-"""Whitened SVD: the best low-rank approximation of a weight on its inputs, and no sparse part."""
+"""Fit the low-rank approximation of least output error, without a sparse part (whitened SVD, SVD-LLM)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
-from solvers._layer import OneByOne
 from solvers._unit_diagonal import Damping, UnitDiagonal
 
 
 @dataclass(frozen=True)
-class SVD(OneByOne):
-    """`min tr(A (W - L) G (W - L)ᵀ)` over `L` of the target's rank, exactly (SVD-LLM, arXiv:2403.07378, section 3.1).
+class SVD(Solver[UnitDiagonal]):
+    """Compute the low-rank `L` of least error by a whitened SVD (SVD-LLM, arXiv:2403.07378, section 3.1).
 
-    As published, a truncated SVD of `W C` with `C Cᵀ = G`, mapped back; it has no update of `U` on the activations of
-    the compressed model. It fits no `S`: a target keeps no nonzeros, or all of them.
+        min over L of the target's rank   tr(A (W - L) G (W - L)ᵀ)
+
+    As published, this is the truncated SVD of `W C` with `C Cᵀ = G`, mapped back, and so the exact optimum. It does not
+    update `U` on the activations of the compressed model. It fits no `S`: a target keeps no nonzeros, or all of them.
 
     Departures: `G` is always damped, where the public code shifts it only if its factorisation fails; and the error may
     weight outputs by `A`, for which the optimum is as exact.
@@ -29,7 +30,15 @@ class SVD(OneByOne):
     Args:
         damping: fraction of the mean of G's diagonal added to it.
         output_damping: fraction of each diagonal entry of A added to it.
-        outputs: how much of A counts.
+        outputs: how much of A weights the error.
+
+    >>> import torch
+    >>> from globalopt import Gram
+    >>> solver = SVD(damping=0)
+    >>> metric = Metric(Gram(torch.diag(torch.tensor([1.0, 4.0])), tokens=100))
+    >>> state = solver.prepare(torch.diag(torch.tensor([3.0, 2.0])), metric)
+    >>> round(solver.solve(state, Target(rank=1, nnz=0)).error, 3)
+    9.0
     """
 
     damping: float = 0.001
@@ -38,11 +47,8 @@ class SVD(OneByOne):
 
     name: ClassVar[str] = "svd"
     paper: ClassVar[str] = "arXiv:2403.07378"
-    needs: ClassVar[Needs] = Needs.GRAM
     sparse: ClassVar[bool] = False
-    low_rank: ClassVar[bool] = True
     patterns: ClassVar[bool] = False
-    signs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, output_damping=self.output_damping)

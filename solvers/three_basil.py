@@ -1,4 +1,4 @@
-"""3BASiL: sparse and low-rank parts fitted jointly by ADMM."""
+"""Fit sparse and low-rank parts jointly by ADMM (3BASiL)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ import torch
 from torch import Tensor
 
 from globalopt.kernels.ridge_admm import Fit
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
-from solvers._admm import Search
+from solvers._admm import AdmmSearch
 from solvers._unit_diagonal import Damping, UnitDiagonal
 
 
-class Preset(StrEnum):
-    """How long the search for the support takes; the steps are in `STEPS`."""
+class AdmmPreset(StrEnum):
+    """Choose the length of the search for the support: 80, 200 or 800 steps of ADMM.
+
+    >>> STEPS[AdmmPreset("best")]
+    800
+    """
 
     FAST = "fast"
     DEFAULT = "default"
     BEST = "best"
 
 
-STEPS = {Preset.FAST: 80, Preset.DEFAULT: 200, Preset.BEST: 800}
+STEPS = {AdmmPreset.FAST: 80, AdmmPreset.DEFAULT: 200, AdmmPreset.BEST: 800}
 
 # A target with a solved neighbour takes a share of the steps, though never so few that values are far from settled:
-# where inputs are correlated, twenty steps left three times the error of forty. The more of its entries the neighbour
-# has, the later it begins in the penalty's rise (by the fourth power: only a near one helps), and the longer it grows:
-# the fewer new entries at a time, the better each is chosen. With none of them it would be a cold start.
+# where inputs are correlated, twenty steps reached three times the error of forty. The more nonzeros the neighbour
+# has, the later the search begins in the penalty's rise (by the fourth power: only a near one helps), and the longer
+# the support grows: the fewer new entries at a time, the better each is chosen. A neighbour without nonzeros would be
+# a cold start.
 PATH_STEPS = 0.22
 PATH_LEAST = 40
 PATH_BEGUN = 0.3
@@ -41,25 +46,35 @@ PATH_GROWS = 0.4
 
 
 @dataclass(frozen=True)
-class ThreeBASiL:
-    """`min tr(A (W - S - L) G (W - S - L)ᵀ)` by `ridge_admm` (Makni et al. 2025, arXiv:2603.01376).
+class ThreeBASiL(Solver[UnitDiagonal]):
+    """Fit the sparse and the low-rank part jointly by ADMM (3BASiL, Makni et al. 2025, arXiv:2603.01376).
 
-    Departures: the support starts empty and grows, where the published one starts from the largest entries at full
-    count; that is most of the gain in error. `L` has momentum, most of the rest. The penalty follows a fixed rise
-    fitted to the layer's spectrum instead of the support's changes. The values are refitted on the support that was
-    found, and the error may weight outputs by `A`. Damping is the public repository's. The fits of `solve_path` have
-    no trace: they are quick looks.
+        min over S, L   tr(A (W - S - L) G (W - S - L)ᵀ)
+
+    The loop is `ridge_admm`. Departures: the support starts empty and grows, where the published one starts from the
+    largest entries at full count; that is most of the gain in error. `L` has momentum, which is most of the rest. The
+    penalty follows a fixed rise fitted to the layer's spectrum instead of the support's changes. The values are
+    refitted on the support that was found, and the error may weight outputs by `A`. Damping is the public
+    repository's. The solutions of `solve_path` are probes, and have no trace.
 
     Args:
-        preset: fast, default or best: how long to search.
-        steps: of the search; 0 takes the preset's.
+        preset: length of the search: fast (80 steps of ADMM), default (200) or best (800).
+        steps: steps of the search; 0 takes the preset's.
         damping: fraction of the mean of G's diagonal added to it.
         diagonal_damping: fraction of each diagonal entry of G added to it.
         output_damping: fraction of each diagonal entry of A added to it.
-        outputs: how much of A counts.
+        outputs: how much of A weights the error.
+
+    >>> from globalopt import Gram
+    >>> weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    >>> metric = Metric(Gram(torch.eye(24), tokens=100))
+    >>> solver = ThreeBASiL(AdmmPreset.FAST)
+    >>> found = solver.solve(solver.prepare(weight, metric), Target(rank=2, nnz=96))
+    >>> found.value.rank, found.value.nnz, found.error < 0.5 * metric.error(weight)
+    (2, 96, True)
     """
 
-    preset: Preset = Preset.DEFAULT
+    preset: AdmmPreset = AdmmPreset.DEFAULT
     steps: int = 0
     damping: float = 0.005
     diagonal_damping: float = 0.005
@@ -68,11 +83,6 @@ class ThreeBASiL:
 
     name: ClassVar[str] = "3basil"
     paper: ClassVar[str] = "arXiv:2603.01376"
-    needs: ClassVar[Needs] = Needs.GRAM
-    sparse: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
-    patterns: ClassVar[bool] = True
-    signs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, diagonal_damping=self.diagonal_damping, output_damping=self.output_damping)
@@ -87,7 +97,7 @@ class ThreeBASiL:
         return solution
 
     def solve_site(self, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
-        """Stacked: one set of ridge problems, and the products with them, serves all layers."""
+        """Fit the layers of an input site as one stacked problem, whose ridge systems and products they share."""
         damping = Damping(self.damping, self.diagonal_damping, self.output_damping)
         states: list[UnitDiagonal] = []
         for weight, metric, _ in layers:
@@ -96,10 +106,10 @@ class ThreeBASiL:
         return [solution for solution, _ in fits]
 
     def solve_path(self, state: UnitDiagonal, targets: Sequence[Target]) -> list[Solution]:
-        """Upwards: what is there grows to the next target, at a fraction of the steps.
+        """Fit all targets, small ones first; each starts from a smaller solution, at a fraction of the steps.
 
-        Every target starts from the largest one before it, of the same pattern, that keeps no more in rank and in
-        nonzeros: what an `L` has taken over, a support without it would have to learn anew.
+        Every target starts from the largest one before it, of the same pattern, that keeps no more rank and no more
+        nonzeros: from a larger rank, the support would have to take over entries that `L` reproduced.
         """
         found: dict[int, Solution] = {}
         fits: dict[Target, Fit] = {}
@@ -121,7 +131,13 @@ class ThreeBASiL:
         neighbour: Fit | None = None,
         traced: bool = False,
     ) -> list[tuple[Solution, Fit | None]]:
-        """Solutions, and the fits behind those that had a support to search; a `neighbour` is of the only state."""
+        """Solve every target in its state; with each solution comes its fit, or None where no support was searched.
+
+        Args:
+            starts: feasible decompositions, or None.
+            neighbour: the fit to start from, where there is only one state.
+            traced: whether solutions have traces.
+        """
         made: dict[int, tuple[Solution, Fit | None]] = {}
         searched: list[int] = []
         for i, (state, target, start) in enumerate(zip(states, targets, starts, strict=True)):
@@ -154,12 +170,13 @@ class ThreeBASiL:
                 made[i] = solution, fit
         return [made[i] for i in range(len(states))]
 
-    def _search(self, neighbour: Fit | None, nnz: int, traced: bool) -> Search:
-        cold = Search(self.steps or STEPS[self.preset], traced=traced)
+    def _search(self, neighbour: Fit | None, nnz: int, traced: bool) -> AdmmSearch:
+        """Set the length of the search for `nnz` nonzeros, shorter where it starts from a `neighbour`."""
+        cold = AdmmSearch(self.steps or STEPS[self.preset], traced=traced)
         if neighbour is None:
             return cold
         there = min(1.0, int(torch.count_nonzero(neighbour.S)) / nnz)
-        return Search(
+        return AdmmSearch(
             min(cold.steps, max(PATH_LEAST, round(PATH_STEPS * cold.steps))),
             begun=PATH_BEGUN * there**4,
             full=cold.full + PATH_GROWS * there,

@@ -18,13 +18,12 @@ from globalopt.budgets import budget_file
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
 from globalopt.pipeline.live import live_bench
 from globalopt.pipeline.options import TextOptions
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Needs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
 from globalopt.values.problem import Allocation, Problem
 from reports import QuietProgress
-from solvers._layer import OneByOne
 from tests.command import WINDOWS, done, refused, results, write_text
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
@@ -126,17 +125,13 @@ def test_half_precision_comes_back_as_it_was(place: tuple[Path, Path]) -> None:
 
 
 @dataclass(frozen=True)
-class Halves(OneByOne):
+class Halves(Solver[tuple[Tensor, Metric]]):
     """A solver of one's own: it keeps the first entries."""
 
     name: ClassVar[str] = "halves"
-    paper: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs.NOTHING
-    sparse: ClassVar[bool] = True
     low_rank: ClassVar[bool] = False
     patterns: ClassVar[bool] = False
-    signs: ClassVar[bool] = False
-    outputs: Outputs = Outputs.NONE
 
     def prepare(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         return weight, metric

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer import NM, HasShape, LayerSpec
 
 ACCOUNTINGS = ("params", "bytes")
 
@@ -32,36 +32,36 @@ class Target:
             raise UsageError(f"A target needs rank >= 0 and nnz >= 0; got rank {self.rank}, nnz {self.nnz}.")
 
     @classmethod
-    def dense(cls, spec: LayerSpec) -> Target:
+    def dense(cls, spec: HasShape) -> Target:
         return cls(rank=0, nnz=spec.numel)
 
     @classmethod
     def zero(cls) -> Target:
         return cls(rank=0, nnz=0)
 
-    def check(self, spec: LayerSpec) -> Target:
+    def check(self, spec: HasShape) -> Target:
         """Return self if it fits `spec`; `UsageError` naming the layer and the range otherwise."""
         if self.rank > spec.max_rank:
-            raise UsageError(f"Layer {spec.name}: rank {self.rank} is above its largest rank {spec.max_rank}.")
+            raise UsageError(f"{spec.label}: rank {self.rank} is above its largest rank {spec.max_rank}.")
         if self.nnz > spec.numel:
-            raise UsageError(f"Layer {spec.name}: {self.nnz} nonzeros are more than its {spec.numel} weights.")
+            raise UsageError(f"{spec.label}: {self.nnz} nonzeros are more than its {spec.numel} weights.")
         if self.pattern is not None and self.nnz != self.pattern.nnz(spec):
             raise UsageError(
-                f"Layer {spec.name}: pattern {self.pattern} means {self.pattern.nnz(spec)} nonzeros, not {self.nnz}."
+                f"{spec.label}: pattern {self.pattern} means {self.pattern.nnz(spec)} nonzeros, not {self.nnz}."
             )
         return self
 
-    def params(self, spec: LayerSpec) -> int:
+    def params(self, spec: HasShape) -> int:
         """Parameters kept: `rank (d_out + d_in) + nnz`, plus one 16-bit value per 16 bits of a sign plane."""
         plane = math.ceil(spec.numel / 16) if self.signs else 0
         return self.rank * (spec.d_out + spec.d_in) + self.nnz + plane
 
-    def rank_share(self, spec: LayerSpec) -> float:
+    def rank_share(self, spec: HasShape) -> float:
         """Share of the kept parameters that is in the factors; 0 where nothing is kept."""
         params = self.params(spec)
         return self.rank * (spec.d_out + spec.d_in) / params if params else 0.0
 
-    def bytes(self, spec: LayerSpec) -> int:
+    def bytes(self, spec: HasShape) -> int:
         """Bytes at 16 bits a value, the cheapest index included.
 
         Factors: `2 rank (d_out + d_in)`. `S`: 2 per value, plus nothing if it is full or empty, `ceil(log2 of)` bits
@@ -161,11 +161,11 @@ class Budget:
     def kept(self) -> float:
         return self.limit / self.total
 
-    def cost(self, target: Target, spec: LayerSpec) -> int:
+    def cost(self, target: Target, spec: HasShape) -> int:
         """What `target` uses of this budget."""
         return target.params(spec) if self.accounting == "params" else target.bytes(spec)
 
-    def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int, step: int = 1) -> Target:
+    def grow(self, target: Target, spec: HasShape, axis: str, top: int, limit: int, step: int = 1) -> Target:
         """`target` with its `axis` ("rank" or "nnz") raised as far as a cost of `limit` allows, at most to `top`.
 
         By bisection: a cost grows along either axis, except that a full `S` may be cheaper than a nearly full one.

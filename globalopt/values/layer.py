@@ -1,4 +1,4 @@
-"""Layers of a model: where a linear layer is, how large it is, and N:M patterns of its weights."""
+"""Describe the linear layers of a model: their places, their sizes, and the N:M patterns of their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from globalopt.errors import UnknownNameError, UsageError
 
 @dataclass(frozen=True)
 class NM:
-    """An N:M pattern: of every `of` consecutive weights of a row exactly `keep` may be nonzero."""
+    """Describe an N:M pattern: of every `of` consecutive weights of a row exactly `keep` may be nonzero.
+
+    >>> NM.parse("2:4")
+    NM(keep=2, of=4)
+    >>> NM(2, 4).nnz(Shape(16, 24))
+    192
+    """
 
     keep: int
     of: int
@@ -28,25 +34,75 @@ class NM:
             raise UnknownNameError("pattern", text, ("unstructured", "2:4", "4:8", "1:4", "2:8"))
         return cls(int(keep), int(of))
 
-    def nnz(self, spec: LayerSpec) -> int:
+    def nnz(self, layer: HasShape) -> int:
         """Nonzeros of a layer under this pattern; `UsageError` where `d_in` is no multiple of the group."""
-        if spec.d_in % self.of:
+        if layer.d_in % self.of:
             raise UsageError(
-                f"Pattern {self} needs d_in to be a multiple of {self.of}; layer {spec.name} has d_in = {spec.d_in}. "
+                f"{layer.label} has d_in = {layer.d_in}; pattern {self} needs a multiple of {self.of}. "
                 "Use --pattern unstructured."
             )
-        return spec.numel // self.of * self.keep
+        return layer.numel // self.of * self.keep
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
 
 
+class HasShape:
+    """Give a class with the sizes `d_out` and `d_in` its counts: the base of `Shape` and of `LayerSpec`.
+
+    Parameters, bytes and patterns depend on nothing else, so `Target` accepts either. It is no dataclass itself: its
+    fields would come before the name of a `LayerSpec`.
+
+    >>> Shape(16, 24).numel, Shape(16, 24).max_rank
+    (384, 16)
+    """
+
+    d_out: int
+    d_in: int
+
+    def __post_init__(self) -> None:
+        if self.d_out < 1 or self.d_in < 1:
+            raise UsageError(f"{self.label} has shape {self.d_out} x {self.d_in}; both sizes must be at least 1.")
+
+    @property
+    def numel(self) -> int:
+        """Weights of the dense matrix."""
+        return self.d_out * self.d_in
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank the matrix can have."""
+        return min(self.d_out, self.d_in)
+
+    @property
+    def label(self) -> str:
+        """The words that begin a message about it: "Layer of 4096 x 1024", or "Layer NAME" where it has a name."""
+        return f"Layer of {self.d_out} x {self.d_in}"
+
+
 @dataclass(frozen=True)
-class LayerSpec:
-    """One compressible linear layer: where it is and how large.
+class Shape(HasShape):
+    """Give the sizes of one linear layer whose place in a model does not matter.
+
+    >>> from globalopt.values.budget import Target
+    >>> Target(rank=2, nnz=100).params(Shape(16, 24))
+    180
+    """
+
+    d_out: int
+    d_in: int
+
+
+@dataclass(frozen=True)
+class LayerSpec(HasShape):
+    """Describe one compressible linear layer: its place in the model and its sizes.
 
     `name` is the module path; `site` names the input tensor it shares with other layers; `kind` is the shortest
     name that tells the layers of one block apart ("q_proj").
+
+    >>> spec = LayerSpec("model.layers.0.mlp.up_proj", 0, "model.layers.0.mlp.input", "up_proj", 256, 96)
+    >>> spec.numel, spec.max_rank
+    (24576, 96)
     """
 
     name: str
@@ -56,14 +112,6 @@ class LayerSpec:
     d_out: int
     d_in: int
 
-    def __post_init__(self) -> None:
-        if self.d_out < 1 or self.d_in < 1:
-            raise UsageError(f"Layer {self.name} has shape {self.d_out} x {self.d_in}; both sizes must be at least 1.")
-
     @property
-    def numel(self) -> int:
-        return self.d_out * self.d_in
-
-    @property
-    def max_rank(self) -> int:
-        return min(self.d_out, self.d_in)
+    def label(self) -> str:
+        return f"Layer {self.name}"

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Needs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution, follows
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Metric
 from solvers import SOLVERS, get_solver
-from solvers.oats import OATS
+from solvers.oats import OATS, ScaledState
 from tests.reference import alps, hassle_free, oats, sparsegpt, three_basil
 from tests.reference.low_rank import randomized
 from tests.synthetic import layer, metric
@@ -300,9 +300,8 @@ class Walker(OATS):
 
     name: ClassVar[str] = "walker"
 
-    def solve_path(self, state: Any, targets: Sequence[Target]) -> Iterator[Solution]:
-        for i, target in enumerate(targets):
-            yield OATS(steps=1 if i else self.steps).solve(state, target)
+    def solve_path(self, state: ScaledState, targets: Sequence[Target]) -> list[Solution]:
+        return [OATS(steps=1 if i else self.steps).solve(state, target) for i, target in enumerate(targets)]
 
 
 def test_a_path_is_timed_against_cold_solves(problems, tmp_path, monkeypatch, capsys):
@@ -327,16 +326,13 @@ def test_a_path_is_timed_against_cold_solves(problems, tmp_path, monkeypatch, ca
 
 
 @dataclass(frozen=True)
-class Plane:
+class Plane(Solver[tuple[Tensor, Metric]]):
     """A sign plane without fitting: the largest weights kept, the rest its mean magnitude times its signs."""
 
     name: ClassVar[str] = "slab"
-    paper: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs.NOTHING
-    low_rank: ClassVar[bool] = True
     patterns: ClassVar[bool] = False
     signs: ClassVar[bool] = True
-    outputs: Outputs = Outputs.NONE
 
     def prepare(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         return weight, metric
@@ -352,9 +348,6 @@ class Plane:
         U, V = rest * torch.ones(W.shape[0], 1), torch.ones(1, W.shape[1])
         value = Decomposition(S, U, V, torch.where(W - S < 0, -1.0, 1.0))
         return Solution(value, norm.error(W - value.dense()))
-
-    def solve_path(self, state: tuple[Tensor, Metric], targets: Sequence[Target]) -> Iterator[Solution]:
-        return (self.solve(state, target) for target in targets)
 
 
 def test_equal_bits(problems, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from globalopt.errors import NumericalError, UsageError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.protocols import Needs, Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target
@@ -153,19 +153,13 @@ Handed = tuple[torch.Tensor, Metric, Target]
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recording(Solver[torch.Tensor]):
     """Keeps the layers as they are, up to the count, and what it was handed: a list per site."""
 
     sites: list[list[Handed]]
     outputs: Outputs = Outputs.NONE
 
     name: ClassVar[str] = "recording"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[Needs] = Needs.GRAM
-    sparse: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
-    patterns: ClassVar[bool] = True
-    signs: ClassVar[bool] = False
 
     def prepare(self, weight: torch.Tensor, metric: Metric) -> torch.Tensor:
         return weight
@@ -178,9 +172,6 @@ class Recording:
     def solve_site(self, layers: Sequence[Handed]) -> list[Solution]:
         self.sites.append(list(layers))
         return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
-
-    def solve_path(self, state: torch.Tensor, targets: Sequence[Target]) -> list[Solution]:
-        return [self.solve(state, target) for target in targets]
 
 
 def by_site(layers: ModelLayers) -> list[list[LayerSpec]]:

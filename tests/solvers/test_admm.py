@@ -14,7 +14,7 @@ from globalopt.values.budget import Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM
 from solvers import _admm
-from solvers._admm import Search
+from solvers._admm import AdmmSearch
 from tests.kernels.norms import problem, side, squared
 
 
@@ -45,7 +45,7 @@ def runs(monkeypatch):
 @pytest.mark.parametrize("target", [Target(2, 101), Target(0, 96, NM(2, 4)), Target(1, 48, NM(1, 4))])
 def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
     W, norm = problem((8, 24), False)
-    found = Search(steps=20).run([W], [norm], [target])
+    found = AdmmSearch(steps=20).run([W], [norm], [target])
     masks = runs[0][1]
     assert len(masks) == found.steps
     for magnitudes, share, mask in masks:
@@ -73,9 +73,9 @@ def test_patterns_are_searched_in_planes_as_in_the_columns_own_order(weighted, m
     W, norm = problem((8, 24), weighted)
     patterns = [NM(2, 4), NM(1, 4)]
     targets = [Target(2, 96, patterns[0]), Target(1, 48, patterns[1])]
-    starts = [Search(steps=40).run([W], [norm], [Target(t.rank, t.nnz // 2)]).fits[0] for t in targets]
+    starts = [AdmmSearch(steps=40).run([W], [norm], [Target(t.rank, t.nnz // 2)]).fits[0] for t in targets]
     for given in (None, starts):
-        search = Search(steps=24, begun=0.0 if given is None else 0.3)
+        search = AdmmSearch(steps=24, begun=0.0 if given is None else 0.3)
         together = search.run([W, W], [norm, norm], targets, given).fits
         for i, target in enumerate(targets):
             alone = search.run([W], [norm], [target], None if given is None else [given[i]]).fits[0]
@@ -86,11 +86,11 @@ def test_patterns_are_searched_in_planes_as_in_the_columns_own_order(weighted, m
 
 def test_a_start_is_grown_from_the_share_it_has(runs):
     W, norm = problem((8, 24), False)
-    small = Search(steps=20).run([W], [norm], [Target(1, 40)]).fits
-    large = Search(steps=20).run([W], [norm], [Target(1, 140)]).fits
+    small = AdmmSearch(steps=20).run([W], [norm], [Target(1, 40)]).fits
+    large = AdmmSearch(steps=20).run([W], [norm], [Target(1, 140)]).fits
     runs.clear()
     for start in (small, large):
-        Search(steps=10, begun=0.3, full=0.7).run([W], [norm], [Target(1, 100)], start)
+        AdmmSearch(steps=10, begun=0.3, full=0.7).run([W], [norm], [Target(1, 100)], start)
     (first, _), (second, _) = runs
     assert (first.grown, first.begun, first.full, first.steps) == (0.4, 0.3, 0.7, 10)
     assert second.grown == 1
@@ -100,7 +100,7 @@ def test_the_penalty_is_smaller_for_correlated_coordinates(runs):
     W, norm = problem((8, 24), False)
     white = Norm(side(torch.eye(24).double()))
     for given in (norm, white):
-        Search(steps=20).run([W], [given], [Target(0, 40)])
+        AdmmSearch(steps=20).run([W], [given], [Target(0, 40)])
     (correlated, _), (plain, _) = runs
     assert correlated.start < plain.start
     assert correlated.end < plain.end
@@ -112,7 +112,7 @@ def test_the_penalty_is_larger_with_an_output_side(runs):
     # One with the same spectrum as none at all, so that only its presence counts.
     both = Norm(norm.inputs, side(torch.eye(8).double()))
     for norms in ([norm, norm], [both, both], [norm, both], [both, norm]):
-        Search(steps=20).run([W, W], norms, [Target(0, 40)] * 2)
+        AdmmSearch(steps=20).run([W, W], norms, [Target(0, 40)] * 2)
     plain, *sided = (schedule for schedule, _ in runs)
     assert all(schedule.start > 1.2 * plain.start for schedule in sided)
     assert all(schedule.end > 1.2 * plain.end for schedule in sided)
@@ -125,7 +125,7 @@ def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
     def error(fit):
         return squared(norm, W - fit.S - fit.subspace.U @ fit.subspace.factor(W - fit.S))
 
-    fits = [Search(steps=30, rounds=rounds).run([W], [norm], [Target(2, 200)]).fits[0] for rounds in (0, 1, 4)]
+    fits = [AdmmSearch(steps=30, rounds=rounds).run([W], [norm], [Target(2, 200)]).fits[0] for rounds in (0, 1, 4)]
     assert all(torch.equal(fit.S != 0, fits[0].S != 0) for fit in fits)
     assert error(fits[2]) < error(fits[1]) < error(fits[0])
 
@@ -133,20 +133,20 @@ def test_polish_lowers_the_error_on_the_support_that_was_found(weighted):
 def test_a_start_saves_steps():
     W, norm = problem((24, 32), False)
     target = Target(0, 200)
-    neighbour = Search(steps=200).run([W], [norm], [Target(0, 170)]).fits
+    neighbour = AdmmSearch(steps=200).run([W], [norm], [Target(0, 170)]).fits
 
     def error(found):
         return squared(norm, W - found.fits[0].S)
 
-    warm = Search(steps=30, begun=0.5).run([W], [norm], [target], neighbour)
-    cold = Search(steps=30).run([W], [norm], [target])
+    warm = AdmmSearch(steps=30, begun=0.5).run([W], [norm], [target], neighbour)
+    cold = AdmmSearch(steps=30).run([W], [norm], [target])
     assert error(warm) < error(cold)
     other = Fit(torch.zeros_like(W), Subspace(W[:, :0], W[:, :0]))
-    empty = Search(steps=30).run([W], [norm], [target], [other])
+    empty = AdmmSearch(steps=30).run([W], [norm], [target], [other])
     torch.testing.assert_close(error(empty), error(cold), rtol=0.02, atol=0)
 
 
 def test_needs_an_input_gram():
     W, _ = problem((8, 24), False)
     with pytest.raises(ValueError, match="input Gram"):
-        Search(steps=5).run([W], [Norm(None)], [Target(0, 40)])
+        AdmmSearch(steps=5).run([W], [Norm(None)], [Target(0, 40)])

@@ -7,7 +7,7 @@ import torch
 
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
-from solvers.alps import ALPS
+from solvers import get_solver
 from solvers.hassle_free import HassleFree, SparseStep
 from solvers.oats import OATS
 from solvers.sparsegpt import SparseGPT
@@ -33,7 +33,8 @@ def test_three_basil_reaches_the_published_loop(seed):
 def test_alps_reaches_the_published_loop(seed, pattern):
     W, norm = metric(48, 64, 400, seed)
     nnz = NNZ if pattern is None else W.numel() // 2
-    solution = ALPS().solve(ALPS().prepare(W, norm), Target(0, nnz, pattern))
+    solver = get_solver("alps")
+    solution = solver.solve(solver.prepare(W, norm), Target(0, nnz, pattern))
     S = alps.fit(W, norm.inputs.matrix, nnz, pattern)
     assert solution.error <= 1.01 * norm.error((W - S).float())
 

@@ -15,15 +15,14 @@ from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Status, follows
 from globalopt.values.layer import NM
 from globalopt.values.metric import Gram, Metric
-from solvers import SOLVERS
-from solvers.alps import ALPS
+from solvers import SOLVERS, get_solver
 from solvers.eora import EoRA, Pruning
 from solvers.hassle_free import HassleFree, SparseStep
 from solvers.magnitude import Magnitude
 from solvers.oats import OATS
 from solvers.slab import SLaB
 from solvers.sparsegpt import SparseGPT
-from solvers.three_basil import Preset, ThreeBASiL
+from solvers.three_basil import AdmmPreset, ThreeBASiL
 from solvers.wanda import Wanda
 from tests.synthetic import metric
 
@@ -34,11 +33,11 @@ VARIANTS: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()} | {
     "eora, magnitude": EoRA(Pruning.MAGNITUDE, outputs=Outputs.ROWS),
     "eora, wanda": EoRA(Pruning.WANDA, outputs=Outputs.ROWS),
     "oats, layer": OATS(steps=20, per_row=False, outputs=Outputs.ROWS),
-    "alps, full": ALPS(outputs=Outputs.FULL),
+    "alps, full": get_solver("alps", {"outputs": "full"}),
     "hassle-free, alps": HassleFree(SparseStep.ALPS, steps=5, sparse_steps=20),
     "hassle-free, rows": HassleFree(steps=10, column_block=8, layer_wide=False, outputs=Outputs.ROWS),
-    "3basil, fast": ThreeBASiL(Preset.FAST),
-    "3basil, rows": ThreeBASiL(Preset.FAST, outputs=Outputs.ROWS),
+    "3basil, fast": ThreeBASiL(AdmmPreset.FAST),
+    "3basil, rows": ThreeBASiL(AdmmPreset.FAST, outputs=Outputs.ROWS),
     "slab, published": SLaB(refit=0, search=0),
 }
 
@@ -195,7 +194,7 @@ def test_never_worse_than_a_feasible_start(solver, outputs):
     solution = fit(solver, own.value.dense(), norm, target, own.value)
     assert solution.error == 0
     # One that a solver without outputs, or in a hurry, cannot beat is better only in the whole metric.
-    better = fit(ThreeBASiL(Preset.BEST), W, norm, Target(target.rank, target.nnz)).value
+    better = fit(ThreeBASiL(AdmmPreset.BEST), W, norm, Target(target.rank, target.nnz)).value
     better = replace(better, signs=torch.ones_like(W)) if solver.signs else better
     assert fit(solver, W, norm, target, better).error <= norm.error(W - better.dense())
     nothing = fit(solver, W, norm, zero(solver)).value

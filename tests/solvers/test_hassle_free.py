@@ -18,13 +18,13 @@ def fit(solver, W, norm, target):
 def test_alps_starts_from_the_support_of_the_round_before(monkeypatch):
     rounds = []
 
-    class Recording(hassle_free.Search):
+    class Recording(hassle_free.AdmmSearch):
         def run(self, weights, norms, targets, start=None):
             found = super().run(weights, norms, targets, start)
             rounds.append((self.begun, start, found.fits[0].S))
             return found
 
-    monkeypatch.setattr(hassle_free, "Search", Recording)
+    monkeypatch.setattr(hassle_free, "AdmmSearch", Recording)
     W, norm = metric(24, 32, 300)
     fit(HassleFree(SparseStep.ALPS, steps=4, sparse_steps=10, tolerance=0), W, norm, Target(2, 200))
     assert len(rounds) == 4

@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from globalopt.errors import UsageError
-from globalopt.protocols import Outputs
+from globalopt.protocols import Outputs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Solution, Status
 from globalopt.values.layer import NM
 from globalopt.values.metric import Gram, Metric
-from solvers import three_basil
-from solvers.alps import ALPS
-from solvers.three_basil import STEPS, Preset, ThreeBASiL
+from solvers import SOLVERS, three_basil
+from solvers.three_basil import STEPS, AdmmPreset, ThreeBASiL
 from tests.synthetic import metric
 
 D_OUT, D_IN = 64, 96
 
 
-def fit(solver: ThreeBASiL, W, norm, target) -> Solution:
+def fit(solver: Solver, W, norm, target) -> Solution:
     return solver.solve(solver.prepare(W, norm), target)
 
 
@@ -38,15 +37,15 @@ def geometric_mean(ratios: list[float]) -> float:
 
 @pytest.mark.parametrize("target", [Target(12, 1200), Target(0, 1536)])
 def test_a_longer_search_finds_a_lower_error(target):
-    errors = {preset: 0.0 for preset in Preset}
+    errors = {preset: 0.0 for preset in AdmmPreset}
     for seed in (0, 1, 2, 3):
         W, norm = metric(D_OUT, D_IN, 400, seed)
-        for preset in Preset:
+        for preset in AdmmPreset:
             errors[preset] += fit(ThreeBASiL(preset), W, norm, target).error
-    assert errors[Preset.BEST] < errors[Preset.DEFAULT] < 0.995 * errors[Preset.FAST]
+    assert errors[AdmmPreset.BEST] < errors[AdmmPreset.DEFAULT] < 0.995 * errors[AdmmPreset.FAST]
 
 
-@pytest.mark.parametrize("preset", Preset)
+@pytest.mark.parametrize("preset", AdmmPreset)
 def test_a_preset_is_a_number_of_steps(preset):
     W, norm = metric(16, 24, 300)
     named = fit(ThreeBASiL(preset), W, norm, Target(2, 100))
@@ -64,7 +63,7 @@ def test_a_search_that_is_cut_short_says_so():
     exact = fit(ThreeBASiL(), W, norm, sparse).value.dense()
     settled = fit(ThreeBASiL(), exact, norm, sparse)
     assert settled.status is Status.CONVERGED
-    assert settled.stats["steps"] < STEPS[Preset.DEFAULT]
+    assert settled.stats["steps"] < STEPS[AdmmPreset.DEFAULT]
     assert settled.error < 1e-3 * norm.error(exact)
 
 
@@ -150,7 +149,7 @@ def test_a_target_that_does_not_fit_stops_the_site():
     with pytest.raises(UsageError, match="sign"):
         ThreeBASiL().solve_site([(W, norm, Target(1, 10)), (other, beside, Target(1, 10, signs=True))])
     with pytest.raises(UsageError, match="fits no low-rank part"):
-        ALPS().solve_site([(other, beside, wanted)])
+        SOLVERS["alps"]().solve_site([(other, beside, wanted)])
 
 
 # ------------------------------------------------------------------------------------------------- a path
@@ -165,7 +164,7 @@ PATTERNS = [Target(4, 3072, NM(2, 4)), Target(4, 3072), Target(4, 1536, NM(1, 4)
 @pytest.mark.parametrize("targets", [PATH, PATTERNS], ids=["sizes", "patterns"])
 def test_a_path_does_not_depend_on_the_order_it_is_asked_in(targets):
     W, norm = metric(D_OUT, D_IN, 400)
-    solver = ThreeBASiL(Preset.FAST)
+    solver = ThreeBASiL(AdmmPreset.FAST)
     state = solver.prepare(W, norm)
     given, backwards = solver.solve_path(state, targets), solver.solve_path(state, targets[::-1])
     for target, found, other in zip(targets, given, backwards[::-1], strict=True):
@@ -178,13 +177,13 @@ def test_a_path_does_not_depend_on_the_order_it_is_asked_in(targets):
 def test_a_target_of_a_path_starts_from_the_largest_that_keeps_no_more(monkeypatch):
     starts = {}
 
-    class Recording(three_basil.Search):
+    class Recording(three_basil.AdmmSearch):
         def run(self, weights, norms, targets, start=None):
             kept = start and (start[0].subspace.rank, int(start[0].S.count_nonzero()))
             starts[targets[0].rank, targets[0].nnz] = kept
             return super().run(weights, norms, targets, start)
 
-    monkeypatch.setattr(three_basil, "Search", Recording)
+    monkeypatch.setattr(three_basil, "AdmmSearch", Recording)
     W, norm = metric(16, 24, 300)
     solver = ThreeBASiL(steps=20)
     solver.solve_path(solver.prepare(W, norm), [Target(*sizes) for sizes in ((6, 200), (2, 200), (6, 100), (2, 60))])
@@ -200,7 +199,7 @@ def test_a_path_is_as_good_at_a_fraction_of_the_steps(outputs):
     path, alone = solver.solve_path(state, targets), [solver.solve(state, target) for target in targets]
     assert torch.equal(path[0].value.dense(), alone[0].value.dense())
     assert geometric_mean([warm.error / cold.error for warm, cold in zip(path, alone, strict=True)]) < 1.05
-    assert all(found.stats["steps"] <= 0.3 * STEPS[Preset.DEFAULT] for found in path[1:])
+    assert all(found.stats["steps"] <= 0.3 * STEPS[AdmmPreset.DEFAULT] for found in path[1:])
     # So few steps from nothing are worse.
     short = fit(ThreeBASiL(steps=round(path[-1].stats["steps"])), W, norm, targets[-1])
     assert path[-1].error < short.error
@@ -218,7 +217,7 @@ def test_a_coarse_path_is_settled_where_coordinates_are_correlated(seed):
 
     norm = Metric(falling(D_IN), falling(D_OUT))
     W = torch.randn(D_OUT, D_IN, generator=generator)
-    solver, targets = ThreeBASiL(Preset.FAST), [Target(0, int(kept * W.numel())) for kept in (0.08, 0.2, 0.4, 0.7)]
+    solver, targets = ThreeBASiL(AdmmPreset.FAST), [Target(0, int(kept * W.numel())) for kept in (0.08, 0.2, 0.4, 0.7)]
     state = solver.prepare(W, norm)
     for warm, target in zip(solver.solve_path(state, targets), targets, strict=True):
         assert warm.error < 1.4 * solver.solve(state, target).error
@@ -226,7 +225,7 @@ def test_a_coarse_path_is_settled_where_coordinates_are_correlated(seed):
 
 def test_a_path_of_patterns():
     W, norm = metric(D_OUT, D_IN, 400)
-    solver = ThreeBASiL(Preset.FAST)
+    solver = ThreeBASiL(AdmmPreset.FAST)
     for target, found in zip(PATTERNS, solver.solve_path(solver.prepare(W, norm), PATTERNS), strict=True):
         assert found.value.fits(target)
         assert found.value.nnz == target.nnz
@@ -238,7 +237,7 @@ def test_a_path_of_patterns():
 
 def test_alps_is_the_search_at_rank_zero():
     W, norm = metric(D_OUT, D_IN, 400)
-    alps = fit(ALPS(), W, norm, Target(0, 1500))
+    alps = fit(SOLVERS["alps"](), W, norm, Target(0, 1500))
     twin = ThreeBASiL(damping=0.01, diagonal_damping=0.0, outputs=Outputs.NONE)
     assert torch.equal(alps.value.S, fit(twin, W, norm, Target(0, 1500)).value.S)
     assert alps.value.rank == 0

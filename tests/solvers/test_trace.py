@@ -63,14 +63,14 @@ def test_the_trace_of_admm_ends_with_the_damped_error_of_what_it_returns(weighte
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_looking_changes_no_bit(weighted, monkeypatch):
+def test_tracing_changes_no_bit(weighted, monkeypatch):
     solver, W, metric, target = problem("3basil", weighted)
-    looked = solver.solve_site([(W, metric, target)])[0]
-    run = _admm.Search.run
-    monkeypatch.setattr(_admm.Search, "run", lambda self, *given: run(replace(self, traced=False), *given))
+    traced = solver.solve_site([(W, metric, target)])[0]
+    run = _admm.AdmmSearch.run
+    monkeypatch.setattr(_admm.AdmmSearch, "run", lambda self, *given: run(replace(self, traced=False), *given))
     plain = solver.solve_site([(W, metric, target)])[0]
     for part in ("S", "U", "V"):
-        assert torch.equal(getattr(looked.value, part), getattr(plain.value, part))
+        assert torch.equal(getattr(traced.value, part), getattr(plain.value, part))
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "eora"])
@@ -79,7 +79,7 @@ def test_solvers_without_iteration_have_none(name):
     assert solver.solve(solver.prepare(W, metric), target).trace == ()
 
 
-def test_quick_looks_along_a_path_have_none():
+def test_probes_along_a_path_have_none():
     solver, W, metric, target = problem("3basil")
     targets = [target, replace(target, nnz=400)]
     assert [found.trace for found in solver.solve_path(solver.prepare(W, metric), targets)] == [(), ()]

@@ -11,7 +11,7 @@ from globalopt.errors import BudgetError, CalibrationError, NumericalError, Unkn
 from globalopt.values import metric
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer import NM, LayerSpec, Shape
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
 
@@ -59,6 +59,24 @@ def test_byte_counts():
 def test_targets_that_do_not_fit(target, match):
     with pytest.raises(UsageError, match=match):
         target.check(SPEC)
+
+
+@pytest.mark.parametrize("target", [Target(3, 20), Target(0, 64, NM(2, 4)), Target(1, 9, signs=True), Target(0, 128)])
+def test_a_shape_counts_as_the_layer_of_that_shape(target):
+    shape = Shape(SPEC.d_out, SPEC.d_in)
+    assert (shape.numel, shape.max_rank) == (SPEC.numel, SPEC.max_rank)
+    assert target.check(shape) is target
+    assert (target.params(shape), target.bytes(shape)) == (target.params(SPEC), target.bytes(SPEC))
+    assert Target.dense(shape) == Target.dense(SPEC)
+
+
+def test_messages_name_a_layer_or_its_shape():
+    for layer, name in ((SPEC, "Layer a"), (Shape(8, 16), "Layer of 8 x 16")):
+        for target in (Target(9, 0), Target(0, 129), Target(0, 60, NM(2, 4)), Target(0, 10, NM(2, 3))):
+            with pytest.raises(UsageError, match=f"^{name}"):
+                target.check(layer)
+    with pytest.raises(UsageError, match=r"^Layer of 0 x 16 has shape 0 x 16"):
+        Shape(0, 16)
 
 
 @pytest.mark.parametrize("kept", [0, -0.1, 1.5, float("nan")])

@@ -1,8 +1,10 @@
-"""What every solver does around its method: read a layer, refuse targets, report the undamped error."""
+"""State one layer's approximation problem: check weight and target, weight rows, report the undamped error.
+
+Every solver does this around its method, and a new one may use it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,37 +16,44 @@ from globalopt.errors import NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution, Status, Trace
-from globalopt.values.layer import LayerSpec
+from globalopt.values.layer import Shape
 from globalopt.values.metric import Metric
 
-# Of the mean importance: a row whose output the loss does not feel still has a finite scale.
+# Of the mean importance: a row whose output does not change the loss still has a finite scale.
 LEAST_IMPORTANCE = 1e-4
 
 
-def at_most_rows(solver: Solver) -> None:
-    """`UsageError` where `solver` is asked for the whole output Gram, but can only weight rows."""
+def at_most_rows(solver: Solver[Any]) -> None:
+    """Raise `UsageError` where `solver` is to weight its error by all of the output Gram, but can only weight rows.
+
+    >>> from solvers.wanda import Wanda
+    >>> at_most_rows(Wanda(outputs=Outputs.ROWS))
+    >>> Wanda(outputs=Outputs.FULL)
+    Traceback (most recent call last):
+    globalopt.errors.UsageError: Solver 'wanda' weights rows by the diagonal of A; outputs is none or rows, not full.
+    """
     if solver.outputs is Outputs.FULL:
         raise UsageError(
             f"Solver '{solver.name}' weights rows by the diagonal of A; outputs is none or rows, not full."
         )
 
 
-class OneByOne:
-    """For solvers that gain nothing from a neighbouring target, or from layers on the same inputs."""
-
-    def solve_site(self: Any, layers: Sequence[tuple[Tensor, Metric, Target]]) -> list[Solution]:
-        return [self.solve(self.prepare(weight, metric), target) for weight, metric, target in layers]
-
-    def solve_path(self: Any, state: Any, targets: Sequence[Target]) -> list[Solution]:
-        return [self.solve(state, target) for target in targets]
-
-
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """One `weight` (d_out, d_in), the `metric` its error is measured in, and the `rows` scale it is fitted in.
+class LayerProblem:
+    """Hold one `weight` (d_out, d_in), the `metric` of its error, and the row scale `rows` (d_out, 1) of its fit.
 
-    Row weighting: with `rows` (d_out, 1) `= diag(A)^1/2` up to a factor, a method that minimises `tr(E G Eᵀ)` for
-    `rows * W` minimises `tr(diag(A) E G Eᵀ)` for `W`. Without output weighting `rows` is all ones.
+    With `rows = diag(A)^1/2` up to a factor, a method that minimises `tr(E G Eᵀ)` for `rows * W` minimises
+    `tr(diag(A) E G Eᵀ)` for `W`. Without output weighting `rows` is all ones.
+
+    >>> from globalopt import Gram
+    >>> gradients = Gram(torch.diag(torch.tensor([4.0, 1.0])), tokens=100)
+    >>> metric = Metric(Gram(torch.eye(3), tokens=100), gradients)
+    >>> problem = LayerProblem.read(torch.ones(2, 3), metric, Outputs.ROWS)
+    >>> round(float(problem.rows[0] / problem.rows[1]), 3)
+    2.0
+    >>> half = problem.kept(torch.tensor([[True] * 3, [False] * 3]))
+    >>> problem.solution(half, Target(0, 3), start=None).error
+    3.0
     """
 
     weight: Tensor
@@ -52,10 +61,10 @@ class Layer:
     rows: Tensor
 
     @classmethod
-    def read(cls, weight: Tensor, metric: Metric, outputs: Outputs = Outputs.NONE) -> Layer:
-        """A layer fitted with as much of the metric's `A` as `outputs` says; without an `A` there is none to use.
+    def read(cls, weight: Tensor, metric: Metric, outputs: Outputs = Outputs.NONE) -> LayerProblem:
+        """Check `weight` (d_out, d_in) against its Grams, and weight its rows where `outputs` is not none.
 
-        A float64 weight is fitted in float64, any other in float32.
+        A float64 weight is fitted in float64, any other in float32. Without an `A` no row is weighted.
 
         Raises:
             NumericalError: the weight is not finite.
@@ -75,30 +84,30 @@ class Layer:
         rows = weight.new_ones(len(weight), 1)
         if outputs is not Outputs.NONE and metric.outputs is not None:
             mean = metric.outputs.diagonal.mean()
-            # Where the loss feels no output at all, there is nothing to weight by.
+            # Where no output changes the loss, there is nothing to weight by.
             if float(mean) > 0:
                 rows = (metric.outputs.diagonal / mean + LEAST_IMPORTANCE).sqrt()[:, None]
         return cls(weight, metric, rows)
 
     @property
     def weighted(self) -> bool:
-        """Whether outputs are weighted; not where the metric has no `A`, or its loss feels no output."""
+        """Whether rows are weighted: not where the metric has no `A`, or an `A` of zeros."""
         return bool((self.rows != 1).any())
 
     @property
     def G(self) -> Tensor:
-        """(d_in, d_in) undamped."""
+        """The input Gram (d_in, d_in), undamped."""
         return self.metric.inputs.matrix
 
     @cached_property
     def live(self) -> Tensor:
-        """The weight to fit: rows scaled, and zeros in the columns of dead inputs, on which no error depends."""
+        """The weight to fit (d_out, d_in): rows scaled, and zeros in the columns of inputs that are always zero."""
         return (self.weight * self.rows).masked_fill(self.metric.inputs.diagonal == 0, 0.0)
 
-    def check(self, target: Target, solver: Solver) -> None:
-        """`UsageError` where `target` does not fit this layer or asks for what `solver` cannot do."""
+    def check(self, target: Target, solver: Solver[Any]) -> None:
+        """Raise `UsageError` where `target` does not fit this layer, or has a part that `solver` does not fit."""
         d_out, d_in = self.weight.shape
-        target.check(LayerSpec(name="(given)", block=0, site="", kind="", d_out=d_out, d_in=d_in))
+        target.check(Shape(d_out, d_in))
         if target.signs != solver.signs:
             wanted = "fits a sign plane; set signs in the target" if solver.signs else "has no sign plane"
             raise UsageError(f"Solver '{solver.name}' {wanted}; the target has signs={target.signs}.")
@@ -114,22 +123,22 @@ class Layer:
             )
 
     def restored(self, S: Tensor, U: Tensor, V: Tensor, columns: Tensor | None = None) -> Decomposition:
-        """`S + U V` of `rows * weight * columns` as parts of the weight.
+        """Undo the scaling of a decomposition `S + U V` of `rows * weight * columns`.
 
         Args:
-            columns: (d_in,) what the columns of `live` were multiplied by.
+            columns: (d_in,) the factors by which the columns of `live` were multiplied.
         """
         if columns is not None:
             S, V = S / columns, V / columns
         return Decomposition(S / self.rows, U / self.rows, V)
 
     def kept(self, mask: Tensor) -> Decomposition:
-        """The weight itself where `mask` (d_out, d_in) holds, with factors of rank 0."""
+        """Keep the weight unchanged where `mask` (d_out, d_in) is true, with factors of rank 0."""
         S = self.weight.masked_fill(~mask, 0.0)
         return Decomposition(S, S.new_zeros(S.shape[0], 0), S.new_zeros(0, S.shape[1]))
 
     def sparse(self, S: Tensor) -> Decomposition:
-        """`S` of `live`, with factors of rank 0."""
+        """Undo the scaling of an `S` (d_out, d_in) of `live`, with factors of rank 0."""
         return self.restored(S, S.new_zeros(S.shape[0], 0), S.new_zeros(0, S.shape[1]))
 
     def solution(
@@ -144,10 +153,10 @@ class Layer:
         settled: bool = True,
         trace: Trace = (),
     ) -> Solution:
-        """The better of `value` and a feasible `start`, with its undamped error.
+        """Report the better of `value` and a feasible `start`, with its undamped error.
 
         Args:
-            asked, damping: the damping asked for and used, as fractions of the mean diagonal.
+            asked, damping: the damping that was asked for and that was used, as fractions of the mean diagonal.
             steps, settled, trace: of an iterative method.
         """
         error = self.metric.error(self.weight - value.dense())
