@@ -54,38 +54,19 @@ class Calibration:
         Args:
             measured: allocations and their losses above 0, on the same windows; one is enough.
         """
-        warp = Warp.of(problem)
-        names = [surface.spec.name for surface in problem.surfaces]
-        error = np.array([[s.predict(t[s.spec.name]) for s in problem.surfaces] for t, _ in measured])
-        features = np.stack(
-            [warp.features(s.spec, [t[s.spec.name] for t, _ in measured]) for s in problem.surfaces], axis=1
-        )
-        losses = np.log([max(loss, LEAST) for _, loss in measured])
-        coefficients, layers = len(warp.names), len(names)
-        spread = np.concatenate(
-            [np.full(coefficients, WARP_SPREAD), np.full(layers, LAYER_SPREAD), [LEVEL_SPREAD, POWER_SPREAD]]
-        )
-
-        def terms(x: Floats) -> Floats:
-            return error * np.exp(features @ x[:coefficients] + x[coefficients:-2])
-
-        def residuals(x: Floats) -> Floats:
-            total = np.maximum(terms(x).sum(1), LEAST)
-            return np.concatenate([(x[-2] + (1 + x[-1]) * np.log(total) - losses) / NOISE, x / spread])
-
-        def jacobian(x: Floats) -> Floats:
-            each = terms(x)
-            total = np.maximum(each.sum(1, keepdims=True), LEAST)
-            share = (1 + x[-1]) * each / total
-            columns = [np.einsum("nl,nlk->nk", share, features), share, np.ones((len(each), 1)), np.log(total)]
-            return np.concatenate([np.concatenate(columns, axis=1) / NOISE, np.diag(1 / spread)])
-
+        posterior = Posterior(problem, measured)
         # The stubs know of no derivative but a word.
-        x = least_squares(residuals, np.zeros(len(spread)), jac=jacobian, x_scale=spread).x  # pyright: ignore[reportArgumentType]
-        misfit = residuals(x)[: len(measured)] * NOISE
-        own = dict(zip(names, x[coefficients:-2].tolist(), strict=True))
+        x = least_squares(
+            posterior.residuals,
+            np.zeros(len(posterior.spread)),
+            jac=posterior.jacobian,  # pyright: ignore[reportArgumentType]
+            x_scale=posterior.spread,
+        ).x
+        misfit = posterior.residuals(x)[: len(measured)] * NOISE
+        coefficients = len(posterior.warp.names)
+        own = dict(zip(posterior.names, x[coefficients:-2].tolist(), strict=True))
         return cls(
-            warp,
+            posterior.warp,
             x[:coefficients],
             own,
             float(x[-2]),
@@ -102,3 +83,44 @@ class Calibration:
         """The loss predicted for `targets` of the problem it was fitted to."""
         total = self.apply(problem).predicted(targets)
         return float(np.exp(self.level + self.power * np.log(max(total, LEAST))))
+
+
+class Posterior:
+    """The negative log posterior of a calibration as a sum of squares, `½ ||residuals(x)||²` up to a constant.
+
+    `x` is `theta`, then `u` in the order of the surfaces, the level, and the power less 1.
+
+    Args:
+        measured: allocations and their losses above 0.
+    """
+
+    def __init__(self, problem: Problem, measured: Sequence[tuple[Mapping[str, Target], float]]) -> None:
+        self.warp = Warp.of(problem)
+        self.names = [surface.spec.name for surface in problem.surfaces]
+        self._error = np.array([[s.predict(t[s.spec.name]) for s in problem.surfaces] for t, _ in measured])
+        self._features = np.stack(
+            [self.warp.features(s.spec, [t[s.spec.name] for t, _ in measured]) for s in problem.surfaces], axis=1
+        )
+        self._losses = np.log([max(loss, LEAST) for _, loss in measured])
+        coefficients, layers = len(self.warp.names), len(self.names)
+        self.spread = np.concatenate(
+            [np.full(coefficients, WARP_SPREAD), np.full(layers, LAYER_SPREAD), [LEVEL_SPREAD, POWER_SPREAD]]
+        )
+
+    def residuals(self, x: Floats) -> Floats:
+        """(measured + parameters,) the misfits over `NOISE`, and the parameters over their prior deviations."""
+        total = np.maximum(self._terms(x).sum(1), LEAST)
+        return np.concatenate([(x[-2] + (1 + x[-1]) * np.log(total) - self._losses) / NOISE, x / self.spread])
+
+    def jacobian(self, x: Floats) -> Floats:
+        """(measured + parameters, parameters) the derivative of `residuals`."""
+        each = self._terms(x)
+        total = np.maximum(each.sum(1, keepdims=True), LEAST)
+        share = (1 + x[-1]) * each / total
+        columns = [np.einsum("nl,nlk->nk", share, self._features), share, np.ones((len(each), 1)), np.log(total)]
+        return np.concatenate([np.concatenate(columns, axis=1) / NOISE, np.diag(1 / self.spread)])
+
+    def _terms(self, x: Floats) -> Floats:
+        """(measured, layers) the corrected errors of the layers."""
+        coefficients = len(self.warp.names)
+        return self._error * np.exp(self._features @ x[:coefficients] + x[coefficients:-2])

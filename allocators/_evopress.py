@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from allocators._moves import Layer, layers_of, settled
+from allocators._moves import LayerMoves, layers_of, settled
 from allocators._trials import Trials
 from globalopt.protocols import Candidate
 from globalopt.values.budget import BYTES_PER_VALUE, Target
@@ -49,7 +49,7 @@ class Database:
         self.step = max(1, rank, weights * (BYTES_PER_VALUE if problem.budget.accounting == "bytes" else 1))
         self.levels = {name: self._levels(layer, start[name]) for name, layer in self.layers.items()}
 
-    def _levels(self, layer: Layer, start: Target) -> dict[int, Target]:
+    def _levels(self, layer: LayerMoves, start: Target) -> dict[int, Target]:
         down = min(LEVELS, layer.spare(start) // self.step)
         up = min(LEVELS, layer.room(start) // self.step)
         found = {-level: layer.shrunk(start, level * self.step) for level in range(1, down + 1)}

@@ -59,7 +59,7 @@ def unit_range(scores: Mapping[int, float]) -> dict[int, float]:
 
 def least_kept(problem: Problem) -> float:
     """The fraction of the whole that is kept even where nothing is: 0, or under a pattern what its nonzeros cost."""
-    layers = [_Layer.of(surface, problem) for surface in problem.surfaces]
+    layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
     return math.fsum(layer.least * layer.dense for layer in layers) / problem.budget.total
 
 
@@ -67,7 +67,7 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
     """Targets that keep the fraction `kept[b] + shift` of every layer of block b, and use the whole budget.
 
     The shift is common to all blocks and found by bisection, each layer's fraction being clipped to what it can keep
-    (`_Layer`): the shape of the profile stays, and blocks of unequal sizes, clipped fractions and a pattern's floor
+    (`_FractionRange`): the shape of the profile stays, and blocks of unequal sizes, clipped fractions and a floor
     do not move the budget. What rounding leaves of it is spent on the layers that gain most.
 
     Args:
@@ -75,7 +75,7 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
         rank_share: of what a layer keeps, as rank: `rank = floor(rank_share kept d_out d_in / (d_out + d_in))`, at
             most the largest its surface offers, and within the problem's limits. Where only rank is free all of it is.
     """
-    layers = [_Layer.of(surface, problem) for surface in problem.surfaces]
+    layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
     limit = problem.budget.limit
 
     def used(shift: float) -> float:
@@ -93,7 +93,7 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _FractionRange:
     """What one layer can keep.
 
     Args:
@@ -109,7 +109,7 @@ class _Layer:
     most: float
 
     @classmethod
-    def of(cls, surface: ErrorSurface, problem: Problem) -> _Layer:
+    def of(cls, surface: ErrorSurface, problem: Problem) -> _FractionRange:
         spec, pattern, budget = surface.spec, problem.pattern, problem.budget
         most_rank = max(target.rank for target in surface.targets)
         dense = budget.cost(Target.dense(spec), spec)

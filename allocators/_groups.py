@@ -57,7 +57,7 @@ class Groups:
 
     def __init__(self, problem: Problem, start: Mapping[str, Target], groups: int) -> None:
         self.problem = problem
-        self._layers = {s.spec.name: _Layer(problem, s) for s in problem.surfaces}
+        self._layers = {s.spec.name: _LayerPrices(problem, s) for s in problem.surfaces}
         names = sorted(self._layers)
         tops = {name: self._layers[name].tops() for name in names}
         self.price = max(1, -(-sum(sum(top.values()) for top in tops.values()) // groups))
@@ -105,7 +105,7 @@ class Groups:
         return self._known[key]
 
 
-class _Layer:
+class _LayerPrices:
     """What one layer gets for a price, under the problem's accounting and pattern."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:

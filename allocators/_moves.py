@@ -164,7 +164,7 @@ def default_delta(problem: Problem) -> int:
     return max(1, problem.budget.total // (64 * len(problem.surfaces)))
 
 
-class Layer:
+class LayerMoves:
     """What one layer can give and take: it stays within what its surface offers, and never costs more than dense.
 
     Answers are remembered: a search asks the same of most layers again and again.
@@ -256,7 +256,7 @@ class Layer:
         return self.grown(least, limit - self.cost(least))
 
 
-def layers_of(problem: Problem) -> dict[str, Layer]:
+def layers_of(problem: Problem) -> dict[str, LayerMoves]:
     """By name, in the order of names, so that draws do not depend on the order of the surfaces."""
     return _layers_of(_Same(problem))
 
@@ -275,16 +275,16 @@ class _Same:
 
 
 @lru_cache(maxsize=2)
-def _layers_of(same: _Same) -> dict[str, Layer]:
+def _layers_of(same: _Same) -> dict[str, LayerMoves]:
     surfaces = sorted(same.problem.surfaces, key=lambda s: s.spec.name)
-    return {surface.spec.name: Layer(same.problem, surface) for surface in surfaces}
+    return {surface.spec.name: LayerMoves(same.problem, surface) for surface in surfaces}
 
 
 def _slack(problem: Problem, targets: Targets) -> int:
     return problem.budget.limit - problem.used(targets)
 
 
-def settled(problem: Problem, layers: Mapping[str, Layer], targets: dict[str, Target]) -> dict[str, Target]:
+def settled(problem: Problem, layers: Mapping[str, LayerMoves], targets: dict[str, Target]) -> dict[str, Target]:
     """`targets` with what a move could not pass on given to the layers that gain most by it, one after the other."""
     while (slack := _slack(problem, targets)) > 0:
         grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
@@ -297,7 +297,7 @@ def settled(problem: Problem, layers: Mapping[str, Layer], targets: dict[str, Ta
 
 
 def _swap(
-    problem: Problem, layers: Mapping[str, Layer], targets: Targets, giver: str, taker: str, delta: int
+    problem: Problem, layers: Mapping[str, LayerMoves], targets: Targets, giver: str, taker: str, delta: int
 ) -> dict[str, Target] | None:
     give, take = layers[giver], layers[taker]
     slack, spare = _slack(problem, targets), give.spare(targets[giver])
@@ -316,7 +316,7 @@ def _swap(
 
 
 def _trades(
-    problem: Problem, layers: Mapping[str, Layer], targets: Targets, delta: int
+    problem: Problem, layers: Mapping[str, LayerMoves], targets: Targets, delta: int
 ) -> list[tuple[str, Target, float]]:
     """`(layer, target, predicted gain)` of every trade of about `delta`."""
     found = []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from allocators import Knapsack
+from allocators._race import Race
 from allocators.auto import Auto, portfolio
 from globalopt.errors import UsageError
+from globalopt.values.problem import Problem
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 
@@ -41,6 +44,32 @@ def test_without_profiles_the_heuristics_are_left_out():
     p = problem(0.4)
     assert len(starts(replace(p, profiles={}))) == len(starts(p)) - 2
     Auto(rounds=1, designs=2, local=False).allocate(replace(p, profiles={}), BentObjective(p))
+
+
+def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
+    """They know the true multipliers of the layers better than the surfaces as they were predicted."""
+    p = problem(0.4, layers=10)
+    objective = BentObjective(p, bend=0.6)
+    guides: list[Problem] = []
+
+    class Spied(Race):
+        def __init__(self, trials, starts, rng, problem):
+            guides.append(problem)
+            super().__init__(trials, starts, rng, problem)
+
+    monkeypatch.setattr("allocators.auto.Race", Spied)
+    Auto().allocate(p, objective)
+    (corrected,) = guides
+    wanted = np.log([objective.multipliers[spec.name] for spec in p.specs])
+    # Per layer the mean of what the correction multiplies its errors by.
+    found = np.array(
+        [
+            np.mean([np.log(b / a) for a, b in zip(before.error, after.error, strict=True) if a > 0])
+            for before, after in zip(p.surfaces, corrected.surfaces, strict=True)
+        ]
+    )
+    assert np.corrcoef(found, wanted)[0, 1] > 0.8
+    assert np.std(wanted - found) < 0.6 * np.std(wanted)
 
 
 def test_it_needs_a_model_to_ask():

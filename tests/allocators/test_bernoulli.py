@@ -12,6 +12,7 @@ from allocators import Knapsack, Uniform, get_allocator
 from allocators._groups import Groups
 from allocators._policy import Control, Policy, gradient_samples, step_within
 from allocators._trials import Trials
+from allocators.bernoulli import Bernoulli, History
 from allocators.cap import Components, project_to_budget, search
 from globalopt.errors import UsageError
 from globalopt.values.budget import Target
@@ -174,6 +175,39 @@ def test_each_remedy_lowers_the_variance():
     controlled = variance(None, Control(alpha, predicted, free))
     assert leave_one_out < 0.1 * bare
     assert controlled < 0.4 * leave_one_out
+
+
+def test_the_search_uses_the_slope_it_has_learnt(small, monkeypatch):
+    """Its control variate takes away most of the variance, exactly that of the best slope of all earlier samples."""
+    groups, policy, objective = small
+    history = History()
+    past = policy.draw(400, generator())
+    losses, predicted = losses_of(groups, objective, past.counts), groups.predicted(past.counts)
+    for rows in torch.arange(400).split(8):
+        history.add(losses[rows], predicted[rows])
+    within = [(x - x.view(-1, 8).mean(1).repeat_interleave(8)) for x in (losses, predicted)]
+    assert history.alpha == pytest.approx(float(within[0] @ within[1] / (within[1] @ within[1])))
+    assert history.alpha > 0.5
+    draws = policy.draw(800, generator(1))
+    losses, predicted = losses_of(groups, objective, draws.counts), groups.predicted(draws.counts)
+    free = gradient_samples(past.scores, groups.predicted(past.counts)).mean(0)
+    plain = gradient_samples(draws.scores, losses).var(0).sum()
+    controlled = gradient_samples(draws.scores, losses, None, Control(history.alpha, predicted, free)).var(0).sum()
+    # What is left is the variance of the part of the loss that the prediction does not explain.
+    explained = float(torch.corrcoef(torch.stack([losses, predicted]))[0, 1] ** 2)
+    assert controlled < 1.5 * (1 - explained) * plain
+    # The search gives this slope, and the first update none.
+    used: list[float] = []
+
+    def spied(scores, losses, baseline=None, control=None):
+        if control is not None:
+            used.append(control.alpha)
+        return gradient_samples(scores, losses, baseline, control)
+
+    monkeypatch.setattr("allocators.bernoulli.gradient_samples", spied)
+    Bernoulli(groups=14, spread=0.2, updates=12).allocate(groups.problem, objective)
+    assert len(used) == 11
+    assert min(used) > 0.5 * history.alpha
 
 
 @pytest.mark.parametrize("natural", [True, False])

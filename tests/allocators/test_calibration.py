@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import rankdata
 
 from allocators import Knapsack
-from allocators._calibration import Calibration
+from allocators._calibration import Calibration, Posterior
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 
@@ -81,3 +81,26 @@ def test_one_measurement_sets_the_level(bent):
     p, objective = bent
     ((targets, loss),) = measured(p, objective, 1, seed=0)
     assert Calibration.fit(p, [(targets, loss)]).loss(p, targets) == pytest.approx(loss, rel=0.02)
+
+
+def test_the_jacobian_is_that_of_the_residuals(bent):
+    """Against central differences, away from the prior's mode."""
+    p, objective = bent
+    posterior = Posterior(p, measured(p, objective, 5, seed=0))
+    rng = np.random.default_rng(0)
+    x = 0.3 * posterior.spread * rng.standard_normal(len(posterior.spread))
+    steps = 1e-6 * np.eye(len(x))
+    columns = [(posterior.residuals(x + step) - posterior.residuals(x - step)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(posterior.jacobian(x), np.stack(columns, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fit_is_a_mode(bent):
+    """No parameter can be moved to a better posterior."""
+    p, objective = bent
+    told = measured(p, objective, 12, seed=0)
+    posterior, found = Posterior(p, told), Calibration.fit(p, told)
+    own = [found.own[name] for name in posterior.names]
+    x = np.concatenate([found.theta, own, [found.level, found.power - 1]])
+    gradient = posterior.jacobian(x).T @ posterior.residuals(x)
+    start = posterior.jacobian(0 * x).T @ posterior.residuals(0 * x)
+    assert np.linalg.norm(gradient * posterior.spread) < 1e-4 * np.linalg.norm(start * posterior.spread)
