@@ -1,0 +1,235 @@
+"""The table of artefacts: what the stages of a run write, in which folder, by which key, and in which form.
+
+An artefact is one row. A new one needs a row here and nothing else: reading, writing, checking against its key,
+deciding what is missing, and addressing by what made it (`runs.cache`) all follow from the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from globalopt.errors import ArtefactError
+from globalopt.runs import codecs
+from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
+from globalopt.values.layer import LayerSpec
+from globalopt.values.results import Family, LayerCurves, Samples, Summary, WindowLosses
+from globalopt.values.scores import Scorecard
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+AGAIN = "Delete it and run the command again."
+
+
+class Stage(StrEnum):
+    """The stages of a run, in order. The artefacts of a stage share one folder, addressed by what made them.
+
+    `PROBE_LABELS`, `LABELS` and `MATCH_LABELS` are one computation, the backward sweep for output Grams, with labels
+    sampled under different seeds: for the probe solver, for predicted losses and refinement, and for matching.
+    """
+
+    GRAMS = "grams"
+    SPECTRA = "spectra"
+    PROFILES = "profiles"
+    PROBE_LABELS = "probe-labels"
+    METRICS = "metrics"
+    SPANS = "spans"
+    ANCHORS = "anchors"
+    GAPS = "solver-gaps"
+    LOSSES = "single-layer-losses"
+    LABELS = "labels"
+    PREDICTIONS = "predictions"
+    OBJECTIVE = "objective"
+    ALLOCATION = "allocation"
+    MATCH_LABELS = "match-labels"
+    REFINEMENT = "refinement"
+    MODEL_MATCHING = "model-matching"
+    RESULT = "result"
+
+
+# ------------------------------------------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True)
+class Key(Generic[K]):
+    """How artefacts of one kind are told apart.
+
+    Args:
+        name: of the file without its suffix.
+        record: JSON-able; written into the artefact, and compared when it is read.
+    """
+
+    name: Callable[[K], str]
+    record: Callable[[K], Mapping[str, Any]]
+
+
+LAYER: Key[LayerSpec] = Key(
+    lambda spec: spec.name, lambda spec: {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
+)
+NAME: Key[str] = Key(lambda name: name, lambda name: {})
+SITE: Key[str] = Key(lambda site: site, lambda site: {"site": site})
+BLOCK: Key[int] = Key(lambda block: f"block.{block}", lambda block: {"block": block})
+
+
+def only(name: str) -> Key[None]:
+    """Make the key of an artefact that exists once: a file `name`."""
+    return Key(lambda _: name, lambda _: {})
+
+
+# ------------------------------------------------------------------------------------------------- forms
+
+
+@dataclass(frozen=True)
+class Form(Generic[K, T]):
+    """How a value is written as a file and read back; `write` and `read` get the key and its record."""
+
+    suffix: str
+    write: Callable[[Path, K, Mapping[str, Any], T], None]
+    read: Callable[[Path, K, Mapping[str, Any]], T]
+
+
+def tensors(
+    encode: Callable[[T], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+    decode: Callable[[K, Mapping[str, Tensor], Mapping[str, Any]], T],
+    parts: Sequence[str] = (),
+    metadata: Sequence[str] = (),
+) -> Form[K, T]:
+    """Make the form of a safetensors file with metadata.
+
+    Args:
+        encode: value -> tensors and JSON-able metadata. decode: the way back.
+        parts, metadata: names that must be there; an `ArtefactError` names those that are not.
+    """
+
+    def write(path: Path, key: K, record: Mapping[str, Any], value: T) -> None:
+        parts, facts = encode(value)
+        write_tensors(path, parts, {**facts, **record})
+
+    def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
+        found, facts = read_tensors(path)
+        _check_key(path, facts, record)
+        if missing := [*(set(parts) - found.keys()), *(set(metadata) - facts.keys())]:
+            raise ArtefactError(f"{path} lacks {', '.join(sorted(missing))}. {AGAIN}")
+        return _decoded(path, lambda: decode(key, found, facts))
+
+    return Form(".safetensors", write, read)
+
+
+def json(encode: Callable[[T], Mapping[str, Any]], decode: Callable[[K, Mapping[str, Any]], T]) -> Form[K, T]:
+    """Make the form of a JSON file that holds a mapping."""
+
+    def write(path: Path, key: K, record: Mapping[str, Any], value: T) -> None:
+        write_json(path, {**record, **encode(value)})
+
+    def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ArtefactError(f"{path} is broken. {AGAIN}")
+        _check_key(path, found, record)
+        return _decoded(path, lambda: decode(key, found))
+
+    return Form(".json", write, read)
+
+
+def values(kind: type[T]) -> Form[Any, T]:
+    """Make the form of a JSON file that holds a dataclass, or a tuple of them, as `asdict` writes it."""
+
+    def plain(value: Any) -> Any:
+        return [asdict(one) for one in value] if isinstance(value, tuple | list) else asdict(value)
+
+    def write(path: Path, key: Any, record: Mapping[str, Any], value: T) -> None:
+        write_json(path, plain(value))
+
+    def read(path: Path, key: Any, record: Mapping[str, Any]) -> T:
+        return validated(path, kind, read_json(path))
+
+    return Form(".json", write, read)
+
+
+def _check_key(path: Path, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    if (held := {name: found.get(name) for name in record}) != record:
+        raise ArtefactError(f"{path} holds {held}, expected {dict(record)}. {AGAIN}")
+
+
+def _decoded(path: Path, decode: Callable[[], T]) -> T:
+    try:
+        return decode()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        raise ArtefactError(f"{path} is broken. {AGAIN}") from None
+
+
+def validated(path: Path, kind: type[T], found: Any) -> T:
+    """Return what was `found` in `path` as a `kind`; `ArtefactError` naming the first field that does not fit."""
+    try:
+        return TypeAdapter(kind).validate_python(found)
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}.") from None
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Artefact(Generic[K, T]):
+    """One kind of artefact: a row of the table.
+
+    Args:
+        folder: below the stage's folder; empty for a file in it.
+        key: what tells artefacts of the kind apart.
+        form: of the file.
+        stage: that makes it.
+    """
+
+    folder: str
+    key: Key[K]
+    form: Form[K, T]
+    stage: Stage
+
+    def during(self, stage: Stage) -> Artefact[K, T]:
+        """The same kind of artefact, made in another stage."""
+        return replace(self, stage=stage)
+
+
+_GRAM = tensors(codecs.encode_gram, codecs.decode_gram, ("matrix",), ("tokens",))
+_PROFILE = json(codecs.encode_profile, codecs.decode_profile)
+_CHOICE = json(codecs.encode_choice, codecs.decode_choice)
+_SPAN = tensors(codecs.encode_span, codecs.decode_span, ("U", "s", "Vh", "S", "scale", "rows"), ("stats",))
+_ANCHORS = tensors(codecs.encode_anchors, codecs.decode_anchors, (), ("anchors",))
+_NUMBERS = json(codecs.encode_numbers, codecs.decode_numbers)
+_PREDICTION = tensors(codecs.encode_prediction, codecs.decode_prediction, (), ("options",))
+_MAPPING = json(dict, lambda _, record: record)
+_ALLOCATED = json(codecs.encode_allocated, codecs.decode_allocated)
+_LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("S", "U", "V"))
+_MATCHED = tensors(codecs.encode_matched, codecs.decode_matched, (), ("layers",))
+
+# The table: folder below the stage's own, key, form, stage.
+GRAM = Artefact("", SITE, _GRAM, Stage.GRAMS)
+CURVES = Artefact("curves", NAME, values(LayerCurves), Stage.SPECTRA)
+PROFILE = Artefact("", LAYER, _PROFILE, Stage.PROFILES)
+OUTPUT_GRAM = Artefact("", LAYER, _GRAM, Stage.LABELS)
+BLOCK_OUTPUT_GRAM = Artefact("", BLOCK, _GRAM, Stage.MATCH_LABELS)
+METRIC_CHOICE = Artefact("", LAYER, _CHOICE, Stage.METRICS)
+SPAN = Artefact("", LAYER, _SPAN, Stage.SPANS)
+ANCHORS = Artefact("", LAYER, _ANCHORS, Stage.ANCHORS)
+SOLVER_GAP = Artefact("", LAYER, _NUMBERS, Stage.GAPS)
+SINGLE_LAYER_LOSSES = Artefact("", LAYER, _NUMBERS, Stage.LOSSES)
+PREDICTION = Artefact("", LAYER, _PREDICTION, Stage.PREDICTIONS)
+TEACHER = Artefact("", only("teacher"), _MAPPING, Stage.OBJECTIVE)
+ALLOCATED = Artefact("", only("allocation"), _ALLOCATED, Stage.ALLOCATION)
+SOLVED_LAYER = Artefact("layers", LAYER, _LAYER, Stage.REFINEMENT)
+MATCHED_BLOCK = Artefact("matched", BLOCK, _MATCHED, Stage.REFINEMENT)
+MATCHED_MODEL = Artefact("matched", only("model"), _MATCHED, Stage.MODEL_MATCHING)
+SUMMARY = Artefact("", only("summary"), values(Summary), Stage.RESULT)
+WINDOWS = Artefact("", only("windows"), values(tuple[WindowLosses, ...]), Stage.RESULT)
+SAMPLES = Artefact("", only("samples"), values(Samples), Stage.RESULT)
+SCORES = Artefact("", only("eval"), values(Scorecard), Stage.RESULT)
+FAMILY = Artefact("", only("family"), values(Family), Stage.RESULT)

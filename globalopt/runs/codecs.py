@@ -1,0 +1,242 @@
+"""Codecs: each kind of value as tensors and JSON-able metadata, and back.
+
+`encode_x(value)` gives what is written; `decode_x(key, ...)` makes the value from what was read. What is missing or of
+the wrong kind raises one of Python's own errors, which the caller (`runs.artefacts`) turns into a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from globalopt.runs.records import Allocated, AnchorSolutions, Matched, MetricChoice, Prediction, SolvedLayer
+from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.metric import Gram
+from globalopt.values.problem import ErrorSurface, Profile
+from globalopt.values.results import Outcome, Search
+from globalopt.values.span import Span
+
+Tensors = Mapping[str, Tensor]
+Metadata = Mapping[str, Any]
+
+
+def encode_target(target: Target) -> list[Any]:
+    """Encode a target as a JSON list; a sign plane is a fourth entry.
+
+    >>> encode_target(Target(2, 10, NM(2, 4)))
+    [2, 10, '2:4']
+    """
+    words: list[Any] = [target.rank, target.nnz, str(target.pattern) if target.pattern else None]
+    return [*words, True] if target.signs else words
+
+
+def decode_target(words: Sequence[Any]) -> Target:
+    """Decode what `encode_target` made.
+
+    >>> decode_target([2, 10, None])
+    Target(rank=2, nnz=10, pattern=None, signs=False)
+    """
+    rank, nnz, pattern, *signs = words
+    return Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None, bool(signs and signs[0]))
+
+
+def encode_gram(gram: Gram) -> tuple[Tensors, Metadata]:
+    """Encode a Gram; see `decode_gram`."""
+    return {"matrix": gram.matrix}, {"tokens": gram.tokens}
+
+
+def decode_gram(key: Any, tensors: Tensors, metadata: Metadata) -> Gram:
+    """Decode a Gram.
+
+    >>> decode_gram("site", *encode_gram(Gram(torch.eye(2), 7))).tokens
+    7
+    """
+    return Gram(tensors["matrix"], metadata["tokens"])
+
+
+def encode_span(span: Span) -> tuple[Tensors, Metadata]:
+    """Encode a span."""
+    return {
+        "U": span.U,
+        "s": span.s,
+        "Vh": span.Vh,
+        "S": span.S,
+        "scale": span.scale,
+        "rows": span.rows,
+    }, {"stats": dict(span.stats)}
+
+
+def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Span:
+    """Decode a span."""
+    return Span(**tensors, stats=metadata["stats"])
+
+
+def parts_of(value: Decomposition) -> dict[str, Tensor]:
+    """Name the tensors of a decomposition by its fields.
+
+    >>> sorted(parts_of(Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))))
+    ['S', 'U', 'V']
+    """
+    parts = {"S": value.S, "U": value.U, "V": value.V}
+    return parts if value.signs is None else {**parts, "signs": value.signs}
+
+
+def encode_layer(solved: SolvedLayer) -> tuple[Tensors, Metadata]:
+    """Encode a solved layer."""
+    return parts_of(solved.value), solved.metadata
+
+
+def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SolvedLayer:
+    """Decode a solved layer."""
+    return SolvedLayer(Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), metadata)
+
+
+def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
+    """Encode anchor solutions: of each `S` its nonzero values and one bit per entry, and the factors.
+
+    All in float32, so that the residuals `W - S - U V` are the same bits after reading as before writing.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, value in enumerate(solutions.values):
+        kept = value.S != 0
+        tensors |= {f"values.{i}": value.S[kept], f"kept.{i}": pack_bits(kept), f"U.{i}": value.U, f"V.{i}": value.V}
+    return tensors, {"anchors": [[encode_target(target) for target in row] for row in solutions.rows]}
+
+
+def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> AnchorSolutions:
+    """Decode anchor solutions."""
+    rows = tuple(tuple(decode_target(words) for words in row) for row in metadata["anchors"])
+    values = []
+    for i in range(sum(len(row) for row in rows)):
+        S = tensors[f"values.{i}"].new_zeros(spec.d_out, spec.d_in)
+        S[unpack_bits(tensors[f"kept.{i}"], S.shape)] = tensors[f"values.{i}"]
+        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"]))
+    return AnchorSolutions(rows, tuple(values))
+
+
+_WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a boolean tensor of any shape into bytes, eight entries each, the first in the lowest bit.
+
+    >>> pack_bits(torch.tensor([True, False, True]))
+    tensor([5], dtype=torch.uint8)
+    """
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (padded * _WEIGHTS.to(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack what `pack_bits` made of a tensor of this `shape`.
+
+    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
+    tensor([ True, False,  True])
+    """
+    bits = (packed[:, None] & _WEIGHTS.to(packed.device)) != 0
+    return bits.flatten()[: torch.Size(shape).numel()].view(*shape)
+
+
+def encode_choice(choice: MetricChoice) -> Metadata:
+    """Encode a choice of metric."""
+    return asdict(choice)
+
+
+def decode_choice(spec: LayerSpec, record: Metadata) -> MetricChoice:
+    """Decode a choice of metric.
+
+    >>> decode_choice(LayerSpec("up", 0, "in", "up", 2, 2), {"plain": 2, "weighted": 1}).uses_output_gram
+    True
+    """
+    return MetricChoice(float(record["plain"]), float(record["weighted"]))
+
+
+def encode_numbers(numbers: Mapping[Target, float]) -> Metadata:
+    """Encode one number per target.
+
+    >>> encode_numbers({Target(1, 0): 0.5})
+    {'by_target': [[1, 0, None, 0.5]]}
+    """
+    return {"by_target": [[*encode_target(target), number] for target, number in numbers.items()]}
+
+
+def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
+    """Decode one number per target."""
+    return {decode_target(words[:-1]): float(words[-1]) for words in record["by_target"]}
+
+
+def encode_profile(profile: Profile) -> Metadata:
+    """Encode a profile; JSON has no whole numbers as keys."""
+    return {
+        "outliers": {str(threshold): share for threshold, share in profile.outliers.items()},
+        "alpha": profile.alpha,
+    }
+
+
+def decode_profile(spec: LayerSpec, record: Metadata) -> Profile:
+    """Decode a profile."""
+    return Profile({int(m): float(share) for m, share in record["outliers"].items()}, float(record["alpha"]))
+
+
+def encode_prediction(prediction: Prediction) -> tuple[Tensors, Metadata]:
+    """Encode a prediction."""
+    surface = prediction.surface
+    options = [[*encode_target(t), error] for t, error in zip(surface.targets, surface.error, strict=True)]
+    return {} if prediction.overlap is None else {"overlap": prediction.overlap}, {"options": options}
+
+
+def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Prediction:
+    """Decode a prediction."""
+    options = metadata["options"]
+    surface = ErrorSurface(
+        spec, tuple(decode_target(words[:-1]) for words in options), tuple(words[-1] for words in options)
+    )
+    return Prediction(surface, tensors.get("overlap"))
+
+
+def encode_allocated(allocated: Allocated) -> Metadata:
+    """Encode an allocation."""
+    return {
+        "targets": {name: encode_target(target) for name, target in allocated.targets.items()},
+        "bound": allocated.bound,
+        "search": None if allocated.search is None else asdict(allocated.search),
+        "uniform": asdict(allocated.uniform),
+    }
+
+
+def decode_allocated(key: None, record: Metadata) -> Allocated:
+    """Decode an allocation."""
+    return Allocated(
+        {name: decode_target(words) for name, words in record["targets"].items()},
+        record["bound"],
+        TypeAdapter(Search | None).validate_python(record["search"]),
+        TypeAdapter(Outcome).validate_python(record["uniform"]),
+    )
+
+
+def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
+    """Encode matched layers and norms, each tensor under `part:layer` or `norm:parameter`."""
+    tensors = {f"norm:{name}": norm for name, norm in matched.norms.items()}
+    for name, value in matched.values.items():
+        tensors.update({f"{part}:{name}": tensor for part, tensor in parts_of(value).items()})
+    return tensors, {"layers": sorted(matched.values), **matched.metadata}
+
+
+def decode_matched(key: Any, tensors: Tensors, metadata: Metadata) -> Matched:
+    """Decode matched layers and norms."""
+    values = {
+        name: Decomposition(
+            tensors[f"S:{name}"], tensors[f"U:{name}"], tensors[f"V:{name}"], tensors.get(f"signs:{name}")
+        )
+        for name in metadata["layers"]
+    }
+    norms = {name.removeprefix("norm:"): tensor for name, tensor in tensors.items() if name.startswith("norm:")}
+    return Matched(values, norms, {name: found for name, found in metadata.items() if name != "layers"})

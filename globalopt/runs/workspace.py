@@ -1,0 +1,64 @@
+"""The artefacts of a run by stage: read, written, and looked for by their rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from globalopt.runs.artefacts import Artefact, Stage
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Workspace:
+    """Read and write the artefacts of a run.
+
+    Args:
+        folder: stages that are not among `folders` have one of their own in it.
+        folders: folder of a stage.
+
+    >>> from globalopt.runs.artefacts import SOLVER_GAP
+    >>> from globalopt.values.budget import Target
+    >>> from globalopt.values.layer import LayerSpec
+    >>> spec, work = LayerSpec("up", 0, "in", "up", 2, 2), Workspace(Path("work"))
+    >>> work.missing(SOLVER_GAP, [spec]) == [spec]
+    True
+    >>> work.put(SOLVER_GAP, spec, {Target(0, 2): 0.8})
+    >>> work.get(SOLVER_GAP, spec)
+    {Target(rank=0, nnz=2, pattern=None, signs=False): 0.8}
+    """
+
+    def __init__(self, folder: Path, folders: Mapping[Stage, Path] | None = None) -> None:
+        self.folder = folder
+        self.folders = dict(folders or {})
+
+    def stage_folder(self, stage: Stage) -> Path:
+        """The folder in which the artefacts of a stage lie."""
+        return self.folders.get(stage, self.folder / stage)
+
+    def path(self, artefact: Artefact[K, T], key: K) -> Path:
+        """The file of an artefact, whether it is there or not."""
+        name = artefact.key.name(key) + artefact.form.suffix
+        return self.stage_folder(artefact.stage) / artefact.folder / name
+
+    def has(self, artefact: Artefact[K, T], key: K) -> bool:
+        """Whether the artefact was written."""
+        return self.path(artefact, key).exists()
+
+    def missing(self, artefact: Artefact[K, T], keys: Iterable[K]) -> list[K]:
+        """The keys of which there is no artefact yet."""
+        return [key for key in keys if not self.has(artefact, key)]
+
+    def put(self, artefact: Artefact[K, T], key: K, value: T) -> None:
+        """Write an artefact, whole or not at all."""
+        artefact.form.write(self.path(artefact, key), key, artefact.key.record(key), value)
+
+    def get(self, artefact: Artefact[K, T], key: K) -> T:
+        """Read an artefact; `ArtefactError` if it is missing, broken, or of another key."""
+        return artefact.form.read(self.path(artefact, key), key, artefact.key.record(key))
+
+    def find(self, artefact: Artefact[K, T], key: K) -> T | None:
+        """Read an artefact; None if it was not written."""
+        return self.get(artefact, key) if self.has(artefact, key) else None
