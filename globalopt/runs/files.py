@@ -1,0 +1,140 @@
+"""Files that appear whole or not at all, and errors that say what is wrong with one.
+
+JSON for what people read, safetensors for tensors, never pickle. A write goes to a temporary file beside its target
+and is renamed, so a reader never sees half a file and a full disk loses nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from globalopt.errors import ArtefactError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` on success, remove it on failure.
+
+    Works for files and for folders (an existing folder is replaced). A full or read-only disk becomes an
+    `ArtefactError` that says what to do.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as cause:
+        if isinstance(cause, ArtefactError):
+            raise
+        raise _write_error(path, cause) from cause
+    except SafetensorError as cause:
+        # safetensors wraps the system's error in its own; the text still names it.
+        raise ArtefactError(f"Cannot write {path}: {cause}. Free space and run the same command again.") from cause
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _write_error(path: Path, cause: OSError) -> ArtefactError:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ArtefactError(
+            f"Cannot write {path}: the disk is full. Free space and run the same command again; it goes on from the "
+            "last finished artefact."
+        )
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; the same value gives the same bytes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    # ValueError: also a whole number of thousands of digits; RecursionError: brackets as deep.
+    except (ValueError, RecursionError) as cause:
+        raise ArtefactError(
+            f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again."
+        ) from None
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte order mark; `ArtefactError` if it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    except UnicodeDecodeError:
+        raise ArtefactError(f"{path} is no UTF-8 text.") from None
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write tensors and a JSON-able record of facts as one safetensors file, atomically."""
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"facts": json.dumps(dict(facts or {}), sort_keys=True)},
+        )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken."""
+    with _opened(path) as (file, facts):
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of what `write_tensors` wrote, without its tensors; errors as in `read_tensors`."""
+    with _opened(path) as (_, facts):
+        return facts
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open safetensors file with its facts; `ArtefactError` if it, or what is read from it, is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads((file.metadata() or {}).get("facts", "{}"))
+    except FileNotFoundError:
+        raise ArtefactError(f"There is no file {path}.") from None
+    except (SafetensorError, ValueError, OSError) as cause:
+        raise ArtefactError(f"{path} is broken ({cause}). Delete it and run the same command again.") from None
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
