@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
 EVERY = [ROOT / "benchmarks" / "README.md", *PAGES, *METHODS]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+MODULE = re.compile(r"`((?:globalopt|solvers|allocators|reports)/[\w/.]*)`")
 
 SMALL = {"nsamples": 8, "seqlen": 16, "eval_windows": 2}
 """What the guide leaves at defaults that are made for real models."""
@@ -109,6 +111,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_every_term_of_the_glossary_names_a_module_that_exists() -> None:
+    entries = re.findall(r"^\* (.+(?:\n  .+)*)", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(entries) > 50
+    for entry in entries:
+        assert MODULE.search(entry), f"no module is named: {entry}"
+        for path in MODULE.findall(entry):
+            assert (ROOT / path).exists(), f"{path} does not exist; it is named in: {entry}"
+
+
+def test_the_entrances_lead_to_the_glossary() -> None:
+    for page, target in ((ROOT / "README.md", "docs/glossary.md"), (ROOT / "docs" / "README.md", "glossary.md")):
+        assert f"]({target})" in page.read_text(encoding="utf-8"), page
 
 
 def script(name: str) -> ModuleType:
