@@ -1,4 +1,4 @@
-"""The program: its commands, registered, and its entry point."""
+"""The `globalopt` program: register the commands, and start."""
 
 # Nothing heavy here or in the modules of the commands: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -56,7 +56,7 @@ app.add_typer(budget.app, name="budget")
 
 
 def main() -> None:
-    """Entry point of the `globalopt` command."""
+    """Run the `globalopt` command."""
     # The hub's client reads it when it is imported; its retries would bury the one line that says what is wrong.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
