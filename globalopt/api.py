@@ -99,7 +99,8 @@ def search(
         text: to calibrate and search on: documents as strings, or a file, a folder or a hub data set by name.
         budget: fraction kept of the compressible layers, in (0, 1].
         eval_text: the test split; without it a part of `text` is held out.
-        allocator: by name, with `allocator_options`, or one of your own, a frozen dataclass, whose fields and source tell runs apart.
+        allocator: by name, with `allocator_options`, or one of your own: a frozen dataclass, whose fields and source
+            tell runs apart.
         solver: by name, with `solver_options`.
         accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, nsamples, seqlen, eval_windows,
             batch_size, seed: as the options of `globalopt search`.
@@ -160,7 +161,8 @@ def compress(
 
     Args:
         budget: a budget file, or what `search` returned as `Compressed.budget`.
-        solver: by name, with `solver_options`, or one of your own, a frozen dataclass, whose fields and source tell runs apart.
+        solver: by name, with `solver_options`, or one of your own: a frozen dataclass, whose fields and source tell
+            runs apart.
         the others: as of `search`.
     Raises:
         GlobalOptError: one of its kinds, saying what was wrong and what to do.

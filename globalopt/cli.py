@@ -1,4 +1,4 @@
-"""The program: its commands, registered, and its entry point."""
+"""The `globalopt` program: register the commands, and start."""
 
 # Nothing heavy here or in the modules of the commands: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands import budget
+from globalopt.commands import budget, cache
 from globalopt.commands.compress import compress
 from globalopt.commands.console import out
 from globalopt.commands.doctor import doctor
@@ -53,10 +53,11 @@ app.command()(export)
 app.command(name="list")(list_methods)
 app.command()(doctor)
 app.add_typer(budget.app, name="budget")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Entry point of the `globalopt` command."""
+    """Run the `globalopt` command."""
     # The hub's client reads it when it is imported; its retries would bury the one line that says what is wrong.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):

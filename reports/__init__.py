@@ -11,6 +11,7 @@ from rich.padding import Padding
 
 from globalopt.values.results import Details, Family, Summary, WindowLosses
 from reports.budgets import budget_diff, budget_file
+from reports.cache import cache_table
 from reports.comparison import comparison, held_against_first
 from reports.comparison_page import comparison_page
 from reports.family_page import family_page
@@ -29,6 +30,7 @@ __all__ = [
     "Written",
     "budget_diff",
     "budget_file",
+    "cache_table",
     "comparison",
     "held_against_first",
     "make_progress",

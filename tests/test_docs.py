@@ -1,4 +1,4 @@
-"""Every command and every block of Python in the guide is run, on a tiny model; pages link to what exists."""
+"""Run every command and every block of Python in the guide on a tiny model, and check links and the glossary."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
 EVERY = [ROOT / "benchmarks" / "README.md", *PAGES, *METHODS]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+MODULE = re.compile(r"`((?:globalopt|solvers|allocators|reports)/[\w/.]*)`")
 
 SMALL = {"nsamples": 8, "seqlen": 16, "eval_windows": 2}
-"""What the guide leaves at defaults that are made for real models."""
+"""Sizes for a tiny model, in place of defaults that are made for real models."""
 
 INSTALLS = "python -m venv "
-"""Begins the two commands of a newcomer, which no test can run from inside."""
+"""Start of the two commands that install the package, which no test can run from inside."""
 
 SIZED = ("search", "compress")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -35,19 +37,19 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
-    """(language, text) of the fenced blocks in these languages, in order."""
+    """Return (language, text) of the fenced blocks in these languages, in order."""
     return [(found[1], found[2]) for found in FENCE.finditer(page.read_text(encoding="utf-8")) if found[1] in languages]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command of a block, without comments."""
+    """Split every command of a block into its arguments, without comments."""
     lines = [line for line in text.splitlines() if not line.startswith(INSTALLS)]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model, the text and the tasks that the guide names, shared by all pages."""
+    """Make a folder with the model, the text and the tasks that the guide names, shared by all pages."""
     folder = tmp_path_factory.mktemp("guide")
     save_tiny(folder / "my-model")
     write_text(folder / "my-text.txt")
@@ -66,7 +68,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_command(words: list[str], drawn: bool = False) -> None:
-    """Run a command of a page at small sizes; pictures are slow, and drawn only if asked for."""
+    """Run a command of a page at small sizes; pictures are slow, and drawn only if `drawn`."""
     program, verb, *rest = words
     assert program == "globalopt", f"a page asks for `{program}`, which is not run here"
     if verb in SIZED:
@@ -78,7 +80,7 @@ def run_command(words: list[str], drawn: bool = False) -> None:
 
 
 def make_half(home: Path) -> None:
-    """The run of the first page, which later pages begin with."""
+    """Make the run of the first page, which later pages start from."""
     if not (home / "runs" / "half" / "summary.json").exists():
         words = "globalopt search my-model --budget 0.5 --calibration my-text.txt --out runs/half"
         run_command(shlex.split(words), drawn=True)
@@ -109,6 +111,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_every_term_of_the_glossary_names_a_module_that_exists() -> None:
+    entries = re.findall(r"^\* (.+(?:\n  .+)*)", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(entries) > 50
+    for entry in entries:
+        assert MODULE.search(entry), f"no module is named: {entry}"
+        for path in MODULE.findall(entry):
+            assert (ROOT / path).exists(), f"{path} does not exist; it is named in: {entry}"
+
+
+def test_the_entrances_lead_to_the_glossary() -> None:
+    for page, target in ((ROOT / "README.md", "docs/glossary.md"), (ROOT / "docs" / "README.md", "glossary.md")):
+        assert f"]({target})" in page.read_text(encoding="utf-8"), page
 
 
 def script(name: str) -> ModuleType:

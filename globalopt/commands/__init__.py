@@ -1,1 +1,1 @@
-"""One file per command of the program, and what they share."""
+"""The commands of the program, one file each, and the modules that they share."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
-    """NAME=VALUE, comma separated and repeated, as the registries take them; `UsageError` naming the `option`."""
+    """Read NAME=VALUE pairs, separated by commas and repeated, for the registries; `UsageError` names the `option`."""
     from globalopt.errors import UsageError
 
     found: dict[str, str] = {}
@@ -28,7 +28,7 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
 
 
 def one_model(argument: str | None, option: str | None) -> str | None:
-    """The one model of MODEL and --model; `UsageError` where they name two."""
+    """Return the one model named by MODEL or --model; `UsageError` if they name two."""
     from globalopt.errors import UsageError
 
     if argument and option and argument != option:
@@ -37,14 +37,14 @@ def one_model(argument: str | None, option: str | None) -> str | None:
 
 
 def named(model: str | None) -> str | None:
-    """The model as the pipeline names it: None for the bundled one, which reports call `reference`."""
+    """Return the model as the pipeline names it: None for the bundled model, which reports call `reference`."""
     from globalopt.pipeline.options import REFERENCE
 
     return None if model == REFERENCE else model
 
 
 def default_folder(models: ModelOptions, name: str) -> Path:
-    """Where a run goes without --out."""
+    """Name the run folder of a run without --out."""
     if models.model is None:
         return Path("runs") / f"reference-{name}"
     path = Path(models.model)
@@ -56,7 +56,7 @@ def default_folder(models: ModelOptions, name: str) -> Path:
 def refine_options(
     sequential: str, match: str, match_set: list[str] | None, distill_set: list[str] | None
 ) -> RefineOptions:
-    """How a refinement goes; `UsageError` for what cannot be."""
+    """Read the options of a refinement; `UsageError` if they contradict each other."""
     from globalopt.pipeline.options import RefineOptions
 
     matching, distilling = pairs(match_set, "--match-set"), pairs(distill_set, "--distill-set")

@@ -1,4 +1,4 @@
-"""`globalopt budget`: look at budget files, compare and convert them."""
+"""`globalopt budget`: print, check, compare and convert budget files."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from globalopt.budgets.budget_file import BudgetFile
     from globalopt.budgets.formats import Format
 
-app = typer.Typer(help="Look at budget files, compare and convert them.", no_args_is_help=True)
+app = typer.Typer(help="Print, check, compare and convert budget files.", no_args_is_help=True)
 
 BUDGET = "budget"
 EVOPRESS = "evopress"
 
-BudgetPath = Annotated[Path, typer.Argument(help="A budget.json.", show_default=False)]
+BudgetPath = Annotated[Path, typer.Argument(help="The budget file, a budget.json.", show_default=False)]
 
 
 @app.command()
 def show(path: BudgetPath) -> None:
-    """Print what a budget file gives to every layer."""
+    """Print the rank, the nonzeros and the cost of every layer in a budget file."""
     with errors():
         import reports
         from globalopt.budgets import budget_file
@@ -38,11 +38,11 @@ def show(path: BudgetPath) -> None:
 def validate(
     path: BudgetPath,
     model: Annotated[
-        str | None, typer.Option(help="Also check that it belongs to this model.", show_default=False)
+        str | None, typer.Option(help="Also check that the budget belongs to this model.", show_default=False)
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Check that a budget file is whole and adds up."""
+    """Check that a budget file is complete and that its costs add up."""
     with errors():
         from globalopt.budgets import budget_file
 
@@ -62,10 +62,12 @@ def validate(
 def diff(
     before: BudgetPath,
     after: Annotated[Path, typer.Argument(help="Another budget of the same model.", show_default=False)],
-    moves: Annotated[int, typer.Option(help="Most rows of the table of the largest moves.", min=0)] = 10,
+    moves: Annotated[
+        int, typer.Option(help="Largest number of rows in the table of the largest differences.", min=0)
+    ] = 10,
     as_json: Json = False,
 ) -> None:
-    """Say what moved between two budgets of one model."""
+    """Print the differences between two budgets of one model."""
     with errors():
         import reports
         from globalopt.budgets import budget_file, diff
@@ -80,35 +82,45 @@ def diff(
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="What to convert.", show_default=False)],
-    source: Annotated[str, typer.Option("--from", help="budget, csv, sparsities, peft or evopress.")] = BUDGET,
-    wanted: Annotated[str, typer.Option("--to", help="The same.")] = BUDGET,
+    path: Annotated[Path, typer.Argument(help="The file to convert.", show_default=False)],
+    source: Annotated[
+        str, typer.Option("--from", help="Format of the file: budget, csv, sparsities, peft or evopress.")
+    ] = BUDGET,
+    wanted: Annotated[
+        str, typer.Option("--to", help="Format to write: budget, csv, sparsities, peft or evopress.")
+    ] = BUDGET,
     *,
     written: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.", show_default=False)],
     like: Annotated[
         Path | None,
-        typer.Option(help="A budget of the same model, for what other formats do not say.", show_default=False),
+        typer.Option(
+            help="A budget of the same model, for everything that the other format does not hold.", show_default=False
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of --like: the model itself.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="The model itself, in place of --like.", show_default=False)] = None,
     accounting: Annotated[
-        str | None, typer.Option(help="With --model: params or bytes.", show_default="params")
+        str | None, typer.Option(help="Unit of the budget, with --model: params or bytes.", show_default="params")
     ] = None,
     rank_as_nonzeros: Annotated[
-        bool, typer.Option("--rank-as-nonzeros", help="Keep the cost of low-rank parts as nonzeros.")
+        bool, typer.Option("--rank-as-nonzeros", help="Turn low-rank parts into nonzeros of the same cost.")
     ] = False,
     level_sparsity: Annotated[
         float | None,
-        typer.Option(help="EvoPress: sparsity of level 0. Left out: that of the budget.", show_default=False),
+        typer.Option(
+            help="For evopress: sparsity of level 0. If it is left out, that of the budget is used.", show_default=False
+        ),
     ] = None,
-    level_step: Annotated[int | None, typer.Option(help="EvoPress: weights per level.", show_default=False)] = None,
+    level_step: Annotated[
+        int | None, typer.Option(help="For evopress: number of weights per level.", show_default=False)
+    ] = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a budget in the format of another program, or make a budget file of one.
+    """Convert a budget file into the format of another program, or the other way round.
 
-    csv carries everything; sparsities (llm-compressor) and evopress no low rank, peft nothing else.
+    The format csv holds everything, sparsities (for llm-compressor) and evopress hold only nonzeros, peft only ranks.
 
-    What would be lost is refused, or said.
+    If a part of the budget would be lost, the conversion is refused, or a note names that part.
     """
     with errors():
         from globalopt.budgets import budget_file
@@ -157,7 +169,7 @@ def convert(
 def _imported(
     path: Path, source: Format, like: Path | None, model: str | None, trust_remote_code: bool, accounting: str
 ) -> tuple[BudgetFile, tuple[str, ...]]:
-    """The budget that a file of another format describes, and notes on what was taken from elsewhere."""
+    """Read the budget that a file of another format describes, with notes on the parts taken from elsewhere."""
     from globalopt.budgets import budget_file
     from globalopt.budgets.formats import Peft
     from globalopt.errors import ArtefactError, UsageError
@@ -177,7 +189,7 @@ def _imported(
 
 
 def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -> BudgetFile:
-    """The budget that leaves all of a model."""
+    """Make the budget that keeps a model whole."""
     from globalopt.budgets import budget_file
     from globalopt.models.identity import model_fingerprint
     from globalopt.models.layers import find_layers

@@ -1,4 +1,4 @@
-"""`globalopt compress`: refine a found budget."""
+"""`globalopt compress`: refine a budget that was found before."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -49,12 +49,18 @@ def compress(
     model_option: ModelOption = None,
     *,
     budget_path: Annotated[
-        Path, typer.Option("--budget-file", help="A budget.json that `search` wrote.", show_default=False)
+        Path,
+        typer.Option(
+            "--budget-file", help="The budget file to refine, a budget.json that `search` wrote.", show_default=False
+        ),
     ],
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
-        str, typer.Option(help="fisher: a backward sweep weights outputs, for solvers that can; none: inputs only.")
+        str,
+        typer.Option(
+            help="Metric of the layers: fisher (also the output Grams of a backward sweep) or none (inputs only)."
+        ),
     ] = "fisher",
     sequential: Sequential = "block",
     match: Match = "block",
@@ -82,7 +88,7 @@ def compress(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Refine a found budget with any solver."""
+    """Compress a model with any solver, at the targets of a budget file."""
     with errors():
         from globalopt.budgets import budget_file
         from globalopt.models.identity import model_fingerprint

@@ -1,4 +1,4 @@
-"""What every command does with the terminal: its two streams, one line per error, and the exit codes.
+"""Terminal output of every command: its two streams, one line per error, and the exit codes.
 
 0 done, 1 failed, 2 usage, 3 budget infeasible, 4 finished with fallbacks, 130 interrupted and resumable.
 """
@@ -25,7 +25,7 @@ err = Console(stderr=True)
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Turn the error family, exhausted memory and Ctrl-C into one line and an exit code."""
+    """Turn the errors of this package, exhausted memory and Ctrl-C into one line and an exit code."""
     from globalopt.errors import GlobalOptError
 
     try:
@@ -60,11 +60,11 @@ def _out_of_memory() -> tuple[type[Exception], ...]:
 
 
 def print_json(value: object) -> None:
-    """Print a JSON-able value, the same on a terminal of any width."""
+    """Print a value as JSON, the same on a terminal of any width."""
     out.out(json.dumps(value, indent=1, allow_nan=False), highlight=False)
 
 
 def say(lines: Sequence[tuple[str, object]]) -> None:
-    """Print labels and what they say, whole lines that can be copied."""
+    """Print labelled texts, one per line, unbroken so that they can be copied."""
     for label, text in lines:
         out.out(f"{label:>8}  {text}", highlight=False)

@@ -1,4 +1,4 @@
-"""`globalopt doctor`: what this machine and installation can do."""
+"""`globalopt doctor`: test this machine and this installation."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Try what a run needs: packages, devices and dtypes, memory and disk. Fails where a required part is broken."""
+    """Test the packages, devices, dtypes, memory and disk that a run needs; exit with 1 if a required part fails."""
     with errors():
         from dataclasses import asdict
 
@@ -83,7 +83,7 @@ def _state(good: str, problem: str | None, colour: str = "red") -> Text:
 
 
 def _products(device: Device) -> Text:
-    """The dtypes that work with the time of a small product, and those that do not with the reason."""
+    """List the dtypes that work, with the time of a small product, and those that do not, with the reason."""
     parts = []
     for product in device.products:
         if product.seconds is None:

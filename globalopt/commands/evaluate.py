@@ -1,4 +1,4 @@
-"""`globalopt eval`: perplexity, KL to the dense model, and zero-shot tasks."""
+"""`globalopt eval`: measure perplexity, KL to the dense model, and zero-shot tasks."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -28,22 +28,22 @@ def evaluate(
     target: Annotated[
         str | None,
         typer.Argument(
-            help="A model, a run folder, or a packed or adapter export. Left out: the reference model.",
+            help="A model, a run folder, or a packed or adapter export. If it is left out, the bundled model is used.",
             show_default=False,
         ),
     ] = None,
     dense: Annotated[
         str | None,
         typer.Option(
-            help="Hold against this model, `reference` for the bundled one. For a run: the model it compressed.",
+            help="The dense model to compare with; `reference` is the bundled one. A run has its own by default.",
             show_default=False,
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Zero-shot tasks, comma separated; `papers` is piqa, hellaswag, arc_easy, arc_challenge, winogrande, "
-            "rte, openbookqa, boolq. Needs lm-eval.",
+            help="Zero-shot tasks, separated by commas; `papers` stands for piqa, hellaswag, arc_easy, arc_challenge, "
+            "winogrande, rte, openbookqa and boolq. Tasks need lm-eval.",
             metavar="NAME[,...]",
             show_default=False,
         ),
@@ -51,28 +51,40 @@ def evaluate(
     tasks_path: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of task files (.jsonl, .parquet) or YAML tasks of lm-eval's kind, instead of the hub. Without "
-            "--tasks: every file in it. A YAML task that is named may run code that comes with it.",
+            help="Folder to read tasks from instead of the hub: .jsonl or .parquet files, or YAML tasks in the format "
+            "of lm-eval. Without --tasks, every file in it is a task. A YAML task that is named may run its own code.",
             show_default=False,
         ),
     ] = None,
     tasks_limit: Annotated[
-        int | None, typer.Option(help="Most items of every task. Left out: all.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Largest number of items per task. If it is left out, all items are used.", show_default=False
+        ),
     ] = None,
     ppl: Annotated[
         list[str] | None,
         typer.Option(
-            "--ppl", help="Another text, measured whole in windows of --seqlen; may be repeated.", metavar="NAME=TEXT"
+            "--ppl",
+            help="Another text to measure as a whole, in windows of --seqlen; may be repeated.",
+            metavar="NAME=TEXT",
         ),
     ] = None,
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window. Left out: the run's, else 256.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Number of tokens per window. If it is left out, that of the run is used, or 256.", show_default=False
+        ),
     ] = None,
     eval_windows: Annotated[
-        int | None, typer.Option(help="Most windows of each split. Left out: the run's, else 128.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Largest number of windows per part. If it is left out, that of the run is used, or 128.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -82,11 +94,12 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, KL to the dense model, and zero-shot tasks, of a model and of the dense one beside it.
+    """Measure perplexity, KL to the dense model and zero-shot tasks, and compare with the dense model.
 
-    A run is measured on the windows it was made with, unless other ones are asked for, and keeps the result as
-    eval.json. A model of your own is measured on validation and test windows of --calibration; with --tasks or --ppl
-    that may be left out.
+    A run is measured on its own windows, unless options choose others.
+    The result is kept in its folder as eval.json.
+    Any other model is measured on validation and test windows of --calibration.
+    With --tasks or --ppl, --calibration may be left out.
     """
     with errors():
         from dataclasses import asdict, replace
@@ -144,7 +157,7 @@ def evaluate(
 
 
 def named_texts(words: list[str] | None) -> dict[str, str]:
-    """NAME=TEXT, repeated; `UsageError` for anything else."""
+    """Read repeated NAME=TEXT pairs; `UsageError` for anything else."""
     from globalopt.errors import UsageError
 
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""`globalopt export`: a finished run in a format that others load."""
+"""`globalopt export`: write a finished run in a format that other programs load."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -15,13 +15,13 @@ from globalopt.commands.options import Json, Quiet, Trust
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)],
     *,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.", show_default=False)],
     format_name: Annotated[
         str,
         typer.Option(
             "--format",
-            help="dense: an ordinary checkpoint; adapter: sparse base and LoRA adapter; packed: only what is kept, "
-            "loads after `import globalopt`; factors: plain tensors per layer.",
+            help="Format to write: dense (an ordinary checkpoint), adapter (a sparse base and a LoRA adapter), packed "
+            "(only the kept values; loads after `import globalopt`) or factors (plain tensors per layer).",
         ),
     ] = "dense",
     trust_remote_code: Trust = False,

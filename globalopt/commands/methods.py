@@ -1,4 +1,4 @@
-"""`globalopt list`: the solvers and allocators there are."""
+"""`globalopt list`: print all solvers and allocators."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -8,7 +8,7 @@ from globalopt.commands.results import defaults
 
 
 def list_methods() -> None:
-    """Print the solvers and allocators there are, with their papers and options."""
+    """Print all solvers and allocators with their papers and options."""
     with errors():
         from rich.table import Table
         from rich.text import Text

@@ -1,4 +1,4 @@
-"""The options that several commands take, each said once."""
+"""Declare the options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,99 +9,122 @@ import typer
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(help="Local folder or hub id. Left out: the bundled reference model.", show_default=False),
+    typer.Argument(
+        help="The model: a local folder or a hub id. If it is left out, the bundled model is used.", show_default=False
+    ),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "--model-name-or-path", help="The same as the argument.", show_default=False),
+    typer.Option("--model", "--model-name-or-path", help="The model, in place of the argument.", show_default=False),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: what the model computes in.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Dtype = Annotated[str, typer.Option(help="Data type in which the model computes: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device on which the model computes: auto, cpu, cuda, cuda:N or mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
 LowCoverage = Annotated[
-    bool, typer.Option("--allow-low-coverage", help="Go on where under half of the block parameters is compressible.")
+    bool,
+    typer.Option(
+        "--allow-low-coverage", help="Accept a model of which less than half of the block parameters are compressible."
+    ),
 ]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="Most memory to use, such as 8GiB: blocks of the model are loaded one at a time where it needs more, and "
-        "hidden states are kept in files. Left out: what is available.",
+        help="Most memory to use, such as 8GiB. A model that needs more is loaded one block at a time, and its hidden "
+        "states are kept in files. If it is left out, the limit is the available memory.",
         metavar="SIZE",
         show_default=False,
     ),
 ]
-SolverName = Annotated[str, typer.Option("--solver", help="What fits the layers; `globalopt list` shows them all.")]
+SolverName = Annotated[
+    str, typer.Option("--solver", help="Solver that decomposes the layers; `globalopt list` shows all solvers.")
+]
 SolverSet = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Solver options, comma separated; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option("--set", help="Options of the solver, separated by commas; may be repeated.", metavar="NAME=VALUE"),
 ]
 Sequential = Annotated[
     str,
     typer.Option(
-        help="When the inputs of a layer are looked at: site (after the layers before it were replaced) or block (once "
-        "per block)."
+        help="When Grams are collected during refinement: block (once per block, before any of its layers is replaced) "
+        "or site (for each input site, after the layers before it were replaced)."
     ),
 ]
 Match = Annotated[
     str,
     typer.Option(
-        help="What is trained after the solver, supports fixed: none; block (every block to the dense one's output); "
-        "model (also the whole model to the dense one's predictions)."
+        help="Training of the kept parameters after the solver, with fixed supports: none; block (every block learns "
+        "to reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions)."
     ),
 ]
 MatchSet = Annotated[
     list[str] | None,
-    typer.Option(help="Options of block matching, comma separated; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option(help="Options of block matching, separated by commas; may be repeated.", metavar="NAME=VALUE"),
 ]
 DistillSet = Annotated[
     list[str] | None,
-    typer.Option(help="Options of model matching, comma separated; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option(help="Options of model matching, separated by commas; may be repeated.", metavar="NAME=VALUE"),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
         # The backslash keeps rich from reading markup.
-        help=r"Text: .txt, .jsonl or .parquet file, a folder saved by datasets, hub data set ID\[@CONFIG][:SPLIT], or "
-        "`reference`: the bundled one.",
+        help=r"Text to calibrate on: a .txt, .jsonl or .parquet file, a folder saved by datasets, a hub data set "
+        r"ID\[@CONFIG][:SPLIT], or `reference` for the bundled text.",
         show_default=False,
     ),
 ]
 EvalText = Annotated[
     str | None,
-    typer.Option(help="Another text for the test split. Left out: the end of --calibration.", show_default=False),
+    typer.Option(
+        help="Another text for the test part. If it is left out, the end of --calibration is used.", show_default=False
+    ),
 ]
-TextColumn = Annotated[str | None, typer.Option(help="Column of the text in a table.", show_default=False)]
-Nsamples = Annotated[int, typer.Option(help="Calibration windows.")]
-Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
-EvalWindows = Annotated[int, typer.Option(help="Most windows of each evaluation split.")]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", max=2**20)]
-Seed = Annotated[int, typer.Option(help="Of windows, labels and search.", min=0, max=2**32 - 1)]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column that holds the text, where the text is a table.", show_default=False)
+]
+Nsamples = Annotated[int, typer.Option(help="Number of calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Number of tokens per window.")]
+EvalWindows = Annotated[
+    int, typer.Option(help="Largest number of windows in each of the selection, validation and test parts.")
+]
+BatchSize = Annotated[int, typer.Option(help="Number of windows per forward pass.", max=2**20)]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the choice of windows, of the sampled labels and of the search.", min=0, max=2**32 - 1),
+]
 ServingProfile = Annotated[
     str,
     typer.Option(
-        help="Where the model will be served: dense (anywhere); adapter (as LoRA: rank at most 512, a multiple of 8); "
-        "two-four (every sparse part 2:4); factors (no sparse parts: rank alone, or layers kept or dropped whole).",
+        help="Where the model will be served, which limits every layer: dense (no limits); adapter (LoRA: rank a "
+        "multiple of 8, at most 512); two-four (sparse parts are 2:4); factors (no sparse parts: rank alone, or the "
+        "layer kept or dropped whole).",
     ),
 ]
 RankMultiple = Annotated[
     int | None,
     typer.Option(
-        help="Every rank is a multiple of it, or 0. Left out: what --serving-profile says, else any.",
+        help="Every rank is 0 or a multiple of this number. If it is left out, --serving-profile decides.",
         min=1,
         show_default=False,
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="Run folder. Left out: runs/NAME, made from the options.", show_default=False),
+    typer.Option(
+        "--out",
+        help="Run folder. If it is left out, runs/NAME is used, with a name made from the options.",
+        show_default=False,
+    ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print parameters, coverage, memory, disk and time of the run, and stop."),
+    typer.Option(
+        "--dry-run", help="Print the parameters, coverage, memory, disk and time that the run will take, and stop."
+    ),
 ]
 Fresh = Annotated[
     bool,
-    typer.Option("--fresh", help="Delete an earlier run in the folder and start over; the cache is kept and used."),
+    typer.Option("--fresh", help="Delete an earlier run in the run folder and start over; the cache is kept and used."),
 ]
 CacheFolder = Annotated[
     Path | None,
@@ -115,6 +138,6 @@ CacheFolder = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep this run's artefacts in its own folder and share nothing.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also a row per layer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print one row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

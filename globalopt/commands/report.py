@@ -1,4 +1,4 @@
-"""`globalopt report`: a run again, or several beside each other."""
+"""`globalopt report`: print the report of a run, or compare several runs."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -14,17 +14,22 @@ from globalopt.commands.results import show_family, show_report
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders; several runs are compared with the first.", show_default=False)
+    ],
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Of several: write comparison.html and its pictures here.", show_default=False),
+        typer.Option(
+            "--out", help="Folder for comparison.html and its pictures, with several runs.", show_default=False
+        ),
     ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Tables and heatmaps of a run, or a comparison of several.
+    """Print and draw the results of a run, or compare several runs.
 
-    What several lose more or less than the first is said with confidence intervals, or why they do not compare.
+    Several runs are compared with the first, with confidence intervals.
+    If two runs cannot be compared, the report says why.
     """
     with errors():
         from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What a finished run or family prints: tables and pictures, or JSON, and what to type next."""
+"""Print a finished run or family: tables and pictures, or JSON, and the command to type next."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -34,7 +34,7 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
 
 
 def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:
-    """Print what a run would take."""
+    """Print the parameters, memory, disk and time that a run would take."""
     from globalopt.pipeline.dry_run import dry_run
 
     plan = dry_run(structure, models, texts, job)
@@ -47,7 +47,7 @@ def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions,
 
 
 def show_report(summary: Summary, run: Run, verbose: bool) -> None:
-    """Print the tables of a run, write its page and its pictures, and say where things are."""
+    """Print the tables of a run, write its page and its pictures, and print their paths."""
     import reports
 
     details = run.details(layer.name for layer in summary.layers)
@@ -75,7 +75,10 @@ def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
 
 
 def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:
-    """What refines a budget of the run with a solver, on the same model and text; MODEL and TEXT were in memory."""
+    """Return the command that refines a budget of the run on the same model and text.
+
+    A model or a text that was given in memory appears as MODEL or TEXT.
+    """
     from globalopt.pipeline import session
     from globalopt.pipeline.live import IN_MEMORY
 
@@ -95,7 +98,7 @@ def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str,
 
 
 def defaults(cls: Any) -> dict[str, object]:
-    """The fields of a dataclass and their defaults."""
+    """Map the fields of a dataclass to their defaults."""
     from dataclasses import fields
 
     return {field.name: field.default for field in fields(cls)}

@@ -1,4 +1,4 @@
-"""`globalopt search`: span, allocate, refine, evaluate and report."""
+"""`globalopt search`: analyse a model, allocate the budget, refine, evaluate and report."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
@@ -55,50 +55,69 @@ def search(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Fraction kept of the compressible layers, in (0, 1]. Several, comma separated: a family of budget "
-            "files, each within the next larger one; nothing is refined.",
+            help="Fraction of the compressible layers to keep, in (0, 1]. Several fractions, separated by commas, make "
+            "a family of budget files, each within the next larger one, without refinement.",
             metavar="FRACTION[,...]",
             show_default=str(BUDGET),
         ),
     ] = None,
-    frontier: Annotated[bool, typer.Option("--frontier", help="A family of budgets: 0.1, 0.15, ... 0.9.")] = False,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Make a family of the budgets 0.1, 0.15, ... 0.9.")
+    ] = False,
     accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
     pattern: Annotated[
         str | None,
-        typer.Option(help="Of the sparse part: unstructured, or KEEP:OF such as 2:4.", show_default="unstructured"),
+        typer.Option(
+            help="Pattern of the sparse parts: unstructured, or KEEP:OF such as 2:4.", show_default="unstructured"
+        ),
     ] = None,
     serving_profile: ServingProfile = "dense",
     rank_multiple: RankMultiple = None,
     allocator: Annotated[
         str | None,
-        typer.Option(help="What divides the budget; `globalopt list` shows them all.", show_default=ALLOCATOR),
+        typer.Option(
+            help="Allocator that divides the budget; `globalopt list` shows all allocators.", show_default=ALLOCATOR
+        ),
     ] = None,
     allocator_set: Annotated[
         list[str] | None,
-        typer.Option(help="Allocator options, comma separated; may be repeated.", metavar="NAME=VALUE"),
+        typer.Option(help="Options of the allocator, separated by commas; may be repeated.", metavar="NAME=VALUE"),
     ] = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
-        str, typer.Option(help="fisher: one backward sweep, predicted nats; none: output errors only.")
+        str,
+        typer.Option(
+            help="How losses are predicted: fisher (in nats, by a backward sweep) or none (only as output errors)."
+        ),
     ] = "fisher",
     span_scaling: Annotated[
         str | None,
         typer.Option(
-            help="activation: split W D_x; none: W; output: also by A; direct: whitened SVD (of profile factors).",
+            help="Scaling in which a weight W is split into its span: activation (W D_x, with the root mean squares of "
+            "the inputs), none (W itself), output (also by the output Gram) or direct (a whitened SVD; the default of "
+            "--serving-profile factors).",
             show_default="activation",
         ),
     ] = None,
     pricing: Annotated[
-        str, typer.Option(help="fit: calibrate predictions on a few real fits per layer; span: trust the spans.")
+        str,
+        typer.Option(
+            help="Basis of the predicted losses: fit (spans, and solutions at a few anchors of every layer) or span "
+            "(spans alone)."
+        ),
     ] = "fit",
     candidates: Annotated[
-        str, typer.Option(help="What a search asks the model about: fit (scaled fits), span, or auto.")
+        str,
+        typer.Option(
+            help="Layers of the candidates whose true loss a search measures: fit (interpolated from the solutions at "
+            "the anchors), span (cut from the spans) or auto (fit where there are such solutions)."
+        ),
     ] = "auto",
     search_tokens: Annotated[
         int,
         typer.Option(
-            help="Forward tokens a search on the true loss may spend; of a family, 0 measures nothing.", min=0
+            help="Forward tokens that the search may spend on true losses; for a family, 0 measures none.", min=0
         ),
     ] = 500_000,
     sequential: Sequential = "block",
@@ -127,7 +146,7 @@ def search(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Span, allocate, refine, evaluate and report: the whole job."""
+    """Compress a model under one budget: analyse it, allocate the budget, refine, evaluate and report."""
     with errors():
         from globalopt.budgets.serving_limits import get_profile
         from globalopt.errors import UsageError
@@ -192,7 +211,7 @@ def search(
 
 
 def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:
-    """The budgets of `--budget`, or those of a frontier."""
+    """Return the budgets of `--budget`, or those of a frontier."""
     from globalopt.errors import UsageError
 
     if frontier is not None:
