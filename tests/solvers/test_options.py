@@ -51,8 +51,9 @@ def test_bad_values_name_the_option(name, option, text):
 
 def test_a_variant_has_the_options_of_its_solver():
     alps = get_solver("alps", {"preset": "fast"})
+    assert isinstance(alps, ThreeBASiL)
     assert replace(alps, outputs=Outputs.FULL).outputs is Outputs.FULL
-    assert [field.name for field in fields(SOLVERS["alps"])] == [field.name for field in fields(ThreeBASiL)]
+    assert [field.name for field in fields(alps)] == [field.name for field in fields(ThreeBASiL)]
     with pytest.raises(UnknownNameError, match="option of solver 'alps' 'dampin'"):
         get_solver("alps", {"dampin": "1"})
 
