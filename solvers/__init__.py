@@ -15,6 +15,7 @@ from globalopt.protocols import Outputs, Solver
 from globalopt.registry import variant
 from solvers.eora import EoRA
 from solvers.hassle_free import HassleFree
+from solvers.layer_problem import LayerProblem
 from solvers.magnitude import Magnitude
 from solvers.oats import OATS
 from solvers.slab import SLaB
@@ -22,6 +23,8 @@ from solvers.sparsegpt import SparseGPT
 from solvers.svd import SVD
 from solvers.three_basil import ThreeBASiL
 from solvers.wanda import Wanda
+
+__all__ = ["SOLVERS", "LayerProblem", "get_solver"]
 
 SOLVERS: dict[str, type[Solver[Any]]] = {
     "magnitude": Magnitude,

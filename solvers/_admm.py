@@ -1,4 +1,4 @@
-"""Search a support by ADMM, with or without a low-rank part: the method behind 3BASiL and ALPS."""
+"""Search for a support by ADMM, with or without a low-rank part: the method behind 3BASiL and ALPS."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AdmmResult(NamedTuple):
 
 @dataclass(frozen=True)
 class AdmmSearch:
-    """Search a support by `ridge_admm`, then refit the values on it.
+    """Search for a support by `ridge_admm`, then refit the values on it.
 
     Args:
         steps: of ADMM, >= 1.

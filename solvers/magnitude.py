@@ -29,9 +29,8 @@ class Magnitude(Solver[LayerProblem]):
     >>> solver = Magnitude()
     >>> metric = Metric(Gram(torch.eye(3), tokens=100))
     >>> state = solver.prepare(torch.tensor([[3.0, -1.0, 0.5], [-4.0, 2.0, 1.0]]), metric)
-    >>> solver.solve(state, Target(rank=0, nnz=3)).value.S
-    tensor([[ 3.,  0.,  0.],
-            [-4.,  2.,  0.]])
+    >>> solver.solve(state, Target(rank=0, nnz=3)).value.S.tolist()
+    [[3.0, 0.0, 0.0], [-4.0, 2.0, 0.0]]
     """
 
     outputs: Outputs = Outputs.NONE

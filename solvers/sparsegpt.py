@@ -24,9 +24,8 @@ class SweepState:
     >>> import torch
     >>> from globalopt import Gram
     >>> metric = Metric(Gram(4 * torch.eye(2), tokens=100))
-    >>> SparseGPT(damping=0).prepare(torch.ones(1, 2), metric).R
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]])
+    >>> SparseGPT(damping=0).prepare(torch.ones(1, 2), metric).R.tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
     """
 
     layer: LayerProblem

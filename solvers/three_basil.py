@@ -55,7 +55,7 @@ class ThreeBASiL(Solver[UnitDiagonal]):
     largest entries at full count; that is most of the gain in error. `L` has momentum, which is most of the rest. The
     penalty follows a fixed rise fitted to the layer's spectrum instead of the support's changes. The values are
     refitted on the support that was found, and the error may weight outputs by `A`. Damping is the public
-    repository's. The solutions of `solve_path` are probes, and have no trace.
+    repository's. The solutions of `solve_path` serve as probes and have no trace.
 
     Args:
         preset: length of the search: fast (80 steps of ADMM), default (200) or best (800).

@@ -30,9 +30,8 @@ class Wanda(Solver[LayerProblem]):
     >>> solver = Wanda()
     >>> metric = Metric(Gram(torch.diag(torch.tensor([1.0, 1.0, 100.0])), tokens=100))
     >>> state = solver.prepare(torch.tensor([[3.0, -1.0, 0.5], [-4.0, 2.0, 1.0]]), metric)
-    >>> solver.solve(state, Target(rank=0, nnz=2)).value.S
-    tensor([[0.0000, 0.0000, 0.5000],
-            [0.0000, 0.0000, 1.0000]])
+    >>> solver.solve(state, Target(rank=0, nnz=2)).value.S.tolist()
+    [[0.0, 0.0, 0.5], [0.0, 0.0, 1.0]]
     """
 
     per_row: bool = True

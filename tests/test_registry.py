@@ -1,17 +1,25 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import pytest
 
 from allocators import ALLOCATORS, get_allocator
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.registry import READERS, at_least, below_one, build, read_options
+from globalopt.registry import READERS, at_least, below_one, build, read_options, variant
 
 
 @dataclass(frozen=True)
 class Method:
+    """Do something.
+
+    Args:
+        steps: how often.
+
+    >>> Method()
+    """
+
     steps: int = 3
     damping: float = 0.5
     exact: bool = True
@@ -76,6 +84,24 @@ def test_below_one(value):
     below_one(momentum=0, share=0.99)
     with pytest.raises(UsageError, match="share must be at least 0 and below 1"):
         below_one(momentum=0.5, share=value)
+
+
+def test_a_variant_is_the_method_with_other_defaults():
+    changed = variant(Method, "Changed", "Do it differently.", name="changed", damping=0.1, order="down")
+    assert (changed.name, Method.name) == ("changed", "method")
+    assert changed() == changed(3, 0.1, True, "down")
+    assert issubclass(changed, Method)
+    assert [field.name for field in fields(changed)] == [field.name for field in fields(Method)]
+    assert build("method", {"changed": changed}, "changed", {"steps": "5"}) == changed(5, 0.1, True, "down")
+    # Its values are checked as those of the method are, and its options explained.
+    with pytest.raises(UsageError, match="steps"):
+        changed(steps=0)
+    assert changed.__doc__ == "Do it differently.\n\nArgs:\n    steps: how often."
+
+
+def test_a_variant_changes_only_what_is_there():
+    with pytest.raises(TypeError, match="no stesp of Method"):
+        variant(Method, "Changed", "Do it differently.", stesp=5)
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

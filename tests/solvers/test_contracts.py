@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -309,6 +309,9 @@ def test_a_zero_weight_is_reproduced(solver):
 
 
 def test_outputs_count_as_much_as_asked(solver):
+    if "outputs" not in {field.name for field in fields(solver)}:
+        assert solver.outputs is Outputs.NONE
+        return
     W, norm = metric(D_OUT, D_IN, 300)
     full, target = weighted(norm), middle(solver)
     plain = replace(solver, outputs=Outputs.NONE)

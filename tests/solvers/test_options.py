@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 
 from globalopt.errors import UnknownNameError, UsageError
+from globalopt.protocols import Outputs
 from solvers import SOLVERS, get_solver
 from solvers.oats import OATS
 from solvers.three_basil import ThreeBASiL
@@ -44,6 +47,15 @@ def test_unknown_names_come_with_a_suggestion():
 def test_bad_values_name_the_option(name, option, text):
     with pytest.raises(UsageError, match=option):
         get_solver(name, {option: text})
+
+
+def test_a_variant_has_the_options_of_its_solver():
+    alps = get_solver("alps", {"preset": "fast"})
+    assert isinstance(alps, ThreeBASiL)
+    assert replace(alps, outputs=Outputs.FULL).outputs is Outputs.FULL
+    assert [field.name for field in fields(alps)] == [field.name for field in fields(ThreeBASiL)]
+    with pytest.raises(UnknownNameError, match="option of solver 'alps' 'dampin'"):
+        get_solver("alps", {"dampin": "1"})
 
 
 def test_class_attributes_are_no_options():
