@@ -153,7 +153,17 @@ def weigh_layers(
     advance: Callable[[str], None] = lambda detail: None,
     limits: Limits = FREE,
 ) -> None:
-    """Write the losses by which the error metrics of the layers `unweighed` are chosen; see `choose_metrics`."""
+    """Write the losses by which the error metrics of the layers `unweighed` are chosen; see `choose_metrics`.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> runner = BlockRunner(find_layers(tiny_llama(), True), [Batch(torch.arange(48).reshape(3, 16))])
+    >>> run = Run.start(Path("run"), {}, {})
+    >>> from solvers import get_solver
+    >>> weigh_layers(runner, [], run, None, get_solver("3basil", {}))  # no layer is left to decide
+    """
     grams = ((spec, run.read_gram(spec.site), run.read_outputs(spec)) for spec in unweighed)
     for choice in choose_metrics(runner, grams, solver, pattern, limits):
         run.write_weighing(choice.spec, choice.plain, choice.weighted)
@@ -166,7 +176,16 @@ def measure_layers(
     run: Run,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Write the losses of the anchor solutions that keep least, layer by layer; see `single_layer_losses`."""
+    """Write the losses of the anchor solutions that keep least, layer by layer; see `single_layer_losses`.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> runner = BlockRunner(find_layers(tiny_llama(), True), [Batch(torch.arange(48).reshape(3, 16))])
+    >>> run = Run.start(Path("run"), {}, {})
+    >>> measure_layers(runner, [], run)  # no layer is left to evaluate
+    """
 
     def residuals(spec: LayerSpec) -> dict[Target, Tensor]:
         fits = _Fits.read(run, spec)
