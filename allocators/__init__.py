@@ -1,4 +1,7 @@
-"""Allocators: which rank and how many nonzeros every layer gets. They see surfaces and a budget, never the model."""
+"""Allocators: they choose the rank and the nonzeros of every layer from error surfaces and a budget.
+
+They never see the model: those that evaluate its loss do so through an `Objective`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 
 def get_allocator(name: str, options: Mapping[str, str] | None = None) -> Allocator:
-    """The allocator called `name`, with options given as text; see `registry.build` for the errors."""
+    """Make the allocator called `name`, with options given as text; see `registry.build` for the errors.
+
+    >>> get_allocator("knapsack", {"exact": "false"})
+    Knapsack(exact=False, gap=1e-06, nodes=2000)
+    """
     return registry.build("allocator", ALLOCATORS, name, options)
 
 

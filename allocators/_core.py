@@ -1,4 +1,4 @@
-"""The core of a multiple-choice knapsack: what can still be in a better answer, solved to the end by HiGHS."""
+"""The core of a multiple-choice knapsack: the options that can still be in a better allocation, solved by HiGHS."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from globalopt.values.problem import ErrorSurface, Problem
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
-"""Of HiGHS, for what is to be whole."""
+"""Of HiGHS, for variables that are integers."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One way to choose a layer: an option, or all between two neighbours that differ in nonzeros alone.
+    """A part of a layer's choices: one option, or all targets between two neighbours that differ in nonzeros alone.
 
     Args:
         layer: number of the surface.
         start, end: the neighbours; the same target for a single option.
         cost, error: of `start`.
-        rise, fall: how much more `end` costs, and how much less it loses.
+        rise, fall: the cost of `end` less that of `start`, and the error of `start` less that of `end`.
     """
 
     layer: int
@@ -47,20 +47,21 @@ class Piece:
 def solve_core(
     problem: Problem, price: float, bound: float, least: float, gap: float, nodes: int
 ) -> tuple[dict[str, Target] | None, float]:
-    """The best choice of one piece per layer, and a bound below which none is; no choice where HiGHS found none.
+    """Solve for the best choice of one piece per layer; return it with a bound, or None where HiGHS found none.
 
-    At a `price` of a unit of budget an option's reduced cost is what its `error + price cost` is above the layer's
-    least. A choice that contains it loses at least the Lagrangian `bound` and that; so an answer that loses `least` can
-    only be bettered by pieces whose reduced cost is at most `least - bound`, a handful per layer.
+    At a `price` of a unit of budget the reduced cost of an option is its `error + price cost` less the least of its
+    layer. The error of a choice that contains the option is at least the Lagrangian `bound` plus the reduced cost; so
+    an allocation of error `least` can only be improved by pieces whose reduced cost is at most `least - bound`, a
+    handful per layer.
 
         min sum error y - fall t   s.t.  sum over a layer's pieces y = 1,  0 <= t <= y,  sum cost y + rise t <= limit
 
-    with `y` binary. What is between two counts of nonzeros is exact here, as surfaces are linear there. Where only rank
-    is free, each one is too dear to be had in fractions: all between two options are pieces of their own.
+    with `y` binary. Between two counts of nonzeros this is exact, as surfaces are linear there. Where only rank is
+    free, one rank costs too much to be taken in fractions, so that all ranks between two options are pieces of their own.
 
     Args:
         price, bound: of the relaxation.
-        least: loss of an answer that is known.
+        least: error of a known allocation.
         gap, nodes: relative gap and number of nodes at which HiGHS stops.
     Source:
         the reduction by reduced costs: Ingargiola and Korsh 1973; the core: Pisinger 1995, A minimal algorithm for the
@@ -130,7 +131,7 @@ def _rows(targets: Iterable[Target], axis: str) -> Iterator[list[Target]]:
 
 
 def _whole_ranks(problem: Problem, row: Sequence[Target]) -> list[Target]:
-    """A row of ranks with all that are between them and within the limits."""
+    """A row of ranks, with all ranks between them that are within the limits."""
     step = problem.limits.rank_multiple
     return [replace(row[0], rank=rank) for rank in range(row[0].rank, row[-1].rank + 1, step)]
 
@@ -145,9 +146,9 @@ def _chosen(problem: Problem, pieces: Sequence[Piece], y: NDArray[np.float64]) -
 
 
 def _within(problem: Problem, chosen: Sequence[tuple[Piece, float]]) -> dict[str, Target]:
-    """Pieces that end at their end; then, with what is left, the one that HiGHS left in the middle.
+    """The targets of a solution: pieces at one of their ends, and one between them on the rest of the budget.
 
-    One constraint leaves at most one piece in the middle of its way.
+    One constraint leaves at most one piece between its ends.
     """
     found = {}
     middle = None
@@ -164,7 +165,7 @@ def _within(problem: Problem, chosen: Sequence[tuple[Piece, float]]) -> dict[str
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what HiGHS writes past Python to the standard output, whatever its options say, out of ours."""
+    """Drop the text that HiGHS writes past Python to the standard output whatever its options say."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

@@ -1,4 +1,4 @@
-"""A warp of the surrogate with a dozen coefficients: what a few true losses can still teach hundreds of surfaces."""
+"""A warp of the error surfaces with a dozen coefficients, few enough to be learnt from a few evaluated losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
 
 MOST_KINDS = 9
-"""Most coefficients of kinds; with more kinds the largest `MOST_KINDS - 1` keep theirs and the others share one."""
+"""Most coefficients of kinds; of more kinds the largest `MOST_KINDS - 1` have their own and the others share one."""
 
 OTHERS = "kind:others"
 
@@ -32,7 +32,7 @@ class Sampler(StrEnum):
 class Warp:
     """`error'_l(c) = error_l(c) exp(theta_kind(l) + theta_a z_l + theta_b z_l² + theta_s share(c))`.
 
-    `z_l` is the layer's depth, its block scaled to [-1, 1] (0 where there is one block); `share(c)` the part of the
+    `z_l` is the layer's depth, its block index scaled to [-1, 1] (0 where there is one block); `share(c)` the part of the
     target's parameters that is rank. With `theta = 0` nothing changes.
 
     Args:
@@ -45,7 +45,7 @@ class Warp:
 
     @classmethod
     def of(cls, problem: Problem) -> Warp:
-        """The warp of a problem's kinds and blocks, the same for any order of its layers."""
+        """Make the warp of a problem's kinds and blocks, the same for any order of its layers."""
         sizes: Counter[str] = Counter()
         for spec in problem.specs:
             sizes[spec.kind] += spec.numel
@@ -56,7 +56,7 @@ class Warp:
         return cls((*kinds, "depth", "depth²", "share"), (min(blocks), max(blocks)))
 
     def features(self, spec: LayerSpec, targets: Sequence[Target]) -> NDArray[np.float64]:
-        """(targets, coefficients): what each coefficient is multiplied by in the exponent."""
+        """Compute the factors of the coefficients in the exponent, (targets, coefficients)."""
         first, last = self.blocks
         z = 2 * (spec.block - first) / (last - first) - 1 if last > first else 0.0
         kind = f"kind:{spec.kind}"
@@ -68,11 +68,11 @@ class Warp:
         return rows
 
     def factors(self, spec: LayerSpec, targets: Sequence[Target], theta: ArrayLike) -> NDArray[np.float64]:
-        """(targets,) what the warp multiplies the errors of `targets` by."""
+        """Compute the factors of the errors of `targets`, (targets,)."""
         return np.exp(self.features(spec, targets) @ np.asarray(theta, dtype=np.float64))
 
     def apply(self, problem: Problem, theta: ArrayLike) -> Problem:
-        """The problem with every surface's errors warped."""
+        """Return the problem with the errors of every surface warped."""
         surfaces = []
         for surface in problem.surfaces:
             error = np.asarray(surface.error) * self.factors(surface.spec, surface.targets, theta)

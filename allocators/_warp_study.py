@@ -36,25 +36,25 @@ PRUNE = 2.0
 
 
 def nearest(problem: Problem, warp: Warp, targets: Mapping[str, Target]) -> Theta:
-    """The coefficients under which `targets` are closest to a solution of the knapsack.
+    """Estimate the coefficients under which `targets` are closest to a solution of the knapsack.
 
-    There every layer's price of a unit, `-d error' / d cost`, is the same: `features theta + constant = -log price`, in
-    the least squares of all layers. Layers whose price is not positive are left out.
+    In a solution the slope `-d error' / d cost` is the same for every layer: `features theta + constant = -log slope`,
+    solved by least squares over the layers. Layers whose slope is not positive are left out.
     """
     rows, rest = [], []
     for surface in sorted(problem.surfaces, key=lambda s: s.spec.name):
-        price = _price(problem, surface, targets[surface.spec.name])
-        if price > 0:
+        slope = _slope(problem, surface, targets[surface.spec.name])
+        if slope > 0:
             rows.append(np.append(warp.features(surface.spec, [targets[surface.spec.name]])[0], 1.0))
-            rest.append(-math.log(price))
+            rest.append(-math.log(slope))
     if not rows:
         return (0.0,) * len(warp.names)
     solution = np.linalg.lstsq(np.stack(rows), np.array(rest), rcond=None)[0]
     return tuple(solution[:-1].tolist())
 
 
-def _price(problem: Problem, surface: ErrorSurface, target: Target) -> float:
-    """Mean fall of the error per unit of cost, from a tenth less to a tenth more of what is free."""
+def _slope(problem: Problem, surface: ErrorSurface, target: Target) -> float:
+    """Mean fall of the error per unit of cost, from a tenth less to a tenth more of the free axis."""
     axis = problem.axis
     spec = surface.spec
     top = spec.numel if axis == "nnz" else max(t.rank for t in surface.targets)
@@ -97,8 +97,8 @@ class WarpStudy:
         self._told = optuna.create_study()
 
     def run(self) -> None:
-        """Add trials until the study holds enough; `OutOfTokens` where they cannot be paid."""
-        self._ask_again()
+        """Add trials until the study holds enough of them; `OutOfTokens` where the tokens do not suffice."""
+        self._evaluate_again()
         while len(told := self._finished()) < self.size:
             self._evaluate(self._propose([(self._theta(trial), trial.value or 0.0) for trial in told]))
 
@@ -127,8 +127,8 @@ class WarpStudy:
             self._solved[theta] = dict(found.targets)
         return self._solved[theta]
 
-    def _ask_again(self) -> None:
-        """Ask what this worker's earlier trials asked, so that the objective counts it as it did then."""
+    def _evaluate_again(self) -> None:
+        """Evaluate this worker's earlier trials again, so that the objective counts their tokens as it did then."""
         for trial in self._finished():
             if trial.user_attrs["worker"] == self.worker:
                 theta = self._theta(trial)
@@ -139,14 +139,15 @@ class WarpStudy:
                         seen = count
 
     def _best(self) -> Tensor:
-        """(windows,) losses of the best completed trial so far, whoever's it is, or of the knapsack."""
+        """(windows,) losses of the best completed trial so far, of any worker, or of the knapsack."""
         completed = [trial for trial in self._finished() if trial.state is TrialState.COMPLETE]
         best = min(completed, key=lambda trial: trial.value or 0.0, default=None)
         if best is None or (best.value or 0.0) >= float(self.knapsack.mean()):
             return self.knapsack
-        # This worker's own are known already; another's has to be paid.
-        ask = self.trials.objective if best.user_attrs["worker"] == self.worker else self.trials
-        return ask.losses([self._targets(self._theta(best))], self.trials.all_chunks)[0]
+        # The losses of this worker's own trials are known already; those of another's cost tokens.
+        known = best.user_attrs["worker"] == self.worker
+        evaluator = self.trials.objective if known else self.trials
+        return evaluator.losses([self._targets(self._theta(best))], self.trials.all_chunks)[0]
 
     @property
     def _stages(self) -> list[int]:
@@ -154,7 +155,7 @@ class WarpStudy:
         return sorted({math.ceil(stage * len(self.trials.all_chunks)) for stage in STAGES})
 
     def _evaluate(self, theta: Theta) -> None:
-        """Ask for `theta` until it is pruned or known on all chunks, and add the trial to the study."""
+        """Evaluate `theta` until it is pruned or known on all chunks, and add the trial to the study."""
         best, candidate = self._best(), self._targets(theta)
         losses, seen = torch.empty(0, dtype=torch.float64), 0
         for count in self._stages:
@@ -179,7 +180,7 @@ class WarpStudy:
         seed = random.Random(f"{self.problem.seed} {self.worker} {len(told)}").getrandbits(31)
         if self.sampler is Sampler.CMAES:
             return _cmaes(told, self.spread, seed)
-        # Told as completed: a pruned trial's value is an estimate of the same mean, which the GP would not look at.
+        # Told as completed: the value of a pruned trial estimates the same mean, but the GP ignores pruned trials.
         known = len(self._told.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         for theta, value in told[known:]:
             params = dict(zip(self.warp.names, theta, strict=True))

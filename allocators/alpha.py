@@ -1,4 +1,4 @@
-"""AlphaPruning: blocks whose spectra have heavier tails keep more."""
+"""AlphaPruning: keep more of the blocks whose spectra have heavier tails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from globalopt.values.problem import Allocation, Problem
 
 @dataclass(frozen=True)
 class Alpha:
-    """Prune less where spectra have heavier tails: of block b, alike in all its layers,
+    """Prune less where spectra have heavier tails. The sparsity of block b, the same for all its layers, is
 
         sparsity_b = eta (1 - epsilon + 2 epsilon (alpha_b - min alpha) / (max alpha - min alpha))
 
@@ -24,7 +24,12 @@ class Alpha:
 
     Args:
         epsilon: half the relative difference between the largest and the least sparsity.
-        rank_share: share of what a layer keeps that is rank.
+        rank_share: part of the parameters of a layer that is in its rank.
+
+    >>> from allocators.example import example_problem
+    >>> found = Alpha(rank_share=0.0).allocate(example_problem(kept=0.5))
+    >>> [target.nnz for target in found.targets.values()]  # the first block has the smaller exponents
+    [41, 83, 23, 45]
     """
 
     name: ClassVar[str] = "alpha"
@@ -40,7 +45,7 @@ class Alpha:
         check_rank_share(self.rank_share)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return AlphaPruning's allocation; the objective is not asked.
+        """Return the allocation by AlphaPruning; the objective is not used.
 
         Raises:
             UsageError: the problem has no profiles.

@@ -1,4 +1,4 @@
-"""ATP's ramp: every block keeps less than the one before it, by one and the same step."""
+"""ATP: the kept fraction falls with depth, by the same step from every block to the next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEEPNESSES = tuple(i / 8 for i in range(9))
 
 
 def depth_ramp(problem: Problem, steepness: float, rank_share: float = 0.1) -> dict[str, Target]:
-    """Targets that use the whole budget, the kept fraction falling with depth.
+    """Compute targets that use the whole budget, with a kept fraction that falls with depth.
 
         kept_b = kept + beta ((B - 1) / 2 - b),   b = 0 .. B-1,   beta = steepness largest_beta(problem)
 
@@ -25,7 +25,11 @@ def depth_ramp(problem: Problem, steepness: float, rank_share: float = 0.1) -> d
 
     Args:
         steepness: in [0, 1]; 0 is the uniform allocation.
-        rank_share: share of what a layer keeps that is rank.
+        rank_share: part of the parameters of a layer that is in its rank.
+
+    >>> from allocators.example import example_problem
+    >>> [target.nnz for target in depth_ramp(example_problem(kept=0.5), steepness=0.5, rank_share=0.0).values()]
+    [48, 96, 16, 32]
     """
     depths = blocks(problem)
     beta = steepness * largest_beta(problem)
@@ -34,10 +38,14 @@ def depth_ramp(problem: Problem, steepness: float, rank_share: float = 0.1) -> d
 
 
 def largest_beta(problem: Problem) -> float:
-    """The step at which the last block keeps the least it can, or the first one everything; 0 for a single block.
+    """Compute the step at which the last block keeps the least it can, or the first one everything.
 
-    `min(2 (kept - least), 2 (1 - kept)) / (B - 1)`: ATP's bound (arXiv:2502.14770), where `least` is 0, or under an N:M
-    pattern the fraction its nonzeros cost.
+    It is `min(2 (kept - least), 2 (1 - kept)) / (B - 1)`, the bound of ATP (arXiv:2502.14770), where `least` is 0, or
+    under an N:M pattern the fraction that its nonzeros cost; 0 for a single block.
+
+    >>> from allocators.example import example_problem
+    >>> largest_beta(example_problem(kept=0.25))
+    0.5
     """
     steps = len(blocks(problem)) - 1
     kept = problem.budget.kept
@@ -48,14 +56,20 @@ def largest_beta(problem: Problem) -> float:
 class DepthRamp:
     """Keep less with depth, by an arithmetic progression over the blocks (ATP, arXiv:2502.14770).
 
-    ATP's code tries values of its one parameter beta (nine at 70 % sparsity) and takes the one of least perplexity on
-    the test text. Here nine ramps from flat to the steepest (`STEEPNESSES`) are judged by the objective, on the
+    The code of ATP tries values of its one parameter beta (nine at 70 % sparsity) and takes the one of least perplexity
+    on the test text. Here the objective chooses among nine ramps from flat to the steepest (`STEEPNESSES`), on the
     selection text. Without an objective, or with `tune` off, there is one ramp of the given `steepness`.
 
     Args:
         tune: choose the steepness by the objective where there is one.
         steepness: otherwise; beta as a share of `largest_beta`, in [0, 1].
-        rank_share: share of what a layer keeps that is rank.
+        rank_share: part of the parameters of a layer that is in its rank.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> found = DepthRamp(rank_share=0.0).allocate(problem, ExampleObjective(problem))
+    >>> [target.nnz for target in found.targets.values()]  # the flat ramp has the least loss here
+    [32, 64, 32, 64]
     """
 
     name: ClassVar[str] = "depth-ramp"

@@ -1,4 +1,4 @@
-"""Exact global allocation on the surfaces: a multiple-choice knapsack with a certificate."""
+"""The multiple-choice knapsack: the allocation of least predicted loss, with a proved bound."""
 
 from __future__ import annotations
 
@@ -24,17 +24,25 @@ class Knapsack:
 
         min sum_l sum_c error_l(c) x_lc   s.t.  sum_c x_lc = 1,  sum_lc cost_l(c) x_lc <= limit,  x binary
 
-    First by Lagrangian relaxation: `c_l(price) = argmin error + price * cost`, the price bisected to the budget
-    (Sinha and Zoltners 1979). Its dual value `sum_l min_c (error + price cost) - price limit` bounds every choice of
-    options from below, and every choice of what is between them. Then HiGHS solves the core (`allocators._core`): all
-    options that can still be in a better answer, and the nonzeros between two of them (under a pattern the ranks). That
-    mostly closes the gap, from both sides: the bound is then one on these choices. Both answers have their slack spent;
-    the better one is returned.
+    First comes the Lagrangian relaxation: `c_l(price) = argmin error + price * cost`, the price bisected to the budget
+    (Sinha and Zoltners 1979). Its dual value `sum_l min_c (error + price cost) - price limit` bounds from below every
+    choice of options, and of targets between options. Then HiGHS solves the core (`allocators._core`): all options that
+    can still be in a better allocation, and the nonzeros between two of them (under a pattern the ranks). That mostly
+    closes the gap from both sides, and the bound then holds for these choices. In both allocations the rest of the
+    budget is spent; the better one is returned.
 
     Args:
         exact: solve the core after the relaxation.
         gap: relative optimality gap at which HiGHS stops.
         nodes: most branch-and-bound nodes (a limit in time would not be reproducible).
+
+    >>> from allocators.example import example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> found = Knapsack().allocate(problem)
+    >>> [(target.rank, target.nnz) for target in found.targets.values()]
+    [(0, 20), (0, 79), (0, 61), (0, 32)]
+    >>> round(found.predicted, 4), found.gap < 1e-6, found.used <= problem.budget.limit
+    (0.0, True, True)
     """
 
     name: ClassVar[str] = "knapsack"
@@ -50,7 +58,7 @@ class Knapsack:
         at_least(1, nodes=self.nodes)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the best allocation found on the surfaces, with the proved bound; the objective is not asked."""
+        """Return the best allocation found on the surfaces, with the proved bound; the objective is not used."""
         table = _Table(problem)
         chosen, price, bound = table.relax()
         best = spend(problem, table.targets(chosen))

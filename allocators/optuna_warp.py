@@ -1,4 +1,4 @@
-"""Optuna over a warp of the surrogate, the knapsack inside: a dozen numbers, every trial within the budget."""
+"""Optuna over a warp of the surfaces: a dozen coefficients, and every trial the knapsack of the warped problem."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from globalopt.values.problem import Allocation, Problem
 
 @dataclass(frozen=True)
 class OptunaWarp:
-    """Minimise the true loss over the coefficients of a `Warp`, each trial being the knapsack on the warped surfaces.
+    """Minimise the loss of the model over the coefficients of a `Warp`; a trial is the knapsack on warped surfaces.
 
-    The first trials are the knapsack itself (`theta = 0`) and the warps whose prices come closest to those of the
-    uniform allocation and, where there are profiles, of OWL's (`nearest`). A trial is asked on growing parts of the
-    selection text and pruned where it is worse than the best so far, window by window. Its value is its mean loss; a
-    pruned trial's is the knapsack's plus their mean difference on what both were asked, so that all values compare.
+    The first trials are the knapsack itself (`theta = 0`) and the warps that come closest to the uniform allocation
+    and, where there are profiles, to the allocation by OWL (`nearest`). A trial is evaluated on growing parts of the
+    selection text and pruned where it is worse than the best so far, window by window. Its value is its mean loss; the
+    value of a pruned trial is that of the knapsack plus their mean difference on the windows of both, so that all
+    values can be compared.
 
     Every proposal depends on the finished trials, the seed and `worker` alone: a search that was killed and is told the
     same losses again goes on to the answer it would have had. Searches with different `worker` may share a study in a
@@ -36,6 +37,13 @@ class OptunaWarp:
         worker: makes the proposals of searches that share a study differ.
         study: file of the Optuna journal that holds the study of several workers, made if it is not there; empty for a
             study of this search alone, in memory.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> objective = ExampleObjective(problem)
+    >>> found = OptunaWarp(trials=10).allocate(problem, objective)
+    >>> objective.true(found.targets) < objective.true(Knapsack().allocate(problem).targets)
+    True
     """
 
     name: ClassVar[str] = "optuna"
@@ -54,7 +62,7 @@ class OptunaWarp:
         at_least(0, worker=self.worker)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the best of the study, the knapsack, the uniform allocation and OWL's on the whole selection text."""
+        """Return the best allocation of the study, the knapsack, the uniform one and OWL on the whole selection text."""
         from allocators._warp_study import WarpStudy
 
         by = [Knapsack(), Uniform(), *([Owl()] if problem.profiles else [])]

@@ -1,4 +1,4 @@
-"""OWL: blocks with more outliers among their weights keep more."""
+"""OWL: keep more of the blocks that have more outliers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from globalopt.values.problem import OUTLIER_THRESHOLDS, Allocation, Problem
 
 @dataclass(frozen=True)
 class Owl:
-    """Keep more of blocks with more outliers: of block b, alike in all its layers,
+    """Keep more of the blocks that have more outliers. The kept fraction of block b, the same for all its layers, is
 
         kept_b = 2 spread (D_b - min D) / (max D - min D) + shift
 
     where `D_b` is the share of the block's entries with `|w_ij| ||x_j||` above `threshold` times the block's mean
-    (arXiv:2310.05175). The published shift makes the plain mean over blocks right; here it makes the budget
-    exact, whatever the blocks' sizes (`kept_targets`).
+    (arXiv:2310.05175). The published shift makes the plain mean over blocks right; here it makes the budget exact,
+    whatever the sizes of the blocks (`kept_targets`).
 
     Args:
         threshold: M of the paper; 3, 5, 7 or 10.
         spread: lambda of the paper, half the difference between the most and the least kept fraction.
-        rank_share: share of what a layer keeps that is rank.
+        rank_share: part of the parameters of a layer that is in its rank.
+
+    >>> from allocators.example import example_problem
+    >>> found = Owl(rank_share=0.0).allocate(example_problem(kept=0.5))
+    >>> [target.nnz for target in found.targets.values()]  # the second block has more outliers
+    [27, 54, 37, 74]
     """
 
     name: ClassVar[str] = "owl"
@@ -45,7 +50,7 @@ class Owl:
         check_rank_share(self.rank_share)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return OWL's allocation; the objective is not asked.
+        """Return the allocation by OWL; the objective is not used.
 
         Raises:
             UsageError: the problem has no profiles.

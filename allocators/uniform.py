@@ -1,4 +1,4 @@
-"""The same kept fraction and the same rank share for every layer: what the field does, and every search's baseline."""
+"""The uniform allocation: the same kept fraction and the same rank share for every layer; the baseline of a search."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ class Uniform:
 
     `rank = floor(rank_share * kept * d_out d_in / (d_out + d_in))`, the rest as nonzeros (OATS, arXiv:2409.13652;
     HASSLE-free, arXiv:2502.00899, section on unstructured sparsity). Under an N:M pattern the nonzeros are fixed and
-    all the rest is rank. What rounding leaves of the budget is spent on the layers that gain most.
+    all the rest is rank. The part of the budget that rounding leaves is spent on the layers that gain most.
 
     Args:
-        rank_share: share of what a layer keeps that is rank.
+        rank_share: part of the parameters of a layer that is in its rank.
+
+    >>> from allocators.example import example_problem
+    >>> found = Uniform(rank_share=0.0).allocate(example_problem(kept=0.5))
+    >>> [target.nnz for target in found.targets.values()]  # of 64, 128, 64 and 128 entries
+    [32, 64, 32, 64]
     """
 
     name: ClassVar[str] = "uniform"
@@ -32,6 +37,6 @@ class Uniform:
         check_rank_share(self.rank_share)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the uniform allocation; the objective is not asked."""
+        """Return the uniform allocation; the objective is not used."""
         flat = dict.fromkeys(blocks(problem), problem.budget.kept)
         return problem.finish(kept_targets(problem, flat, self.rank_share), by=self.name)

@@ -1,4 +1,4 @@
-"""KL divergence to a teacher of which the most probable tokens are kept."""
+"""The KL divergence from the predictions of a dense model, of which the most probable tokens are kept."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 TOP = 1024
-"""Of the dense model's log probabilities so many are kept per position; what lies outside is one more symbol."""
+"""Most probable tokens of the dense model kept per position; all other tokens together count as one more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The dense model's predictions on one chunk of windows.
+    """The predictions of the dense model on one chunk of windows.
 
     Args:
         tokens: (windows, T - 1, k) int32, the most probable next tokens.
         log_p: (windows, T - 1, k) float32, their log probabilities.
         tail: (windows, T - 1) float32, the probability of all others together.
+
+    >>> dense, other = torch.randn(2, 3, 7, 50, generator=torch.Generator().manual_seed(0))
+    >>> teacher = Teacher.of(dense, top=10)
+    >>> teacher.tokens.shape, teacher.tail.shape
+    (torch.Size([3, 7, 10]), torch.Size([3, 7]))
+    >>> bool(teacher.kl(dense).abs().max() < 1e-6)
+    True
+    >>> bool((teacher.kl(other) <= Teacher.of(dense, top=50).kl(other)).all())
+    True
     """
 
     tokens: Tensor
@@ -27,7 +36,7 @@ class Teacher:
 
     @classmethod
     def of(cls, logits: Tensor, top: int = TOP) -> Teacher:
-        """From `logits` (windows, T - 1, vocabulary)."""
+        """Keep the `top` most probable tokens of `logits` (windows, T - 1, vocabulary) of the dense model."""
         log_p, tokens = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]), sorted=False)
         tail = (1 - log_p.exp().sum(-1)).clamp_min(0.0)
         if tokens.shape[-1] == logits.shape[-1]:
@@ -35,13 +44,15 @@ class Teacher:
         return cls(tokens.int(), log_p, tail)
 
     def kl(self, logits: Tensor) -> Tensor:
-        """(windows,) float64, the mean over positions of KL(dense || candidate) with the tail as one symbol.
+        """Compute the mean over positions of KL(dense || candidate), with the tail as one symbol.
 
-        By the data processing inequality that is at most the full KL, and equal to it where the whole vocabulary was
+        By the data processing inequality it is at most the full KL, and equal to it where the whole vocabulary was
         kept. The difference is `tail x KL` within the tail.
 
         Args:
             logits: (windows, T - 1, vocabulary) of the candidate.
+        Returns:
+            (windows,) float64, in nats per token.
         """
         log_q = logits.float()
         log_q = log_q.gather(-1, self.tokens.to(log_q.device).long()) - log_q.logsumexp(-1, keepdim=True)

@@ -1,1 +1,1 @@
-"""The true loss of an allocation: KL to the dense model, for candidates made without new fits."""
+"""The loss of an allocation: the KL divergence from the dense model, for candidates made without a solver."""

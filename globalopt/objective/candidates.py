@@ -1,10 +1,10 @@
-"""Layers as a search sees them: a weight for any target, without a fit of its own.
+"""Candidates for the weight of a layer at any target, made without a solver.
 
-A search asks about thousands of allocations; fitting each layer anew would cost more than the search. `span_weight`
-cuts the layer from its span. `FittedLayer` mixes what a few real fits lost, scaled to what the surface predicts: the
-residual of a solver that moves the weights it keeps is of another shape and size than what a span merely drops. Whole
-residuals are mixed, for their rows belong together: errors of a fit in the output Gram cancel between rows, and rows of
-several fits put together cost many times what each of the fits does.
+A search evaluates thousands of allocations; solving each layer anew would cost more than the search. `span_weight` cuts
+the layer from its span. `FittedLayer` mixes the residuals of a few anchor solutions, scaled to the predicted loss: the
+residual of a solver that moves the weights it keeps is of another shape and size than the part that a span drops. Whole
+residuals are mixed, because their rows belong together: errors of a solution cancel between rows in the output Gram,
+and rows taken from several solutions cost many times what each of the solutions does.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ VERSION = 1
 
 
 def take(span: Span, target: Target) -> Decomposition:
-    """The span's candidate for `target`, without refinement.
+    """Cut the decomposition at `target` from a span.
 
-    Keeps the first `target.rank` directions, and of what they leave the `target.nnz` largest entries in scaled
-    coordinates (or the pattern's choice). Ranks above the span's are cut to it.
+    It keeps the first `target.rank` directions, and of the remainder the `target.nnz` largest entries in scaled
+    coordinates (or those that the pattern allows). A rank above the span's is lowered to it.
+
+    >>> span = Span(torch.eye(4)[:, :1], torch.ones(1), torch.eye(4)[:1], torch.diag(torch.arange(4.0)),
+    ...             torch.ones(4), torch.ones(4, 1))
+    >>> found = take(span, Target(rank=1, nnz=2))
+    >>> found.dense().diagonal()
+    tensor([1., 0., 2., 3.])
     """
     rank = min(target.rank, span.max_rank)
     U, V = span.low_rank(rank)
@@ -41,7 +47,13 @@ def take(span: Span, target: Target) -> Decomposition:
 
 
 def span_weight(span: Span, kept: Target | Mask) -> Tensor:
-    """(d_out, d_in) what the span keeps of the layer, without refinement."""
+    """Compute the weight (d_out, d_in) that a span has at a target, or with the components of a mask.
+
+    >>> span = Span(torch.eye(4)[:, :1], torch.ones(1), torch.eye(4)[:1], torch.diag(torch.arange(4.0)),
+    ...             torch.ones(4), torch.ones(4, 1))
+    >>> span_weight(span, Mask(torch.tensor([False]), span.S > 2)).diagonal()
+    tensor([0., 0., 0., 3.])
+    """
     if isinstance(kept, Target):
         return take(span, kept).dense()
     S = span.unscaled(torch.where(kept.entries, span.S, 0.0))
@@ -50,12 +62,27 @@ def span_weight(span: Span, kept: Target | Mask) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FittedLayer:
-    """What fits at a few anchors lost of a layer, `residuals` (anchors, d_out, d_in), in any float dtype.
+    """The anchor solutions of a layer, from whose residuals candidates at any target are mixed.
 
     Args:
-        surface: of the layer; prices what a candidate loses.
-        anchors: in rows of equal rank share, ascending in what they keep, as `Options.anchors`.
-        overlap: (anchors, anchors) float64, cosines between the residuals in the norm that prices them.
+        surface: the error surface of the layer, to which the size of the mixed residual is scaled.
+        anchors: the targets of the solutions, in rows of equal rank share, ascending in the parameters they keep, as
+            `Options.anchors`.
+        residuals: (anchors, d_out, d_in) in any float dtype, the weight less each solution.
+        overlap: (anchors, anchors) float64, cosines between the residuals in the norm of the predicted loss.
+
+    >>> from globalopt.values.layer import LayerSpec
+    >>> spec = LayerSpec("layer", 0, "layer", "q_proj", 4, 4)
+    >>> anchors = (Target(0, 4), Target(0, 12))
+    >>> surface = ErrorSurface(spec, (Target.zero(), *anchors, Target(0, 16)), (4.0, 1.0, 0.25, 0.0))
+    >>> residuals = torch.stack([torch.full((4, 4), 0.25), torch.full((4, 4), 0.125)])
+    >>> layer = FittedLayer(surface, (anchors,), residuals, torch.ones(2, 2, dtype=torch.float64))
+    >>> W = torch.ones(4, 4)
+    >>> float(layer.weight(W, Target(0, 4))[0, 0]), float(layer.weight(W, Target.zero())[0, 0])
+    (0.75, 0.0)
+    >>> between = layer.residual(Target(0, 8))[0, 0]  # surface.predict(Target(0, 8)) is 0.625
+    >>> round(float(between / residuals[0, 0, 0]) ** 2, 3)
+    0.625
     """
 
     surface: ErrorSurface
@@ -64,28 +91,28 @@ class FittedLayer:
     overlap: Tensor
 
     def weight(self, dense: Tensor, target: Target) -> Tensor:
-        """(d_out, d_in) the layer at `target`, about as a fit would leave the weight `dense` (d_out, d_in)."""
+        """Compute the candidate (d_out, d_in) at `target` for the dense weight `dense` (d_out, d_in)."""
         if target == Target.zero():
             return torch.zeros_like(dense)
         return dense - self.residual(target).to(dense.device)
 
     def residual(self, target: Target) -> Tensor:
-        """(d_out, d_in) float32 what a fit at `target` would lose of the weight, about.
+        """Compute an estimate (d_out, d_in) float32 of the residual that a solver would have at `target`.
 
-        `k sum of w_i R_i` over the anchors around the target, `w` the shares of linear interpolation in the kept
-        fraction and the rank share. With `e_i` the surface at anchor i and `c_ij` the overlap,
+        It is `k sum of w_i R_i` over the anchors around the target, with `w` the shares of linear interpolation in the
+        kept fraction and the rank share. With `e_i` the surface at anchor i and `c_ij` the overlap,
 
             k = sqrt(error(target) / sum of w_i w_j c_ij sqrt(e_i e_j))
 
-        so that the candidate's own price is the surface's, at every target.
+        so that the predicted loss of the candidate is the surface's, at every target.
         """
         mix = self._shares(target)
         shares = self.overlap.new_zeros(len(self.overlap))
         for i, share in mix:
             shares[i] += share
         norms = shares * self.overlap.new_tensor([self.surface.predict(anchor) for anchor in self._flat]).sqrt()
-        price = float(norms @ self.overlap @ norms)
-        scale = math.sqrt(self.surface.predict(target) / price) if price > 0 else 0.0
+        mixed = float(norms @ self.overlap @ norms)
+        scale = math.sqrt(self.surface.predict(target) / mixed) if mixed > 0 else 0.0
         used = sorted({i for i, _ in mix})
         return torch.einsum("k,kij->ij", (scale * shares[used]).float(), self.residuals[used].float())
 
@@ -94,7 +121,7 @@ class FittedLayer:
         return [target for row in self.anchors for target in row]
 
     def _shares(self, target: Target) -> list[tuple[int, float]]:
-        """`(anchor, share)` of the anchors around `target`: within rows by the kept fraction, between them by rank."""
+        """`(anchor, share)` of the anchors around `target`: in a row by the kept fraction, between rows by rank."""
         spec = self.surface.spec
         kept = target.params(spec)
         start, per_row = 0, []
@@ -109,7 +136,7 @@ class FittedLayer:
 
 
 def _between(xs: Sequence[float], x: float) -> tuple[int, int, float]:
-    """Neighbours of `x` among the ascending `xs`, and how far it is from the first to the second; ends are kept."""
+    """Find the neighbours of `x` among the ascending `xs`, and the share of the second in `x`; constant outside."""
     right = bisect.bisect_left(xs, x)
     if right == 0:
         return 0, 0, 0.0
