@@ -1,4 +1,4 @@
-"""Layers of a model: where a linear layer is, how large it is, and N:M patterns of its weights."""
+"""Describe linear layers of a model, by place and size, and N:M patterns of their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from globalopt.errors import UnknownNameError, UsageError
 
 @dataclass(frozen=True)
 class NM:
-    """An N:M pattern: of every `of` consecutive weights of a row exactly `keep` may be nonzero."""
+    """Describe an N:M pattern: of every `of` consecutive weights of a row, `keep` may be nonzero.
+
+    Raises:
+        UsageError: not 0 < `keep` < `of`.
+
+    >>> pattern = NM.parse("2:4")
+    >>> pattern.keep, pattern.of
+    (2, 4)
+    >>> pattern.nnz(LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=8, d_in=8))
+    32
+    """
 
     keep: int
     of: int
@@ -20,7 +30,11 @@ class NM:
 
     @classmethod
     def parse(cls, text: str) -> NM | None:
-        """Read "2:4" (keep 2 of 4) or "unstructured" (None)."""
+        """Parse "2:4" (keep 2 of 4), or "unstructured" as None.
+
+        Raises:
+            UnknownNameError: the text is neither.
+        """
         if text == "unstructured":
             return None
         keep, colon, of = text.partition(":")
@@ -29,7 +43,11 @@ class NM:
         return cls(int(keep), int(of))
 
     def nnz(self, spec: LayerSpec) -> int:
-        """Nonzeros of a layer under this pattern; `UsageError` where `d_in` is no multiple of the group."""
+        """Count the nonzeros of a layer under this pattern.
+
+        Raises:
+            UsageError: the layer's `d_in` is no multiple of the group `of`.
+        """
         if spec.d_in % self.of:
             raise UsageError(
                 f"Pattern {self} needs d_in to be a multiple of {self.of}; layer {spec.name} has d_in = {spec.d_in}. "
@@ -38,15 +56,28 @@ class NM:
         return spec.numel // self.of * self.keep
 
     def __str__(self) -> str:
+        """Write the pattern as it is parsed, "2:4"."""
         return f"{self.keep}:{self.of}"
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One compressible linear layer: where it is and how large.
+    """Describe one compressible linear layer: where it is in the model, and its shape.
 
-    `name` is the module path; `site` names the input tensor it shares with other layers; `kind` is the shortest
-    name that tells the layers of one block apart ("q_proj").
+    Args:
+        name: module path in the model.
+        block: index of its decoder block.
+        site: input site: the name of the first layer of the block that reads the same input tensor; q, k and v share
+            one.
+        kind: the shortest suffix of the path that tells the layers of one block apart ("q_proj").
+        d_out, d_in: shape of the weight, as in `nn.Linear`.
+    Raises:
+        UsageError: a size is below 1.
+
+    >>> attention = "model.layers.3.self_attn"
+    >>> spec = LayerSpec(f"{attention}.k_proj", block=3, site=f"{attention}.q_proj", kind="k_proj", d_out=128, d_in=256)
+    >>> spec.numel, spec.max_rank
+    (32768, 128)
     """
 
     name: str
@@ -62,8 +93,10 @@ class LayerSpec:
 
     @property
     def numel(self) -> int:
+        """Count the weights, `d_out d_in`."""
         return self.d_out * self.d_in
 
     @property
     def max_rank(self) -> int:
+        """Return the largest possible rank, `min(d_out, d_in)`."""
         return min(self.d_out, self.d_in)
