@@ -13,7 +13,7 @@ from torch import Tensor
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import indicate_nm, indicate_planes, indicate_roughly, indicate_top, plane_order
-from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
+from globalopt.kernels.ridge_admm import Schedule, SparseAndSubspace, StackedLayer, ridge_admm
 from globalopt.kernels.support_refit import refit
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Trace
@@ -34,7 +34,7 @@ LOOK = 32  # fewest steps between looks at the objective
 class Found(NamedTuple):
     """A fit per layer; steps of ADMM, and `taken` with those of the refit; whether the supports had settled; traces."""
 
-    fits: tuple[Fit, ...]
+    fits: tuple[SparseAndSubspace, ...]
     steps: int
     taken: int
     settled: bool
@@ -66,7 +66,7 @@ class Search:
         weights: Sequence[Tensor],
         norms: Sequence[Norm],
         targets: Sequence[Target],
-        start: Sequence[Fit] | None = None,
+        start: Sequence[SparseAndSubspace] | None = None,
     ) -> Found:
         """Fit every weight (d_out, d_in) to its target, all in one problem.
 
@@ -83,7 +83,9 @@ class Search:
         parts, begin = [], 0
         for weight, norm, target in zip(weights, norms, targets, strict=True):
             end = begin + len(weight)
-            parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target, pattern is not None)))
+            parts.append(
+                StackedLayer(slice(begin, end), norm.outputs, target.rank, _keeper(target, pattern is not None))
+            )
             begin = end
         mean = inputs.geometric_mean * _mean_outputs(norms)
         scale = 1.0 if all(norm.outputs is None for norm in norms) else TWO_SIDED
@@ -109,7 +111,7 @@ class Search:
             back = order.argsort()
             found = found._replace(fits=tuple(fit._replace(S=fit.S[:, back]) for fit in found.fits))
         fits = tuple(
-            Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
+            SparseAndSubspace(*refit(weight, *fit, norm, self.rounds, self.conjugate))
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
         taken = found.steps + self.rounds * self.conjugate
@@ -121,7 +123,7 @@ def prune(
 ) -> Tensor:
     """`S` (d_out, d_in) of `W` (d_out, d_in) alone, as ALPS finds it; from the support of a `previous` one if given."""
     empty = W[:, :0]
-    start = None if previous is None else [Fit(previous, Subspace(empty, empty))]
+    start = None if previous is None else [SparseAndSubspace(previous, Subspace(empty, empty))]
     return search.run([W], [norm], [Target(0, nnz, pattern)], start).fits[0].S
 
 
@@ -147,7 +149,7 @@ def _keeper(target: Target, in_planes: bool) -> Callable[[Tensor, float, bool], 
     return keep
 
 
-def _grown(start: Sequence[Fit] | None, targets: Sequence[Target]) -> float:
+def _grown(start: Sequence[SparseAndSubspace] | None, targets: Sequence[Target]) -> float:
     """The share of the targets' entries that a start has; all of them, where it has more."""
     if start is None:
         return 0.0

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from globalopt.kernels.ridge_admm import Fit
+from globalopt.kernels.ridge_admm import SparseAndSubspace
 from globalopt.protocols import Needs, Outputs
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
@@ -102,7 +102,7 @@ class ThreeBASiL:
         nonzeros: what an `L` has taken over, a support without it would have to learn anew.
         """
         found: dict[int, Solution] = {}
-        fits: dict[Target, Fit] = {}
+        fits: dict[Target, SparseAndSubspace] = {}
         for i in sorted(range(len(targets)), key=lambda i: (targets[i].nnz, targets[i].rank)):
             target = targets[i]
             alike = (other for other in fits if other.pattern == target.pattern)
@@ -118,11 +118,11 @@ class ThreeBASiL:
         states: Sequence[UnitDiagonal],
         targets: Sequence[Target],
         starts: Sequence[Decomposition | None],
-        neighbour: Fit | None = None,
+        neighbour: SparseAndSubspace | None = None,
         traced: bool = False,
-    ) -> list[tuple[Solution, Fit | None]]:
+    ) -> list[tuple[Solution, SparseAndSubspace | None]]:
         """Solutions, and the fits behind those that had a support to search; a `neighbour` is of the only state."""
-        made: dict[int, tuple[Solution, Fit | None]] = {}
+        made: dict[int, tuple[Solution, SparseAndSubspace | None]] = {}
         searched: list[int] = []
         for i, (state, target, start) in enumerate(zip(states, targets, starts, strict=True)):
             state.layer.check(target, self)
@@ -154,7 +154,7 @@ class ThreeBASiL:
                 made[i] = solution, fit
         return [made[i] for i in range(len(states))]
 
-    def _search(self, neighbour: Fit | None, nnz: int, traced: bool) -> Search:
+    def _search(self, neighbour: SparseAndSubspace | None, nnz: int, traced: bool) -> Search:
         cold = Search(self.steps or STEPS[self.preset], traced=traced)
         if neighbour is None:
             return cold
