@@ -160,7 +160,7 @@ def test_what_does_not_fit_in_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=rf"weight of layer {name} is not finite"):
         layers.model(input_ids=tiny_ids(1, 3))
     layers.place(name, lambda: torch.zeros(3, 3))
-    with pytest.raises(ArtefactError, match=r"is \(32, 32\); what should stand in for it is \(3, 3\)"):
+    with pytest.raises(ArtefactError, match=r"is \(32, 32\); its replacement is \(3, 3\)"):
         layers.weight(name)
     with pytest.raises(UsageError, match="the new weight is"):
         layers.set_weight(name, torch.zeros(3, 3))
@@ -293,6 +293,23 @@ def test_a_checkpoint_that_must_be_converted_is_loaded_whole_or_refused(kind: st
     whole = load_model(tmp_path, device="cpu", lazily=True)
     assert lazy_blocks(whole.model) is None
     assert whole.checkpoint_dtype == torch.bfloat16
+
+
+def test_a_model_that_is_too_large_and_cannot_be_read_block_by_block_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, CONVERTED[0])
+    monkeypatch.setattr("globalopt.models.loading.available", lambda place: 1000)
+    monkeypatch.setattr("globalopt.models.loading.resident", lambda: 0)
+    too_large = r"does not fit into memory: a run that loads it whole needs \S+ KiB, and "
+    why = r"The checkpoint has .* must be converted .* Raise --max-memory"
+    with pytest.raises(UnsupportedModelError, match=rf"{too_large}1000 B are available\. {why}"):
+        load_model(tmp_path, device="cpu")
+    with pytest.raises(UnsupportedModelError, match=rf"{too_large}110 KiB are left of --max-memory\. {why}"):
+        load_model(tmp_path, device="cpu", max_memory=110 * 2**10)
+    # A larger --max-memory, as the message says, or the caller's explicit wish.
+    assert lazy_blocks(load_model(tmp_path, device="cpu", max_memory=2**30).model) is None
+    assert lazy_blocks(load_model(tmp_path, device="cpu", lazily=False).model) is None
 
 
 def test_memory_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
