@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class GlobalOptError(Exception):
-    """Root of every error that this program raises on purpose.
+    """Mark an error that this program raises on purpose; all others derive from it.
 
     >>> try:
     ...     raise UsageError("--seqlen must be at least 2; got 1.")

@@ -110,7 +110,7 @@ def _switch(text: str) -> bool:
 
 
 def _reader(kind: type) -> tuple[Callable[[str], Any], str]:
-    """Find the function that converts texts to the type `kind`, and the words for what it accepts."""
+    """Find the function that converts texts to the type `kind`, and a description of the texts that it accepts."""
     if issubclass(kind, StrEnum):
         return kind, "one of " + ", ".join(kind)
     return READERS[kind]
@@ -122,4 +122,4 @@ READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     float: (float, "a number"),
     str: (str, "a word"),
 }
-"""For each type of a field, the function that converts text to it, and the words for what it accepts."""
+"""For each type of a field, the function that converts text to it, and a description of the texts that it accepts."""

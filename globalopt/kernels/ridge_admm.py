@@ -189,6 +189,7 @@ def ridge_admm(
     norms = [Norm(inputs, part.outputs) for part in parts]
 
     def times(E: Tensor) -> Tensor:
+        """Compute `A E G` with the `A` of every layer."""
         return torch.cat([norm.times(E[part.rows]) for part, norm in zip(parts, norms, strict=True)])
 
     AWG = times(W)

@@ -212,10 +212,12 @@ class _Originals(Mapping[str, Tensor]):
     """Map layer names to the weights of a lazy model's checkpoint, float32 (d_out, d_in), read on every access."""
 
     def __init__(self, layers: ModelLayers, lazy: LazyBlocks) -> None:
+        """Keep the layers and the reader of their blocks."""
         self._layers = layers
         self._lazy = lazy
 
     def __getitem__(self, name: str) -> Tensor:
+        """Read a weight from the checkpoint; `UnknownNameError` if there is no such layer."""
         self._layers.module(name)
         return self._layers.oriented(name, self._lazy.original(f"{name}.weight")).float().contiguous()
 
@@ -366,14 +368,14 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     >>> path, len(blocks)
     ('model.layers', 2)
     """
-    asked = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and (asked is None or len(module) == asked)
+        if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth)
     ]
     if not lists:
-        count = "" if asked is None else f" of the {asked} entries its config names"
+        count = "" if depth is None else f" of the {depth} entries its config names"
         raise UnsupportedModelError(
             f"{_architecture(model)} has no list{count} that could be its decoder blocks; "
             "only models that stack their blocks in one nn.ModuleList can be compressed."
@@ -491,6 +493,7 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
     held: list[Tensor] = []
 
     def record(name: str, x: Tensor) -> None:
+        """Note the identity of an input by layer."""
         # An empty tensor (an expert no token was sent to) has no address of its own.
         if x.numel():
             # The version changes with every operation in place on the tensor.

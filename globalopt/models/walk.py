@@ -157,6 +157,7 @@ class BlockRunner:
         output = self._as_output(hidden.to(token_embedding(self.layers.model).weight.device))
 
         def stand_in(index: int) -> Callable[..., Any]:
+            """Pass hidden states on; the last block returns `hidden` instead."""
             if index == last:
                 return lambda *args, **kwargs: output
             return lambda *args, **kwargs: self._as_output(_Call.split(args, kwargs)[0])
@@ -206,6 +207,7 @@ class BlockRunner:
         """
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
+            """Interrupt the forward pass after the first block."""
             raise _Stop(output)
 
         handle = self.layers.blocks[0].register_forward_hook(stop)
@@ -230,6 +232,8 @@ class BlockRunner:
         blocks, previous = self.layers.blocks, None
 
         def stand_in(index: int) -> Callable[..., Any]:
+            """Make the function that records the arguments of one block and returns its hidden states."""
+
             def record(*args: Any, **kwargs: Any) -> Any:
                 nonlocal previous
                 hidden, call = _Call.split(args, kwargs)

@@ -240,6 +240,7 @@ class Budget:
         start = getattr(target, axis)
 
         def at(steps: int) -> Target:
+            """Return the target raised by a number of steps."""
             return replace(target, **{axis: start + steps * step})
 
         low, high = 0, (top - start) // step

@@ -48,6 +48,9 @@ def sharded(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat
 def both(folder: Path, dtype: str = "auto") -> tuple[LoadedModel, LoadedModel]:
     """The model whole and lazily."""
     whole, lazy = (load_model(folder, dtype, "cpu", lazily=lazily) for lazily in (False, True))
+    # The whole model may lie in the mapped file at any offset, and a BLAS may sum unaligned data in another order.
+    for parameter in whole.model.parameters():
+        parameter.data = parameter.data.clone()
     assert lazy_blocks(whole.model) is None
     assert lazy_blocks(lazy.model) is not None
     return whole, lazy
@@ -195,7 +198,8 @@ def test_a_lazy_model_is_saved_as_the_whole_one(kind: str, tmp_path: Path, monke
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "lazy")
     ids = tiny_ids(1, 5)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")(input_ids=ids).logits
-    assert torch.equal(again(input_ids=ids).logits, expected)
+    # The weights are equal; they lie elsewhere in their files, and a BLAS may sum in another order there.
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
     size = sum(tensor.nbytes for tensor in found.values())
     assert json.loads((tmp_path / "lazy" / INDEX).read_text())["metadata"]["total_size"] == size
 
