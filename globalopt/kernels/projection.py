@@ -89,7 +89,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
         bracket = scores[inside.mul_(torch.le(scores, high, out=torch.empty_like(scores))).bool()]
         if 1 <= within <= len(bracket):
             return bracket.kthvalue(len(bracket) - within + 1).values
-    # There are few scores, or the threshold is not inside of the bracket.
+    # There are few scores, or the threshold lies outside the bracket.
     return scores.kthvalue(size - count + 1).values
 
 

@@ -435,7 +435,7 @@ def _skipped(root: nn.Module, covered: set[int], head: nn.Module | None) -> dict
 
 
 def _what(owner: nn.Module, parameter: Tensor, head: nn.Module | None) -> str:
-    """Name the sort of a parameter that is not compressed."""
+    """Name the category of a parameter that is not compressed."""
     if parameter.ndim <= 1:
         return "norms and biases"
     if isinstance(owner, nn.Embedding):

@@ -318,7 +318,7 @@ def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
                 hf_hub_download(source, file)
         except EntryNotFoundError:
             index = Path(hf_hub_download(source, SINGLE))
-    # A missing, unreadable or broken file also stops the whole load that follows, and there with a precise message.
+    # Without usable safetensors files the model is loaded whole; if a file is broken, that load says so more precisely.
     except (EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return index.parent
@@ -338,7 +338,7 @@ def _memory_short(
     A run needs `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
 
     Returns:
-        None if that fits into memory, else a sentence about the model without its subject.
+        None if the memory suffices, else the words that follow the model's name in an error message.
     """
     stored = _stored(folder, config)
     item = computed_dtype(dtype, place, stored).itemsize

@@ -340,7 +340,7 @@ class LazyBlocks:
 
 
 _LAZY: WeakKeyDictionary[nn.Module, LazyBlocks] = WeakKeyDictionary()
-"""The reader of every lazy model; a model that is freed leaves."""
+"""The reader of every lazy model; an entry is removed when its model is freed."""
 
 
 def lazy_blocks(model: nn.Module) -> LazyBlocks | None:

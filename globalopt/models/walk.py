@@ -377,7 +377,7 @@ class _Moment:
         self.tokens += len(x)
 
     def gram(self) -> Gram:
-        """Divide the sum by the number of tokens, which frees it, and make it exactly symmetric.
+        """Compute the Gram, the sum divided by the number of tokens, made exactly symmetric; the sum is freed.
 
         Raises:
             CalibrationError: no token reached the site, or the sum is not finite.

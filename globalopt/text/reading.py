@@ -164,7 +164,7 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            # The columns are told by the schema, not by the first row, where a text may be null.
+            # The schema tells which columns hold text, as the text of the first row may be null.
             kinds = {field.name: "" if _is_string(field.type) else None for field in file.schema_arrow}
             column = _text_column(kinds, column, str(path))
             row = 0

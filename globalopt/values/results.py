@@ -319,7 +319,7 @@ class MatchResult:
 
     Args:
         block: index of the block; None for the whole model.
-        loss: the loss that was minimised: "sum", "token", "nats" (`matching.block.Loss`), or "kl".
+        loss: the loss that was minimised: "sum", "token", "nats" (`globalopt.matching.block.Loss`), or "kl".
         before, after: the loss on held-out calibration windows, or on all of them where none were held out.
         epochs: epochs trained. kept_epoch: the epoch whose parameters were kept; 0 is the start.
         seconds: time of the training.
