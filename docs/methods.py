@@ -61,7 +61,7 @@ def page(head: str, folder: str, table: Mapping[str, type[Any]]) -> str:
 
 def kernel_section(name: str, kernel: Callable[..., Any]) -> str:
     """What a kernel computes."""
-    text = re.split(r"\n(Args|Returns|Raises):\n", inspect.cleandoc(kernel.__doc__ or ""))[0]
+    text = re.split(r"\n(?:Args|Returns|Raises):\n", _explanation(inspect.cleandoc(kernel.__doc__ or "")))[0]
     source = kernel.__module__.replace(".", "/") + ".py"
     return f"## {name}\n\n[`{source}`](../../{source})\n\n{_markdown(text.strip())}\n"
 
@@ -79,7 +79,7 @@ def _kernels() -> dict[str, Callable[..., Any]]:
 
 def section(folder: str, name: str, method: type[Any]) -> Iterator[str]:
     """What a method does, where it is from, and its options with their defaults."""
-    text, _, rest = inspect.cleandoc(method.__doc__ or "").partition("\nArgs:\n")
+    text, _, rest = _explanation(inspect.cleandoc(method.__doc__ or "")).partition("\nArgs:\n")
     explained = dict(_arguments(rest))
     source = Path(inspect.getfile(method)).name
     yield f"## {name}\n"
@@ -90,6 +90,11 @@ def section(folder: str, name: str, method: type[Any]) -> Iterator[str]:
         for field in fields(method):
             yield f"| `{field.name}` | `{field.default}` | {explained.get(field.name, '')} |"
         yield ""
+
+
+def _explanation(docstring: str) -> str:
+    """Leave out the examples of a docstring: paragraphs that begin with the prompt of the interpreter."""
+    return "\n\n".join(part for part in docstring.split("\n\n") if not part.lstrip().startswith(">>>"))
 
 
 def _arguments(text: str) -> Iterator[tuple[str, str]]:

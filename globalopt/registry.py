@@ -14,6 +14,7 @@ from globalopt.errors import UnknownNameError, UsageError
 T = TypeVar("T")
 
 SWITCH = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
+"""Words that are read as a boolean option."""
 
 
 def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[str, str] | None = None) -> T:
@@ -21,8 +22,9 @@ def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[s
 
     Args:
         kind: what the table holds, for messages: "solver", "allocator".
-        table: dataclasses of hyper-parameters by name.
-        options: field name to text; other fields keep their defaults.
+        table: classes by name.
+        name: which one.
+        options: values of its fields as text, by name; other fields keep their defaults.
     Raises:
         UnknownNameError: no such name or option, with the closest one.
         UsageError: a text its field cannot read, or a value out of its range.
@@ -40,7 +42,9 @@ def read_options(cls: type, owner: str, options: Mapping[str, str]) -> dict[str,
     """Convert texts to the types of the fields of the dataclass `cls`.
 
     Args:
-        owner: how messages call it, "solver 'oats'".
+        cls: a dataclass.
+        owner: its name in messages, e.g. "solver 'oats'".
+        options: texts by field.
     Raises:
         UnknownNameError: no such field.
         UsageError: a text its field cannot read.
@@ -126,12 +130,14 @@ def below_one(**values: float) -> None:
 
 
 def _switch(text: str) -> bool:
+    """Convert "yes", "off" and the like to a boolean."""
     if text.lower() not in SWITCH:
         raise ValueError(text)
     return SWITCH[text.lower()]
 
 
 def _reader(kind: type) -> tuple[Callable[[str], Any], str]:
+    """Find the function that converts texts to the type `kind`, and a description of the texts that it accepts."""
     if issubclass(kind, StrEnum):
         return kind, "one of " + ", ".join(kind)
     return READERS[kind]
@@ -143,3 +149,4 @@ READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     float: (float, "a number"),
     str: (str, "a word"),
 }
+"""For each type of a field, the function that converts text to it, and a description of the texts that it accepts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import indicate_nm, indicate_planes, indicate_roughly, indicate_top, plane_order
-from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
+from globalopt.kernels.ridge_admm import Schedule, SparseAndSubspace, StackedLayer, ridge_admm
 from globalopt.kernels.support_refit import refit
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Trace
@@ -37,7 +37,7 @@ class AdmmResult(NamedTuple):
     `settled` says whether the supports hardly changed at the end; `traces` are as in `RidgeADMM`.
     """
 
-    fits: tuple[Fit, ...]
+    fits: tuple[SparseAndSubspace, ...]
     steps: int
     taken: int
     settled: bool
@@ -69,7 +69,7 @@ class AdmmSearch:
         weights: Sequence[Tensor],
         norms: Sequence[Norm],
         targets: Sequence[Target],
-        start: Sequence[Fit] | None = None,
+        start: Sequence[SparseAndSubspace] | None = None,
     ) -> AdmmResult:
         """Fit every weight (d_out, d_in) to its target, all in one stacked problem.
 
@@ -86,7 +86,9 @@ class AdmmSearch:
         parts, begin = [], 0
         for weight, norm, target in zip(weights, norms, targets, strict=True):
             end = begin + len(weight)
-            parts.append(Part(slice(begin, end), norm.outputs, target.rank, _keeper(target, pattern is not None)))
+            parts.append(
+                StackedLayer(slice(begin, end), norm.outputs, target.rank, _keeper(target, pattern is not None))
+            )
             begin = end
         mean = inputs.geometric_mean * _mean_outputs(norms)
         scale = 1.0 if all(norm.outputs is None for norm in norms) else TWO_SIDED
@@ -112,7 +114,7 @@ class AdmmSearch:
             back = order.argsort()
             found = found._replace(fits=tuple(fit._replace(S=fit.S[:, back]) for fit in found.fits))
         fits = tuple(
-            Fit(*refit(weight, *fit, norm, self.rounds, self.conjugate))
+            SparseAndSubspace(*refit(weight, *fit, norm, self.rounds, self.conjugate))
             for weight, fit, norm in zip(weights, found.fits, norms, strict=True)
         )
         taken = found.steps + self.rounds * self.conjugate
@@ -124,7 +126,7 @@ def prune(
 ) -> Tensor:
     """Prune `W` (d_out, d_in) by ALPS, without a low-rank part; from the support of a `previous` `S` if given."""
     empty = W[:, :0]
-    start = None if previous is None else [Fit(previous, Subspace(empty, empty))]
+    start = None if previous is None else [SparseAndSubspace(previous, Subspace(empty, empty))]
     return search.run([W], [norm], [Target(0, nnz, pattern)], start).fits[0].S
 
 
@@ -154,7 +156,7 @@ def _keeper(target: Target, in_planes: bool) -> Callable[[Tensor, float, bool], 
     return keep
 
 
-def _grown(start: Sequence[Fit] | None, targets: Sequence[Target]) -> float:
+def _grown(start: Sequence[SparseAndSubspace] | None, targets: Sequence[Target]) -> float:
     """Share of the targets' nonzeros that a start has, at most 1."""
     if start is None:
         return 0.0

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from globalopt.kernels.ridge_admm import Fit
+from globalopt.kernels.ridge_admm import SparseAndSubspace
 from globalopt.protocols import Outputs, Solver
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
@@ -112,7 +112,7 @@ class ThreeBASiL(Solver[UnitDiagonal]):
         nonzeros: from a larger rank, the support would have to take over entries that `L` reproduced.
         """
         found: dict[int, Solution] = {}
-        fits: dict[Target, Fit] = {}
+        fits: dict[Target, SparseAndSubspace] = {}
         for i in sorted(range(len(targets)), key=lambda i: (targets[i].nnz, targets[i].rank)):
             target = targets[i]
             alike = (other for other in fits if other.pattern == target.pattern)
@@ -128,9 +128,9 @@ class ThreeBASiL(Solver[UnitDiagonal]):
         states: Sequence[UnitDiagonal],
         targets: Sequence[Target],
         starts: Sequence[Decomposition | None],
-        neighbour: Fit | None = None,
+        neighbour: SparseAndSubspace | None = None,
         traced: bool = False,
-    ) -> list[tuple[Solution, Fit | None]]:
+    ) -> list[tuple[Solution, SparseAndSubspace | None]]:
         """Solve every target in its state; with each solution comes its fit, or None where no support was searched.
 
         Args:
@@ -138,7 +138,7 @@ class ThreeBASiL(Solver[UnitDiagonal]):
             neighbour: the fit to start from, where there is only one state.
             traced: whether solutions have traces.
         """
-        made: dict[int, tuple[Solution, Fit | None]] = {}
+        made: dict[int, tuple[Solution, SparseAndSubspace | None]] = {}
         searched: list[int] = []
         for i, (state, target, start) in enumerate(zip(states, targets, starts, strict=True)):
             state.layer.check(target, self)
@@ -170,7 +170,7 @@ class ThreeBASiL(Solver[UnitDiagonal]):
                 made[i] = solution, fit
         return [made[i] for i in range(len(states))]
 
-    def _search(self, neighbour: Fit | None, nnz: int, traced: bool) -> AdmmSearch:
+    def _search(self, neighbour: SparseAndSubspace | None, nnz: int, traced: bool) -> AdmmSearch:
         """Set the length of the search for `nnz` nonzeros, shorter where it starts from a `neighbour`."""
         cold = AdmmSearch(self.steps or STEPS[self.preset], traced=traced)
         if neighbour is None:

@@ -140,3 +140,4 @@ def script(name: str) -> ModuleType:
 def test_method_pages_are_what_the_docstrings_say() -> None:
     for name, text in script("methods").pages().items():
         assert (ROOT / "docs" / "methods" / name).read_text(encoding="utf-8") == text, "run python docs/methods.py"
+        assert ">>>" not in text

@@ -1,4 +1,4 @@
-"""Cholesky factors of damped Grams."""
+"""Factorise damped Grams by Cholesky, and compute the factors of their inverses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError
 
-FIRST_RUNG = 1e-6  # of the ladder when no damping was asked for
-LAST_RUNG = 1.0  # beyond it the damping outweighs the data
+FIRST_RUNG = 1e-6  # the first damping above zero that is tried
+LAST_RUNG = 1.0  # the largest damping: a larger one would outweigh the data
 
 
 class Damped(NamedTuple):
-    """A damped Gram `matrix` (d, d), its lower Cholesky `factor`, and the `damping` it took."""
+    """Hold a damped Gram, its Cholesky factor, and the damping that made it positive definite.
+
+    Args:
+        matrix: (d, d) the Gram with damping added to its diagonal.
+        factor: (d, d) lower triangular `C` with `C Cᵀ = matrix`.
+        damping: fraction of the mean of the diagonal that was added.
+
+    >>> damped = damped_cholesky(torch.diag(torch.tensor([2.0, 6.0])), damping=0.5)
+    >>> damped.matrix.diagonal().tolist()  # the mean of the diagonal is 4, half of which was added
+    [4.0, 8.0]
+    """
 
     matrix: Tensor
     factor: Tensor
@@ -22,17 +32,21 @@ class Damped(NamedTuple):
 
 
 def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) -> Damped:
-    """Factorise `G + damping mean(diag G) I + diagonal_damping diag(G) = C Cᵀ`.
+    """Factorise a damped Gram, `G + damping mean(diag G) I + diagonal_damping diag(G) = C Cᵀ`.
 
-    Where that is not positive definite, `damping` climbs by factors of ten up to `LAST_RUNG`; the rung that held is
-    returned, so that the caller can report it.
+    If the matrix is not positive definite, `damping` is raised by factors of ten, up to `LAST_RUNG`. The damping that
+    sufficed is returned, so that the caller can report it.
 
     Args:
         G: (d, d) symmetric, not modified.
         damping: fraction of the mean of the diagonal, >= 0.
         diagonal_damping: fraction of each diagonal entry, >= 0.
     Raises:
-        NumericalError: no rung held; a zero or an indefinite Gram.
+        NumericalError: no damping sufficed, as for a zero or an indefinite Gram.
+
+    >>> singular = torch.ones(2, 2, dtype=torch.float64)
+    >>> damped_cholesky(singular, damping=0.0).damping
+    1e-06
     """
     mean = float(G.diagonal().double().mean())
     resolution = torch.finfo(G.dtype).eps
@@ -41,7 +55,7 @@ def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) ->
         matrix = G.clone()
         matrix.diagonal().add_(G.diagonal(), alpha=diagonal_damping).add_(rung * mean)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        # A pivot lost in the rounding of its own diagonal entry is noise, even where it came out positive.
+        # A pivot below the rounding error of its diagonal entry is noise, even where it came out positive.
         solid = factor.diagonal().square() > resolution * matrix.diagonal()
         if int(info) == 0 and bool(solid.all()):
             return Damped(matrix, factor, rung)
@@ -55,18 +69,30 @@ def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) ->
 
 
 def ridge_inverse(G: Tensor, ridge: float) -> Tensor:
-    """`(G + ridge I)^-1` (d, d) of a positive definite `G` (d, d) and `ridge > 0`."""
+    """Invert `G + ridge I` for a positive definite `G` (d, d) and `ridge > 0`.
+
+    >>> ridge_inverse(torch.diag(torch.tensor([3.0, 15.0])), ridge=1.0).diagonal().tolist()
+    [0.25, 0.0625]
+    """
     matrix = G.clone()
     matrix.diagonal().add_(ridge)
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix, check_errors=True).L)
 
 
 def obs_factor(C: Tensor) -> Tensor:
-    """Upper triangular `R` with `Rᵀ R = G^-1`, from the lower factor of the reversed Gram, `C Cᵀ = G[::-1, ::-1]`.
+    """Compute the upper triangular `R` with `Rᵀ R = G^-1` that optimal-brain-surgeon pruning uses.
 
     `R[j, j]²` is `[(G[j:, j:])^-1]_00`, and row `j` of `R` carries the error of column `j` to the later ones
-    (SparseGPT, arXiv:2301.00774, section 3.3). Reversing needs one factorisation and one triangular inverse, where
-    inverting first needs two factorisations and an inverse.
+    (SparseGPT, arXiv:2301.00774, section 3.3). Factorising the reversed Gram needs one factorisation and one triangular
+    inverse, where inverting first needs two factorisations and an inverse.
+
+    Args:
+        C: (d, d) lower Cholesky factor of the reversed Gram, `C Cᵀ = G[::-1, ::-1]`.
+
+    >>> G = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    >>> R = obs_factor(damped_cholesky(G.flip(0, 1), 0.0).factor)
+    >>> torch.allclose(R.mT @ R @ G, torch.eye(2, dtype=torch.float64)), R[1, 0].item()
+    (True, 0.0)
     """
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     return torch.linalg.solve_triangular(C, identity, upper=False).flip(0, 1)

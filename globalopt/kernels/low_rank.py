@@ -1,8 +1,8 @@
-"""Low-rank approximation in the norm `tr(A E G Eᵀ)`.
+"""Compute low-rank approximations in the norm `tr(A E G Eᵀ)`.
 
 The best rank-r `L` for `tr(A (M - L) G (M - L)ᵀ)` is `U (A U)ᵀ M`, where `U` holds the leading eigenvectors of
-`M G Mᵀ A`, orthonormal in `A`: Eckart-Young for `Cᵀ M F`, `C Cᵀ = A`, `F Fᵀ = G`, mapped back. Finding it needs the
-product `N = A M G`, and no factor of `G`.
+`M G Mᵀ A`, orthonormal in `A`: this is Eckart-Young for `Cᵀ M F`, with `C Cᵀ = A` and `F Fᵀ = G`, mapped back. Finding
+it needs the product `N = A M G`, and no factor of `G`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,48 @@ from globalopt.kernels.norm import Norm
 
 
 class Subspace(NamedTuple):
-    """`U` (d_out, rank) with `Uᵀ A U = I`, and `AU` (d_out, rank), its product with `A`."""
+    """Span the columns of a low-rank factor by a basis that is orthonormal in `A`.
+
+    Args:
+        U: (d_out, rank) with `Uᵀ A U = I`.
+        AU: (d_out, rank) the product `A U`.
+
+    >>> U = torch.tensor([[1.0], [0.0]])
+    >>> subspace = Subspace(U, U)  # without an output Gram, A is the identity
+    >>> (subspace.U @ subspace.factor(torch.tensor([[3.0, 4.0], [5.0, 6.0]]))).tolist()
+    [[3.0, 4.0], [0.0, 0.0]]
+    """
 
     U: Tensor
     AU: Tensor
 
     @property
     def rank(self) -> int:
+        """Return the number of columns of `U`."""
         return self.U.shape[1]
 
     def factor(self, M: Tensor) -> Tensor:
-        """`V` (rank, d_in) for which `U V` is the best approximation of `M` (d_out, d_in) in this subspace."""
+        """Compute `V = (A U)ᵀ M` (rank, d_in): `U V` is the projection of `M` (d_out, d_in) onto the subspace."""
         return self.AU.mT @ M
 
 
 def leading_subspace(M: Tensor, N: Tensor, norm: Norm, rank: int) -> Subspace:
-    """The leading eigenvectors of `M G Mᵀ A`, exactly, on the smaller side, in float64.
+    """Compute the leading eigenvectors of `M G Mᵀ A` by an exact eigendecomposition of the smaller side, in float64.
 
     Directions beyond the rank of `M` are arbitrary.
 
     Args:
         M: (d_out, d_in) matrix to approximate.
-        N: (d_out, d_in) `norm.times(M)`.
+        N: (d_out, d_in) `A M G`, which is `norm.times(M)`.
+        norm: the norm of the approximation.
         rank: 0 <= rank <= min(d_out, d_in).
+
+    >>> from globalopt.kernels.norm import Side
+    >>> M, G = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([1.0, 100.0]))
+    >>> norm = Norm(Side(G, G.sqrt()))  # the second input is ten times as large as the first
+    >>> subspace = leading_subspace(M, norm.times(M), norm, rank=1)
+    >>> (subspace.U @ subspace.factor(M)).round(decimals=4).abs().tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
     """
     C = None if norm.outputs is None else norm.outputs.factor.double()
     if rank == 0:
@@ -54,7 +73,7 @@ def leading_subspace(M: Tensor, N: Tensor, norm: Norm, rank: int) -> Subspace:
         T = M.double() if C is None else C.mT @ M.double()
         T = T if norm.factor is None else T @ norm.factor.double()
         right = torch.linalg.eigh(T.mT @ T).eigenvectors[:, -rank:]
-        # Only the span matters to the caller; QR also completes the basis where singular values vanish.
+        # Any orthonormal basis of the span will do; that of QR is complete even where singular values vanish.
         Q = torch.linalg.qr(T @ right).Q
     if C is None:
         U = Q.to(M.dtype)
@@ -63,14 +82,25 @@ def leading_subspace(M: Tensor, N: Tensor, norm: Norm, rank: int) -> Subspace:
 
 
 def subspace_step(M: Tensor, N: Tensor, norm: Norm, previous: Subspace) -> Subspace:
-    """One step `U <- orth_A(M Nᵀ U)` of subspace iteration: tracks `leading_subspace` while `M` moves slowly.
+    """Take one step `U <- orth_A(M Nᵀ U)` of subspace iteration.
+
+    One step per change is enough to track `leading_subspace` while `M` changes slowly.
 
     Args:
-        M, N: (d_out, d_in), as in `leading_subspace`.
+        M, N, norm: as in `leading_subspace`.
+        previous: the subspace to start from.
+
+    >>> M, U = torch.diag(torch.tensor([3.0, 1.0])), torch.full((2, 1), 0.5**0.5)
+    >>> subspace = Subspace(U, U)
+    >>> for _ in range(5):
+    ...     subspace = subspace_step(M, M, Norm(None), subspace)
+    >>> (subspace.U @ subspace.factor(M)).round(decimals=3).abs().tolist()
+    [[3.0, 0.0], [0.0, 0.0]]
     """
-    # Transposed throughout: the narrow products are then twice as fast.
+    # All factors are transposed, (rank, d_out): the narrow products are then twice as fast.
     Y = (previous.U.mT @ N) @ M.mT
-    # They tend to eigenvectors, whose lengths are eigenvalues apart: equal lengths leave a well-conditioned basis.
+    # The rows tend to eigenvectors with lengths in the ratio of the eigenvalues; with equal lengths, the Gram matrix
+    # of the rows is well conditioned.
     Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
     AY = Y if norm.outputs is None else Y @ norm.outputs.matrix
     C, info = torch.linalg.cholesky_ex(Y.double() @ AY.double().mT)
@@ -78,5 +108,5 @@ def subspace_step(M: Tensor, N: Tensor, norm: Norm, previous: Subspace) -> Subsp
         U = torch.linalg.solve_triangular(C, Y.double(), upper=False).to(M.dtype)
         AU = U if norm.outputs is None else torch.linalg.solve_triangular(C, AY.double(), upper=False).to(M.dtype)
         return Subspace(U.mT, AU.mT)
-    # Directions have vanished, as where M has a smaller rank: complete the basis.
+    # The rows are linearly dependent, as where M has a smaller rank: an exact decomposition completes the basis.
     return leading_subspace(M, N, norm, previous.rank)

@@ -1,4 +1,10 @@
-"""The positive definite norm `tr(A E G Eᵀ)` in which a layer is fitted, and its ridge problems."""
+"""Define the damped norm `tr(A E G Eᵀ)` that solvers minimise, and solve ridge problems in it.
+
+`Norm` and `globalopt.values.metric.Metric` are the same formula of different matrices. A `Metric` holds the second
+moments as they were measured; they may be singular, and reported errors are taken in them. A `Norm` holds the same
+moments with damping added, often rescaled to unit diagonals: positive definite, with their Cholesky factors, so that
+a solver can invert them. As the damping goes to zero, the two norms agree.
+"""
 
 from __future__ import annotations
 
@@ -14,76 +20,107 @@ from globalopt.kernels.cholesky import ridge_inverse
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """A positive definite `matrix` (d, d) and a `factor` (d, d) of it, `factor factorᵀ = matrix`."""
+    """Hold one matrix of a norm, the damped input or output Gram, with a factor of it.
+
+    Args:
+        matrix: (d, d) symmetric positive definite.
+        factor: (d, d) with `factor factorᵀ = matrix`.
+
+    >>> damped = torch.diag(torch.tensor([1.0, 16.0]))
+    >>> round(Side(damped, damped.sqrt()).geometric_mean, 4)
+    4.0
+    """
 
     matrix: Tensor
     factor: Tensor
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d,) and eigenvectors (d, d)."""
+        """Compute the eigenvalues (d,), ascending, and the eigenvectors (d, d)."""
         values, vectors = torch.linalg.eigh(self.matrix)
         return values, vectors
 
     @cached_property
     def geometric_mean(self) -> float:
-        """Geometric mean of the eigenvalues, from the determinant; the factor is triangular."""
+        """Compute the geometric mean of the eigenvalues, `det^(1/d)`, from the diagonal of the triangular factor."""
         return float(self.factor.diagonal().double().abs().log().mean().mul(2).exp())
 
     def reordered(self, order: Tensor) -> Side:
-        """The same side with its coordinates in another `order` (d,); nothing is factorised again."""
+        """Permute the coordinates into another `order` (d,), without another factorisation."""
         return _Reordered(self.matrix[order][:, order], self.factor[order], self, order)
 
 
 @dataclass(frozen=True, eq=False)
 class _Reordered(Side):
-    """A `Side` in another order than that of its `origin`; its factor is no longer triangular."""
+    """Hold a permuted `Side`, which takes decompositions from its `origin`; its factor is no longer triangular."""
 
     origin: Side
     order: Tensor
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of the origin, and its eigenvectors with permuted rows."""
         values, vectors = self.origin.eigen
         return values, vectors[self.order]
 
     @cached_property
     def geometric_mean(self) -> float:
+        """Return the geometric mean of the origin's eigenvalues, which a permutation does not change."""
         return self.origin.geometric_mean
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """`||E||² = tr(A E G Eᵀ)`: `inputs` is G, `outputs` is A; None is the identity."""
+    """Define the damped norm `||E||² = tr(A E G Eᵀ)` of residuals `E` (d_out, d_in), in which a layer is fitted.
+
+    Errors are reported in the undamped `globalopt.values.metric.Metric` instead.
+
+    Args:
+        inputs: damped input Gram G (d_in, d_in); None is the identity.
+        outputs: damped output Gram A (d_out, d_out); None is the identity.
+
+    >>> G = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> E = torch.tensor([[1.0, 2.0]])
+    >>> AEG = Norm(Side(G, G.sqrt())).times(E)
+    >>> AEG.tolist(), float((E * AEG).sum())  # the second is the squared norm
+    ([[4.0, 2.0]], 8.0)
+    """
 
     inputs: Side | None
     outputs: Side | None = None
 
     @property
     def factor(self) -> Tensor | None:
-        """`F` (d_in, d_in) with `F Fᵀ = G`."""
+        """Return the factor `F` (d_in, d_in) of `G`, with `F Fᵀ = G`; None for the identity."""
         return None if self.inputs is None else self.inputs.factor
 
     def times(self, E: Tensor) -> Tensor:
-        """`A E G` (d_out, d_in)."""
+        """Compute `A E G` (d_out, d_in), half the gradient of the squared norm."""
         EG = E if self.inputs is None else E @ self.inputs.matrix
         return EG if self.outputs is None else self.outputs.matrix @ EG
 
 
 Ridge = Callable[[Tensor], Tensor]
-"""Solves one ridge problem: `R` (d_out, d_in) -> the `S` with `A S G + penalty S = R`."""
+"""Function that solves one ridge problem: `R` (d_out, d_in) -> the `S` with `A S G + penalty S = R`."""
 
 
 def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: float) -> Ridge:
-    """The ridge problem at `penalty`, where the rows of a layer, or of several on the same inputs, have their own `A`.
+    """Prepare the ridge problem `A S G + penalty S = R` at one penalty, and return the function that solves it.
 
-    Without `A` that is a product with `(G + penalty I)^-1`; with it, in the eigenbases `A = P diag(a) Pᵀ` and
-    `G = Q diag(b) Qᵀ`,
+    The rows may belong to several layers with the same inputs, each with its own `A`. Without any `A` the solution is a
+    product with `(G + penalty I)^-1`; with it, in the eigenbases `A = P diag(a) Pᵀ` and `G = Q diag(b) Qᵀ`,
 
         S = P [(Pᵀ R Q) / (a bᵀ + penalty)] Qᵀ.
 
     Args:
-        outputs: `A` by rows, covering all of them; None for the identity.
+        inputs: `G` (d_in, d_in).
+        outputs: pairs of a slice of rows and their `A`, covering all rows; None for the identity.
+        penalty: > 0.
+
+    >>> G = torch.diag(torch.tensor([3.0, 15.0]))
+    >>> solve = ridge(Side(G, G.sqrt()), [(slice(0, 1), None)], penalty=1.0)
+    >>> solve(torch.tensor([[1.0, 1.0]])).tolist()
+    [[0.25, 0.0625]]
     """
     if all(side is None for _, side in outputs):
         inverse = ridge_inverse(inputs.matrix, penalty)
@@ -92,6 +129,7 @@ def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: f
     b, Q = inputs.eigen
 
     def solve(R: Tensor) -> Tensor:
+        """Solve for `S` in the eigenbases."""
         RQ = R @ Q
         for rows, side in outputs:
             if side is None:

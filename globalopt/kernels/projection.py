@@ -1,4 +1,4 @@
-"""Which weights to keep: masks with an exact count, ties broken by index."""
+"""Select the weights to keep: masks with an exact count, in which equal scores are ordered by index."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from torch import Tensor
 
 from globalopt.values.layer import NM
 
-SAMPLE_STRIDE = 61  # prime, so that a strided sample meets every column of a matrix
-ROUGH_FROM = 256 * SAMPLE_STRIDE  # a smaller sample would be off by more than a tenth of a count
+SAMPLE_STRIDE = 61  # prime, so that a strided sample has entries of every column of a matrix
+ROUGH_FROM = 256 * SAMPLE_STRIDE  # with fewer scores, counts would be off by more than a tenth
 
-SELECTED_AT_ONCE = 2**20  # entries
+SELECTED_AT_ONCE = 2**20  # entries of the rows whose thresholds are found together
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest scores along the last dimension; equal scores go by index, lowest first.
+    """Select the `count` largest scores along the last dimension; equal scores are ordered by index, lowest first.
 
     Args:
         scores: (..., n), no NaN.
         count: 0 <= count <= n.
     Returns:
         (..., n) bool with exactly `count` true along the last dimension.
+
+    >>> keep_top(torch.tensor([2.0, 5.0, 2.0, 1.0]), 2).tolist()
+    [True, True, False, False]
     """
     return indicate_top(scores, count).bool()
 
 
 def indicate_top(scores: Tensor, count: int) -> Tensor:
-    """`keep_top` as 0 and 1 in the scores' dtype, float32 or float64.
+    """Select as `keep_top` does, and return 0 and 1 in the dtype of the scores, float32 or float64.
 
-    A selection of the threshold, not a sort. Comparisons with a float result, and products with them, are vectorised
-    on the CPU; those with a bool result, and a `where`, are several times slower.
+    The threshold is found by a selection, not by a sort. Comparisons with a float result, and products with them, are
+    vectorised on the CPU; those with a bool result, and a `where`, are several times slower.
+
+    >>> indicate_top(torch.tensor([2.0, 5.0, 2.0, 1.0]), 2).tolist()
+    [1.0, 1.0, 0.0, 0.0]
     """
     size = scores.shape[-1]
     if count == 0:
@@ -49,9 +55,14 @@ def indicate_top(scores: Tensor, count: int) -> Tensor:
 
 
 def indicate_roughly(scores: Tensor, count: int) -> Tensor:
-    """`indicate_top` of about `count` of many scores (n,): the threshold is that of a sample, at a tenth of the cost.
+    """Select approximately the `count` largest of many scores (n,), by the threshold of a sample.
 
-    Off by some `sqrt(SAMPLE_STRIDE count)` entries, and by more where scores are equal; of few scores exact.
+    This costs a tenth of `indicate_top`. The count is off by about `sqrt(SAMPLE_STRIDE count)` entries, and by more
+    where scores are equal. Few scores are selected exactly.
+
+    >>> scores = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    >>> abs(int(indicate_roughly(scores, 30_000).sum()) - 30_000) < 3000
+    True
     """
     if count == len(scores) or len(scores) < ROUGH_FROM:
         return indicate_top(scores, count)
@@ -62,7 +73,10 @@ def indicate_roughly(scores: Tensor, count: int) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th largest of `scores` (n,): a sample brackets it, and the selection runs inside the bracket only."""
+    """Find the `count`-th largest of `scores` (n,).
+
+    A sample brackets the threshold, and the selection runs inside of the bracket only.
+    """
     size = len(scores)
     if size >= 64 * SAMPLE_STRIDE:
         sample = scores[::SAMPLE_STRIDE].contiguous()
@@ -75,14 +89,14 @@ def _largest(scores: Tensor, count: int) -> Tensor:
         bracket = scores[inside.mul_(torch.le(scores, high, out=torch.empty_like(scores))).bool()]
         if 1 <= within <= len(bracket):
             return bracket.kthvalue(len(bracket) - within + 1).values
-    # Small, or the sample misled.
+    # There are few scores, or the threshold lies outside the bracket.
     return scores.kthvalue(size - count + 1).values
 
 
 def _largest_of_rows(scores: Tensor, count: int) -> Tensor:
-    """(..., 1) the `count`-th largest of each row of `scores` (..., n), a few rows at a time.
+    """Find the `count`-th largest of each row of `scores` (..., n), as (..., 1), a few rows at a time.
 
-    A selection copies what it is asked about, and makes indices of twice its size.
+    `kthvalue` copies its input and makes indices of twice its size, so that all rows at once would need much memory.
     """
     size = scores.shape[-1]
     rows = scores.reshape(-1, size).split(max(1, SELECTED_AT_ONCE // size))
@@ -90,18 +104,21 @@ def _largest_of_rows(scores: Tensor, count: int) -> Tensor:
 
 
 def _count(indicator: Tensor) -> int:
-    """How many are 1; a float32 sum is exact up to 2^24 only."""
+    """Count the ones of an indicator; a float32 sum is exact only up to 2^24."""
     return int(indicator.sum() if indicator.numel() <= 2**24 else indicator.count_nonzero())
 
 
 def keep_per_row(scores: Tensor, count: int) -> Tensor:
-    """Mask of the largest scores of each row, `count` in all.
+    """Select the largest scores of each row, `count` in all.
 
-    Rows get `count // d_out` each; the remainder goes, one each, to the rows whose next score is largest.
+    Every row gets `count // d_out`; the remainder goes, one each, to the rows whose next score is largest.
 
     Args:
         scores: (d_out, d_in), no NaN.
         count: 0 <= count <= d_out * d_in.
+
+    >>> keep_per_row(torch.tensor([[9.0, 8.0, 1.0], [3.0, 2.0, 1.0]]), 3).int().tolist()
+    [[1, 1, 0], [1, 0, 0]]
     """
     each, remainder = divmod(count, scores.shape[0])
     mask = keep_top(scores, each)
@@ -113,36 +130,50 @@ def keep_per_row(scores: Tensor, count: int) -> Tensor:
 
 
 def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
-    """Mask of the `keep` largest scores of every `of` consecutive ones of a row; equal scores go by index.
+    """Select the `keep` largest of every `of` consecutive scores of a row; equal scores are ordered by index.
 
     Args:
         scores: (d_out, d_in) with `d_in` a multiple of `pattern.of`, no NaN.
+        pattern: the N:M pattern.
+
+    >>> keep_nm(torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]]), NM(2, 4)).int().tolist()
+    [[1, 0, 1, 0, 0, 0, 1, 1]]
     """
     return indicate_nm(scores, pattern).bool()
 
 
 def indicate_nm(scores: Tensor, pattern: NM) -> Tensor:
-    """`keep_nm` as 0 and 1 in the scores' dtype."""
+    """Select as `keep_nm` does, and return 0 and 1 in the dtype of the scores.
+
+    >>> indicate_nm(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), NM(2, 4)).tolist()
+    [[1.0, 0.0, 1.0, 0.0]]
+    """
     rows, columns = scores.shape
-    # Members of a group in separate planes, so that each comparison runs over contiguous memory.
+    # The members of a group lie in separate planes, so that each comparison runs over contiguous memory.
     planes = scores.reshape(rows, -1, pattern.of).mT.contiguous()
     return indicate_planes(planes, pattern.keep).mT.reshape(rows, columns)
 
 
 def plane_order(columns: int, pattern: NM, device: torch.device) -> Tensor:
-    """(columns,) the columns in planes: the first of every group, then the second of every group, and so on.
+    """List the columns (columns,) by planes: the first of every group, then the second of every group, and so on.
 
-    In that order the scores of a matrix are its planes as they lie, and comparing them copies nothing: the copies of
-    `indicate_nm` cost several times what its comparisons do.
+    With columns in this order, the planes of a matrix are contiguous, and comparing them copies nothing: the copies of
+    `indicate_nm` cost several times as much as its comparisons.
+
+    >>> plane_order(8, NM(2, 4), torch.device("cpu")).tolist()
+    [0, 4, 1, 5, 2, 6, 3, 7]
     """
     return torch.arange(columns, device=device).view(-1, pattern.of).mT.reshape(-1)
 
 
 def indicate_planes(planes: Tensor, keep: int) -> Tensor:
-    """0 and 1 for the `keep` largest along the second to last dimension, (..., of, n); equal ones go by index.
+    """Select the `keep` largest along the second to last dimension of `planes` (..., of, n), as 0 and 1 in their dtype.
 
-    An entry is kept if fewer than `keep` come before it, where an earlier one of the same size does. Every pair is
-    compared once, nothing is sorted.
+    An entry is kept if fewer than `keep` others precede it; of two equal entries the earlier precedes. Every pair is
+    compared once, and nothing is sorted.
+
+    >>> indicate_planes(torch.tensor([[4.0], [1.0], [3.0], [2.0]]), keep=2).flatten().tolist()
+    [1.0, 0.0, 1.0, 0.0]
     """
     of = planes.shape[-2]
     members = planes.unbind(-2)
@@ -161,21 +192,28 @@ def indicate_planes(planes: Tensor, keep: int) -> Tensor:
         first = _first(members[i], members[j])
         kept[..., j, :] += first
         kept[..., i, :] -= first
-    # So far how many come before a member, less the number of those behind it that might.
+    # An entry of `kept` is now the number of members that precede this one, less the number of members behind it.
     room = torch.arange(of, dtype=planes.dtype, device=planes.device) + (keep - of + 1)
     return kept.lt_(room[:, None])
 
 
 def _first(earlier: Tensor, later: Tensor) -> Tensor:
+    """Indicate by 0 and 1 where the earlier of two members precedes the later one."""
     return torch.ge(earlier, later, out=torch.empty_like(later))
 
 
 def keep_weights(scores: Tensor, nnz: int, pattern: NM | None = None, per_row: bool = False) -> Tensor:
-    """Mask of the weights a target keeps: by `pattern` if there is one, else `nnz` per layer or shared by the rows.
+    """Select the weights that a target keeps: by its `pattern`, or `nnz` of the layer, or as many of every row.
 
     Args:
         scores: (d_out, d_in), no NaN.
-        nnz: 0 <= nnz <= d_out * d_in; a pattern's count follows from its shape, and `nnz` is not read.
+        nnz: 0 <= nnz <= d_out * d_in; ignored under a pattern, which fixes the count.
+        pattern: N:M pattern, or None.
+        per_row: whether every row keeps the same number (`keep_per_row`).
+
+    >>> scores = torch.tensor([[9.0, 8.0], [3.0, 2.0]])
+    >>> keep_weights(scores, 2).int().tolist(), keep_weights(scores, 2, per_row=True).int().tolist()
+    ([[1, 1], [0, 0]], [[1, 0], [1, 0]])
     """
     if pattern is not None:
         return keep_nm(scores, pattern)

@@ -1,4 +1,7 @@
-"""Joint sparse + low-rank fit by the alternating direction method of multipliers (3BASiL, arXiv:2603.01376)."""
+"""Fit sparse and low-rank parts together by the alternating direction method of multipliers.
+
+The method is 3BASiL's (arXiv:2603.01376), with another schedule and momentum.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,37 @@ from globalopt.kernels.norm import Norm, Side, ridge
 from globalopt.kernels.precision import fast_products
 from globalopt.values.decomposition import Trace
 
-BEND = 1.3
-RESTED = 0.015  # share of the support that would move in the steps left, at the pace of the last, below which it ends
-MOMENTUM = 0.7  # of L; from 0.8 on, some layers get worse and planted parts are lost, and at 1 it diverges
+BEND = 1.3  # exponent of the penalty's schedule
+RESTED = 0.015  # share of the support: if fewer entries would still change in the remaining steps, the iteration ends
+MOMENTUM = 0.7  # of L; from 0.8 on, some layers get worse and planted parts are not recovered, and at 1 it diverges
 EXACT_FROM = 0.7  # share of the steps after which counts are exact, and an accelerator's products in full precision
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the penalty rises from `start` to `end` and the support grows to its full size, in `steps` steps.
+    """Schedule the penalty, which rises from `start` to `end`, and the support, which grows to its final count.
 
         penalty(t) = start (end / start)^(t^1.3)
         size(t) = grown + (1 - grown) min(1, t / full)        of the final count
 
     where `t` is the share of the steps done. A penalty that rises slowly is a search for the support. Entries that are
-    admitted one after the other, each for what the others and `L` cannot explain, make a far better support than
-    entries removed from the weight's largest: inputs are correlated, and of two that say the same one is enough.
+    admitted one after the other, each for the part of the weight that the others and `L` cannot explain, make a far
+    better support than entries that are removed from the weight's largest: inputs are correlated, and of two that carry
+    the same information one is enough.
 
     Args:
+        start, end: the first penalty, and the limit that it rises towards.
+        steps: number of ADMM steps.
         hold: steps between changes of the penalty.
         begun: share of the penalty's rise that is skipped, in [0, 1): for a warm start.
-        grown: share of the final count that is there at first.
-        full: share of the steps after which the rest is.
+        grown: share of the final count in the support at first.
+        full: share of the steps after which the support has its final count.
+
+    >>> schedule = Schedule(start=0.02, end=2.0, steps=50, hold=5)
+    >>> [round(schedule.penalty(step), 3) for step in (0, 25, 49)]
+    [0.02, 0.13, 1.775]
+    >>> schedule.size(9), schedule.size(30)
+    (0.5, 1.0)
     """
 
     start: float
@@ -47,25 +59,35 @@ class Schedule:
     full: float = 0.4
 
     def penalty(self, step: int) -> float:
-        """The penalty of `step`, 0 <= step < steps."""
+        """Compute the penalty of `step`, 0 <= step < steps."""
         share = self.begun + (1 - self.begun) * step / self.steps
         return self.start * (self.end / self.start) ** (share**BEND)
 
     def size(self, step: int) -> float:
-        """Share of the final count that `step` keeps, 0 <= step < steps."""
+        """Compute the share of the final count that `step` keeps, 0 <= step < steps."""
         return min(1.0, self.grown + (1 - self.grown) * (step + 1) / (self.full * self.steps))
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One layer's rows of a stacked problem.
+class StackedLayer:
+    """Describe one layer of several that are stacked by rows and fitted together, as they read the same inputs.
 
     Args:
-        rows: its rows.
-        outputs: its `A` (d_out, d_out), or None for the identity.
-        rank: 0 <= rank <= min(d_out, d_in).
-        keep: magnitudes (d_out, d_in), a share in (0, 1], whether exactly -> 0 and 1 in their dtype (bool is slower):
-            so many of the entries to keep in the end, the largest; at least one.
+        rows: its rows in the stacked weight.
+        outputs: its damped output Gram `A` (d_out, d_out), or None for the identity.
+        rank: rank of its `L`, 0 <= rank <= min(d_out, d_in).
+        keep: function `keep(magnitudes, share, exact)` that selects the support of `S`. Of `magnitudes` (d_out, d_in)
+            it marks the largest entries by 1 and the others by 0, in the dtype of the magnitudes, as products with a
+            bool mask are slower. The number of entries is `share`, in (0, 1], of the layer's final number of nonzeros,
+            and at least one; it must be met exactly if `exact` is true, and roughly otherwise.
+
+    >>> def keep(magnitudes, share, exact):
+    ...     final = magnitudes.numel() // 2
+    ...     return indicate_top(magnitudes.flatten(), max(1, round(share * final))).view_as(magnitudes)
+    >>> from globalopt.kernels.projection import indicate_top
+    >>> layer = StackedLayer(slice(0, 2), outputs=None, rank=0, keep=keep)
+    >>> layer.keep(torch.tensor([[1.0, 4.0], [3.0, 2.0]]), 0.5, True).tolist()  # half of the final two
+    [[0.0, 1.0], [0.0, 0.0]]
     """
 
     rows: slice
@@ -74,20 +96,39 @@ class Part:
     keep: Callable[[Tensor, float, bool], Tensor]
 
 
-class Fit(NamedTuple):
-    """Sparse `S` (d_out, d_in), and the subspace of the low-rank part, of one layer."""
+class SparseAndSubspace(NamedTuple):
+    """Hold the solution of one layer: the sparse part, and the subspace of the low-rank part.
+
+    Args:
+        S: (d_out, d_in) with exact zeros.
+        subspace: of `L = U V`, with `V = subspace.factor(W - S)`.
+
+    >>> W, U = torch.tensor([[5.0, 1.0], [1.0, 1.0]]), torch.full((2, 1), 0.5**0.5)
+    >>> fit = SparseAndSubspace(S=torch.diag(torch.tensor([4.0, 0.0])), subspace=Subspace(U, U))
+    >>> L = fit.subspace.U @ fit.subspace.factor(W - fit.S)
+    >>> torch.allclose(fit.S + L, W)
+    True
+    """
 
     S: Tensor
     subspace: Subspace
 
 
 class RidgeADMM(NamedTuple):
-    """A fit per part, the steps taken, and the share of the support that changed at the last change of the penalty.
+    """Hold the solutions of all stacked layers, and how the iteration ended.
 
-    `traces` has for every part the steps after which it was looked at and `||W - Z - L||²` there; `||W||²` at step 0.
+    Args:
+        fits: one solution per layer.
+        steps: steps taken.
+        moved: share of the support that changed at the last change of the penalty.
+        traces: for every layer, steps and the objective `||W - Z - L||²` after them; `||W||²` at step 0.
+
+    >>> found = RidgeADMM(fits=(), steps=40, moved=0.01, traces=(((0, 8.0), (40, 1.0)),))
+    >>> dict(found.traces[0])[found.steps] / dict(found.traces[0])[0]  # remaining error of the first layer
+    0.125
     """
 
-    fits: tuple[Fit, ...]
+    fits: tuple[SparseAndSubspace, ...]
     steps: int
     moved: float
     traces: tuple[Trace, ...]
@@ -96,14 +137,15 @@ class RidgeADMM(NamedTuple):
 def ridge_admm(
     W: Tensor,
     inputs: Side,
-    parts: Sequence[Part],
+    parts: Sequence[StackedLayer],
     schedule: Schedule,
-    start: Sequence[Fit] | None = None,
+    start: Sequence[SparseAndSubspace] | None = None,
     trace_every: int = 0,
 ) -> RidgeADMM:
-    """Minimise `tr(A (W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`.
+    """Minimise `tr(A (W - S - L) G (W - S - L)ᵀ)` over sparse `S` and `L` of rank at most `rank`, by ADMM.
 
-    With a copy `Z` of `S` that carries the constraint, a dual `p Y` and the penalty p, one step is
+    With a copy `Z` of `S` that carries the constraint, a scaled dual `Y` (the dual is `p Y`) and the penalty p, one
+    step is
 
         R = A (W - L - m (L - L')) G + p (Z - Y)
         S <- the solution of A S G + p S = R
@@ -111,34 +153,48 @@ def ridge_admm(
         Y <- Y + S - Z
         L <- U (A U)ᵀ M,  U <- orth_A(M (A M G)ᵀ U),  M = W - S
 
-    with `L'` the `L` of the step before. The momentum m is not in the published method. A support holds on to what `L`
-    would take over, so that `L` moves in small steps of one direction, and this lengthens them.
+    with `L'` the `L` of the step before. The momentum m is not in the published method: the support adapts to `L` and
+    holds it back, so that `L` moves in many small steps of one direction, and momentum lengthens them.
 
-    The linear system hands over `A S G = R - p S`, so `A M G = A W G - R + p S` costs nothing: without `A` a step has a
-    single product with a (d_in, d_in) matrix. The support starts empty, and `schedule` says how it grows; the published
-    method starts from the largest entries at full count. Until `EXACT_FROM` of the steps a count may be rough: a
-    threshold that is a little off moves what the next steps would have moved anyway.
+    The linear system yields `A S G = R - p S`, so that `A M G = A W G - R + p S` costs nothing: without `A` a step has
+    a single product with a (d_in, d_in) matrix. The support starts empty, and `schedule` says how it grows; the
+    published method starts from the largest entries at full count. In the first `EXACT_FROM` of the steps, counts may
+    be rough: the next steps would change the support by more than an inexact threshold does.
 
     Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
-    `A`, count and rank. They end together, after all steps, or in the exact ones as soon as less than `RESTED` of their
-    supports would still change at the pace of the last.
+    `A`, count and rank. They end together: after all steps, or once counts are exact and less than the share `RESTED`
+    of their supports would change in the remaining steps at the rate of the last ones.
 
     Args:
-        W: (rows of all parts, d_in), not modified.
-        inputs: G (d_in, d_in), best with a unit diagonal (`A` too), which makes the penalty free of scale.
-        parts: in the order of their rows, covering all.
-        start: for every part a fit of a neighbouring target; without it both parts start from zero.
-        trace_every: fewest steps between looks at the objective, each of which costs one more product; 0: no looks.
+        W: (rows of all layers, d_in), not modified.
+        inputs: damped G (d_in, d_in). With a unit diagonal (of `A` too), penalties mean the same for every layer.
+        parts: the stacked layers, in the order of their rows, covering all rows.
+        schedule: of the penalty and of the size of the support.
+        start: for every layer its solution at a neighbouring target; None starts from `S = L = 0`.
+        trace_every: fewest steps between two evaluations of the objective for the traces, each of which costs one more
+            product; 0: no traces.
+
+    >>> from globalopt.kernels.projection import indicate_top
+    >>> S = torch.diag(torch.tensor([5.0, 0.0, 5.0, 0.0, 0.0, 5.0]))  # three nonzeros
+    >>> L = torch.outer(torch.ones(6), torch.linspace(1, 2, 6))  # rank one
+    >>> def keep(magnitudes, share, exact):
+    ...     return indicate_top(magnitudes.flatten(), max(1, round(3 * share))).view_as(magnitudes)
+    >>> layer = StackedLayer(slice(0, 6), outputs=None, rank=1, keep=keep)
+    >>> inputs = Side(torch.eye(6), torch.eye(6))
+    >>> (fit,) = ridge_admm(S + L, inputs, [layer], Schedule(start=0.02, end=50.0, steps=100, hold=5)).fits
+    >>> torch.equal(fit.S != 0, S != 0), torch.allclose(fit.S, S, atol=0.05)
+    (True, True)
     """
     outputs = [(part.rows, part.outputs) for part in parts]
     norms = [Norm(inputs, part.outputs) for part in parts]
 
     def times(E: Tensor) -> Tensor:
+        """Compute `A E G` with the `A` of every layer."""
         return torch.cat([norm.times(E[part.rows]) for part, norm in zip(parts, norms, strict=True)])
 
     AWG = times(W)
-    # A (W - L) G, kept instead of L: with momentum, and as it was in this and in the last step.
-    rest = AWG.clone()
+    # A (W - L) G stands for L: `extrapolated` has the momentum, `now` and `before` are those of this and the last step.
+    extrapolated = AWG.clone()
     now, before = torch.empty_like(W), torch.empty_like(W)
     Z, Y = torch.zeros_like(W), torch.zeros_like(W)
     R, P = torch.empty_like(W), torch.empty_like(W)
@@ -149,23 +205,25 @@ def ridge_admm(
         L = torch.cat(
             [fit.subspace.U @ fit.subspace.factor(W[p.rows] - fit.S) for fit, p in zip(start, parts, strict=True)]
         )
-        rest.sub_(times(L))
-        Y = (rest - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
-    support, moved, rests, step = Z != 0, 1.0, False, 0
+        extrapolated.sub_(times(L))
+        # The dual that makes the start stationary: A (W - L - Z) G / p off the support.
+        Y = (extrapolated - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
+    support, moved, at_rest, step = Z != 0, 1.0, False, 0
     traces: list[list[tuple[int, float]]] = [[] for _ in parts]
     if trace_every:
         traces = [[(0, _inner(W[part.rows], AWG[part.rows]))] for part in parts]
     with fast_products(W) as exact_from_here:
-        while step < schedule.steps and not rests:
+        while step < schedule.steps and not at_rest:
             exact = step >= EXACT_FROM * schedule.steps
             if exact:
                 exact_from_here()
-            last, penalty = penalty, schedule.penalty(step)
-            Y.mul_(last / penalty)
+            last_penalty, penalty = penalty, schedule.penalty(step)
+            # The dual p Y does not change with the penalty.
+            Y.mul_(last_penalty / penalty)
             solve = ridge(inputs, outputs, penalty)
-            seen = support
+            support_before = support
             for _ in range(min(schedule.hold, schedule.steps - step)):
-                torch.add(rest, torch.sub(Z, Y, out=P), alpha=penalty, out=R)
+                torch.add(extrapolated, torch.sub(Z, Y, out=P), alpha=penalty, out=R)
                 S = solve(R)
                 torch.add(S, Y, out=P)
                 size, magnitudes = schedule.size(step), torch.abs(P, out=Y)
@@ -181,27 +239,29 @@ def ridge_admm(
                         else:
                             subspace, momentum = subspace_step(m, n, norm, previous), MOMENTUM
                         here = torch.addmm(AWG[part.rows], subspace.AU, subspace.U.mT @ n, alpha=-1, out=now[part.rows])
-                        torch.lerp(before[part.rows] if momentum else here, here, 1 + momentum, out=rest[part.rows])
+                        last_step = before[part.rows] if momentum else here
+                        torch.lerp(last_step, here, 1 + momentum, out=extrapolated[part.rows])
                         subspaces[i] = subspace
                 now, before = before, now
                 step += 1
             support = Z != 0
             if schedule.size(step - 1) == 1:
-                moved = int((support != seen).sum()) / max(1, int(support.sum()))
-                ahead = schedule.steps - step
-                rests = exact and ahead >= schedule.hold and moved * ahead <= RESTED * schedule.hold
+                moved = int((support != support_before).sum()) / max(1, int(support.sum()))
+                remaining = schedule.steps - step
+                at_rest = exact and remaining >= schedule.hold and moved * remaining <= RESTED * schedule.hold
             if trace_every and step >= traces[0][-1][0] + trace_every:
                 for part, norm, subspace, trace in zip(parts, norms, subspaces, traces, strict=True):
-                    left = W[part.rows] - Z[part.rows]
+                    E = W[part.rows] - Z[part.rows]
                     if subspace is not None:
-                        left.addmm_(subspace.U, subspace.factor(P[part.rows]), alpha=-1)
-                    trace.append((step, _inner(left, norm.times(left))))
+                        E.addmm_(subspace.U, subspace.factor(P[part.rows]), alpha=-1)
+                    trace.append((step, _inner(E, norm.times(E))))
     fits = []
     for part, subspace in zip(parts, subspaces, strict=True):
         empty = W[part.rows, :0]
-        fits.append(Fit(Z[part.rows], Subspace(empty, empty) if subspace is None else subspace))
+        fits.append(SparseAndSubspace(Z[part.rows], Subspace(empty, empty) if subspace is None else subspace))
     return RidgeADMM(tuple(fits), step, moved, tuple(tuple(trace) for trace in traces))
 
 
 def _inner(X: Tensor, Y: Tensor) -> float:
+    """Compute the inner product of two matrices, summed in float64."""
     return float((X * Y).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A sign plane beside sparse and low-rank parts: `W ~ S + (U V) * B` with `B` in {-1, +1}."""
+"""Fit a plane of signs beside sparse and low-rank parts: `W ~ S + (U V) * B`, with `B` in {-1, +1}, `*` by entries."""
 
 from __future__ import annotations
 
@@ -16,66 +16,96 @@ from globalopt.kernels.obs import obs_prune
 from globalopt.values.layer import NM
 
 PLAIN = Norm(None)
+"""The Frobenius norm: both sides are the identity."""
 
 
 @dataclass(frozen=True, eq=False)
 class SignPlane:
-    """`L = (U V) * B`: `U` (d_out, rank), `V` (rank, d_in), and `B` (d_out, d_in) of +-1 as floats."""
+    """Hold a low-rank matrix with signs, `L = (U V) * B`.
+
+    Args:
+        U: (d_out, rank). V: (rank, d_in).
+        B: (d_out, d_in) of +-1 as floats.
+
+    >>> plane = SignPlane(torch.tensor([[1.0], [2.0]]), torch.ones(1, 2), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    >>> plane.dense().tolist()
+    [[1.0, -1.0], [-2.0, 2.0]]
+    """
 
     U: Tensor
     V: Tensor
     B: Tensor
 
     def dense(self) -> Tensor:
-        """(d_out, d_in) `L`."""
+        """Compute `L` (d_out, d_in)."""
         return (self.U @ self.V) * self.B
 
 
 class SparseAndSigns(NamedTuple):
-    """`W ~ S + L` with a sign plane, `S` (d_out, d_in) with exact zeros."""
+    """Hold the decomposition `W ~ S + L` with a sign plane `L`.
+
+    Args:
+        S: (d_out, d_in) with exact zeros.
+        plane: of `L`.
+
+    >>> plane = SignPlane(torch.ones(2, 1), torch.ones(1, 2), signs(torch.tensor([[1.0, -2.0], [3.0, 4.0]])))
+    >>> found = SparseAndSigns(S=torch.diag(torch.tensor([0.0, 3.0])), plane=plane)
+    >>> (found.S + found.plane.dense()).tolist()
+    [[1.0, -1.0], [1.0, 4.0]]
+    """
 
     S: Tensor
     plane: SignPlane
 
 
 def signs(Y: Tensor) -> Tensor:
-    """+-1 (d_out, d_in) floats; +1 at zero."""
+    """Compute the signs +-1 of `Y` (d_out, d_in) as floats, with +1 at zero.
+
+    >>> signs(torch.tensor([-2.0, 0.0, 3.0])).tolist()
+    [-1.0, 1.0, 1.0]
+    """
     return torch.where(Y < 0, -1.0, 1.0).to(Y.dtype)
 
 
 def alternate(
     W: Tensor, keep: Callable[[Tensor], Tensor], rank: int, steps: int, error: Callable[[Tensor], float]
 ) -> SparseAndSigns:
-    """`min ||W - S - (U V) * B||_F` by turns, and the round of least `error` (SLaB, arXiv:2604.04493):
+    """Minimise `||W - S - (U V) * B||_F` by alternation and keep the round of least `error` (SLaB, arXiv:2604.04493).
 
         S <- the kept entries of W - L,   Y = W - S,   B <- sign(Y),   U V <- the best of that rank for |Y|
 
     As `B * B = 1`, the distance is `||Y * B - U V||_F`, and for `U V >= 0` the signs of `Y` are the best. The leading
     pair of `|Y|` has no negative entry (Perron-Frobenius), so that both steps are exact at rank 1. The subspace is
-    exact at first and tracked afterwards.
+    computed exactly in the first round and tracked afterwards.
 
     Args:
         W: (d_out, d_in), not modified.
-        keep: magnitudes (d_out, d_in) -> mask of the entries of `S`.
-        steps: rounds, >= 1; without a plane (rank 0) one is enough.
-        error: of a residual (d_out, d_in).
+        keep: function from magnitudes (d_out, d_in) to the mask of the entries of `S`.
+        rank: of `U V`; 0 has no sign plane.
+        steps: rounds, >= 1; at rank 0 one is enough and one is made.
+        error: function from a residual (d_out, d_in) to its error, by which rounds are compared.
+
+    >>> W = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])) * torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+    >>> found = alternate(W, lambda scores: scores > 10, rank=1, steps=3, error=lambda E: float(E.square().sum()))
+    >>> torch.allclose(found.plane.dense(), W, atol=1e-4)  # full rank without the signs
+    True
     """
     subspace, L = None, torch.zeros_like(W)
     best, least = None, float("inf")
     for _ in range(steps if rank else 1):
-        rest = W - L
-        S = rest.masked_fill(~keep(rest.abs()), 0.0)
+        residual = W - L
+        S = residual.masked_fill(~keep(residual.abs()), 0.0)
         Y = W - S
-        size, B = Y.abs(), signs(Y)
+        magnitudes, B = Y.abs(), signs(Y)
         if subspace is None:
-            subspace = leading_subspace(size, size, PLAIN, rank)
+            subspace = leading_subspace(magnitudes, magnitudes, PLAIN, rank)
         else:
-            subspace = subspace_step(size, size, PLAIN, subspace)
-        plane = SignPlane(subspace.U, subspace.factor(size), B)
+            subspace = subspace_step(magnitudes, magnitudes, PLAIN, subspace)
+        plane = SignPlane(subspace.U, subspace.factor(magnitudes), B)
         L = plane.dense()
-        reached = error(Y - L)
-        if best is None or reached < least:
-            best, least = SparseAndSigns(S, plane), reached
+        current = error(Y - L)
+        if best is None or current < least:
+            best, least = SparseAndSigns(S, plane), current
     assert best is not None
     return best
 
@@ -83,38 +113,52 @@ def alternate(
 def sign_sweep(
     W: Tensor, R: Tensor, plane: SignPlane, nnz: int, pattern: NM | None = None, *, column_block: int = 128
 ) -> SparseAndSigns:
-    """`min tr((W - S - (U V) * B) G (W - S - (U V) * B)ᵀ)` over `S` and `B` at given `U V`, columns left to right.
+    """Choose `S` and `B` at given `U V` column by column, to minimise `tr(E G Eᵀ)` of `E = W - S - (U V) * B`.
 
-    `obs_prune` with `|U V|` as the floor. The signs are those of the corrected weights, as in a quantiser that feeds
-    its error forward. All column blocks compete for the nonzeros.
+    This is `obs_prune` with `|U V|` as the floor. The signs are those of the corrected weights, as in a quantiser that
+    feeds its error forward. All column blocks compete for the nonzeros.
 
     Args:
         W: (d_out, d_in), not modified; where a column of `W` and of `U V` is zero, that of `S` is.
         R: (d_in, d_in) upper triangular with `Rᵀ R = G^-1` (`obs_factor`).
-        plane: its `U` and `V` are kept; its signs are not read.
-        nnz: weights to keep, 0 <= nnz <= numel; not read under a pattern.
+        plane: its `U` and `V` are kept; its signs are ignored.
+        nnz: weights to keep, 0 <= nnz <= numel; ignored under a pattern.
+        pattern: N:M pattern of `S`; None is unstructured.
         column_block: columns per block, rounded down to whole groups (at least one) under a pattern.
+
+    >>> plane = SignPlane(torch.ones(1, 1), torch.ones(1, 4), torch.ones(1, 4))
+    >>> S, plane = sign_sweep(torch.tensor([[1.0, -1.0, 1.0, 9.0]]), torch.eye(4), plane, nnz=1)
+    >>> S.tolist(), plane.B.tolist()
+    ([[0.0, 0.0, 0.0, 8.0]], [[1.0, -1.0, 1.0, 1.0]])
     """
     UV = plane.U @ plane.V
     swept = obs_prune(W, R, nnz, pattern, column_block=column_block, layer_wide=True, floor=UV.abs())
     B = signs(swept) * signs(UV)
-    # Exactly zero where a weight has fallen to its magnitude.
+    # The difference is exactly zero where a weight is not kept, as it then equals `U V * B`.
     return SparseAndSigns(swept - UV * B, SignPlane(plane.U, plane.V, B))
 
 
 def fit_factors(Y: Tensor, plane: SignPlane, norm: Norm) -> SignPlane:
-    """Lower `||Y - (U V) * B||²` over `U` and `V`: for one pair after another, first `u` and then `v` exactly.
+    """Lower `||Y - (U V) * B||²` over `U` and `V`: pair by pair, first `u` and then `v` by exact least squares.
 
-    With `Z = diag(v) Bᵀ` or `diag(u) B`, `*` by entries, and `N = A Y G` of what the other pairs leave of `Y`:
+    With `Z = diag(v) Bᵀ` or `diag(u) B`, `*` by entries, and `N = A E G` for the residual `E` of the other pairs in
+    `Y`:
 
         [A * (Zᵀ G Z)] u = (N * Zᵀ) 1,    [G * (Zᵀ A Z)] v = (N * Z)ᵀ 1.
 
-    Without `A` the system for `u` is diagonal. Signs average out most of what `G` has off its diagonal, so that the one
-    for `v` is well conditioned.
+    Without `A` the system for `u` is diagonal. Signs average out most of the off-diagonal part of `G`, so that the
+    system for `v` is well conditioned.
 
     Args:
-        Y: (d_out, d_in).
+        Y: (d_out, d_in) matrix to approximate.
+        plane: the start; its signs are kept.
         norm: with an input side.
+
+    >>> B = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+    >>> Y = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])) * B
+    >>> found = fit_factors(Y, SignPlane(torch.ones(2, 1), torch.ones(1, 2), B), Norm(Side(torch.eye(2), torch.eye(2))))
+    >>> torch.allclose(found.dense(), Y)  # exact in one pass, as the signs fit
+    True
     """
     U, V, B = plane.U.clone(), plane.V.clone(), plane.B
     for k in range(U.shape[1]):
@@ -127,11 +171,19 @@ def fit_factors(Y: Tensor, plane: SignPlane, norm: Norm) -> SignPlane:
 
 
 def _times(Z: Tensor, side: Side | None) -> Tensor:
+    """Multiply `Z` by the matrix of `side`; None is the identity."""
     return Z if side is None else Z @ side.matrix
 
 
 def _solve_scales(side: Side | None, Z: Tensor, ZO: Tensor, N: Tensor) -> Tensor:
-    """`x` (d,) with `[K * (Z O Zᵀ)] x = (N * Z) 1`, `K` the matrix of `side` and `ZO` (d, m) `= Z O`; 0 for `Z = 0`."""
+    """Solve `[K * (Z O Zᵀ)] x = (N * Z) 1` for `x` (d,), where `*` is by entries.
+
+    Args:
+        side: whose matrix is `K` (d, d); None is the identity.
+        Z: (d, m). ZO: (d, m) the product `Z O`. N: (d, m).
+    Returns:
+        (d,), with 0 where the diagonal of the system is 0, and all 0 for `Z = 0`.
+    """
     right = (N * Z).sum(1)
     diagonal = (ZO * Z).sum(1)
     if side is None or not bool((diagonal > 0).any()):

@@ -1,4 +1,4 @@
-"""Least squares on a fixed support, by masked conjugate gradients."""
+"""Solve least squares on a fixed support by masked conjugate gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from globalopt.kernels.norm import Norm
 
 
 def fit_support(target: Tensor, S: Tensor, norm: Norm, steps: int) -> Tensor:
-    """Lower `||target - S||²` over the nonzeros of `S`, from where they are, by `steps` of conjugate gradients.
+    """Lower `||target - S||²` over the nonzeros of `S`, from their present values, by `steps` of conjugate gradients.
 
     The gradient is masked, not the unknown, so that the system is the Gram's principal submatrix. Without an output
     side every row is a system of its own, with its own step length. Unit diagonals make this its Jacobi-preconditioned
@@ -18,12 +18,22 @@ def fit_support(target: Tensor, S: Tensor, norm: Norm, steps: int) -> Tensor:
 
     Args:
         target, S: (d_out, d_in), not modified.
+        norm: the damped norm.
+        steps: of conjugate gradients, >= 0; as many as a row has nonzeros solve it exactly.
+
+    >>> from globalopt.kernels.norm import Side
+    >>> G = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # two correlated inputs
+    >>> norm = Norm(Side(G, torch.linalg.cholesky(G)))
+    >>> S = fit_support(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]]), norm, steps=2)
+    >>> torch.allclose(S, torch.tensor([[0.0, 1.9]]))  # the weight that is kept makes up for the other
+    True
     """
     support = (S != 0).to(S.dtype)
     rows = norm.outputs is None
     product = torch.empty_like(S)
 
     def dot(X: Tensor, Y: Tensor) -> Tensor:
+        """Compute inner products by row, or of all entries if the rows are coupled."""
         torch.mul(X, Y, out=product)
         return product.sum(1, keepdim=True) if rows else product.sum()
 
@@ -43,11 +53,23 @@ def fit_support(target: Tensor, S: Tensor, norm: Norm, steps: int) -> Tensor:
 
 
 def refit(W: Tensor, S: Tensor, subspace: Subspace, norm: Norm, rounds: int, steps: int) -> tuple[Tensor, Subspace]:
-    """Lower `||W - S - L||²` on the support of `S`, by turns: `fit_support` of `W - L`, a subspace step of `W - S`.
+    """Lower `||W - S - L||²` on the support of `S` by alternation.
+
+    One round is `fit_support` of `W - L`, then a step of subspace iteration for `W - S`.
 
     Args:
         W, S: (d_out, d_in), not modified.
-        rounds: turns, >= 0. steps: of conjugate gradients in each.
+        subspace: of `L`.
+        norm: the damped norm.
+        rounds: >= 0.
+        steps: of conjugate gradients in each round.
+
+    >>> S = torch.diag(torch.tensor([5.0, 0.0, 0.0, 0.0]))
+    >>> W = S + torch.ones(4, 4)
+    >>> U = torch.tensor([[0.8], [0.4], [0.4], [0.2]])  # not the right subspace yet
+    >>> found, subspace = refit(W, S, Subspace(U, U), Norm(None), rounds=20, steps=1)
+    >>> torch.allclose(found + subspace.U @ subspace.factor(W - found), W, atol=1e-3)
+    True
     """
     for _ in range(rounds):
         L = subspace.U @ subspace.factor(W - S)

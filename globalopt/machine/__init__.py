@@ -1,1 +1,1 @@
-"""Memory and clock of the machine a run is on."""
+"""Measure the time and memory of a run, and keep tensors in files where memory is short."""

@@ -1,4 +1,4 @@
-"""How much memory there is and may be used, and hidden states kept in files where it does not suffice."""
+"""Measure and parse amounts of memory, and keep hidden states in files where memory is short."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, UsageError
 
 UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kmgt", 1)}, **{f"{p}i": 1024**i for i, p in enumerate("kmgt", 1)}}
+"""Bytes by unit prefix: powers of 1000 for k, m, g and t, of 1024 for ki, mi, gi and ti."""
 
 WHOLE_COPIES = 3
-"""Models in memory at the end of a run that loads them whole: the changed one, the original, and the saved one."""
+"""Copies of a model at the end of a run that loads it whole: the compressed, the original and the saved one."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as it is typed: 8GiB, 500MB, 1.5g, 1000000.
+    """Parse a size as users type it into bytes: 8GiB, 500MB, 1.5g, 1000000.
 
     Raises:
-        UsageError: it is no size, or nothing.
+        UsageError: the text is no size, or zero.
+
+    >>> parse_size("8GiB"), parse_size("1.5g")
+    (8589934592, 1500000000)
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
@@ -35,7 +39,11 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes as they are read: 512 B, 1.5 GiB."""
+    """Format bytes for reading, in three digits and powers of 1024.
+
+    >>> size_text(512), size_text(1.5 * 2**30)
+    ('512 B', '1.5 GiB')
+    """
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     for unit in units:
         if size < 1024 or unit == units[-1]:
@@ -45,28 +53,45 @@ def size_text(size: float) -> str:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes.
+
+    >>> resident() > 2**20
+    True
+    """
     return psutil.Process().memory_info().rss
 
 
 def in_use() -> int:
-    """Bytes of this process on the accelerator that it uses, else in memory."""
+    """Return the bytes that this process has allocated on the accelerator if it uses one, else its resident memory.
+
+    >>> in_use() > 2**10
+    True
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_allocated()
     return resident()
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be had on `device`."""
+    """Return the bytes that can still be allocated on `device`.
+
+    >>> available(torch.device("cpu")) > 2**20
+    True
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def give_back() -> None:
-    """Return to the system what the allocator keeps of freed memory.
+    """Return freed memory from the C library's allocator to the system.
 
-    glibc keeps free pieces between pieces in use: walks over many blocks end with as much as the blocks themselves.
+    glibc keeps freed pieces between pieces in use: a walk over many blocks would end with as much memory as all blocks
+    need together. On systems other than Linux nothing happens.
+
+    >>> pieces = [torch.ones(2**16) for _ in range(8)]
+    >>> del pieces
+    >>> give_back()
     """
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
@@ -75,16 +100,21 @@ def give_back() -> None:
 
 @cache
 def _libc() -> ctypes.CDLL | None:
+    """Open the C library of this process; None on systems other than Linux."""
     return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def in_file(states: Tensor, folder: Path) -> Tensor:
-    """A copy of `states` that is backed by a file in `folder` and read from it when it is used.
+    """Copy `states` into a file of `folder`, and return a tensor that is mapped to the file and read from it on use.
 
-    The file loses its name at once and its space when the tensor goes, however the program ends.
+    The file is unlinked at once, and its space is freed together with the tensor, however the program ends.
 
     Raises:
         ArtefactError: the file cannot be written.
+
+    >>> states = in_file(torch.arange(4.0), Path("scratch"))
+    >>> states.tolist(), list(Path("scratch").iterdir())
+    ([0.0, 1.0, 2.0, 3.0], [])
     """
     flat = states.detach().cpu().contiguous()
     try:

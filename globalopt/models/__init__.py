@@ -1,1 +1,1 @@
-"""Models: load, save, identify; find their layers and walk them block by block."""
+"""Load, save and identify models, find their compressible layers, and walk them block by block."""

@@ -1,4 +1,4 @@
-"""Fingerprints of a model and of its weights."""
+"""Compute fingerprints of a model's structure and of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from globalopt.models.layers import ModelLayers
 
 
 def model_fingerprint(layers: ModelLayers) -> str:
-    """sha256 (hex) of what a budget must agree with: model type, vocabulary size, names and shapes of the layers."""
+    """Hash the structure of a model: its type, vocabulary size, and the names and shapes of its layers.
+
+    A budget file must be of a model with the same fingerprint.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> one, other = find_layers(tiny_llama(seed=0)), find_layers(tiny_llama(seed=1))
+    >>> model_fingerprint(one) == model_fingerprint(other)  # the weights do not matter
+    True
+    """
     config = layers.model.config
     identity = {
         "model_type": config.model_type,

@@ -1,7 +1,7 @@
-"""Find what can be compressed in a model by structure: its decoder blocks, linear layers, and who shares an input.
+"""Find the compressible layers of a model by its structure: decoder blocks, linear layers, and shared inputs.
 
-No architecture is named. The blocks are the list of modules that holds most parameters; layers are the linear maps
-inside them; layers that one short forward pass feeds with the very same tensor share an input site.
+No architecture is named. The decoder blocks are the list of modules that holds most parameters; the layers are the
+linear maps inside them; layers that read the very same tensor in one short forward pass share an input site.
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ from globalopt.models.streaming import LazyBlocks, lazy_blocks
 from globalopt.values.layer import LayerSpec
 
 Linear = nn.Linear | Conv1D
+"""Modules that are compressed: `Conv1D` is the linear layer of GPT-2, with its weight transposed."""
 TRACE_TOKENS = 8
+"""Tokens of the forward pass that finds out which layers share an input."""
 LEAST_SHARE = 0.5
+"""Smallest share of the block parameters that the compressible layers must cover."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a model the compressible layers are, in parameters; a shared (tied) tensor counts once.
+    """Count the parameters of the compressible layers and those of the rest; a shared (tied) tensor counts once.
 
     Args:
         covered: weights of the compressible layers.
         block_params: parameters of all decoder blocks.
-        skipped: the rest of the model by what it is; `covered + sum(skipped)` is the whole model.
+        skipped: parameters of the rest of the model by what they are; `covered + sum(skipped)` is the whole model.
+
+    >>> coverage = Coverage(covered=900, block_params=1000, skipped={"norms and biases": 100, "embeddings": 500})
+    >>> coverage.share
+    0.9
     """
 
     covered: int
@@ -44,16 +51,31 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """`covered / block_params`."""
+        """Compute the compressible share of the blocks, `covered / block_params`."""
         return self.covered / self.block_params
 
 
 @dataclass(frozen=True, eq=False)
 class ModelLayers:
-    """A model together with its decoder blocks and their compressible layers, in model order.
+    """Hold a model with its decoder blocks and their compressible layers, in model order, and read and replace weights.
 
-    Of a lazy model (`globalopt.lazy`) the blocks are in memory only while they are `resident`; everything here works
-    on both kinds.
+    Of a lazy model (`globalopt.models.streaming`) a block is in memory only while it is `resident`; all methods work on
+    both kinds of models.
+
+    Args:
+        model: the causal language model.
+        blocks: its decoder blocks. blocks_path: their module path.
+        specs: the compressible layers.
+        coverage: how much of the model these are.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama())
+    >>> spec = layers.of_block(1)[0]
+    >>> spec.name, tuple(layers.weight(spec.name).shape)
+    ('model.layers.1.self_attn.q_proj', (16, 16))
+    >>> layers.set_weight(spec.name, torch.zeros(16, 16))
+    >>> bool(layers.module(spec.name).weight.any())
+    False
     """
 
     model: PreTrainedModel
@@ -64,22 +86,32 @@ class ModelLayers:
 
     @cached_property
     def _modules(self) -> Mapping[str, Linear]:
+        """Look up the modules of all layers by name."""
         return {spec.name: cast("Linear", self.model.get_submodule(spec.name)) for spec in self.specs}
 
     def module(self, name: str) -> Linear:
-        """The module called `name`; `UnknownNameError` if it is none of the layers."""
+        """Return the module called `name`.
+
+        Raises:
+            UnknownNameError: it is none of the layers.
+        """
         if name not in self._modules:
             raise UnknownNameError("layer", name, self._modules)
         return self._modules[name]
 
     @cached_property
     def lazy(self) -> LazyBlocks | None:
-        """What opens the blocks of a lazy model; None if all of it is in memory."""
+        """Return the reader of the blocks of a lazy model; None if all of the model is in memory."""
         return lazy_blocks(self.model)
 
     @contextmanager
     def resident(self, index: int, device: torch.device | str | None = None) -> Iterator[None]:
-        """Keep block `index` in memory, on `device`, while open, and put it back after; None leaves it where it is."""
+        """Keep block `index` in memory, on `device`, while the context is open, and move it back afterwards.
+
+        Args:
+            index: of the block.
+            device: where to; None leaves it where it is.
+        """
         if self.lazy is not None:
             with self.lazy.open(index, device):
                 yield
@@ -94,21 +126,21 @@ class ModelLayers:
                 block.to(home)
 
     def device_of(self, index: int) -> torch.device:
-        """Where block `index` is, or would be if it were resident."""
+        """Return the device of block `index`; for a lazy model the one it is read to."""
         device = next(self.blocks[index].parameters()).device
         return self.lazy.device if self.lazy is not None and device.type == "meta" else device
 
     def weight(self, name: str) -> Tensor:
-        """A float32 copy (d_out, d_in) of a layer's weight."""
+        """Copy a layer's weight as float32 (d_out, d_in)."""
         if self.lazy is not None:
             self.module(name)
             return self.oriented(name, self.lazy.read(f"{name}.weight")).float().contiguous()
         return _as_linear(self.module(name)).to(torch.float32, copy=True).contiguous()
 
     def originals(self) -> Mapping[str, Tensor]:
-        """The weights of all layers as they now are, float32 (d_out, d_in) by name.
+        """Return the present weights of all layers, float32 (d_out, d_in) by name.
 
-        Of a lazy model they are not held but those of the checkpoint, read whenever they are asked for.
+        For a lazy model they are not copied: the mapping reads those of the checkpoint whenever they are used.
         """
         if self.lazy is not None:
             return _Originals(self, self.lazy)
@@ -122,10 +154,10 @@ class ModelLayers:
             self.lazy.restore(f"{name}.weight")
 
     def place(self, name: str, make: Callable[[], Tensor]) -> None:
-        """Overwrite a layer's weight by what `make` returns (d_out, d_in), cast to the parameter's own type.
+        """Replace a layer's weight by the result of `make`, (d_out, d_in), cast to the parameter's own type.
 
-        In a lazy model `make` is called whenever the layer's block becomes resident, so that the weight need not be
-        held in between; its errors, and those of `set_weight`, come then.
+        For a lazy model, `make` is called whenever the layer's block is read, so that the weight need not be held in
+        between. The errors of `make` and of `set_weight` are then raised at that time.
         """
         if self.lazy is None:
             self.set_weight(name, make())
@@ -134,13 +166,14 @@ class ModelLayers:
             self.lazy.replace(f"{name}.weight", lambda: self.oriented(name, make()))
 
     def oriented(self, name: str, W: Tensor) -> Tensor:
-        """`W` (d_out, d_in) in the orientation in which the layer's module holds its weight."""
+        """Transpose `W` (d_out, d_in) if the layer's module holds its weight transposed."""
         return W.mT if isinstance(self.module(name), Conv1D) else W
 
     def set_weight(self, name: str, W: Tensor) -> None:
         """Overwrite a layer's weight in place, cast to the parameter's own type.
 
         Args:
+            name: of the layer.
             W: (d_out, d_in).
 
         Raises:
@@ -161,7 +194,7 @@ class ModelLayers:
             weight.copy_(cast)
 
     def set_parameter(self, name: str, value: Tensor) -> None:
-        """Overwrite another parameter of the model in place."""
+        """Overwrite another parameter of the model in place, e.g. that of a norm."""
         if self.lazy is not None and self.lazy.has(name):
             kept = value.detach().clone()
             self.lazy.replace(name, lambda: kept)
@@ -171,18 +204,20 @@ class ModelLayers:
             parameter.copy_(value)
 
     def of_block(self, index: int) -> tuple[LayerSpec, ...]:
-        """The layers of block `index`."""
+        """Return the layers of block `index`."""
         return tuple(spec for spec in self.specs if spec.block == index)
 
 
 class _Originals(Mapping[str, Tensor]):
-    """Weights read from the checkpoint of a lazy model, float32 (d_out, d_in) by layer."""
+    """Map layer names to the weights of a lazy model's checkpoint, float32 (d_out, d_in), read on every access."""
 
     def __init__(self, layers: ModelLayers, lazy: LazyBlocks) -> None:
+        """Keep the layers and the reader of their blocks."""
         self._layers = layers
         self._lazy = lazy
 
     def __getitem__(self, name: str) -> Tensor:
+        """Read a weight from the checkpoint; `UnknownNameError` if there is no such layer."""
         self._layers.module(name)
         return self._layers.oriented(name, self._lazy.original(f"{name}.weight")).float().contiguous()
 
@@ -194,7 +229,13 @@ class _Originals(Mapping[str, Tensor]):
 
 
 def walkable(model: PreTrainedModel) -> ModelLayers:
-    """The decoder blocks of a model without its layers: enough to walk it."""
+    """Find the decoder blocks of a model without its layers: enough to walk it.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = walkable(tiny_llama())
+    >>> layers.blocks_path, len(layers.blocks), layers.specs
+    ('model.layers', 2, ())
+    """
     path, blocks = decoder_blocks(model)
     return ModelLayers(model, blocks, path, (), _coverage(model, blocks, []))
 
@@ -204,11 +245,18 @@ def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> Mod
 
     Args:
         model: a causal language model; one short forward pass of it is run, nothing is changed.
-        allow_low_coverage: accept a model of which the layers are less than half of the block parameters.
+        allow_low_coverage: accept a model whose layers are less than half of the block parameters.
 
     Raises:
         UnsupportedModelError: there are no decoder blocks, no linear layers in them, quantised weights, one weight
             under two names, or too low a coverage.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama())
+    >>> {spec.kind: spec.site.removeprefix("model.layers.0.") for spec in layers.of_block(0)}["v_proj"]
+    'self_attn.q_proj'
+    >>> round(layers.coverage.share, 3)
+    0.986
     """
     path, blocks = decoder_blocks(model)
     found = [
@@ -242,7 +290,19 @@ def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> Mod
 
 
 def check_finite(layers: ModelLayers) -> None:
-    """`NumericalError` naming the first layer or other module whose weights hold NaN or infinity."""
+    """Check that all parameters of a model are finite.
+
+    Raises:
+        NumericalError: a parameter holds NaN or infinity; names the first module with one.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model = tiny_llama()
+    >>> _ = model.model.norm.weight.data.fill_(torch.inf)
+    >>> check_finite(find_layers(model))
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.NumericalError: Layer model.norm: 16 of 16 values of its weight are NaN or infinite. ...
+    """
     inside = f"{layers.blocks_path}."
     _check_finite((n, p) for n, p in layers.model.named_parameters() if not n.startswith(inside))
     for index, block in enumerate(layers.blocks):
@@ -251,6 +311,7 @@ def check_finite(layers: ModelLayers) -> None:
 
 
 def _check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Check parameters by name; `NumericalError` for the first that is not finite."""
     for name, parameter in parameters:
         finite = torch.isfinite(parameter)
         if not bool(finite.all()):
@@ -263,7 +324,15 @@ def _check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Embedding:
-    """The table that token ids are looked up in; `UnsupportedModelError` if the model has none."""
+    """Return the embedding table of token ids.
+
+    Raises:
+        UnsupportedModelError: the model has none.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> token_embedding(tiny_llama())
+    Embedding(64, 16)
+    """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise UnsupportedModelError(f"{_architecture(model)} has no token embedding; it is no model of text.")
@@ -271,38 +340,56 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 def _as_linear(module: Linear) -> Tensor:
-    """The weight as a (d_out, d_in) view of the parameter."""
+    """View the weight of a module as (d_out, d_in)."""
     weight = module.weight.detach()
     return weight.mT if isinstance(module, Conv1D) else weight
 
 
 def _architecture(model: PreTrainedModel) -> str:
+    """Return the name of the model's class."""
     return type(model).__name__
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
+    """Write a dtype without the prefix "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path of the decoder blocks and they; `UnsupportedModelError` if there are none."""
-    asked = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    """Find the decoder blocks: their module path, and the list of modules.
+
+    Of all lists with as many entries as the config has hidden layers, it is the one with most parameters.
+
+    Raises:
+        UnsupportedModelError: there is none.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> path, blocks = decoder_blocks(tiny_llama())
+    >>> path, len(blocks)
+    ('model.layers', 2)
+    """
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and (asked is None or len(module) == asked)
+        if isinstance(module, nn.ModuleList) and len(module) and (depth is None or len(module) == depth)
     ]
     if not lists:
-        count = "" if asked is None else f" of the {asked} entries its config names"
+        count = "" if depth is None else f" of the {depth} entries its config names"
         raise UnsupportedModelError(
             f"{_architecture(model)} has no list{count} that could be its decoder blocks; "
             "only models that stack their blocks in one nn.ModuleList can be compressed."
         )
-    # The first of equals is the outermost, as named_modules goes from the outside in.
+    # Of equally large lists, max returns the first, the outermost, as named_modules goes from the outside in.
     return max(lists, key=lambda entry: sum(parameter.numel() for parameter in entry[1].parameters()))
 
 
 def _check_weights(model: PreTrainedModel, found: Sequence[tuple[str, Linear]]) -> None:
+    """Check that the weights of layers are unquantised matrices, each under one name.
+
+    Raises:
+        UnsupportedModelError: one is not.
+    """
     users: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users[_identity(parameter)].append(name.rpartition(".")[0])
@@ -321,11 +408,12 @@ def _check_weights(model: PreTrainedModel, found: Sequence[tuple[str, Linear]]) 
 
 
 def _identity(parameter: Tensor) -> int:
-    """What tied parameters share; a parameter that is not in memory has no address."""
+    """Return a number that tied parameters have in common: their address, or their id if they are not in memory."""
     return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
 def _coverage(model: PreTrainedModel, blocks: nn.ModuleList, modules: Sequence[Linear]) -> Coverage:
+    """Count the parameters of `modules`, of the blocks, and of the rest of the model."""
     weights = {id(module.weight): _as_linear(module).numel() for module in modules}
     return Coverage(
         covered=sum(weights.values()),
@@ -335,7 +423,7 @@ def _coverage(model: PreTrainedModel, blocks: nn.ModuleList, modules: Sequence[L
 
 
 def _skipped(root: nn.Module, covered: set[int], head: nn.Module | None) -> dict[str, int]:
-    """Parameters of `root` outside `covered` (ids of parameters), counted by what they are."""
+    """Count the parameters of `root` outside `covered` (ids of parameters) by what they are."""
     counts: Counter[str] = Counter()
     seen = set(covered)
     for owner in root.modules():
@@ -347,6 +435,7 @@ def _skipped(root: nn.Module, covered: set[int], head: nn.Module | None) -> dict
 
 
 def _what(owner: nn.Module, parameter: Tensor, head: nn.Module | None) -> str:
+    """Name the category of a parameter that is not compressed."""
     if parameter.ndim <= 1:
         return "norms and biases"
     if isinstance(owner, nn.Embedding):
@@ -359,7 +448,7 @@ def _what(owner: nn.Module, parameter: Tensor, head: nn.Module | None) -> str:
 
 
 def _kinds(names: list[str], prefix: str) -> dict[str, str]:
-    """For each module path of one block the shortest suffix that no other path of the block has."""
+    """Find, for each module path of one block, the shortest suffix that no other path of the block has."""
     paths = {name: name.removeprefix(prefix).split(".") for name in names}
     users: Counter[str] = Counter()
     for parts in paths.values():
@@ -372,9 +461,19 @@ def _kinds(names: list[str], prefix: str) -> dict[str, str]:
 
 @contextmanager
 def input_hooks(modules: Mapping[str, nn.Module], record: Any) -> Iterator[None]:
-    """While open, call `record(name, x)` with every input `x` of the named modules; the hooks never outlive it."""
+    """Call `record(name, x)` with every input `x` of the named modules, while the context is open.
+
+    >>> seen = []
+    >>> layer = nn.Linear(3, 2)
+    >>> with input_hooks({"layer": layer}, lambda name, x: seen.append((name, tuple(x.shape)))):
+    ...     y = layer(torch.ones(5, 3))
+    >>> seen
+    [('layer', (5, 3))]
+    """
 
     def hook(name: str) -> Any:
+        """Make the hook of one module."""
+
         def forward_pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             record(name, args[0] if args else next(iter(kwargs.values())))
 
@@ -389,16 +488,17 @@ def input_hooks(modules: Mapping[str, nn.Module], record: Any) -> Iterator[None]
 
 @torch.no_grad()
 def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Module]]) -> dict[str, str]:
-    """Site of every layer: the first layer of its block that is given the same tensors."""
+    """Find the input site of every layer: the first layer of its block that reads the same tensors."""
     seen: defaultdict[str, tuple[Any, ...]] = defaultdict(tuple)
     held: list[Tensor] = []
 
     def record(name: str, x: Tensor) -> None:
+        """Note the identity of an input by layer."""
         # An empty tensor (an expert no token was sent to) has no address of its own.
         if x.numel():
-            # The version tells a tensor from itself after an operation in place.
+            # The version changes with every operation in place on the tensor.
             seen[name] += ((x.data_ptr(), x.shape, x.stride(), x._version),)
-            # Held, so that its memory is not reused, which would make two tensors look the same.
+            # The tensor is held, or its address might be used for another one.
             held.append(x)
 
     embedding = token_embedding(model)

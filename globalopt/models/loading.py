@@ -1,6 +1,6 @@
-"""Load models, name them by what they are, and save them: the border to transformers and to the disk.
+"""Load models and tokenizers from folders and the hub, as a whole or block by block.
 
-Whatever goes wrong at this border and has a known cause becomes one line; anything else is left as it is.
+Errors of a known cause at this border to transformers and the disk become one line; others pass through unchanged.
 """
 
 from __future__ import annotations
@@ -47,17 +47,24 @@ from globalopt.models.streaming import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Floating-point types by the name that a user gives."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to be read: in eval mode, without gradients or cache.
+    """Hold a model in evaluation mode, without gradients or cache, and its tokenizer.
 
     Args:
-        name: how the user named it.
-        checkpoint_dtype: the type its weights are stored in, which a compressed copy is saved in too.
+        model, tokenizer: of transformers.
+        name: as the user gave it.
+        device: where the model computes.
+        checkpoint_dtype: the type its weights are stored in, in which a compressed copy is saved too.
+
+    >>> loaded = load_model(reference_folder(), device="cpu")
+    >>> loaded.checkpoint_dtype, loaded.model.dtype, loaded.model.training
+    (torch.bfloat16, torch.float32, False)
     """
 
     model: PreTrainedModel
@@ -79,25 +86,32 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer from a local folder or the hub.
 
-    A local folder never asks the network. A model that does not fit is loaded lazily (`globalopt.lazy`): its decoder
-    blocks are read when they are needed. Both kinds give the same results.
+    A local folder never uses the network. A model that does not fit into memory is loaded lazily: its decoder blocks
+    are read when they are needed (`globalopt.models.streaming`). Both kinds give the same results.
 
     Args:
         name_or_path: a folder in the Hugging Face format, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, the checkpoint's own elsewhere.
         device: a torch device, or "auto": the first accelerator there is, else the CPU.
         trust_remote_code: run code that comes with the checkpoint.
-        max_memory: bytes that the process may have on the device in the end, when `WHOLE_COPIES` of a whole model are
-            there; None: what is available.
-        tokens: how many tokens the hidden states of every block will be kept of.
-        lazily: whether blocks are read when they are needed, where that is possible; None: if the rest says so.
-        beside: a lazy model that is there already; a second one shares embeddings and head with it if they are equal.
+        max_memory: bytes that the process may use on the device; a model is loaded whole if `WHOLE_COPIES` of it fit
+            in. None: the available memory decides.
+        tokens: number of tokens whose hidden states will be kept in front of every block, beside the model.
+        lazily: True: read blocks when they are needed, where the checkpoint allows it. False: load the model whole.
+            None: the memory decides.
+        beside: a lazy model that is in memory; the new one shares embeddings and head with it if they are equal.
 
     Raises:
         ArtefactError: the folder is missing, incomplete or broken, or the hub has no such model or is not reachable.
-        UnsupportedModelError: the model is no causal language model that transformers knows.
+        UnsupportedModelError: the model is no causal language model that transformers knows; or it does not fit into
+            memory and cannot be read block by block.
         UnknownNameError, UsageError: `dtype` or `device` does not exist here, or `max_memory` is too little for any way
             of loading.
+
+    >>> loaded = load_model(reference_folder(), device="cpu")
+    >>> ids = loaded.tokenizer("The United", return_tensors="pt").input_ids
+    >>> loaded.tokenizer.decode(loaded.model(input_ids=ids).logits[0, -1].argmax())
+    ' States'
     """
     name = str(name_or_path)
     source, options = _source(name, trust_remote_code)
@@ -107,12 +121,17 @@ def load_model(
     with quiet():
         config = _load_config(source, options)
         folder = None if lazily is False else _weights_folder(source, options)
-        if folder is None or not (lazily or not _fits(folder, config, dtype, place, max_memory, tokens)):
+        short = None
+        if folder is not None and not lazily:
+            short = _memory_short(folder, config, dtype, place, max_memory, tokens)
+        if folder is None or not (lazily or short):
             model = _load_weights(source, config, options)
         else:
             try:
                 model = _load_lazily(folder, config, options, dtype, place, max_memory, beside)
-            except UnsupportedModelError:
+            except UnsupportedModelError as error:
+                if short:
+                    raise UnsupportedModelError(f"{name} {short} {error}") from error
                 if max_memory is not None:
                     raise
                 model = _load_weights(source, config, options)
@@ -132,13 +151,19 @@ def load_model(
 def load_structure(
     name_or_path: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """A model with zeros for weights, which take no memory, and the type it is stored in, from its config alone.
+    """Make a model with zeros for weights, which take no memory, from its config alone; also return its stored type.
 
     Args:
-        dtype: what it computes in; "auto": float32.
+        name_or_path: a folder in the Hugging Face format, or a hub id.
+        dtype: the type it computes in; "auto": float32.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        what `load_model` raises.
+        ArtefactError, UnsupportedModelError, UnknownNameError: as `load_model`.
+
+    >>> model, stored = load_structure(reference_folder())
+    >>> stored, model.num_parameters() > 10**6
+    (torch.bfloat16, True)
     """
     source, options = _source(str(name_or_path), trust_remote_code)
     if dtype != "auto" and dtype not in DTYPES:
@@ -154,12 +179,30 @@ def load_structure(
 
 
 def computed_dtype(dtype: str, place: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What `dtype` means on a device, for weights stored in `stored`; "auto" is float32 on a CPU."""
+    """Choose the type to compute in on the device `place`, for weights stored in `stored`.
+
+    Args:
+        dtype: a name of `DTYPES`, or "auto": float32 on a CPU, `stored` elsewhere.
+
+    >>> computed_dtype("auto", torch.device("cpu"), torch.bfloat16)
+    torch.float32
+    >>> computed_dtype("auto", torch.device("cuda"), torch.bfloat16)
+    torch.bfloat16
+    """
     return DTYPES.get(dtype, torch.float32 if place.type == "cpu" else stored)
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device called `device` ("auto": an accelerator if there is one); `UsageError` if it is not here."""
+    """Choose the torch device called `device`; "auto" is an accelerator if there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+
+    >>> resolve_device("cpu:1")
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.UsageError: --device cpu:1 is not available here; use --device auto or cpu.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
         return accelerator or torch.device("cpu")
@@ -176,7 +219,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def reference_folder() -> Path:
-    """Folder of the reference model that comes with the package; `ArtefactError` if it was not installed."""
+    """Return the folder of the bundled reference model.
+
+    Raises:
+        ArtefactError: it was not installed.
+
+    >>> (reference_folder() / "config.json").is_file()
+    True
+    """
     folder = Path(str(resources.files("globalopt"))) / "reference" / "model"
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"The bundled reference model is not at {folder}; install the package again.")
@@ -184,14 +234,18 @@ def reference_folder() -> Path:
 
 
 def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """What transformers is asked for, and how."""
+    """Return the first argument and the options for transformers' `from_pretrained`."""
     local = _is_local(name)
     source = str(Path(name).expanduser()) if local else name
     return source, {"local_files_only": local, "trust_remote_code": trust_remote_code}
 
 
 def _is_local(name: str) -> bool:
-    """Whether `name` is a model folder; False for what can only be a hub id."""
+    """Tell whether `name` is a model folder; False for a name that can only be a hub id.
+
+    Raises:
+        ArtefactError: it is neither, or a folder without a model.
+    """
     folder = Path(name).expanduser()
     if not folder.exists():
         if _HUB_ID.fullmatch(name):
@@ -205,6 +259,7 @@ def _is_local(name: str) -> bool:
 
 
 def _load_config(source: str, options: dict[str, Any]) -> Any:
+    """Load the config, with errors of known cause as one line."""
     try:
         return AutoConfig.from_pretrained(source, **options)
     except OSError as error:
@@ -224,6 +279,7 @@ def _load_config(source: str, options: dict[str, Any]) -> Any:
 
 
 def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    """Load the whole model, with errors of known cause as one line."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype="auto", output_loading_info=True, **options
@@ -251,7 +307,7 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrain
 
 
 def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
-    """Folder of the model's safetensors files, fetched where they are on the hub; None if it has none."""
+    """Return the folder of the model's safetensors files, fetched where they are on the hub; None if it has none."""
     if options["local_files_only"]:
         folder = Path(source)
         return folder if any((folder / name).is_file() for name in (INDEX, SINGLE)) else None
@@ -262,26 +318,41 @@ def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
                 hf_hub_download(source, file)
         except EntryNotFoundError:
             index = Path(hf_hub_download(source, SINGLE))
-    # Whatever it is, the whole load has it too, and a better word for it.
+    # Without usable safetensors files the model is loaded whole; if a file is broken, that load says so more precisely.
     except (EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return index.parent
 
 
 def _stored(folder: Path, config: Any) -> torch.dtype:
+    """Return the type that the weights are stored in: the config's, else that of the checkpoint."""
     named = getattr(config, "dtype", None)
     return named if isinstance(named, torch.dtype) else Checkpoint(folder).dtype()
 
 
-def _fits(folder: Path, config: Any, dtype: str, place: torch.device, max_memory: int | None, tokens: int) -> bool:
-    """Whether whole copies of the model fit, beside the hidden states of `tokens` tokens in front of every block."""
+def _memory_short(
+    folder: Path, config: Any, dtype: str, place: torch.device, max_memory: int | None, tokens: int
+) -> str | None:
+    """Compare the memory that a run with the whole model needs with what it may use.
+
+    A run needs `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
+
+    Returns:
+        None if the memory suffices, else the words that follow the model's name in an error message.
+    """
     stored = _stored(folder, config)
     item = computed_dtype(dtype, place, stored).itemsize
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * item // stored.itemsize
     text = config.get_text_config(decoder=True)
     width, depth = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     needed = WHOLE_COPIES * size + tokens * width * (depth + 1) * item
-    return needed <= (available(place) if max_memory is None else max_memory - resident())
+    free = available(place) if max_memory is None else max_memory - resident()
+    if needed <= free:
+        return None
+    return (
+        f"does not fit into memory: a run that loads it whole needs {size_text(needed)}, and {size_text(max(0, free))} "
+        f"are {'available' if max_memory is None else 'left of --max-memory'}."
+    )
 
 
 def _load_lazily(
@@ -293,6 +364,12 @@ def _load_lazily(
     max_memory: int | None,
     beside: PreTrainedModel | None,
 ) -> PreTrainedModel:
+    """Load the model with its blocks unread; embeddings, head and norms outside the blocks are read now.
+
+    Raises:
+        UnsupportedModelError: the checkpoint cannot be read block by block.
+        UsageError: `max_memory` is too little even so.
+    """
     checkpoint = Checkpoint(folder)
     stored = _stored(folder, config)
     if getattr(config, "quantization_config", None) is not None:
@@ -322,6 +399,7 @@ def _load_lazily(
 
 
 def _kept_in_float32(model: PreTrainedModel, stored: torch.dtype) -> str:
+    """Name the modules that transformers keeps in float32 whatever the dtype of the model, or ""."""
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if stored == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -329,7 +407,7 @@ def _kept_in_float32(model: PreTrainedModel, stored: torch.dtype) -> str:
 
 
 def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on the meta device; buffers are real, and made in `dtype` as in a whole load."""
+    """Make the model with its parameters on the meta device; buffers are real, in `dtype` as in a whole load."""
     trust = options["trust_remote_code"]
     try:
         with init_empty_weights(include_buffers=False):
@@ -348,11 +426,13 @@ def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype
 def _fill(
     model: PreTrainedModel, source: Source, precision: Precision, beside: PreTrainedModel | None = None
 ) -> LazyBlocks:
+    """Read the parts outside the blocks from `source`, and make the blocks lazy."""
     path, blocks = decoder_blocks(model)
     return fill(model, list(blocks), path, source, precision, beside)
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with errors of known cause as one line."""
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     # A tokenizer.json without one of its fields ends in a KeyError.
@@ -364,6 +444,7 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
 
 
 def _known(source: str, config: Any, error: ValueError) -> GlobalOptError | None:
+    """Translate an error of transformers that has a known cause; None for others."""
     if "trust_remote_code" in str(error):
         return _remote_code(source)
     if "Unrecognized configuration class" in str(error):
@@ -374,10 +455,12 @@ def _known(source: str, config: Any, error: ValueError) -> GlobalOptError | None
 
 
 def _remote_code(source: str) -> ArtefactError:
+    """Make the error for a checkpoint that needs code of its own."""
     return ArtefactError(f"{source} comes with code of its own; read it, then pass --trust-remote-code to run it.")
 
 
 def _first_line(error: Exception) -> str:
+    """Write the first line of an error's message, with a full stop."""
     lines = str(error).strip().splitlines()
     line = lines[0].strip().rstrip(":") if lines else type(error).__name__
     return line if line.endswith(".") else f"{line}."
@@ -385,7 +468,12 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars and load reports of transformers off a terminal that shows our own."""
+    """Hide progress bars and load reports of transformers while the context is open; the terminal shows our own.
+
+    >>> with quiet():
+    ...     transformers_logging.is_progress_bar_enabled()
+    False
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

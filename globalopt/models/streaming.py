@@ -1,9 +1,10 @@
-"""Models larger than memory: decoder blocks that are read from their checkpoint when they are opened, and let go after.
+"""Read decoder blocks from their checkpoint when they are needed, for models larger than memory.
 
-The parameters of a block are on the meta device, real only while the block is open; a block that is called opens
-itself. What was put in place of a weight is not kept either but made again each time: from a saved layer, or a
-candidate. Embeddings, head, and what else lies outside the blocks is in memory; matrices in the type they are stored
-in, cast to that of the computation while their module is called: in float32 they would be half of a small model's file.
+Such a lazy model has the parameters of its blocks on the meta device. They are real only while the block is open, and a
+block that is called opens itself. A replaced weight is not kept either, but made again each time: from a saved layer,
+or by the objective for a candidate. Embeddings, head, and everything else outside the blocks is in memory. Its matrices
+are kept in the narrower of the stored and the computed type, and cast while their module is called: in float32 they
+would be half of a small model's file.
 """
 
 from __future__ import annotations
@@ -28,44 +29,64 @@ from globalopt.errors import ArtefactError, NumericalError, UnsupportedModelErro
 from globalopt.machine.memory import give_back
 
 INDEX = "model.safetensors.index.json"
+"""File that maps tensors to the files of a sharded checkpoint."""
 SINGLE = "model.safetensors"
+"""File of a checkpoint that is not sharded."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How tensors are held: as in a whole model that is loaded in `stored`, then cast to `computed` on `device`."""
+    """Cast tensors as a whole load does: from the checkpoint to `stored`, then to `computed` on `device`.
+
+    >>> precision = Precision(stored=torch.bfloat16, computed=torch.float32, device=torch.device("cpu"))
+    >>> precision.cast(torch.tensor([1.001]))  # rounded to bfloat16
+    tensor([1.])
+    """
 
     stored: torch.dtype
     computed: torch.dtype
     device: torch.device
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` in this precision; integers stay as they are."""
+        """Copy `tensor` in this precision; integers keep their type."""
         if not tensor.is_floating_point():
             return tensor.to(self.device, copy=True)
         return tensor.to(self.stored).to(self.device, self.computed, copy=True)
 
     def on(self, device: torch.device) -> Precision:
+        """Return the same precision on another device."""
         return replace(self, device=device)
 
 
 class Source(Protocol):
-    """Where tensors come from, by the names of a model's parameters."""
+    """Provide tensors by the names of a model's parameters: a checkpoint, or zeros.
+
+    >>> source = Zeros(nn.Linear(3, 2))
+    >>> precision = Precision(torch.float32, torch.float32, torch.device("cpu"))
+    >>> {name: tuple(tensor.shape) for name, tensor in source.read(["bias"], precision)}
+    {'bias': (2,)}
+    """
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor there is."""
+        """Return the shapes of all tensors by name."""
         ...
 
     def read(self, names: Iterable[str], precision: Precision) -> Iterator[tuple[str, Tensor]]:
-        """The tensors called `names` and their names, in any order."""
+        """Yield names and tensors of `names`, in any order."""
         ...
 
 
 class Checkpoint:
-    """The safetensors files of a model folder, one or many; nothing of them is held.
+    """Read tensors from the safetensors files of a model folder, one or many; nothing of them is kept in memory.
 
     Raises:
         ArtefactError: there are none, one is missing, cut off or broken, or the index is.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> tiny_llama().save_pretrained("tiny")
+    >>> checkpoint = Checkpoint(Path("tiny"))
+    >>> checkpoint.shapes()["model.layers.0.mlp.up_proj.weight"], checkpoint.dtype()
+    ((24, 16), torch.float32)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,14 +106,19 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of the files together."""
+        """Sum the sizes of the files."""
         return sum(path.stat().st_size for path in set(self._files.values()))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
         return self._shapes
 
     def dtype(self) -> torch.dtype:
-        """The type of the first tensor of floating-point numbers, which stands for all."""
+        """Return the type of the first floating-point tensor, which stands for all.
+
+        Raises:
+            ArtefactError: there is no floating-point tensor.
+        """
         for path in sorted(set(self._files.values())):
             with self._opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
@@ -102,16 +128,18 @@ class Checkpoint:
         raise ArtefactError(f"The weights of {self.folder} hold no floating-point numbers; it is no model.")
 
     def read(self, names: Iterable[str], precision: Precision) -> Iterator[tuple[str, Tensor]]:
+        """Yield copies of the tensors called `names`, file by file."""
         by_file: defaultdict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._files[name]].append(name)
         for path, here in by_file.items():
             with self._opened(path) as file:
                 for name in here:
-                    # What the file gives is a view of it; only copies leave, or the file would stay mapped.
+                    # Tensors of the file are views of its mapping; with copies the file can be closed.
                     yield name, precision.cast(file.get_tensor(name))
 
     def _find(self) -> dict[str, Path]:
+        """Find the file of every tensor, from the index if there is one."""
         index = self.folder / INDEX
         if not index.is_file():
             single = self.folder / SINGLE
@@ -130,6 +158,7 @@ class Checkpoint:
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[Any]:
+        """Open one file, with errors of known cause as one line."""
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -140,36 +169,54 @@ class Checkpoint:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
+    """Read the mapping of tensors to files from an index."""
     return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
 
 
 class Zeros:
-    """Zeros in place of a checkpoint, which take no memory: a model's structure without its weights."""
+    """Provide zeros, which take no memory, in place of a checkpoint: a model's structure without its weights.
+
+    >>> precision = Precision(torch.float32, torch.float32, torch.device("cpu"))
+    >>> ((name, zeros),) = Zeros(nn.Linear(300, 200)).read(["weight"], precision)
+    >>> tuple(zeros.shape), zeros.untyped_storage().nbytes()
+    ((200, 300), 4)
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
         return self._shapes
 
     def read(self, names: Iterable[str], precision: Precision) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and zeros in the shapes of `names`."""
         zero = torch.zeros((), dtype=precision.computed, device=precision.device)
         return ((name, zero.expand(self._shapes[name])) for name in names)
 
 
 class LazyBlocks:
-    """The decoder blocks of a model on the meta device, each with its weights only while it is open.
+    """Keep the decoder blocks of a model on the meta device, each with its weights only while it is open.
 
     Args:
         blocks: with their parameters on the meta device.
-        path: of the blocks in the model.
+        path: module path of the blocks in the model.
         source: has the blocks' parameters by their names in the model.
-        precision: its device is where a block goes when nothing else is asked for.
+        precision: of the weights; its device is where a block is read to by default.
+
+    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> model = load_model(reference_folder(), device="cpu", lazily=True).model
+    >>> lazy, weight = lazy_blocks(model), "model.layers.1.mlp.up_proj.weight"
+    >>> with lazy.open(1):
+    ...     lazy.opened, model.get_parameter(weight).device.type
+    ((1,), 'cpu')
+    >>> lazy.opened, model.get_parameter(weight).device.type
+    ((), 'meta')
     """
 
     def __init__(self, blocks: Sequence[nn.Module], path: str, source: Source, precision: Precision) -> None:
         self.loads = 0
-        """How often a block was read."""
+        """Number of times that a block was read."""
         self._blocks = tuple(blocks)
         self._path = path
         self._source = source
@@ -182,16 +229,20 @@ class LazyBlocks:
 
     @property
     def device(self) -> torch.device:
+        """Return the device that blocks are read to by default."""
         return self.precision.device
 
     @property
     def opened(self) -> tuple[int, ...]:
-        """The blocks whose weights are in memory."""
+        """Return the indices of the blocks whose weights are in memory."""
         return tuple(index for index, depth in enumerate(self._depth) if depth)
 
     @contextmanager
     def open(self, index: int, device: torch.device | str | None = None) -> Iterator[None]:
-        """Keep the weights of block `index` in memory, on `device`; inside of another opening nothing is done."""
+        """Keep the weights of block `index` in memory, on `device`, while the context is open.
+
+        If the block is open already, nothing is read or moved.
+        """
         if not self._depth[index]:
             self._load(index, self.device if device is None else torch.device(device))
         self._depth[index] += 1
@@ -205,24 +256,27 @@ class LazyBlocks:
                 give_back()
 
     def has(self, name: str) -> bool:
-        """Whether `name` is a parameter of a block."""
+        """Tell whether `name` is a parameter of a block."""
         index, _, rest = name.removeprefix(f"{self._path}.").partition(".")
         return name.startswith(f"{self._path}.") and rest in self._empty[int(index)]
 
     def read(self, name: str) -> Tensor:
-        """A copy of one parameter as it now is, whether or not its block is open."""
+        """Copy one parameter as it now is, whether or not its block is open."""
         index, rest = self._place(name)
         if self._depth[index]:
             return self._blocks[index].get_parameter(rest).detach().clone()
         return self._replaced(name, self.device) if name in self._made else self.original(name)
 
     def original(self, name: str) -> Tensor:
-        """One parameter as the checkpoint has it."""
+        """Read one parameter from the checkpoint, whether or not it was replaced."""
         ((_, tensor),) = self._source.read([name], self.precision)
         return tensor
 
     def replace(self, name: str, make: Callable[[], Tensor]) -> None:
-        """From now on the parameter called `name` is what `make` returns, made whenever the block is opened."""
+        """Replace a parameter by the result of `make`, which is called whenever the block is opened.
+
+        If the block is open, it is called now.
+        """
         index, rest = self._place(name)
         self._made[name] = make
         if self._depth[index]:
@@ -231,7 +285,7 @@ class LazyBlocks:
                 parameter.copy_(self._replaced(name, parameter.device))
 
     def restore(self, name: str) -> None:
-        """From now on the parameter called `name` is the checkpoint's again."""
+        """Undo `replace`: the parameter is again that of the checkpoint."""
         index, rest = self._place(name)
         self._made.pop(name, None)
         if self._depth[index]:
@@ -240,12 +294,14 @@ class LazyBlocks:
                 parameter.copy_(self.original(name))
 
     def _place(self, name: str) -> tuple[int, str]:
+        """Split a parameter's name into the index of its block and the rest; `KeyError` if it is in no block."""
         if not self.has(name):
             raise KeyError(name)
         index, _, rest = name.removeprefix(f"{self._path}.").partition(".")
         return int(index), rest
 
     def _load(self, index: int, device: torch.device) -> None:
+        """Read the weights of block `index`, with replaced ones made anew."""
         self.loads += 1
         prefix = f"{self._path}.{index}."
         names = [prefix + name for name in self._empty[index]]
@@ -257,20 +313,24 @@ class LazyBlocks:
                 self._fill(index, name.removeprefix(prefix), self._replaced(name, device))
 
     def _fill(self, index: int, name: str, tensor: Tensor) -> None:
+        """Set a parameter of block `index` to a real tensor."""
         _put(self._blocks[index], name, nn.Parameter(tensor, requires_grad=False))
 
     def _replaced(self, name: str, device: torch.device) -> Tensor:
+        """Make the replacement of a parameter, in the computed precision, and check its shape and that it is finite."""
         index, rest = self._place(name)
         made = self._made[name]().detach().to(device, self.precision.computed, copy=True).contiguous()
         shape = self._empty[index][rest].shape
         if made.shape != shape:
-            raise ArtefactError(f"{name} is {tuple(shape)}; what should stand in for it is {tuple(made.shape)}.")
+            raise ArtefactError(f"{name} is {tuple(shape)}; its replacement is {tuple(made.shape)}.")
         if not bool(torch.isfinite(made).all()):
             owner, _, what = name.rpartition(".")
             raise NumericalError(f"The new {what} of layer {owner} is not finite in {str(made.dtype)[6:]}.")
         return made
 
     def _opening(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the `forward` of block `index`, so that the block is open while it runs."""
+
         @wraps(forward)
         def opening(*args: Any, **kwargs: Any) -> Any:
             with self.open(index):
@@ -280,10 +340,15 @@ class LazyBlocks:
 
 
 _LAZY: WeakKeyDictionary[nn.Module, LazyBlocks] = WeakKeyDictionary()
+"""The reader of every lazy model; an entry is removed when its model is freed."""
 
 
 def lazy_blocks(model: nn.Module) -> LazyBlocks | None:
-    """What opens the blocks of `model`, or None if they are all in memory."""
+    """Return the reader of the blocks of `model`, or None if they are all in memory.
+
+    >>> lazy_blocks(nn.Linear(3, 2)) is None
+    True
+    """
     return _LAZY.get(model)
 
 
@@ -295,16 +360,28 @@ def fill(
     precision: Precision,
     beside: nn.Module | None = None,
 ) -> LazyBlocks:
-    """Make `model`, whose parameters are on the meta device, one that works: its blocks lazily, the rest now.
+    """Make a working lazy model of `model`, whose parameters are on the meta device: read all but the blocks.
 
     Args:
-        blocks: at `path` in the model.
-        beside: another lazy model; what lies outside its blocks and is the same is shared, not held twice.
+        model: the model.
+        blocks: its decoder blocks. path: their module path.
+        source: of all parameters.
+        precision: of the weights.
+        beside: another lazy model; parameters outside the blocks that are equal in both are shared, not held twice.
 
     Raises:
         ArtefactError: the source lacks a tensor, or has one of another shape.
         UnsupportedModelError: the source names its tensors differently, so that only a whole load can convert them,
             or a block shares a weight.
+
+    >>> from accelerate import init_empty_weights
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> with init_empty_weights(include_buffers=False):
+    ...     model = tiny_llama()
+    >>> precision = Precision(torch.float32, torch.float32, torch.device("cpu"))
+    >>> lazy = fill(model, list(model.model.layers), "model.layers", Zeros(model), precision)
+    >>> bool(model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.any()), lazy.loads  # each block was read once
+    (False, 2)
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -355,6 +432,7 @@ def _check_names(
     aliases: Mapping[str, Sequence[str]],
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
+    """Check that the source has every tensor of the model, in its shape."""
     missing = sorted(name for name in wanted if not any(alias in found for alias in aliases.get(name, [name])))
     unknown = sorted(found.keys() - wanted.keys())
     if missing and unknown:
@@ -375,7 +453,7 @@ def _check_names(
 
 
 def _widening(module: nn.Module, forward: Callable[..., Any], computed: torch.dtype) -> Callable[..., Any]:
-    """`forward` of a module whose parameters are in `computed` during the call alone."""
+    """Wrap the `forward` of a module so that its parameters are in the type `computed` during the call alone."""
 
     @wraps(forward)
     def widened(*args: Any, **kwargs: Any) -> Any:
@@ -392,18 +470,24 @@ def _widening(module: nn.Module, forward: Callable[..., Any], computed: torch.dt
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """The type a model computes in, which of a lazy one is not that of all its parameters."""
+    """Return the type that a model computes in; in a lazy model some parameters are of another.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> dtype_of(tiny_llama())
+    torch.float32
+    """
     lazy = lazy_blocks(model)
     return model.dtype if lazy is None else lazy.precision.computed
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal in device, type, shape and values."""
     alike = one.device == other.device and one.dtype == other.dtype and one.shape == other.shape
     return alike and torch.equal(one, other)
 
 
 def _check_tied(source: Source, names: Sequence[str], precision: Precision) -> None:
-    """Refuse a weight that the model has once and the checkpoint several times, with different values."""
+    """Refuse a weight that the model ties but that the checkpoint holds several times, with different values."""
     if len(names) > 1:
         (_, first), *others = source.read(names, precision)
         if not all(torch.equal(first, other) for _, other in others):
@@ -414,10 +498,12 @@ def _check_tied(source: Source, names: Sequence[str], precision: Precision) -> N
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter by its path, also from or to the meta device."""
     path, _, leaf = name.rpartition(".")
     root.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _put_buffer(root: nn.Module, name: str, buffer: Tensor) -> None:
+    """Set a buffer by its path."""
     path, _, leaf = name.rpartition(".")
     root.get_submodule(path)._buffers[leaf] = buffer

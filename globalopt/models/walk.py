@@ -1,7 +1,7 @@
-"""Walk the decoder blocks one at a time and accumulate the Gram of every input site.
+"""Walk the decoder blocks one at a time, and accumulate the Gram of every input site.
 
-The model's own forward pass prepares what the blocks are called with (masks, rotary embeddings, per-block mask types)
-and finishes what they return (final norm, head, softcap): it runs with stand-ins for the blocks, so that nothing of it
+The model's own forward pass prepares the arguments of the blocks (masks, rotary embeddings, mask types by block)
+and processes their result (final norm, head, softcap): it runs with stand-ins for the blocks, so that none of it
 is written again here.
 """
 
@@ -28,11 +28,17 @@ from globalopt.values.metric import Gram
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Token ids (b, t) of one forward pass, and where they are real.
+    """Hold the token ids of one forward pass, and a mask of the real tokens among them.
 
     Args:
-        input_ids: (b, t) integers.
+        input_ids: (b, t) int64.
         attention_mask: (b, t), 1 for a real token and 0 for padding, or None if all are real.
+    Raises:
+        CalibrationError: the ids or the mask have another shape or type, or no token is real.
+
+    >>> batch = Batch(torch.tensor([[5, 6, 7], [8, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    >>> batch.tokens, tuple(batch.select(torch.zeros(2, 3, 16)).shape)
+    (4, (4, 16))
     """
 
     input_ids: Tensor
@@ -49,18 +55,23 @@ class Batch:
 
     @property
     def real(self) -> Tensor | None:
-        """(b t,) which tokens are real, or None if all are."""
+        """Return the mask of the real tokens, (b t,) bool, or None if all are real."""
         if self.attention_mask is None or bool(self.attention_mask.all()):
             return None
         return self.attention_mask.bool().flatten()
 
     @property
     def tokens(self) -> int:
-        """Number of real tokens."""
+        """Count the real tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.count_nonzero())
 
     def select(self, x: Tensor) -> Tensor:
-        """Rows of real tokens of `x` (b, t, d) or (b t, d) as (tokens, d)."""
+        """Select the rows of real tokens from `x` (b, t, d) or (b t, d), as (tokens, d).
+
+        Raises:
+            CalibrationError: the batch is padded, and `x` does not have a row per token, as in a model that routes
+                tokens.
+        """
         rows = x.reshape(-1, x.shape[-1])
         real = self.real
         if real is None:
@@ -74,16 +85,26 @@ class Batch:
 
 
 class BlockRunner:
-    """The decoder blocks of a model as functions of hidden states, for a fixed set of batches.
+    """Run the decoder blocks of a model as functions of hidden states, for a fixed set of batches.
 
     `logits(i, run(n-1, i, ... run(0, i, first(i))))` is the model's own forward pass on batch `i`.
+
+    >>> from globalopt.models.layers import walkable
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model, batch = tiny_llama(), Batch(torch.tensor([[5, 6, 7, 8]]))
+    >>> runner = BlockRunner(walkable(model), [batch])
+    >>> hidden = runner.run(1, 0, runner.run(0, 0, runner.first(0)))
+    >>> torch.allclose(runner.logits(0, hidden), model(batch.input_ids).logits, atol=1e-5)
+    True
     """
 
     def __init__(self, layers: ModelLayers, batches: Sequence[Batch], scratch: Path | None = None) -> None:
-        """Record what every block is called with, one pass per batch through stand-ins for the blocks.
+        """Record the arguments of every block, by one pass per batch through stand-ins for the blocks.
 
         Args:
-            scratch: folder of files that hold the hidden states of a walk; None: memory does.
+            layers: the model and its blocks.
+            batches: at least one.
+            scratch: folder of files that hold the hidden states of a walk; None: they are held in memory.
 
         Raises:
             CalibrationError: no batches, a token id outside the vocabulary, or more tokens than positions.
@@ -99,39 +120,44 @@ class BlockRunner:
             self._calls = [self._record(i, pool.for_batch()) for i in range(len(self.batches))]
 
     def __len__(self) -> int:
+        """Count the batches."""
         return len(self.batches)
 
     def first(self, i: int) -> Tensor:
-        """Hidden states (b, t, d) of batch `i` before the first block."""
+        """Compute the hidden states (b, t, d) of batch `i` in front of the first block."""
 
         def stop(*args: Any, **kwargs: Any) -> Any:
+            """Interrupt the forward pass at the first block."""
             raise _Stop(_Call.split(args, kwargs)[0])
 
         with torch.no_grad(), _stand_ins([self.layers.blocks[0]], lambda _: stop):
             return self._interrupted(i)
 
     def keep(self, hidden: Tensor) -> Tensor:
-        """`hidden` as it is held until the next block asks for it."""
+        """Store hidden states until the next block reads them: in memory, or in a file of the scratch folder."""
         return hidden if self.scratch is None else in_file(hidden, self.scratch)
 
     def run(self, block: int, i: int, hidden: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Output of `block`, as it now is and on the device it is on, for inputs `hidden` (b, t, d) of batch `i`.
+        """Compute the output of a block, as it now is and on the device where it is, for batch `i`.
 
         Gradients are recorded if they are enabled where this is called.
 
         Args:
-            tensors: stand in for parameters of the block, by name within it.
+            block: index of the block. i: index of the batch.
+            hidden: (b, t, d) inputs.
+            tensors: replace parameters of the block in this call, by name within it.
         """
         module = self.layers.blocks[block]
         compute = module if tensors is None else partial(_with_tensors, module, tensors)
         return _hidden(self._calls[i][block].apply(compute, hidden, self.layers.device_of(block)))
 
     def logits(self, i: int, hidden: Tensor) -> Tensor:
-        """Logits (b, t, vocab) of batch `i` if the last block's output were `hidden`; differentiable in it."""
+        """Compute the logits (b, t, vocab) of batch `i` from outputs `hidden` of the last block, differentiably."""
         last = len(self.layers.blocks) - 1
         output = self._as_output(hidden.to(token_embedding(self.layers.model).weight.device))
 
         def stand_in(index: int) -> Callable[..., Any]:
+            """Pass hidden states on; the last block returns `hidden` instead."""
             if index == last:
                 return lambda *args, **kwargs: output
             return lambda *args, **kwargs: self._as_output(_Call.split(args, kwargs)[0])
@@ -140,6 +166,7 @@ class BlockRunner:
             return self._forward(i).logits
 
     def _check_batches(self) -> None:
+        """Check that there are batches, and that their token ids and lengths are within the model's."""
         if not self.batches:
             raise CalibrationError("There are no batches to run; give at least one window of text.")
         model = self.layers.model
@@ -158,11 +185,13 @@ class BlockRunner:
                 )
 
     def _forward(self, i: int) -> Any:
+        """Run the model's own forward pass on batch `i`."""
         batch, device = self.batches[i], token_embedding(self.layers.model).weight.device
         mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
         return self.layers.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
 
     def _interrupted(self, i: int) -> Any:
+        """Run the forward pass on batch `i` until a stand-in raises `_Stop`, and return the value it carries."""
         try:
             self._forward(i)
         except _Stop as stop:
@@ -172,9 +201,13 @@ class BlockRunner:
         )
 
     def _learn_output(self) -> int | None:
-        """Length of the tuple the first block returns, or None if it is a tensor: stand-ins must answer in kind."""
+        """Return the length of the tuple that the first block returns, or None for a tensor.
+
+        Stand-ins must return the same.
+        """
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
+            """Interrupt the forward pass after the first block."""
             raise _Stop(output)
 
         handle = self.layers.blocks[0].register_forward_hook(stop)
@@ -186,13 +219,21 @@ class BlockRunner:
         return len(output) if isinstance(output, tuple) else None
 
     def _as_output(self, hidden: Tensor) -> Any:
+        """Wrap hidden states as a block returns them."""
         return hidden if self._output_length is None else (hidden, *[None] * (self._output_length - 1))
 
     def _record(self, i: int, share: Callable[[Tensor], Tensor]) -> list[_Call]:
+        """Record the arguments of all blocks for batch `i`, without their hidden states.
+
+        Args:
+            share: maps a tensor to an equal one that is kept already (`_TensorPool.for_batch`).
+        """
         calls: list[_Call] = []
         blocks, previous = self.layers.blocks, None
 
         def stand_in(index: int) -> Callable[..., Any]:
+            """Make the function that records the arguments of one block and returns its hidden states."""
+
             def record(*args: Any, **kwargs: Any) -> Any:
                 nonlocal previous
                 hidden, call = _Call.split(args, kwargs)
@@ -215,7 +256,17 @@ class BlockRunner:
 
 
 class BlockVisit:
-    """One block during a walk: its module, its layers, and the hidden states (b, t, d) that enter it, by batch."""
+    """Give access to one block during a walk: its module, its layers, and its inputs.
+
+    `inputs` are the hidden states (b, t, d) that enter the block, by batch.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> runner = BlockRunner(find_layers(tiny_llama()), [Batch(torch.tensor([[5, 6, 7, 8]]))])
+    >>> visit = next(walk_blocks(runner))
+    >>> {site.removeprefix("model.layers.0."): tuple(gram.matrix.shape) for site, gram in visit.grams().items()}
+    {'self_attn.q_proj': (16, 16), 'self_attn.o_proj': (16, 16), 'mlp.gate_proj': (16, 16), 'mlp.down_proj': (24, 24)}
+    """
 
     def __init__(self, runner: BlockRunner, index: int, inputs: list[Tensor]) -> None:
         self.index = index
@@ -227,7 +278,7 @@ class BlockVisit:
         self._outputs: list[Tensor] | None = None
 
     def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
-        """`G = mean over real tokens of x xᵀ` of each input site, by one forward pass of the block over all batches.
+        """Compute the Gram `G = mean over real tokens of x xᵀ` of each input site, in one forward pass of the block.
 
         The outputs of that pass are kept, so that an unchanged block is not run again when the walk goes on.
 
@@ -245,29 +296,31 @@ class BlockVisit:
                 raise UnknownNameError("site", site, known)
         moments = {site: _Moment(site) for site in wanted}
         self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
-        # Each sum is let go when its Gram is made: with wide layers they are larger than the block.
+        # Each sum is freed when its Gram is made: with wide layers the sums are larger than the block.
         grams = {site: moments.pop(site).gram() for site in tuple(moments)}
         if self.layers.lazy is not None:
             give_back()
         return grams
 
     def outputs(self) -> list[Tensor]:
-        """Hidden states (b, t, d) that leave the block as it now is, by batch; computed once per change."""
+        """Compute the outputs (b, t, d) of the block, by batch; they are kept until `replaced` is called."""
         if self._outputs is None:
             self._outputs = [self._output(i) for i in range(len(self.runner))]
         return self._outputs
 
     def replaced(self) -> None:
-        """Say that the block's weights have changed; what it computed before is forgotten."""
+        """Discard the outputs that are kept, after the block's weights have changed."""
         self._outputs = None
 
     def _observed(self, i: int, moments: Mapping[str, _Moment]) -> Tensor:
+        """Run batch `i` through the block, and add the inputs of its sites to `moments`."""
         batch, layers = self.runner.batches[i], self.runner.layers
         with input_hooks({site: layers.module(site) for site in moments}, lambda s, x: moments[s].add(batch.select(x))):
             return self._output(i)
 
     @torch.no_grad()
     def _output(self, i: int) -> Tensor:
+        """Run batch `i` through the block; `CalibrationError` if the output is not finite."""
         hidden = self.inputs[i]
         output = self.runner.run(self.index, i, hidden).to(hidden.device)
         if not bool(torch.isfinite(self.runner.batches[i].select(output)).all()):
@@ -286,8 +339,15 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
     inputs are released when the walk goes on.
 
     Args:
+        runner: the model's blocks and the batches.
         device: where to compute; each block is moved there for its visit and back. Hidden states stay where the
             model's embeddings are, or in the runner's scratch folder. By default nothing is moved.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> runner = BlockRunner(find_layers(tiny_llama()), [Batch(torch.tensor([[5, 6, 7, 8]]))])
+    >>> [(visit.index, len(visit.specs), tuple(visit.inputs[0].shape)) for visit in walk_blocks(runner)]
+    [(0, 7, (1, 4, 16)), (1, 7, (1, 4, 16))]
     """
     blocks = runner.layers.blocks
     hidden = [runner.keep(runner.first(i)) for i in range(len(runner))]
@@ -301,7 +361,7 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
 
 
 class _Moment:
-    """Running sum of `x xᵀ` over the tokens of one site, in float32."""
+    """Accumulate the sum of `x xᵀ` over the tokens of one site, in float32."""
 
     def __init__(self, site: str) -> None:
         self.site = site
@@ -309,6 +369,7 @@ class _Moment:
         self.sum: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
+        """Add rows `x` (tokens, d)."""
         x = rows.float()
         if self.sum is None:
             self.sum = x.new_zeros(x.shape[1], x.shape[1])
@@ -316,6 +377,11 @@ class _Moment:
         self.tokens += len(x)
 
     def gram(self) -> Gram:
+        """Compute the Gram, the sum divided by the number of tokens, made exactly symmetric; the sum is freed.
+
+        Raises:
+            CalibrationError: no token reached the site, or the sum is not finite.
+        """
         if self.sum is None or self.tokens == 0:
             raise CalibrationError(
                 f"No token reached layer {self.site}: no expert of it was chosen, then use more calibration text "
@@ -334,7 +400,7 @@ class _Moment:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a block is called with besides its hidden states; `keyword` is the name these were passed by, if any."""
+    """Hold the arguments of a block except its hidden states; `keyword` is the name these were passed by, if any."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -342,6 +408,7 @@ class _Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, _Call]:
+        """Split the arguments of a block into its hidden states and the rest."""
         if args and isinstance(args[0], Tensor):
             return args[0], cls(args[1:], kwargs, None)
         if isinstance(kwargs.get("hidden_states"), Tensor):
@@ -350,10 +417,12 @@ class _Call:
         raise UnsupportedModelError("The decoder blocks are not called with hidden states; they cannot be walked.")
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Call:
+        """Apply `change` to every tensor in the arguments."""
         args = _map_tensors(self.args, change)
         return _Call(args, _map_tensors(dict(self.kwargs), change), self.keyword)
 
     def apply(self, module: Callable[..., Any], hidden: Tensor, device: torch.device) -> Any:
+        """Call `module` with hidden states and these arguments, moved to `device`."""
         here = self.map(lambda x: x.to(device))
         hidden = hidden.to(device)
         if self.keyword is None:
@@ -362,7 +431,7 @@ class _Call:
 
 
 class _TensorPool:
-    """Keeps one of several equal tensors, as most batches call the blocks with the same positions and masks."""
+    """Keep one of several equal tensors, as most batches call the blocks with the same positions and masks."""
 
     DISTINCT = 8
 
@@ -370,11 +439,12 @@ class _TensorPool:
         self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def for_batch(self) -> Callable[[Tensor], Tensor]:
-        """A function from a tensor of one batch to an equal one kept before, or else to itself."""
-        # All blocks of a batch are given the same few objects: each is compared once, and held so that ids stay unique.
+        """Make a function that maps a tensor of one batch to an equal one that is kept already, or else to itself."""
+        # All blocks of a batch get the same few objects: each is compared once, and held so that ids stay unique.
         done: dict[int, tuple[Tensor, Tensor]] = {}
 
         def share(x: Tensor) -> Tensor:
+            """Map one tensor; objects that came before are not compared again."""
             if id(x) not in done:
                 done[id(x)] = (x, self._share(x))
             return done[id(x)][1]
@@ -382,18 +452,19 @@ class _TensorPool:
         return share
 
     def _share(self, x: Tensor) -> Tensor:
+        """Return an equal tensor that is kept, or keep this one."""
         kept = self._kept.setdefault((x.shape, x.dtype, x.device), [])
         for other in kept:
             if torch.equal(other, x):
                 return other
-        # A few are enough for positions; padding masks differ by batch and would only be compared in vain.
+        # A few are enough for positions; padding masks differ by batch, and comparing them would be in vain.
         if len(kept) < self.DISTINCT:
             kept.append(x)
         return x
 
 
 class _Stop(Exception):
-    """Ends a forward pass early, carrying what it was run for."""
+    """End a forward pass early, and carry the value it was run for."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -401,7 +472,10 @@ class _Stop(Exception):
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in it changed; a cache is dropped, as a block must not remember an earlier call."""
+    """Apply `change` to every tensor in `value`.
+
+    A cache becomes None, as a block must not remember an earlier call.
+    """
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Cache):
@@ -414,6 +488,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _hidden(output: Any) -> Tensor:
+    """Return the hidden states from a block's output."""
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
         raise UnsupportedModelError(
@@ -423,6 +498,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Call `module` with some of its parameters replaced by `tensors`."""
     return functional_call(module, dict(tensors), args, kwargs)
 
 
@@ -430,7 +506,7 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, 
 def _stand_ins(
     blocks: Sequence[nn.Module] | nn.ModuleList, stand_in: Callable[[int], Callable[..., Any]]
 ) -> Iterator[None]:
-    """While open, calling `blocks[k]` calls `stand_in(k)`; only `forward` is exchanged, attributes stay readable."""
+    """Replace `forward` of `blocks[k]` by `stand_in(k)` while the context is open; other attributes stay readable."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):

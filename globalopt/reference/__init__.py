@@ -1,4 +1,4 @@
-"""The bundled reference model and its four texts, so that a first run needs no download.
+"""Find the bundled reference model and its four texts, with which a first run needs no download.
 
 `model/` is a Hugging Face folder (its README.md is the model card); `text/` holds WikiText-2 slices that share no
 article (licence and attribution in text/LICENSE.md). `benchmarks/reference_model.py` remakes both.
@@ -11,13 +11,22 @@ from pathlib import Path
 from globalopt.errors import ArtefactError
 
 NAME = "reference"
-"""How the bundled model is named where a model is asked for or reported."""
+"""Name of the bundled model, for users and in reports."""
 
 SPLITS = ("calibration", "selection", "validation", "test")
 
 
 def text_file(split: str) -> Path:
-    """The text of one of `SPLITS`; `ArtefactError` if it was not installed."""
+    """Return the path of the bundled text of one of `SPLITS`.
+
+    Raises:
+        ArtefactError: the text was not installed.
+
+    >>> text_file("test").name
+    'test.txt'
+    >>> text_file("test").read_text(encoding="utf-8").split("=")[1].strip()
+    'Robert unk'
+    """
     path = Path(__file__).parent / "text" / f"{split}.txt"
     if not path.is_file():
         raise ArtefactError(f"The bundled text is not at {path}; install the package again.")

@@ -1,4 +1,4 @@
-"""A random Llama of a few thousand weights: what examples and quick trials run on."""
+"""Build a random Llama of a few thousand weights, for examples and quick trials."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def tiny_llama(seed: int = 0, blocks: int = 2) -> PreTrainedModel:
     """Build a Llama with random weights: width 16, two heads, 24 channels, a vocabulary of 64, in evaluation mode.
 
-    It predicts nothing of use; every stage runs on it within milliseconds.
+    Its predictions are of no use, but every stage runs on it within milliseconds.
 
     Args:
         seed: of the weights.

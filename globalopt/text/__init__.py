@@ -1,1 +1,1 @@
-"""Text: read from files, folders and hubs, and cut into windows."""
+"""Read texts from files, folders and hubs, and cut them into windows."""

@@ -1,7 +1,6 @@
-"""Text in, disjoint token windows out.
+"""Read texts from files, from folders saved by `datasets`, and from the hub.
 
-A `Text` is one long string with its origin and hash. The windows of a split lie inside one region of its tokens, and
-`Splits` refuses regions that overlap, so nothing can be fitted, chosen and measured on the same tokens.
+A `Text` is one long string with its origin and its hash. `globalopt.text.splits` cuts it into windows.
 """
 
 from __future__ import annotations
@@ -11,35 +10,37 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from globalopt.errors import CalibrationError
 
-if TYPE_CHECKING:
-    pass
-
-
 DOCUMENT_JOIN = "\n\n"
-"""What stands between documents; the field's perplexities on WikiText-2 and C4 depend on it."""
+"""Separator of documents; the field's perplexities on WikiText-2 and C4 depend on it."""
 
 HUB_CHARACTERS = 20_000_000
-"""Characters read from a hub data set, which is streamed: some of those people calibrate on are terabytes."""
+"""Characters read from a hub data set, which is streamed: some data sets used for calibration are terabytes."""
 
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
+"""Suffixes of files that can be read."""
 
 FORMS = "a .txt, .jsonl or .parquet file, a folder saved by datasets, or a hub data set ID[@CONFIG][:SPLIT]"
+"""The forms in which a text can be given, for messages."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from.
+    """Hold a text, and where it is from.
 
     Args:
         text: the documents joined by `DOCUMENT_JOIN`.
-        spec: what the user named it by.
-        sha256: of the text in UTF-8.
+        spec: file, folder or data set, as the user gave it.
+        sha256: hash of the text in UTF-8.
         documents: how many were joined.
         complete: False when reading stopped at `HUB_CHARACTERS`.
+
+    >>> text = join(["One document.", "Another one."], spec="notes.jsonl")
+    >>> text.text.split(DOCUMENT_JOIN), text.documents
+    (['One document.', 'Another one.'], 2)
     """
 
     text: str
@@ -50,7 +51,11 @@ class Text:
 
     @classmethod
     def of(cls, text: str, spec: str, documents: int = 1, complete: bool = True) -> Text:
-        """Make a text and hash it; `CalibrationError` when it is blank."""
+        """Make a text and hash it.
+
+        Raises:
+            CalibrationError: the text is blank.
+        """
         if not text.strip():
             raise CalibrationError(f"The text {spec} is empty.")
         return cls(text, spec, hashlib.sha256(text.encode()).hexdigest(), documents, complete)
@@ -64,10 +69,16 @@ def read_text(spec: str, column: str | None = None) -> Text:
 
     Args:
         spec: a `.txt`, `.jsonl` or `.parquet` file; a folder written by `datasets.save_to_disk` (of a dictionary of
-            splits, `train` or the only one); else a hub data set `ID[@CONFIG][:SPLIT]`, split `train` unless said.
-        column: which column holds the text; without it `text`, else the only one that holds strings.
+            splits, `train` or the only one); else a hub data set `ID[@CONFIG][:SPLIT]`, with split `train` by default.
+        column: the column that holds the text; by default `text`, else the only one that holds strings.
     Raises:
-        CalibrationError: the text is missing, empty, binary or broken, or its column is not there.
+        CalibrationError: the text is missing, empty, binary or broken, or it has no such column.
+
+    >>> rows = [{"id": 1, "body": "One document."}, {"id": 2, "body": "Another one."}]
+    >>> _ = Path("notes.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+    >>> text = read_text("notes.jsonl")
+    >>> text.documents, text.text.split(DOCUMENT_JOIN)
+    (2, ['One document.', 'Another one.'])
     """
     if not spec.strip():
         raise CalibrationError(f"There is no file without a name; a text is {FORMS}.")
@@ -85,6 +96,7 @@ def read_text(spec: str, column: str | None = None) -> Text:
 
 
 def _read_file(path: Path, column: str | None) -> Text:
+    """Read a text, JSON-lines or parquet file."""
     if not path.is_file():
         raise CalibrationError(f"There is no file '{path}'.")
     if path.suffix.lower() == ".parquet":
@@ -105,7 +117,17 @@ def _read_file(path: Path, column: str | None) -> Text:
 
 
 def join(documents: Iterable[str], spec: str, most: int | None = None) -> Text:
-    """Join documents into a text; with `most`, stop after the document that reaches so many characters."""
+    """Join documents into a text.
+
+    Args:
+        documents: read only as far as needed.
+        spec: file, folder or data set, for messages.
+        most: stop after the document that reaches this number of characters; None: no limit.
+
+    >>> text = join(["four", "five5", "six666"], spec="notes", most=8)
+    >>> text.documents, text.complete
+    (2, False)
+    """
     held: list[str] = []
     characters = 0
     complete = True
@@ -119,7 +141,8 @@ def join(documents: Iterable[str], spec: str, most: int | None = None) -> Text:
 
 
 def _jsonl_documents(content: str, path: Path, column: str | None) -> Iterator[str]:
-    # Not splitlines: a JSON string may hold U+2028 as it is.
+    """Yield the documents of a JSON-lines file."""
+    # Not by splitlines, which also cuts at U+2028, and this may stand in a JSON string.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -135,12 +158,13 @@ def _jsonl_documents(content: str, path: Path, column: str | None) -> Iterator[s
 
 
 def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
+    """Yield the documents of a parquet file, batch by batch."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            # An empty string stands for the text columns, so that a null in the first row hides none.
+            # The schema tells which columns hold text, as the text of the first row may be null.
             kinds = {field.name: "" if _is_string(field.type) else None for field in file.schema_arrow}
             column = _text_column(kinds, column, str(path))
             row = 0
@@ -153,12 +177,14 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _is_string(kind: Any) -> bool:
+    """Tell whether an arrow type holds strings."""
     import pyarrow
 
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
 
 
 def _folder_documents(path: Path, column: str | None) -> Iterator[str]:
+    """Yield the documents of a folder written by `datasets.save_to_disk`."""
     import datasets
 
     try:
@@ -177,6 +203,7 @@ def _folder_documents(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _hub_documents(spec: str, column: str | None) -> Iterator[str]:
+    """Yield the documents of a hub data set `ID[@CONFIG][:SPLIT]`, streamed."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -187,7 +214,7 @@ def _hub_documents(spec: str, column: str | None) -> Iterator[str]:
         yield from _row_documents(stream, column, spec)
     except CalibrationError:
         raise
-    # What datasets raises: no network or no such data set; no such configuration or split; a loading script.
+    # These are raised without a network, and for an unknown data set, configuration or split, or a loading script.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise CalibrationError(
             f"'{spec}' is no file here, and reading it as a hub data set failed: {_one_line(error)} "
@@ -196,6 +223,7 @@ def _hub_documents(spec: str, column: str | None) -> Iterator[str]:
 
 
 def _row_documents(rows: Any, column: str | None, where: str) -> Iterator[str]:
+    """Yield the text column of every row of a data set."""
     first = next(iter(rows), None)
     if first is None:
         return
@@ -205,7 +233,7 @@ def _row_documents(rows: Any, column: str | None, where: str) -> Iterator[str]:
 
 
 def _text_column(row: Mapping[str, Any], column: str | None, where: str) -> str:
-    """The column to read: the one asked for, else `text`, else the only one of `row` that holds a string."""
+    """Choose the column to read: the one asked for, else `text`, else the only one of `row` that holds a string."""
     if column is not None:
         if column not in row:
             raise CalibrationError(f"{where} has no column '{column}'; it has: {', '.join(row)}.")
@@ -219,10 +247,12 @@ def _text_column(row: Mapping[str, Any], column: str | None, where: str) -> str:
 
 
 def _string(value: Any, column: str, where: str) -> str:
+    """Return `value` if it is a string; `CalibrationError` naming its place otherwise."""
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: column '{column}' holds {type(value).__name__}, not text.")
     return value
 
 
 def _one_line(error: Exception) -> str:
+    """Write the message of an error on one line that ends with a full stop."""
     return " ".join(str(error).split()).rstrip(".") + "."

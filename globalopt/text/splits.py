@@ -1,4 +1,8 @@
-"""Cut a text into calibration, selection, validation and test windows that do not overlap."""
+"""Cut texts into calibration, selection, validation and test windows that do not overlap.
+
+The windows of a split lie inside one region of a text's tokens, and `Splits` refuses regions that overlap, so that
+nothing can be fitted, chosen and measured on the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +25,15 @@ if TYPE_CHECKING:
 from globalopt.text.reading import Text
 
 CALIBRATION_SHARE = 3
-"""How many times as many tokens of a shared text go to calibration as to each other split."""
+"""Tokens of a shared text that go to calibration, as a multiple of those that go to each other split."""
 
 LEAST_WINDOWS = 2
-"""With fewer windows a mean over windows has no standard error."""
+"""Smallest number of windows of a split: a mean over fewer has no standard error."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Windows of one purpose.
+    """Hold the token windows of one purpose.
 
     Args:
         name: "calibration", "selection", "validation" or "test".
@@ -39,6 +43,13 @@ class Split:
         source, text_sha256: the text's spec and hash.
         special_tokens: how many the tokenizer added to the whole text.
         seed: of random windows; None for consecutive ones.
+    Raises:
+        CalibrationError: the windows are not (n, seqlen) int64 of at least two tokens, or one lies outside the region.
+
+    >>> windows = torch.arange(8).view(2, 4)
+    >>> split = Split("test", windows, (0, 4), region=(0, 9), source="a.txt", text_sha256="9f2c", special_tokens=0)
+    >>> split.seqlen, split.overlapping
+    (4, False)
     """
 
     name: str
@@ -64,21 +75,22 @@ class Split:
 
     @property
     def seqlen(self) -> int:
+        """Return the number of tokens of a window."""
         return self.windows.shape[1]
 
     @property
     def overlapping(self) -> bool:
-        """Whether two windows share a token."""
+        """Tell whether two windows share a token."""
         ordered = sorted(self.starts)
         return any(b - a < self.seqlen for a, b in itertools.pairwise(ordered))
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the token ids, row after row, as little-endian 64-bit integers."""
+        """Hash the token ids, row after row, as little-endian 64-bit integers."""
         return hashlib.sha256(self.windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """How the split was made, as JSON values; the starts of consecutive windows follow from the region."""
+        """Describe how the split was made, in JSON values; the starts of consecutive windows follow from the region."""
         return {
             "source": self.source,
             "text_sha256": self.text_sha256,
@@ -95,7 +107,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """A split to fit on, one to search on, one to compare variants on, and one only to report."""
+    """Hold four disjoint splits: one to fit on, one to search on, one to compare variants on, and one only to report.
+
+    Raises:
+        CalibrationError: two splits share tokens of the same text.
+
+    >>> def split(name, first):
+    ...     windows, starts = torch.arange(8).view(2, 4), (first, first + 4)
+    ...     return Split(name, windows, starts, (first, first + 8), "a.txt", "9f2c", special_tokens=0)
+    >>> Splits(split("calibration", 0), split("selection", 8), split("validation", 16), split("test", 20))
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.CalibrationError: The validation and test splits share tokens of a.txt; give different texts.
+    """
 
     calibration: Split
     selection: Split
@@ -111,10 +135,11 @@ class Splits:
                 )
 
     def __iter__(self) -> Iterator[Split]:
+        """Iterate over the four splits."""
         return iter((self.calibration, self.selection, self.validation, self.test))
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """`Split.record` by name."""
+        """Describe how every split was made, in JSON values by name."""
         return {split.name: split.record() for split in self}
 
 
@@ -134,10 +159,13 @@ def make_splits(
     """Cut a text into splits, by tokens: three fifths calibration, a fifth selection, a fifth validation.
 
     `evaluation` becomes the test split; without it a sixth of the calibration text does, and the others share the
-    rest in the same proportion. Calibration windows are random, seeded, and overlap only where the text is too short
-    for anything else; the others are consecutive.
+    rest in the same proportion. Calibration windows are random, and overlap only where the text is too short to avoid
+    it; the windows of the other splits are consecutive.
 
     Args:
+        tokenizer: of the model.
+        calibration: the text to cut.
+        evaluation: another text, for the test split; or None.
         nsamples: calibration windows.
         seqlen: tokens of every window.
         seed: of the random windows.
@@ -146,6 +174,13 @@ def make_splits(
     Raises:
         CalibrationError: a text is too short, or both are the same.
         UsageError: an argument is out of its range.
+
+    >>> from transformers import AutoTokenizer
+    >>> from globalopt.models.loading import reference_folder
+    >>> tokenizer, text = AutoTokenizer.from_pretrained(reference_folder()), Text.of("A short text. " * 200, "a.txt")
+    >>> splits = make_splits(tokenizer, text, None, nsamples=8, seqlen=16, seed=0, eval_windows=4)
+    >>> [(split.name, *split.windows.shape) for split in splits]
+    [('calibration', 8, 16), ('selection', 4, 16), ('validation', 4, 16), ('test', 4, 16)]
     """
     _check(nsamples, seqlen, eval_windows, max_length)
     if evaluation is not None and evaluation.sha256 == calibration.sha256:
@@ -170,7 +205,17 @@ def reference_splits(
     eval_windows: int | None,
     max_length: int | None = None,
 ) -> Splits:
-    """The splits of the bundled texts, one text each; arguments and errors as for `make_splits`."""
+    """Cut the bundled texts into splits, one text each; arguments and errors are those of `make_splits`.
+
+    >>> class Bytes:  # a tokenizer that is faster than a real one
+    ...     def __call__(self, text, **options):
+    ...         return {"input_ids": list(text.encode())}
+    ...     def num_special_tokens_to_add(self):
+    ...         return 0
+    >>> splits = reference_splits(Bytes(), nsamples=2, seqlen=8, seed=0, eval_windows=2)
+    >>> [split.source for split in splits]
+    ['reference:calibration', 'reference:selection', 'reference:validation', 'reference:test']
+    """
     _check(nsamples, seqlen, eval_windows, max_length)
     splits = {}
     for name in reference.SPLITS:
@@ -188,13 +233,24 @@ def consecutive_split(
     eval_windows: int | None = None,
     max_length: int | None = None,
 ) -> Split:
-    """The first `eval_windows` windows (None: all) of a whole text, one after the other, remainder dropped.
+    """Cut the first `eval_windows` windows (None: all) of a whole text, one after the other, and drop the remainder.
 
     This is the perplexity protocol of GPTQ, SparseGPT and their successors.
 
+    Args:
+        tokenizer: of the model.
+        text: the text to cut.
+        name: of the split.
+        seqlen, eval_windows, max_length: as in `make_splits`.
     Raises:
         CalibrationError: the text has fewer than 2 windows.
         UsageError: an argument is out of its range.
+
+    >>> from transformers import AutoTokenizer
+    >>> from globalopt.models.loading import reference_folder
+    >>> tokenizer, text = AutoTokenizer.from_pretrained(reference_folder()), Text.of("A short text. " * 200, "a.txt")
+    >>> consecutive_split(tokenizer, text, "test", seqlen=16, eval_windows=3).starts
+    (0, 16, 32)
     """
     _check(1, seqlen, eval_windows, max_length)
     (region,) = _cut(tokenizer, text, (name,), 1, seqlen)
@@ -202,15 +258,22 @@ def consecutive_split(
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
-    """Token ids (n,) int64 of the text as one string, with the special tokens the tokenizer adds, once."""
-    # verbose=False: the text is meant to be longer than the model's context.
+    """Tokenise the text as one string, with the special tokens that the tokenizer adds, once; (n,) int64 token ids.
+
+    >>> from transformers import AutoTokenizer
+    >>> from globalopt.models.loading import reference_folder
+    >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())
+    >>> tokenizer.decode(tokenise(tokenizer, Text.of("A short text.", "a.txt")))
+    'A short text.'
+    """
+    # verbose=False, as the tokenizer would warn of a text longer than the model's context.
     encoded = tokenizer(text.text, truncation=False, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class _Region:
-    """The tokens `[first, end)` of a text, for the split `name` alone; `tokens` are those of the whole text."""
+    """Reserve the tokens `[first, end)` of a text for one split; `tokens` are those of the whole text."""
 
     name: str
     text: Text
@@ -220,19 +283,20 @@ class _Region:
     special_tokens: int
 
     def fill(self, nsamples: int, seqlen: int, seed: int, eval_windows: int | None) -> Split:
+        """Choose the windows of the split: random ones for calibration, consecutive ones for all others."""
         if self.name == "calibration":
             return self.random(nsamples, seqlen, seed)
         return self.consecutive(seqlen, eval_windows)
 
     def random(self, nsamples: int, seqlen: int, seed: int) -> Split:
-        """`nsamples` windows in random order, uniform among all placements without overlap.
+        """Draw `nsamples` windows in random order, uniformly among all placements without overlap.
 
-        Where there are fewer than `nsamples * seqlen` tokens, only their starts differ.
+        Where there are fewer than `nsamples * seqlen` tokens, windows overlap and only their starts differ.
         """
         generator = torch.Generator().manual_seed(seed)
         slack = self.end - self.first - nsamples * seqlen
         if slack >= 0:
-            # Every choice of n among slack + n places is one way to lay the slack around n windows.
+            # Choosing n of slack + n places is the same as distributing the slack over the gaps around n windows.
             places = torch.randperm(slack + nsamples, generator=generator)[:nsamples].sort().values
             starts = places + torch.arange(nsamples) * (seqlen - 1)
             starts = starts[torch.randperm(nsamples, generator=generator)]
@@ -241,11 +305,13 @@ class _Region:
         return self._split(starts, seqlen, seed)
 
     def consecutive(self, seqlen: int, eval_windows: int | None) -> Split:
-        fit = (self.end - self.first) // seqlen
-        count = fit if eval_windows is None else min(fit, eval_windows)
+        """Cut consecutive windows, at most `eval_windows`, and drop the remainder."""
+        whole = (self.end - self.first) // seqlen
+        count = whole if eval_windows is None else min(whole, eval_windows)
         return self._split(torch.arange(count) * seqlen, seqlen, None)
 
     def _split(self, starts: Tensor, seqlen: int, seed: int | None) -> Split:
+        """Make the split of windows that start at `starts`, counted from the beginning of the region."""
         starts = self.first + starts
         return Split(
             name=self.name,
@@ -262,7 +328,11 @@ class _Region:
 def _cut(
     tokenizer: PreTrainedTokenizerBase, text: Text, names: tuple[str, ...], nsamples: int, seqlen: int
 ) -> list[_Region]:
-    """Cut a text's tokens into contiguous regions, one per name, `CALIBRATION_SHARE` to one."""
+    """Cut a text's tokens into contiguous regions, one per name, `CALIBRATION_SHARE` parts to one.
+
+    Raises:
+        CalibrationError: the text is too short for the windows.
+    """
     tokens = tokenise(tokenizer, text)
     shares = [CALIBRATION_SHARE if name == "calibration" else 1 for name in names]
     least = [nsamples + seqlen - 1 if name == "calibration" else LEAST_WINDOWS * seqlen for name in names]
@@ -279,6 +349,7 @@ def _cut(
 
 
 def _check(nsamples: int, seqlen: int, eval_windows: int | None, max_length: int | None) -> None:
+    """Check the sizes of windows; `UsageError` naming the option that is out of its range."""
     if nsamples < 1:
         raise UsageError(f"--nsamples must be at least 1; got {nsamples}.")
     if seqlen < 2:

@@ -1,4 +1,8 @@
-"""Targets of layers and budgets of models: what may be kept, counted in parameters or bytes."""
+"""Count the parameters and bytes of compressed layers, and limit their sum by a budget.
+
+A target is the size of one layer's compressed form: the rank of `L = U V` and the number of nonzeros of `S`. A budget
+limits what the targets of all layers cost together.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,28 @@ from globalopt.errors import UnknownNameError, UsageError
 from globalopt.values.layer import NM, HasShape, LayerSpec
 
 ACCOUNTINGS = ("params", "bytes")
+"""Units in which a budget may be counted: parameters, or bytes with the index of the sparse part."""
 
 BYTES_PER_VALUE = 2  # values are stored in 16 bits in every format we count
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a layer may keep: a rank for `L`, a number of nonzeros for `S`, and how these lie.
+    """Give the size of a layer's compressed form: the rank of `L = U V`, and the number of nonzeros of `S`.
 
-    With a `pattern`, `nnz` is the pattern's exact count. `signs` adds SLaB's bit plane. `Target.dense(spec)` is the
-    untouched layer, `Target.zero()` drops it.
+    Args:
+        rank: rank of `L`, >= 0.
+        nnz: nonzeros of `S`, >= 0; under a `pattern` the exact count of the pattern.
+        pattern: N:M pattern of `S`; None is unstructured.
+        signs: whether `L` is multiplied, entry by entry, by a plane of +-1 at one bit per weight (SLaB,
+            arXiv:2604.04493).
+    Raises:
+        UsageError: `rank` or `nnz` is negative.
+
+    >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+    >>> target = Target(rank=8, nnz=1024)
+    >>> target.params(spec), Target.dense(spec).params(spec)
+    (2048, 4096)
     """
 
     rank: int
@@ -33,14 +49,20 @@ class Target:
 
     @classmethod
     def dense(cls, spec: HasShape) -> Target:
+        """Return the target of the unchanged layer: rank 0 and all of its weights."""
         return cls(rank=0, nnz=spec.numel)
 
     @classmethod
     def zero(cls) -> Target:
+        """Return the target of a dropped layer, whose weight becomes zero."""
         return cls(rank=0, nnz=0)
 
     def check(self, spec: HasShape) -> Target:
-        """Return self if it fits `spec`; `UsageError` naming the layer and the range otherwise."""
+        """Return the target itself if it fits `spec`.
+
+        Raises:
+            UsageError: the rank or the nonzeros exceed the layer's, or `nnz` is not the pattern's; names the layer.
+        """
         if self.rank > spec.max_rank:
             raise UsageError(f"{spec.label}: rank {self.rank} is above its largest rank {spec.max_rank}.")
         if self.nnz > spec.numel:
@@ -52,21 +74,27 @@ class Target:
         return self
 
     def params(self, spec: HasShape) -> int:
-        """Parameters kept: `rank (d_out + d_in) + nnz`, plus one 16-bit value per 16 bits of a sign plane."""
+        """Count the parameters kept: `rank (d_out + d_in) + nnz`, plus one 16-bit value per 16 bits of a sign plane."""
         plane = math.ceil(spec.numel / 16) if self.signs else 0
         return self.rank * (spec.d_out + spec.d_in) + self.nnz + plane
 
     def rank_share(self, spec: HasShape) -> float:
-        """Share of the kept parameters that is in the factors; 0 where nothing is kept."""
+        """Compute the share of the kept parameters that lies in the factors `U` and `V`; 0 where nothing is kept."""
         params = self.params(spec)
         return self.rank * (spec.d_out + spec.d_in) / params if params else 0.0
 
     def bytes(self, spec: HasShape) -> int:
-        """Bytes at 16 bits a value, the cheapest index included.
+        """Count the bytes kept at 16 bits per value, with the cheapest index of the sparse part.
 
-        Factors: `2 rank (d_out + d_in)`. `S`: 2 per value, plus nothing if it is full or empty, `ceil(log2 of)` bits
-        per value under a pattern, else the smaller of a bitmap (1 bit per weight) and 16-bit column indices with row
-        pointers.
+        Factors: `2 rank (d_out + d_in)`. Sign plane: one bit per weight. `S`: 2 per value, plus an index: none if `S`
+        is full or empty; `ceil(log2 M)` bits per value under an N:M pattern; else the smaller of a bitmap (one bit per
+        weight) and 16-bit column indices with 32-bit row pointers.
+
+        >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+        >>> Target(rank=0, nnz=2048).bytes(spec)  # values 2 x 2048, bitmap 4096 / 8
+        4608
+        >>> Target(rank=0, nnz=64).bytes(spec)  # values 2 x 64, column indices 2 x 64, row pointers 4 x 65
+        516
         """
         low_rank = BYTES_PER_VALUE * self.rank * (spec.d_out + spec.d_in)
         plane = math.ceil(spec.numel / 8) if self.signs else 0
@@ -83,14 +111,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the place where a model will be served can hold of every layer.
+    """Restrict the ranks, and whether there is a sparse part, to what the serving software of a model supports.
 
-    A layer that is kept whole has rank 0 and all its weights, which every such place can hold.
+    A layer that is kept dense, with rank 0 and all its weights, is within every limit.
 
     Args:
-        rank_multiple: every rank is a multiple of it, or 0.
+        rank_multiple: every rank is 0 or a multiple of it.
         max_rank: the largest rank; None: any.
-        sparse: whether there are sparse parts; without, a layer is factors alone, or kept or dropped whole.
+        sparse: whether a layer may have a sparse part; if not, a layer is low-rank factors alone, dense, or zero.
+    Raises:
+        UsageError: `rank_multiple` is below 1, or `max_rank` below 0.
+
+    >>> limits = Limits(rank_multiple=8, max_rank=64)
+    >>> limits.floor(30), limits.floor(100)
+    (24, 64)
     """
 
     rank_multiple: int = 1
@@ -104,12 +138,16 @@ class Limits:
             raise UsageError(f"The largest rank must be at least 0; got {self.max_rank}.")
 
     def floor(self, rank: int) -> int:
-        """The largest rank within the limits that is at most `rank`."""
+        """Compute the largest rank within the limits that is at most `rank`."""
         most = rank if self.max_rank is None else min(rank, self.max_rank)
         return most // self.rank_multiple * self.rank_multiple
 
     def check(self, target: Target, spec: LayerSpec) -> Target:
-        """Return `target` if it is within the limits; `UsageError` naming the layer otherwise."""
+        """Return `target` if it is within the limits.
+
+        Raises:
+            UsageError: it is not; names the layer.
+        """
         if self.floor(target.rank) != target.rank:
             most = "" if self.max_rank is None else f", at most {self.max_rank}"
             raise UsageError(
@@ -124,17 +162,27 @@ class Limits:
 
 
 FREE = Limits()
-"""No limits."""
+"""No limits: every rank and every sparse part."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on what all layers keep together, in the unit of an accounting.
+    """Limit what all layers keep together, counted in parameters or in bytes.
 
     Args:
-        limit: the most that may be used, parameters or bytes.
-        total: what the dense layers use in the same unit.
+        limit: the largest total cost of all targets, in parameters or bytes.
+        total: the cost of the dense layers, in the same unit.
         accounting: "params" or "bytes" (`Target.params`, `Target.bytes`).
+    Raises:
+        UnknownNameError: `accounting` is neither of the two.
+        UsageError: `limit` is not in (0, `total`].
+
+    >>> specs = [LayerSpec(name, 0, name, name, d_out=64, d_in=64) for name in ("q_proj", "k_proj")]
+    >>> budget = Budget.fraction(0.5, specs)
+    >>> budget.limit, budget.total
+    (4096, 8192)
+    >>> budget.cost(Target(rank=8, nnz=1024), specs[0])
+    2048
     """
 
     limit: int
@@ -149,7 +197,12 @@ class Budget:
 
     @classmethod
     def fraction(cls, kept: float, specs: Iterable[LayerSpec], accounting: str = "params") -> Budget:
-        """The budget that keeps `kept` of the compressible layers, rounded down to a whole unit."""
+        """Make the budget that keeps the fraction `kept` of the compressible layers, rounded down to a whole unit.
+
+        Raises:
+            UsageError: `kept` is not in (0, 1].
+            UnknownNameError: `accounting` is neither "params" nor "bytes".
+        """
         if not 0 < kept <= 1:
             raise UsageError(f"--budget is the fraction kept of the compressible layers, in (0, 1]; got {kept:g}.")
         if accounting not in ACCOUNTINGS:
@@ -159,24 +212,35 @@ class Budget:
 
     @property
     def kept(self) -> float:
+        """Compute the fraction of the dense layers that may be kept, `limit / total`."""
         return self.limit / self.total
 
     def cost(self, target: Target, spec: HasShape) -> int:
-        """What `target` uses of this budget."""
+        """Count the parameters or bytes that `target` uses of this budget."""
         return target.params(spec) if self.accounting == "params" else target.bytes(spec)
 
     def grow(self, target: Target, spec: HasShape, axis: str, top: int, limit: int, step: int = 1) -> Target:
-        """`target` with its `axis` ("rank" or "nnz") raised as far as a cost of `limit` allows, at most to `top`.
+        """Raise the rank or the nonzeros of `target` as far as its cost stays within `limit`.
 
-        By bisection: a cost grows along either axis, except that a full `S` may be cheaper than a nearly full one.
-        A target that costs more than `limit` already is returned as it is.
+        The search is a bisection: the cost grows along either axis, except that a full `S` may be cheaper than a nearly
+        full one, since it needs no index. A target that already costs more than `limit` is returned unchanged.
 
         Args:
-            step: it is raised by multiples of it.
+            target: the target to start from.
+            spec: its layer.
+            axis: the field that is raised, "rank" or "nnz".
+            top: its largest value.
+            limit: the largest cost of this one target, in the budget's unit.
+            step: the field is raised by multiples of it.
+
+        >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+        >>> Budget(4096, 4096).grow(Target(rank=8, nnz=0), spec, "nnz", top=4096, limit=2048).nnz
+        1024
         """
         start = getattr(target, axis)
 
         def at(steps: int) -> Target:
+            """Return the target raised by a number of steps."""
             return replace(target, **{axis: start + steps * step})
 
         low, high = 0, (top - start) // step

@@ -1,4 +1,4 @@
-"""Sparse plus low-rank decompositions of a weight, and how a solver found one."""
+"""Represent a weight as sparse plus low-rank, and record how a solver found this decomposition."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ from globalopt.values.layer import NM
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """`W ~ S + U V`, or `S + (U V) * signs` for SLaB.
+    """Approximate a weight by `S + U V`; for SLaB by `S + (U V) * signs`, with `*` entry by entry.
 
     Args:
-        S: (d_out, d_in) with exact zeros.
+        S: (d_out, d_in), sparse: with exact zeros.
         U: (d_out, rank). V: (rank, d_in). Rank 0 is allowed.
         signs: (d_out, d_in) of +-1, or None.
+    Raises:
+        NumericalError: the shapes disagree, or a part is not finite.
+
+    >>> S = torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+    >>> value = Decomposition(S, U=torch.tensor([[1.0], [2.0]]), V=torch.tensor([[1.0, 1.0]]))
+    >>> value.dense().tolist()
+    [[1.0, 4.0], [2.0, 2.0]]
+    >>> value.rank, value.nnz
+    (1, 1)
     """
 
     S: Tensor
@@ -44,14 +53,16 @@ class Decomposition:
 
     @property
     def rank(self) -> int:
+        """Return the number of columns of `U`."""
         return self.U.shape[1]
 
     @property
     def nnz(self) -> int:
+        """Count the nonzeros of `S`."""
         return int(torch.count_nonzero(self.S))
 
     def dense(self) -> Tensor:
-        """(d_out, d_in) float32, or float64 if the parts are: the matrix this stands for."""
+        """Compute the dense matrix (d_out, d_in), in float32, or in float64 if the parts are."""
         dtype = torch.promote_types(self.S.dtype, torch.float32)
         L = self.U.to(dtype) @ self.V.to(dtype)
         if self.signs is not None:
@@ -66,20 +77,31 @@ class Decomposition:
         return Decomposition(self.S.to(device), self.U.to(device), self.V.to(device), signs)
 
     def matvec(self, x: Tensor) -> Tensor:
-        """Apply to inputs `x` (..., d_in) -> (..., d_out), without forming the low-rank product where possible."""
+        """Multiply inputs `x` (..., d_in) by the approximated weight, giving (..., d_out).
+
+        Without signs the low-rank product is not formed: `x Sᵀ + (x Vᵀ) Uᵀ`.
+        """
         if self.signs is not None:
             return x @ self.dense().to(x.dtype).mT
         return x @ self.S.to(x.dtype).mT + (x @ self.V.to(x.dtype).mT) @ self.U.to(x.dtype).mT
 
     def fits(self, target: Target) -> bool:
-        """Whether counts and pattern are within `target`."""
+        """Tell whether rank, nonzeros and pattern are within `target`, and signs are there exactly if it has them."""
         if self.rank > target.rank or self.nnz > target.nnz or (self.signs is not None) != target.signs:
             return False
         return target.pattern is None or follows(self.S, target.pattern)
 
 
 def follows(S: Tensor, pattern: NM) -> bool:
-    """Whether every group of `pattern.of` consecutive weights of a row of `S` has at most `pattern.keep` nonzeros."""
+    """Tell whether `S` (d_out, d_in) follows an N:M pattern.
+
+    Every group of `pattern.of` consecutive weights of a row must have at most `pattern.keep` nonzeros.
+
+    >>> follows(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), NM(2, 4))
+    True
+    >>> follows(torch.tensor([[1.0, 3.0, 0.0, 2.0]]), NM(2, 4))
+    False
+    """
     if S.shape[1] % pattern.of:
         return False
     groups = S.reshape(S.shape[0], -1, pattern.of)
@@ -87,7 +109,11 @@ def follows(S: Tensor, pattern: NM) -> bool:
 
 
 class Status(Enum):
-    """How a solver ended, each with a sentence of advice."""
+    """Name how a solver ended, each with a sentence of advice.
+
+    >>> Status("max-steps").advice
+    'The step limit came first; more steps may lower the error.'
+    """
 
     CONVERGED = "converged"
     MAX_STEPS = "max-steps"
@@ -95,6 +121,7 @@ class Status(Enum):
 
     @property
     def advice(self) -> str:
+        """Return the sentence that tells a user what the status means."""
         return {
             Status.CONVERGED: "The support settled, or the method has no iteration to wait for.",
             Status.MAX_STEPS: "The step limit came first; more steps may lower the error.",
@@ -104,10 +131,24 @@ class Status(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solver's answer: `value`, its undamped `error` (`Metric.error`), how it ended, and figures (`stats`).
+    """Hold the result of a solver for one layer.
 
-    `trace` holds iterations and the objective after them, in the solver's own damped norm; first, after 0, that of
-    keeping nothing. It is empty where there is no iteration, or where writing it down would cost time.
+    Args:
+        value: the decomposition.
+        error: `tr(A E G Eᵀ)` of the residual `E = W - S - L`, undamped (`Metric.error`), >= 0.
+        status: how the solver ended.
+        stats: figures by name, such as steps and damping.
+        trace: iterations and the objective after them, in the solver's own damped norm; the first entry, at 0, is the
+            objective of the zero matrix. It is empty for a solver without iterations, or where evaluating the objective
+            would cost time.
+    Raises:
+        NumericalError: the error is negative or not finite.
+
+    >>> W = torch.eye(2)
+    >>> value = Decomposition(torch.diag(torch.tensor([1.0, 0.0])), U=torch.zeros(2, 0), V=torch.zeros(0, 2))
+    >>> solution = Solution(value, error=float((W - value.dense()).square().sum()))
+    >>> solution.error, solution.status.value
+    (1.0, 'converged')
     """
 
     value: Decomposition
@@ -122,4 +163,4 @@ class Solution:
 
 
 Trace = tuple[tuple[int, float], ...]
-"""Iterations of a solver and its objective after them; after 0 it is that of keeping nothing."""
+"""Iterations of a solver and its objective after each; the entry at iteration 0 is that of the zero matrix."""

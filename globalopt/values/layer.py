@@ -1,4 +1,4 @@
-"""Describe the linear layers of a model: their places, their sizes, and the N:M patterns of their weights."""
+"""Describe linear layers of a model, by place and size, and N:M patterns of their weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ class NM:
 
     @classmethod
     def parse(cls, text: str) -> NM | None:
-        """Read "2:4" (keep 2 of 4) or "unstructured" (None)."""
+        """Parse "2:4" (keep 2 of 4), or "unstructured" as None.
+
+        Raises:
+            UnknownNameError: the text is neither.
+        """
         if text == "unstructured":
             return None
         keep, colon, of = text.partition(":")
@@ -35,7 +39,11 @@ class NM:
         return cls(int(keep), int(of))
 
     def nnz(self, layer: HasShape) -> int:
-        """Nonzeros of a layer under this pattern; `UsageError` where `d_in` is no multiple of the group."""
+        """Count the nonzeros of a layer under this pattern.
+
+        Raises:
+            UsageError: the layer's `d_in` is no multiple of the group `of`.
+        """
         if layer.d_in % self.of:
             raise UsageError(
                 f"{layer.label} has d_in = {layer.d_in}; pattern {self} needs a multiple of {self.of}. "
@@ -44,6 +52,7 @@ class NM:
         return layer.numel // self.of * self.keep
 
     def __str__(self) -> str:
+        """Write the pattern as it is parsed, "2:4"."""
         return f"{self.keep}:{self.of}"
 
 
@@ -95,14 +104,22 @@ class Shape(HasShape):
 
 @dataclass(frozen=True)
 class LayerSpec(HasShape):
-    """Describe one compressible linear layer: its place in the model and its sizes.
+    """Describe one compressible linear layer: where it is in the model, and its shape.
 
-    `name` is the module path; `site` names the input tensor it shares with other layers; `kind` is the shortest
-    name that tells the layers of one block apart ("q_proj").
+    Args:
+        name: module path in the model.
+        block: index of its decoder block.
+        site: input site: the name of the first layer of the block that reads the same input tensor; q, k and v share
+            one.
+        kind: the shortest suffix of the path that tells the layers of one block apart ("q_proj").
+        d_out, d_in: shape of the weight, as in `nn.Linear`.
+    Raises:
+        UsageError: a size is below 1.
 
-    >>> spec = LayerSpec("model.layers.0.mlp.up_proj", 0, "model.layers.0.mlp.input", "up_proj", 256, 96)
+    >>> attention = "model.layers.3.self_attn"
+    >>> spec = LayerSpec(f"{attention}.k_proj", block=3, site=f"{attention}.q_proj", kind="k_proj", d_out=128, d_in=256)
     >>> spec.numel, spec.max_rank
-    (24576, 96)
+    (32768, 128)
     """
 
     name: str

@@ -1,4 +1,8 @@
-"""Second moments of a layer's inputs and output gradients, and the error norm they define."""
+"""Measure layer errors by the second moments of a layer's inputs and of the gradients at its output.
+
+The moments here are undamped: errors that are reported or compared are taken in them. A solver fits in a damped,
+positive definite version of the same norm, `globalopt.kernels.norm.Norm`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,27 @@ from torch import Tensor
 from globalopt.errors import CalibrationError
 
 STRIP = 512
-"""Rows of a Gram that are checked at once."""
+"""Rows of a Gram that are checked at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Second moment `matrix` (d, d) float32 of a tensor over `tokens` tokens; never modified."""
+    """Hold a second moment `matrix` (d, d), the mean of `x xᵀ` over `tokens` tokens.
+
+    Args:
+        matrix: (d, d) float32, symmetric up to rounding, positive semidefinite; never modified.
+        tokens: how many tokens the mean was taken over, >= 1.
+    Raises:
+        CalibrationError: the matrix is not square, symmetric and finite, or has a negative diagonal; or there is no
+            token.
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])  # two tokens
+    >>> gram = Gram(x.mT @ x / 2, tokens=2)
+    >>> gram.matrix.tolist()
+    [[5.0, 1.0], [1.0, 2.0]]
+    >>> gram.diagonal.tolist()
+    [5.0, 2.0]
+    """
 
     matrix: Tensor
     tokens: int
@@ -26,7 +45,7 @@ class Gram:
             raise CalibrationError(f"A Gram must be square; got shape {tuple(m.shape)}.")
         if self.tokens < 1:
             raise CalibrationError("A Gram needs at least one token; no token reached this input.")
-        # A strip at a time: copies of the matrix would be what a run needs most memory for.
+        # A strip at a time, as temporary copies of a whole Gram would set the peak memory of a run.
         strips = [slice(first, first + STRIP) for first in range(0, len(m), STRIP)]
         if not all(bool(torch.isfinite(m[rows]).all()) for rows in strips):
             raise CalibrationError("The Gram is not finite: the activations overflow or the model holds NaN.")
@@ -38,48 +57,61 @@ class Gram:
 
     @property
     def diagonal(self) -> Tensor:
-        """(d,) mean square of each coordinate."""
+        """Return the mean square of each coordinate, (d,)."""
         return self.matrix.diagonal()
 
     @property
     def norms(self) -> Tensor:
-        """(d,) root mean square of each coordinate, Wanda's `||x_j||` up to the number of tokens."""
+        """Compute the root mean square of each coordinate, (d,): Wanda's `||x_j||` divided by `sqrt(tokens)`."""
         return self.diagonal.sqrt()
 
     def to(self, device: torch.device) -> Gram:
-        """The same Gram on `device`."""
+        """Copy the Gram to `device`; one that is there already is returned itself."""
         return self if self.matrix.device == device else Gram(self.matrix.to(device), self.tokens)
 
     def damped(self, damping: float) -> Gram:
-        """A new Gram with `damping * mean(diagonal)` added to the diagonal."""
+        """Make a new Gram with `damping * mean(diagonal)` added to the diagonal."""
         ridge = damping * float(self.diagonal.double().mean())
         return Gram(self.matrix + ridge * torch.eye(len(self.matrix), device=self.matrix.device), self.tokens)
 
 
 ENTRIES_AT_ONCE = 2**22
-"""Of a residual whose error is summed in float64."""
+"""Entries of a residual whose squared error is summed in float64 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """The norm a layer error is measured in: `tr(A E G Eᵀ)`, or `tr(E G Eᵀ)` without `outputs`.
+    """Measure the error of a layer by the undamped norm `tr(A E G Eᵀ)`, or `tr(E G Eᵀ)` without `outputs`.
 
-    `inputs` is G (d_in, d_in); `outputs` is A (d_out, d_out) or None.
+    `tr(E G Eᵀ)` is the mean squared error of the layer's output, summed over its coordinates. With the output Gram `A`,
+    half of `tr(A E G Eᵀ)` is the block-diagonal Fisher's estimate of the loss increase, in nats per token.
+
+    This is the norm of reported errors. A Gram of few tokens is singular, so that a solver cannot invert it: solvers
+    add damping and fit in `globalopt.kernels.norm.Norm`, and their result is measured here again.
+
+    Args:
+        inputs: input Gram G (d_in, d_in), the second moment of the layer's inputs.
+        outputs: output Gram A (d_out, d_out), the second moment of the gradients at the layer's output; None: identity.
+
+    >>> metric = Metric(Gram(torch.diag(torch.tensor([4.0, 1.0])), tokens=10))
+    >>> E = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the same error in an input that is large and in one that is small
+    >>> metric.error(E[:1]), metric.error(E[1:])
+    (4.0, 1.0)
     """
 
     inputs: Gram
     outputs: Gram | None = None
 
     def error(self, residual: Tensor) -> float:
-        """`tr(A E G Eᵀ)` for the residual `E` (d_out, d_in), undamped, summed in float64."""
+        """Compute `tr(A E G Eᵀ)` of the residual `E` (d_out, d_in), undamped, summed in float64."""
         G = self.inputs.matrix
         residual = residual.to(G.dtype)
         AE = residual if self.outputs is None else self.outputs.matrix.to(residual.dtype) @ residual
-        # Some rows at a time: copies in float64 of a whole layer would be what a small machine runs out of memory for.
+        # Some rows at a time, as a float64 copy of a whole layer may be more than the memory that is left.
         rows = max(1, ENTRIES_AT_ONCE // len(G))
         found = 0.0
         for begin in range(0, len(residual), rows):
             some = slice(begin, begin + rows)
             found += float((residual[some] @ G).double().mul_(AE[some]).sum())
-        # Rounding can push an exact zero below it.
+        # Rounding can make an error that is exactly zero slightly negative.
         return max(0.0, found)

@@ -1,4 +1,4 @@
-"""The allocation problem: error surfaces of all layers under one budget, and its solution."""
+"""Pose the allocation problem: the error surfaces of all layers under one budget, and its solution."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.span import Span
 
 OUTLIER_THRESHOLDS = (3, 5, 7, 10)
+"""Multiples M of the mean at which OWL's outliers are counted."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one-shot heuristics read off a layer.
+    """Hold the statistics of one layer that one-shot allocators read.
 
     Args:
         outliers: by threshold M, the share of the layer's entries whose `|w_ij| ||x_j||` is above M times the mean over
             all layers of its block (OWL, arXiv:2310.05175).
         alpha: Hill estimate of the power-law exponent of the eigenvalues of `Wᵀ W` (AlphaPruning, arXiv:2410.10912).
+
+    >>> profile = Profile(outliers={3: 0.021, 5: 0.004}, alpha=2.6)
+    >>> f"{profile.outliers[5]:.1%} of the entries are above 5 times the mean"
+    '0.4% of the entries are above 5 times the mean'
     """
 
     outliers: Mapping[int, float]
@@ -33,12 +38,21 @@ class Profile:
 
 @dataclass(frozen=True)
 class ErrorSurface:
-    """Predicted error of every option of one layer; not required to be monotone.
+    """Tabulate the predicted loss of one layer at every option; it need not be monotone.
 
     Args:
         spec: the layer.
         targets: the options, with distinct `(rank, nnz)`.
-        error: one per option, >= 0: nats per token where a sensitivity is there, else `tr(E G Eᵀ)`.
+        error: one per option, >= 0: predicted loss in nats per token where the sensitivity of the loss was estimated,
+            else the output error `tr(E G Eᵀ)`.
+    Raises:
+        NumericalError: there is no option, not one error per option, or an error that is negative or not finite.
+        UsageError: an option does not fit the layer.
+
+    >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+    >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 2048), Target(0, 4096)), error=(0.4, 0.1, 0.0))
+    >>> surface.predict(Target(0, 1024))
+    0.25
     """
 
     spec: LayerSpec
@@ -55,6 +69,7 @@ class ErrorSurface:
 
     @cached_property
     def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
+        """Sort the options into ranks, and for every rank into ascending nonzeros and their errors."""
         by_rank: dict[int, list[tuple[int, float]]] = {}
         for target, error in zip(self.targets, self.error, strict=True):
             by_rank.setdefault(target.rank, []).append((target.nnz, error))
@@ -66,13 +81,13 @@ class ErrorSurface:
         return ranks, rows
 
     def predict(self, target: Target) -> float:
-        """Error of any target, linear between the nearest options in nnz, then in rank; constant outside them."""
+        """Interpolate the loss of any target: linearly between options in nnz, then in rank; constant outside them."""
         ranks, rows = self._rows
         at = [interpolate(nnz, error, target.nnz) for nnz, error in rows]
         return interpolate(ranks, at, target.rank)
 
     def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
-        """Undominated options as `(target, cost, error)`: cost strictly up, error strictly down."""
+        """Select the undominated options as `(target, cost, error)`: costs strictly ascend, errors strictly descend."""
         options = sorted(
             ((budget.cost(t, self.spec), e, t.rank, t.nnz, t) for t, e in zip(self.targets, self.error, strict=True)),
             key=lambda o: o[:4],
@@ -85,7 +100,13 @@ class ErrorSurface:
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through the points `(xs, ys)`, `xs` ascending; constant outside them."""
+    """Interpolate linearly through the points `(xs, ys)`, `xs` ascending; the result is constant outside them.
+
+    >>> interpolate([0.0, 10.0], [4.0, 2.0], 5.0)
+    3.0
+    >>> interpolate([0.0, 10.0], [4.0, 2.0], 50.0)
+    2.0
+    """
     right = bisect.bisect_left(xs, x)
     if right == 0:
         return ys[0]
@@ -97,15 +118,24 @@ def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One target per layer within a budget; made only by `Problem.finish`, or read back from a budget file.
+    """Assign one target to every layer, within a budget.
+
+    `Problem.finish` makes it, or a budget file that is read.
 
     Args:
         targets: by layer name, in model order.
         budget: the limit and its unit.
-        used: what the targets use, in the budget's unit.
-        predicted: sum of the surfaces' errors.
+        used: what the targets cost together, in the budget's unit.
+        predicted: sum of the layers' predicted losses.
         by: the allocator's name.
         bound: a proved lower bound on `predicted` over all choices of options, or None.
+    Raises:
+        BudgetError: more is used than the budget allows.
+
+    >>> targets = {"q_proj": Target(8, 1024)}
+    >>> allocation = Allocation(targets, Budget(2048, 4096), used=2048, predicted=0.02, by="knapsack", bound=0.019)
+    >>> round(allocation.gap, 3)
+    0.05
     """
 
     targets: Mapping[str, Target]
@@ -122,7 +152,7 @@ class Allocation:
 
     @property
     def gap(self) -> float | None:
-        """Relative distance to the bound, `(predicted - bound) / predicted`, at least 0."""
+        """Compute the relative gap to the bound, `(predicted - bound) / predicted`, at least 0; None without one."""
         if self.bound is None:
             return None
         return max(0.0, self.predicted - self.bound) / self.predicted if self.predicted > 0 else 0.0
@@ -177,6 +207,7 @@ class Problem:
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
+        """Return the layers, in model order."""
         return tuple(surface.spec for surface in self.surfaces)
 
     def span(self, name: str) -> Span:
@@ -187,11 +218,18 @@ class Problem:
 
     @property
     def axis(self) -> str:
-        """What is spent on to the end: "nnz", or "rank" where a pattern or the limits leave nothing else free."""
+        """Name the field of a target that an allocator raises to use up the budget.
+
+        It is "nnz", or "rank" where a pattern fixes the nonzeros or the limits forbid a sparse part.
+        """
         return "nnz" if self.pattern is None and self.limits.sparse else "rank"
 
     def grow(self, target: Target, spec: LayerSpec, axis: str, top: int, limit: int) -> Target:
-        """`Budget.grow` within the limits, from a target that is."""
+        """Raise the rank or the nonzeros of a target within a cost and within the limits, as `Budget.grow` does.
+
+        Args:
+            target: the target to start from, which is within the limits.
+        """
         if axis == "rank":
             # A target that is above `top` already stays.
             top = max(target.rank, self.limits.floor(top))
@@ -199,7 +237,7 @@ class Problem:
         return self.budget.grow(target, spec, axis, top, limit)
 
     def scaled(self, factors: Mapping[str, float]) -> Problem:
-        """The same problem with every layer's errors multiplied by its factor."""
+        """Make the same problem with the errors of every layer multiplied by its factor."""
         surfaces = (
             replace(surface, error=tuple(factors[surface.spec.name] * error for error in surface.error))
             for surface in self.surfaces
@@ -207,15 +245,15 @@ class Problem:
         return replace(self, surfaces=tuple(surfaces))
 
     def predicted(self, targets: Mapping[str, Target]) -> float:
-        """Sum over layers of the surfaces' errors at `targets`."""
+        """Sum the predicted losses of all layers at `targets`."""
         return math.fsum(surface.predict(targets[surface.spec.name]) for surface in self.surfaces)
 
     def used(self, targets: Mapping[str, Target]) -> int:
-        """What `targets` use together, in the budget's unit."""
+        """Sum the costs of `targets`, in the budget's unit."""
         return sum(self.budget.cost(targets[spec.name], spec) for spec in self.specs)
 
     def finish(self, targets: Mapping[str, Target], by: str, bound: float | None = None) -> Allocation:
-        """Check every target and the budget, and make the allocation; the only place one is made.
+        """Check every target and the budget, and make the allocation; no other code makes one.
 
         Raises:
             BudgetError: the targets exceed the budget, or their layers are not the problem's.

@@ -1,4 +1,4 @@
-"""What a run found, as the one value that reports read: `summary.json` of a run folder.
+"""Collect the results of a run in one value that reports read, `summary.json` of a run folder.
 
 Everything here was measured or decided earlier; a report computes nothing from the model.
 """
@@ -15,13 +15,28 @@ from globalopt.values.decomposition import Trace
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would take; bytes and seconds by what they are for.
+    """Estimate the memory, disk space and time that a run would take.
 
     Args:
-        lazy: whether blocks would be read one at a time.
-        states_in_files: whether hidden states would be kept in files.
-        rate: floating-point operations per second of the timed product.
-        fit_seconds: of the timed layer.
+        model: name of the model, as the user gave it.
+        parameters, block_params, covered: parameters of the model, of its decoder blocks, and of its compressible
+            layers.
+        skipped: parameters outside the compressible layers, by what they are.
+        blocks, layers: how many there are.
+        lazy: whether decoder blocks would be read one at a time.
+        states_in_files: whether hidden states would be kept in files instead of memory.
+        memory, disk: bytes by purpose.
+        seconds: by stage.
+        rate: floating-point operations per second of a timed matrix product.
+        fit_seconds: seconds that the solver took for a timed layer.
+
+    >>> plan = DryRun(
+    ...     "reference", 2_500_000, 2_000_000, 1_900_000, {"norms and biases": 100_000}, blocks=8, layers=56,
+    ...     lazy=False, states_in_files=False, memory={"model": 3 * 10**7, "Gram": 10**6}, disk={"model": 10**7},
+    ...     seconds={"fit": 90.0, "search": 30.0}, rate=5e10, fit_seconds=0.5,
+    ... )
+    >>> plan.peak, plan.record()["all_seconds"], plan.record()["coverage"]
+    (31000000, 120.0, 0.95)
     """
 
     model: str
@@ -41,10 +56,11 @@ class DryRun:
 
     @property
     def peak(self) -> int:
+        """Sum the estimated bytes of memory."""
         return sum(self.memory.values())
 
     def record(self) -> dict[str, object]:
-        """JSON-able."""
+        """Return all fields and their totals as JSON values."""
         totals = {
             "coverage": self.covered / self.block_params,
             "peak_bytes": self.peak,
@@ -55,6 +71,7 @@ class DryRun:
 
 
 def _plain(value: object) -> object:
+    """Convert a read-only mapping to a dict, which JSON can write."""
     return dict(value) if isinstance(value, Mapping) else value
 
 
@@ -76,7 +93,7 @@ OUTPUT_ERROR = ErrorUnit.OUTPUT_ERROR
 
 @dataclass(frozen=True)
 class Metrics:
-    """Quality of one model on one set of windows.
+    """Hold the perplexity and the KL divergence of one model on one set of windows.
 
     Args:
         split: which split the windows are ("validation", "test").
@@ -85,9 +102,14 @@ class Metrics:
         nll_stderr: its standard error over windows.
         kl: mean KL(dense || this model) in nats per predicted position, or None for the dense model itself.
         kl_stderr: its standard error over windows, or None.
-        windows, seqlen, tokens: windows, their length, and predicted tokens in all.
+        windows, seqlen, tokens: number of windows, their length, and the number of predicted tokens.
         text_sha256: hash of the windows' token ids.
-        dtype: what the model computed in.
+        dtype: the floating-point type that the model computed in.
+
+    >>> import math
+    >>> metrics = Metrics("test", math.exp(3.0), 3.0, 0.01, None, None, 64, 512, 64 * 511, "9f2c", "float32")
+    >>> f"perplexity {metrics.perplexity:.2f} on {metrics.tokens} tokens"
+    'perplexity 20.09 on 32704 tokens'
     """
 
     split: str
@@ -105,11 +127,17 @@ class Metrics:
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """What each window of a split lost, in the order of the windows; the means of all are in `Metrics`.
+    """Hold the losses of every window of a split, in the order of the windows; `Metrics` has their means.
 
     Args:
-        nll, dense_nll: mean negative log likelihood of the compressed and the dense model, nats per token.
+        split: which split the windows are.
+        text_sha256: hash of the windows' token ids.
+        nll, dense_nll: mean negative log likelihood of the compressed and of the dense model, nats per token.
         kl: mean KL(dense || compressed) in nats per predicted position.
+
+    >>> losses = WindowLosses("test", "9f2c", nll=(3.2, 2.9), dense_nll=(3.1, 2.9), kl=(0.08, 0.02))
+    >>> [round(nll - dense, 2) for nll, dense in zip(losses.nll, losses.dense_nll)]
+    [0.1, 0.0]
     """
 
     split: str
@@ -121,11 +149,16 @@ class WindowLosses:
 
 @dataclass(frozen=True)
 class Curve:
-    """Some of many values in descending order.
+    """Keep a few of many values in descending order, enough to draw their curve.
 
     Args:
-        count: how many there are in all.
-        places: whose `values` are kept, ascending; 1 is the largest value, `count` the least.
+        count: number of values in all.
+        places: ranks of the kept `values`, ascending; 1 is the largest value, `count` the smallest.
+        values: the kept values.
+
+    >>> curve = Curve(count=1000, places=(1, 10, 1000), values=(8.0, 3.5, 0.1))
+    >>> dict(zip(curve.places, curve.values))[10]  # the tenth largest
+    3.5
     """
 
     count: int
@@ -135,11 +168,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class LayerCurves:
-    """What there is to keep in a layer: singular values of its activation-scaled weight, and saliencies of its entries.
+    """Keep the singular values and the saliencies of one layer, which show how much a rank or a nonzero is worth.
 
     Args:
-        singular: of `W D`, `D = diag(d)` the root mean squares of the inputs.
-        saliency: `|W_ij| d_j`.
+        singular: singular values of `W D`, where `D = diag(d)` holds the root mean squares of the inputs.
+        saliency: Wanda's scores `|W_ij| d_j` of all entries.
+
+    >>> curves = LayerCurves(Curve(3, (1, 3), (5.0, 0.2)), Curve(6, (1, 6), (2.0, 0.0)))
+    >>> curves.singular.values[0] / curves.singular.values[-1]  # condition number
+    25.0
     """
 
     singular: Curve
@@ -148,10 +185,16 @@ class LayerCurves:
 
 @dataclass(frozen=True)
 class Sample:
-    """How two models go on with one prompt, each taking its most likely token every time.
+    """Compare how two models continue one prompt by greedy decoding.
 
     Args:
-        agreed: how many of the new tokens are the same before the first that is not.
+        prompt: the text both start from.
+        dense, compressed: the continuations of the two models.
+        agreed: number of new tokens before the first that differs.
+
+    >>> sample = Sample("The capital of France is", dense=" Paris. It", compressed=" Paris, which", agreed=1)
+    >>> sample.dense == sample.compressed
+    False
     """
 
     prompt: str
@@ -162,12 +205,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Text written by the dense model and by the compressed one.
+    """Collect continuations by the dense and by the compressed model.
 
     Args:
-        split: whose first windows the prompts are the beginnings of.
-        prompt_tokens, new_tokens: of every sample.
-        skipped: why there are none, or None.
+        split: the split whose first windows start with the prompts.
+        prompt_tokens, new_tokens: tokens of every prompt and of every continuation.
+        samples: one per prompt.
+        skipped: the reason why there are no samples, or None.
+
+    >>> one = Sample("The capital of France is", dense=" Paris. It", compressed=" Paris, which", agreed=1)
+    >>> found = Samples("test", prompt_tokens=5, new_tokens=3, samples=(one,))
+    >>> sum(sample.agreed for sample in found.samples) / (len(found.samples) * found.new_tokens)
+    0.3333333333333333
     """
 
     split: str
@@ -179,10 +228,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Details:
-    """What a report shows beside the summary, of runs that have it.
+    """Collect what a report shows beside the summary; each part is there only if the run produced it.
 
     Args:
-        curves, traces: by layer; runs without spans have no curves, solvers without iterations no traces.
+        curves: by layer; empty if the run has no spans.
+        traces: objective of the solver by iteration, by layer; empty for a solver without iterations.
+        samples: continuations of a few prompts.
+
+    >>> details = Details(traces={"q_proj": ((0, 9.0), (10, 2.0), (20, 1.5))})
+    >>> details.traces["q_proj"][-1]
+    (20, 1.5)
     """
 
     curves: Mapping[str, LayerCurves] = field(default_factory=dict)
@@ -192,12 +247,19 @@ class Details:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer and what it is given.
+    """Describe one layer and the target that an allocation gives it.
 
     Args:
-        cost: parameters or bytes used, in the budget's accounting; `dense_cost` what the dense layer uses.
-        predicted: the surface's error at the target, in the unit of the layer errors, or None where the budget was
-            priced in another unit.
+        name, block, kind, d_out, d_in: as in `LayerSpec`.
+        rank, nnz, pattern: the target; `pattern` as text ("2:4") or None.
+        cost: parameters or bytes used, in the budget's accounting. dense_cost: those of the dense layer.
+        predicted: the layer's predicted loss at the target, in the unit of the layer errors; None where the allocation
+            was made in another unit.
+
+    >>> size = dict(rank=8, nnz=1024, pattern=None, cost=2048, dense_cost=4096)
+    >>> plan = LayerPlan("q_proj", 0, "q_proj", 64, 64, **size, predicted=0.01)
+    >>> plan.kept, plan.density, plan.rank_share
+    (0.5, 0.25, 0.5)
     """
 
     name: str
@@ -214,34 +276,43 @@ class LayerPlan:
 
     @property
     def kept(self) -> float:
-        """Fraction of the layer kept, in the budget's accounting."""
+        """Compute the fraction of the layer that is kept, in the budget's accounting."""
         return self.cost / self.dense_cost
 
     @property
     def density(self) -> float:
-        """Nonzeros of `S` over all weights."""
+        """Compute the nonzeros of `S` as a fraction of all weights."""
         return self.nnz / (self.d_out * self.d_in)
 
     @property
     def rank_params(self) -> int:
+        """Count the parameters of the low-rank factors."""
         return self.rank * (self.d_out + self.d_in)
 
     @property
     def rank_share(self) -> float:
-        """Share of the kept parameters that sits in the low-rank factors; 0 for a layer that keeps nothing."""
+        """Compute the share of the kept parameters that lies in the factors `U` and `V`; 0 where nothing is kept."""
         kept = self.rank_params + self.nnz
         return self.rank_params / kept if kept else 0.0
 
 
 @dataclass(frozen=True)
 class LayerResult(LayerPlan):
-    """One refined layer: what it was given and what came of it.
+    """Record one refined layer: its target, and the error that the solver reached.
 
     Args:
-        actual: the refined layer's error in `Summary.error_unit`: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
-        relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs the refinement saw.
-        status: the solver's `Status` value; `damping` the damping it needed; `seconds` its time.
-        bytes: of what is kept at 16 bits a value with the cheapest index (`Target.bytes`); 0 where nobody counted.
+        actual: error of the refined layer in `Summary.error_unit`: `tr(A E G Eᵀ) / 2` in nats, or `tr(E G Eᵀ)`.
+        relative: `tr(E G Eᵀ) / tr(W G Wᵀ)`, undamped, on the inputs of the refinement.
+        status: the value of the solver's `Status`.
+        damping: the damping that the solver needed, as a fraction of the mean of the Gram's diagonal.
+        seconds: time of the solver.
+        bytes: size at 16 bits per value with the cheapest index (`Target.bytes`); 0 where it was not counted.
+
+    >>> target = dict(rank=8, nnz=1024, pattern=None, cost=2048, dense_cost=4096, predicted=0.010)
+    >>> found = dict(actual=0.012, relative=0.05, status="converged", damping=0.01, seconds=0.4)
+    >>> layer = LayerResult("q_proj", 0, "q_proj", 64, 64, **target, **found)
+    >>> round(layer.actual / layer.predicted, 2), layer.kept
+    (1.2, 0.5)
     """
 
     actual: float
@@ -254,13 +325,18 @@ class LayerResult(LayerPlan):
 
 @dataclass(frozen=True)
 class MatchResult:
-    """What matching did to one block, or to the whole model.
+    """Record the loss before and after matching one block, or the whole model, to the dense one.
 
     Args:
-        block: None for the whole model.
-        loss: what was minimised: "sum", "token", "nats" (`matching.block.Loss`), or "kl".
-        before, after: on held-out calibration windows, or on all where none were held out.
-        epochs, kept_epoch: done, and the one whose parameters were kept; 0 is the start.
+        block: index of the block; None for the whole model.
+        loss: the loss that was minimised: "sum", "token", "nats" (`globalopt.matching.block.Loss`), or "kl".
+        before, after: the loss on held-out calibration windows, or on all of them where none were held out.
+        epochs: epochs trained. kept_epoch: the epoch whose parameters were kept; 0 is the start.
+        seconds: time of the training.
+
+    >>> match = MatchResult(3, "token", before=0.20, after=0.15, epochs=4, kept_epoch=4, seconds=2.0)
+    >>> f"{1 - match.after / match.before:.0%} less"
+    '25% less'
     """
 
     block: int | None
@@ -274,7 +350,16 @@ class MatchResult:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds and peak resident memory in bytes of one stage (device memory where one is used)."""
+    """Record the seconds and the peak memory of one stage.
+
+    Args:
+        name: of the stage.
+        seconds: wall-clock time.
+        peak_bytes: peak resident memory, or peak memory of the accelerator where one is used.
+
+    >>> max((StageCost("capture", 12.0, 900), StageCost("fit", 80.0, 700)), key=lambda cost: cost.seconds).name
+    'fit'
+    """
 
     name: str
     seconds: float
@@ -283,13 +368,18 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One candidate of a search, as it was asked about.
+    """Record one candidate of a search and its loss.
 
     Args:
-        tokens: forward tokens the search had spent by then.
+        tokens: forward tokens that the search had spent by then.
         loss: mean KL(dense || candidate) over `windows` windows of the selection text, nats per token.
-        whole: whether these were all of them, so that losses compare.
-        predicted: sum of the surfaces' errors, in the budget's unit.
+        windows: number of windows the loss was taken on.
+        whole: whether these were all windows of the text, so that losses can be compared.
+        predicted: sum of the layers' predicted losses, in the budget's unit.
+
+    >>> tried = (Evaluation(4096, 0.031, 8, True, 0.029), Evaluation(8192, 0.027, 8, True, 0.030))
+    >>> min(tried, key=lambda evaluation: evaluation.loss).tokens
+    8192
     """
 
     tokens: int
@@ -301,14 +391,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Search:
-    """A search on the true loss.
+    """Record a search that evaluated candidates on the model's true loss.
 
     Args:
-        tokens, limit: forward tokens spent, and how many it had.
-        candidates: what layers were made from, "fit" or "span".
-        top, tail: log probabilities kept of the dense model per position, and the mean probability of all others.
-        loss: of the chosen allocation on the whole selection text.
-        evaluations: in the order they were asked for.
+        tokens, limit: forward tokens spent, and allowed.
+        candidates: how the layers of candidates were made: "fit" (from anchor solutions) or "span" (from spans).
+        top, tail: number of log probabilities of the dense model kept per position, and the mean probability of all
+            other tokens.
+        loss: loss of the chosen allocation on the whole selection text.
+        evaluations: in the order they were made.
+
+    >>> tried = (Evaluation(4096, 0.031, 8, True, 0.029), Evaluation(8192, 0.027, 8, True, 0.030))
+    >>> search = Search(8192, 500_000, "fit", top=1024, tail=0.01, loss=0.027, evaluations=tried)
+    >>> search.loss == min(evaluation.loss for evaluation in search.evaluations if evaluation.whole)
+    True
     """
 
     tokens: int
@@ -322,13 +418,17 @@ class Search:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an allocation is expected to lose, and what a candidate made for it loses.
+    """Compare the predicted loss of an allocation with the measured loss of a candidate made for it.
 
     Args:
-        used: in the budget's unit.
-        predicted: sum of the surfaces' errors.
+        used: cost of the allocation, in the budget's unit.
+        predicted: sum of the layers' predicted losses.
         measured: mean KL(dense || candidate) on the selection text in nats per token, or None.
         stderr: its standard error over windows, or None.
+
+    >>> outcome = Outcome(used=2048, predicted=0.030, measured=0.033, stderr=0.001)
+    >>> round(outcome.measured / outcome.predicted, 2)
+    1.1
     """
 
     used: int
@@ -339,14 +439,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FamilyPoint(Outcome):
-    """One budget of a family.
+    """Record the allocation of one budget of a family.
 
     Args:
-        asked: fraction kept; `limit` the same in the budget's unit.
-        file: the budget file, relative to the run folder.
-        bound: no allocation of this budget, nested or not, has a lower prediction.
+        asked: fraction to be kept. limit: the same in the budget's unit.
+        file: path of the budget file, relative to the run folder.
+        bound: a proved lower bound on the prediction of every allocation within this budget, nested or not.
         gap: `(predicted - bound) / predicted`.
-        uniform: what the uniform allocation of the same budget comes to.
+        uniform: outcome of the uniform allocation of the same budget.
+
+    >>> uniform = Outcome(2048, predicted=0.050, measured=None, stderr=None)
+    >>> point = FamilyPoint(
+    ...     2048, 0.040, None, None, asked=0.5, limit=2048, file="0.5.json", bound=0.039, gap=0.025, uniform=uniform
+    ... )
+    >>> f"{1 - point.predicted / point.uniform.predicted:.0%} below uniform"
+    '20% below uniform'
     """
 
     asked: float
@@ -359,15 +466,29 @@ class FamilyPoint(Outcome):
 
 @dataclass(frozen=True)
 class Family:
-    """Budgets of one analysis, each within the next larger one.
+    """Collect nested budgets of one analysis: no layer keeps more at a smaller budget than at a larger one.
 
     Args:
-        solver, solver_options: what the layers were priced for.
-        left_out: fractions that were asked for and that the pattern does not reach.
-        error_unit: of the predictions.
-        candidates: what measured layers were made from, "fit" or "span"; None where nothing was measured.
+        command, model, seed, accounting, versions: as in `Summary`.
+        solver, solver_options: the solver that the losses were predicted for.
+        pattern: as text, "unstructured" or "2:4".
+        total: cost of the dense layers, in the budget's unit.
+        error_unit: unit of the predictions.
+        candidates: how the layers of measured candidates were made, "fit" or "span"; None where nothing was measured.
         windows, seqlen: of the selection text.
-        points: ascending in what they keep.
+        left_out: fractions that were asked for but cannot be reached with the pattern.
+        stages: cost of every stage.
+        points: one per budget, ascending in the fraction kept.
+
+    >>> uniform = Outcome(2048, predicted=0.050, measured=None, stderr=None)
+    >>> point = FamilyPoint(2048, 0.04, None, None, 0.5, 2048, "0.5.json", 0.039, 0.025, uniform)
+    >>> family = Family(
+    ...     "globalopt family", "reference", "3basil", {}, seed=0, accounting="params", pattern="unstructured",
+    ...     total=4096, error_unit=NATS, candidates=None, windows=64, seqlen=128, left_out=(), stages=(), versions={},
+    ...     points=(point,),
+    ... )
+    >>> [point.limit / family.total for point in family.points]
+    [0.5]
     """
 
     command: str
@@ -390,23 +511,43 @@ class Family:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run.
+    """Collect the results of a finished run.
 
     Args:
-        command: what was typed, without paths of the program itself.
-        model: how the model was named by the user; `reference` when it is the bundled one.
-        allocator, solver: their names; `allocator` as written in the budget file.
-        accounting, asked, limit, used, total: the budget in its unit; `asked` as a fraction kept.
-        predicted, bound: of the allocation, in `budget_unit`; None without a prediction, without a certificate.
-        error_unit, budget_unit: "nats per token" or "output error", of the layers' errors and of the allocation.
-        covered, block_params, skipped: coverage; `skipped` maps what is not covered to its parameters.
-        dense, compressed: metrics of both on the same windows, one per split, in the same order.
+        command: the command line, without the path of the program itself.
+        model: name of the model as the user gave it; `reference` is the bundled one.
+        allocator, solver: their names; `allocator` as in the budget file.
+        seed: of the run.
+        accounting: unit of the budget, "params" or "bytes".
+        asked: the budget as a fraction kept. limit, used, total: the budget, the cost of the allocation, and that of
+            the dense layers, in the budget's unit.
+        predicted, bound: sum of the predicted losses of the allocation and its proved lower bound, in `budget_unit`;
+            None without a prediction or a bound.
+        error_unit, budget_unit: units of the layers' errors and of the allocation's prediction: `NATS` or
+            `OUTPUT_ERROR`.
+        covered, block_params: parameters of the compressible layers and of all decoder blocks.
+        skipped: parameters outside the compressible layers, by what they are.
+        layers: one result per layer.
+        dense, compressed: metrics of both models on the same windows, one per split, in the same order.
+        stages: cost of every stage.
         splits: how each split was made: source, hash, windows, seed.
-        notes: what a reader must know (conversions, fallbacks).
-        search: None where the allocator did not ask the model.
+        versions: of the packages, by name.
+        notes: conversions and fallbacks that a reader must know.
+        search: None where the allocator did not evaluate the objective.
         matching: one entry per matched block, and one for the model if it was matched.
-        uniform: what the uniform allocation of the same budget comes to, in `budget_unit`; None where nothing was
+        uniform: outcome of the uniform allocation of the same budget, in `budget_unit`; None where nothing was
             searched.
+
+    >>> window = dict(windows=64, seqlen=512, tokens=32704, text_sha256="9f2c", dtype="float32")
+    >>> dense = Metrics("test", 20.0, 2.996, 0.01, kl=None, kl_stderr=None, **window)
+    >>> compressed = Metrics("test", 21.0, 3.045, 0.01, kl=0.05, kl_stderr=0.002, **window)
+    >>> summary = Summary(
+    ...     "globalopt search", "reference", "knapsack", "3basil", seed=0, accounting="params", asked=0.5, limit=2048,
+    ...     used=2048, total=4096, predicted=0.040, bound=0.039, error_unit=NATS, budget_unit=NATS, covered=4096,
+    ...     block_params=4200, skipped={}, layers=(), dense=(dense,), compressed=(compressed,), stages=(), splits={},
+    ... )
+    >>> summary.used / summary.total, round(summary.compressed[0].perplexity / summary.dense[0].perplexity, 3)
+    (0.5, 1.05)
     """
 
     command: str

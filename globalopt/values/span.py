@@ -1,4 +1,4 @@
-"""The low-rank and the sparse span of a layer, from robust PCA."""
+"""Hold the ranked low-rank directions and sparse entries of a layer, found by robust PCA."""
 
 from __future__ import annotations
 
@@ -14,14 +14,28 @@ from globalopt.values.budget import Target
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Stage 1's answer for one layer: `R W D = U diag(s) Vh + S` with `D = diag(scale)`, `R = diag(rows)`.
+    """Split a scaled weight into ranked directions and a sparse rest: `R W D = U diag(s) Vh + S`.
+
+    `D = diag(scale)` and `R = diag(rows)`. The first directions and the largest entries of `S` are a cheap
+    decomposition of any size, without a solver.
 
     Args:
         U: (d_out, k) unit columns. s: (k,) >= 0, the most important first. Vh: (k, d_in) unit rows.
-        S: (d_out, d_in), the rest: RPCA's sparse part and its residual, so that the sum is exact.
-        scale: (d_in,) positive, the input scaling the split was made in.
-        rows: (d_out, 1) positive, the output scaling.
+        S: (d_out, d_in), the rest: the sparse part of robust PCA and its residual, so that the sum is exact.
+        scale: (d_in,) positive, the scaling of the inputs under which the split was made.
+        rows: (d_out, 1) positive, the scaling of the outputs.
         stats: figures of the split (steps, residual, nnz of the sparse part).
+    Raises:
+        NumericalError: the shapes disagree, or a scaling is not positive.
+
+    >>> W = torch.tensor([[2.0, 2.0], [2.0, 7.0]])
+    >>> u = torch.full((2, 1), 0.5**0.5)
+    >>> span = Span(u, torch.tensor([4.0]), u.mT, W - 2, scale=torch.ones(2), rows=torch.ones(2, 1))
+    >>> [[round(x, 4) for x in row] for row in span.residual(rank=1).abs().tolist()]
+    [[0.0, 0.0], [0.0, 5.0]]
+    >>> U, V = span.low_rank(1)
+    >>> [[round(x, 4) for x in row] for row in (U @ V).tolist()]
+    [[2.0, 2.0], [2.0, 2.0]]
     """
 
     U: Tensor
@@ -41,45 +55,53 @@ class Span:
 
     @property
     def max_rank(self) -> int:
+        """Return the number of directions, k."""
         return len(self.s)
 
     def to(self, device: torch.device) -> Span:
-        """The same span on `device`."""
+        """Copy the span to `device`; one that is there already is returned itself."""
         if self.S.device == device:
             return self
         parts = (part.to(device) for part in (self.U, self.s, self.Vh, self.S, self.scale, self.rows))
         return Span(*parts, stats=self.stats)
 
     def unscaled(self, X: Tensor) -> Tensor:
-        """`X` (d_out, d_in) in the weight's own coordinates."""
+        """Map `X` (d_out, d_in) from scaled coordinates to those of the weight, `R⁻¹ X D⁻¹`."""
         return X / self.rows / self.scale
 
     def residual(self, rank: int) -> Tensor:
-        """(d_out, d_in) in scaled coordinates: what the first `rank` directions leave of `R W D`."""
+        """Compute the residual of `R W D` after its first `rank` directions, (d_out, d_in) in scaled coordinates."""
         return self.S + (self.U[:, rank:] * self.s[rank:]) @ self.Vh[rank:]
 
     def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The first `rank` directions as `U (d_out, rank)`, `V (rank, d_in)` of the unscaled weight."""
+        """Return the first `rank` directions as factors `U` (d_out, rank), `V` (rank, d_in) of the unscaled weight."""
         return self.directions(slice(0, rank))
 
     def directions(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """As `low_rank`, of a `chosen` set of directions: a slice, or a mask (k,)."""
+        """Return a set of directions as factors `U`, `V` of the unscaled weight.
+
+        Args:
+            chosen: a slice, or a bool mask (k,).
+        """
         root = self.s[chosen].sqrt()
         return self.U[:, chosen] * root / self.rows, root[:, None] * self.Vh[chosen] / self.scale
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A choice of single components of a span, in any order of importance.
+    """Choose single directions and single entries of a span, not necessarily the most important ones.
 
     Args:
         directions: (k,) bool, which singular directions are kept.
         entries: (d_out, d_in) bool, which entries of the span's `S` are kept.
+
+    >>> Mask(torch.tensor([True, False, True]), torch.eye(4, dtype=torch.bool)).target()
+    Target(rank=2, nnz=4, pattern=None, signs=False)
     """
 
     directions: Tensor
     entries: Tensor
 
     def target(self) -> Target:
-        """What a refinement of as many directions and entries is asked for."""
+        """Return the target with as many directions and entries as are chosen."""
         return Target(int(self.directions.sum()), int(self.entries.sum()))

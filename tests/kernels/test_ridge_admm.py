@@ -10,7 +10,7 @@ import torch
 from globalopt.kernels import ridge_admm as kernel
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import keep_weights
-from globalopt.kernels.ridge_admm import Fit, Part, Schedule, ridge_admm
+from globalopt.kernels.ridge_admm import Schedule, SparseAndSubspace, StackedLayer, ridge_admm
 from globalopt.kernels.support_refit import refit
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM
@@ -26,7 +26,7 @@ def keeper(nnz, pattern=None):
 
 def alone(W, norm, rank, nnz, schedule=RISE, start=None, pattern=None):
     """The fit of a single layer, and the run it came from."""
-    part = Part(slice(0, len(W)), norm.outputs, rank, keeper(nnz, pattern))
+    part = StackedLayer(slice(0, len(W)), norm.outputs, rank, keeper(nnz, pattern))
     found = ridge_admm(W, norm.inputs, [part], schedule, None if start is None else [start])
     return found.fits[0], found
 
@@ -114,7 +114,7 @@ def test_stacked_layers_are_solved_as_if_alone(weighted):
     for seed, (size, rank, nnz) in enumerate(zip(sizes, ranks, counts, strict=True)):
         rows = slice(begin, begin + size)
         outputs = side(unit(correlated(size, seed))) if seed in weighted else None
-        parts.append(Part(rows, outputs, rank, keeper(nnz)))
+        parts.append(StackedLayer(rows, outputs, rank, keeper(nnz)))
         expected.append(literal(W[rows], Norm(norm.inputs, outputs), rank, nnz, schedule))
         begin += size
     before = W.clone()
@@ -132,7 +132,9 @@ def test_a_warm_start_of_stacked_layers_keeps_them_apart():
     assert norm.inputs is not None
     rows, ranks, counts = (slice(0, 6), slice(6, 10)), (2, 1), (20, 9)
     outputs = [side(unit(correlated(part.stop - part.start, part.start))) for part in rows]
-    parts = [Part(r, A, rank, keeper(nnz)) for r, A, rank, nnz in zip(rows, outputs, ranks, counts, strict=True)]
+    parts = [
+        StackedLayer(r, A, rank, keeper(nnz)) for r, A, rank, nnz in zip(rows, outputs, ranks, counts, strict=True)
+    ]
     starts = ridge_admm(W, norm.inputs, parts, RISE).fits
     schedule = Schedule(0.05, 0.8, steps=6, hold=6, begun=0.5, grown=0.8)
     found = ridge_admm(W, norm.inputs, parts, schedule, starts)
@@ -179,7 +181,7 @@ def test_the_support_starts_empty_and_grows_to_its_count(weighted):
 
     schedule = Schedule(0.05, 0.8, steps=40, hold=4)
     assert norm.inputs is not None
-    found = ridge_admm(W, norm.inputs, [Part(slice(0, 12), norm.outputs, 2, keep)], schedule)
+    found = ridge_admm(W, norm.inputs, [StackedLayer(slice(0, 12), norm.outputs, 2, keep)], schedule)
     assert asked == [schedule.size(step) for step in range(found.steps)]
     assert asked[0] < 0.1
     assert int(found.fits[0].S.count_nonzero()) == 80
@@ -200,7 +202,7 @@ def test_products_and_counts_are_exact_for_the_last_steps(monkeypatch):
 
     monkeypatch.setattr(kernel, "fast_products", watched)
     schedule = Schedule(0.05, 0.8, steps=40, hold=4)
-    found = ridge_admm(W, norm.inputs, [Part(slice(0, 12), None, 2, keep)], schedule)
+    found = ridge_admm(W, norm.inputs, [StackedLayer(slice(0, 12), None, 2, keep)], schedule)
     assert found.steps == 40
     assert switched[0] == 28
     assert asked == [False] * 28 + [True] * 12
@@ -217,7 +219,7 @@ def test_a_support_at_rest_ends_only_once_it_is_counted_exactly():
         return fixed if exact else keep_weights(W.abs(), 79)
 
     schedule = Schedule(0.05, 0.8, steps=60, hold=5, full=0.2)
-    found = ridge_admm(W, norm.inputs, [Part(slice(0, 12), None, 2, keep)], schedule)
+    found = ridge_admm(W, norm.inputs, [StackedLayer(slice(0, 12), None, 2, keep)], schedule)
     # Exact from step 45 on; between 45 and 50 one entry came, after 50 none.
     assert asked == [False] * 45 + [True] * 10
     assert (found.steps, found.moved) == (55, 0)
@@ -241,7 +243,7 @@ def test_a_slow_change_near_the_end_is_rest():
             return mask.view(12, 20).to(magnitudes.dtype)
 
         schedule = Schedule(0.05, 0.8, steps=60, hold=5, full=0.1)
-        return ridge_admm(W, inputs, [Part(slice(0, 12), None, 2, keep)], schedule).steps
+        return ridge_admm(W, inputs, [StackedLayer(slice(0, 12), None, 2, keep)], schedule).steps
 
     assert steps(40) == 60
     # One out and one in, of 200: at that pace the last five steps would move a hundredth.
@@ -300,7 +302,7 @@ def test_recovers_a_sparse_plus_low_rank_matrix(weighted):
     assert found.steps < 400
     assert found.moved == 0
     # It ends with the support, before the values are at their optimum; the refit of every solver brings them there.
-    refitted = Fit(*refit((S + L).double(), *fit, norm, rounds=2, steps=4))
+    refitted = SparseAndSubspace(*refit((S + L).double(), *fit, norm, rounds=2, steps=4))
     assert float(residual((S + L).double(), refitted).norm() / (S + L).norm()) < 0.05
 
 
@@ -313,7 +315,7 @@ def test_the_share_that_moved_is_of_the_last_change_of_the_penalty():
         return supports[-1]
 
     assert norm.inputs is not None
-    found = ridge_admm(W, norm.inputs, [Part(slice(0, 24), None, 2, keep)], RISE)
+    found = ridge_admm(W, norm.inputs, [StackedLayer(slice(0, 24), None, 2, keep)], RISE)
     assert found.steps == len(supports) == 60
     assert found.moved == int((supports[-1] != supports[-5]).sum()) / 200
     unsettled = alone(W, norm, 2, 200, Schedule(0.05, 0.8, steps=3, hold=1, full=1.0))[1]

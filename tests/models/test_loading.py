@@ -187,7 +187,10 @@ def test_a_saved_model_comes_back_the_same(kind: str, tmp_path: Path) -> None:
     ids = tiny_ids(2, 6)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.config.use_cache
-    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6, rtol=1e-6)
+    # The loaded weights lie in a mapped file at any offset: a BLAS may sum in another order there.
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
 
 

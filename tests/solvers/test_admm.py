@@ -9,7 +9,7 @@ from globalopt.kernels import ridge_admm
 from globalopt.kernels.low_rank import Subspace
 from globalopt.kernels.norm import Norm
 from globalopt.kernels.projection import plane_order
-from globalopt.kernels.ridge_admm import Fit
+from globalopt.kernels.ridge_admm import SparseAndSubspace
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM
@@ -141,7 +141,7 @@ def test_a_start_saves_steps():
     warm = AdmmSearch(steps=30, begun=0.5).run([W], [norm], [target], neighbour)
     cold = AdmmSearch(steps=30).run([W], [norm], [target])
     assert error(warm) < error(cold)
-    other = Fit(torch.zeros_like(W), Subspace(W[:, :0], W[:, :0]))
+    other = SparseAndSubspace(torch.zeros_like(W), Subspace(W[:, :0], W[:, :0]))
     empty = AdmmSearch(steps=30).run([W], [norm], [target], [other])
     torch.testing.assert_close(error(empty), error(cold), rtol=0.02, atol=0)
 
