@@ -72,8 +72,8 @@ def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
     assert np.std(wanted - found) < 0.6 * np.std(wanted)
 
 
-def test_it_needs_a_model_to_ask():
-    with pytest.raises(UsageError, match="asks the model"):
+def test_it_needs_an_objective():
+    with pytest.raises(UsageError, match="evaluates the model"):
         Auto().allocate(problem(0.4))
 
 
