@@ -53,8 +53,8 @@ def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
     guides: list[Problem] = []
 
     class Spied(Race):
-        def __init__(self, trials, starts, rng, problem):
-            guides.append(problem)
+        def __init__(self, trials, starts, rng, problem=None):
+            guides.append(problem or trials.problem)
             super().__init__(trials, starts, rng, problem)
 
     monkeypatch.setattr("allocators.auto.Race", Spied)
