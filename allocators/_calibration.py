@@ -1,4 +1,4 @@
-"""What a few measured allocations teach the surfaces: multipliers of kinds, depth and layers, and how losses add up."""
+"""A calibration of the error surfaces by the evaluated losses of a few allocations."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ LAYER_SPREAD = 0.3
 POWER_SPREAD = 0.2
 LEVEL_SPREAD = 2.0
 NOISE = 0.01
-"""Standard deviation of a measured log loss about the model: what it cannot express, and what the windows leave."""
+"""Standard deviation of an evaluated log loss about this model, from its misfit and from the choice of windows."""
 
 LEAST = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """`log loss = level + power log sum_l m_l(c_l) error_l(c_l)`, `log m_l(c) = theta · features_l(c) + u_l`.
+    """A model of the loss of an allocation, with multipliers of the predicted errors.
+
+        log loss = level + power log sum_l m_l(c_l) error_l(c_l),   log m_l(c) = theta · features_l(c) + u_l
 
     `theta` warps by kind, depth and rank share (`Warp`), `u_l` is the layer's own; `power` below 1 is a loss that
-    saturates. Level and power change no comparison at one budget, but make predictions honest.
+    saturates. Level and power change no comparison at one budget, but the scale of the predictions.
 
     Args:
         warp: names the coefficients.
         theta: one per coefficient. own: `u_l` by layer name.
-        residual: root mean square of `log measured - log predicted` over what it was fitted to.
+        residual: root mean square of `log measured - log predicted` over the allocations it was fitted to.
     """
 
     warp: Warp
@@ -49,13 +51,13 @@ class Calibration:
 
     @classmethod
     def fit(cls, problem: Problem, measured: Sequence[tuple[Mapping[str, Target], float]]) -> Calibration:
-        """The posterior mode under independent normal priors about 0 (power: about 1), by least squares.
+        """Fit the posterior mode under independent normal priors about 0 (power: about 1), by least squares.
 
         Args:
             measured: allocations and their losses above 0, on the same windows; one is enough.
         """
         posterior = Posterior(problem, measured)
-        # The stubs know of no derivative but a word.
+        # The type stubs of scipy do not know that the derivative may be a function.
         x = least_squares(
             posterior.residuals,
             np.zeros(len(posterior.spread)),
@@ -75,12 +77,12 @@ class Calibration:
         )
 
     def apply(self, problem: Problem, share: float = 1.0) -> Problem:
-        """The problem with its errors multiplied by `m_l(c)^share`: 0 leaves it as it is."""
+        """Return the problem with its errors multiplied by `m_l(c)^share`; a share of 0 changes nothing."""
         warped = self.warp.apply(problem, share * self.theta)
         return warped.scaled({name: math.exp(share * own) for name, own in self.own.items()})
 
     def loss(self, problem: Problem, targets: Mapping[str, Target]) -> float:
-        """The loss predicted for `targets` of the problem it was fitted to."""
+        """Predict the loss of `targets` of the problem it was fitted to."""
         total = self.apply(problem).predicted(targets)
         return float(np.exp(self.level + self.power * np.log(max(total, LEAST))))
 

@@ -57,7 +57,7 @@ def solve_core(
         min sum error y - fall t   s.t.  sum over a layer's pieces y = 1,  0 <= t <= y,  sum cost y + rise t <= limit
 
     with `y` binary. Between two counts of nonzeros this is exact, as surfaces are linear there. Where only rank is
-    free, one rank costs too much to be taken in fractions, so that all ranks between two options are pieces of their own.
+    free, one rank costs too much to be taken in fractions: every rank between two options is then a piece of its own.
 
     Args:
         price, bound: of the relaxation.

@@ -17,7 +17,7 @@ LEVELS = 8
 OFFSPRING = 64
 SURVIVORS = (8, 2, 1)
 TOKENS = (2048, 16384, 65536)
-"""Offspring of a generation, how many survive each stage, and the tokens they are asked on there."""
+"""Offspring of a generation, the survivors of each stage, and the tokens on which they are evaluated there."""
 
 MOST_SWAPS = 3
 
@@ -28,12 +28,12 @@ Levels = dict[str, int]
 
 
 def swaps_of_a_mutation(rng: random.Random) -> int:
-    """`min(U{1..3}, U{1..3})`: 1, 2 or 3 with probability 5/9, 3/9, 1/9."""
+    """Draw `min(U{1..3}, U{1..3})`: 1, 2 or 3 with probability 5/9, 3/9, 1/9."""
     return min(rng.randint(1, MOST_SWAPS), rng.randint(1, MOST_SWAPS))
 
 
 class Database:
-    """Every layer's targets by level: at level l, what costs `l step` more than the start's.
+    """The targets of every layer by level: at level l the target that costs `l step` more than the start's.
 
     `step = ½ min(s, 1 - s) / LEVELS hidden²` weights, s the sparsity (1 - budget) and hidden the smallest input
     dimension; the same for all layers, so that a swap keeps the budget. Where only rank is free a level is a step of
@@ -56,7 +56,7 @@ class Database:
         return found | {level: layer.grown(start, level * self.step) for level in range(1, up + 1)} | {0: start}
 
     def targets(self, levels: Levels) -> dict[str, Target]:
-        """The allocation; what rounding leaves in bytes or under a pattern is spent."""
+        """Return the allocation of `levels`, with the rest that rounding leaves in bytes or under a pattern spent."""
         found = {name: self.levels[name][level] for name, level in levels.items()}
         return settled(self.problem, self.layers, found)
 
@@ -75,9 +75,9 @@ class Database:
 
 
 def evopress(trials: Trials, start: Mapping[str, Target], generations: int, rng: random.Random) -> None:
-    """Improve `start` for `generations`, nominating every new parent; `OutOfTokens` where one cannot be paid.
+    """Improve `start` for `generations` and nominate every new parent; `OutOfTokens` where the tokens do not suffice.
 
-    Each stage asks all candidates on the same random chunks; the parent joins the last.
+    Each stage evaluates all candidates on the same random chunks; the parent joins the last stage.
     """
     database = Database(trials.problem, start)
     parent = dict.fromkeys(sorted(start), 0)
@@ -104,7 +104,7 @@ def evopress(trials: Trials, start: Mapping[str, Target], generations: int, rng:
 def fittest(
     trials: Trials, candidates: Sequence[Candidate], tokens: int, survivors: int, rng: random.Random
 ) -> list[int]:
-    """The best `survivors` candidates, best first, by their mean loss on random whole chunks of about `tokens`."""
+    """Select the `survivors` candidates of least mean loss, best first, on random whole chunks of about `tokens`."""
     available = len(trials.all_chunks)
     count = min(available, max(1, tokens // trials.objective.chunk_tokens))
     means = trials.losses(candidates, rng.sample(range(available), count)).mean(1)

@@ -1,4 +1,4 @@
-"""What measured losses say about the surfaces: a multiplier per layer, by ridge regression."""
+"""A multiplier of the error surface of every layer, from evaluated losses by ridge regression."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PRIOR = 0.5
 """Standard deviation of a layer's multiplier, relative to the common scale."""
 
 MISFIT = 0.1
-"""What multipliers cannot express, relative to all changes of a candidate."""
+"""Part of a loss that multipliers cannot express, relative to the sum of all changes of a candidate."""
 
 CLIP = 10.0
 """A multiplier is within this factor of the common scale."""
 
 
 class Feedback:
-    """Multipliers `m_l` of the surfaces' errors, from measured differences of losses between allocations.
+    """Estimate multipliers `m_l` of the surfaces' errors from differences of losses between allocations.
 
         min sum_i (y_i - sum_l m_l d_il)² / (se_i² + misfit_i²) + sum_l (m_l - scale)² / (PRIOR scale)²
 
@@ -29,7 +29,7 @@ class Feedback:
     `misfit_i = MISFIT scale sum_l |d_il|`.
 
     Args:
-        scale: measured over predicted loss, what every multiplier is before anything was told.
+        scale: evaluated over predicted loss, the value of every multiplier before any difference is known.
     """
 
     def __init__(self, problem: Problem, scale: float) -> None:
@@ -40,7 +40,7 @@ class Feedback:
         self._moment = self._precision.sum(1) * scale
 
     def tell(self, before: Mapping[str, Target], after: Mapping[str, Target], differences: Tensor) -> None:
-        """Learn from `differences` (windows,), losses of `after` less those of `before`."""
+        """Add `differences` (windows,), the losses of `after` less those of `before`."""
         change = np.array(
             [surface.predict(after[name]) - surface.predict(before[name]) for name, surface in self._surfaces.items()]
         )
@@ -52,11 +52,11 @@ class Feedback:
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """By layer name."""
+        """The estimates, by layer name."""
         solved = np.linalg.solve(self._precision, self._moment)
         clipped = np.clip(solved, self._scale / CLIP, self._scale * CLIP)
         return dict(zip(self._surfaces, clipped.tolist(), strict=True))
 
     def corrected(self) -> Problem:
-        """The problem with every surface times its multiplier."""
+        """Return the problem with the errors of every surface times its multiplier."""
         return self._problem.scaled(self.multipliers)

@@ -1,4 +1,4 @@
-"""One kept fraction per block, what one-shot heuristics decide: shifted to the exact budget and made into targets."""
+"""Kept fractions of the blocks, as one-shot heuristics choose them: shifted to the exact budget, made into targets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from globalopt.values.problem import ErrorSurface, Problem, Profile
 
 BISECTIONS = 64
 ROUNDING = 1e-13
-"""Relative error a fraction may have picked up; less than a unit of any budget below 1e13."""
+"""Relative rounding error of a fraction; less than a unit of any budget below 1e13."""
 
 
 def check_rank_share(rank_share: float) -> None:
-    """`UsageError` unless `rank_share` is in [0, 1]."""
+    """Raise `UsageError` unless `rank_share` is in [0, 1]."""
     if not 0 <= rank_share <= 1:
         raise UsageError(f"rank_share is a share of the kept parameters, in [0, 1]; got {rank_share:g}.")
 
 
 def blocks(problem: Problem) -> dict[int, list[LayerSpec]]:
-    """The layers of every block, blocks in model order."""
+    """Collect the layers of every block, blocks in model order."""
     found: dict[int, list[LayerSpec]] = {index: [] for index in sorted({spec.block for spec in problem.specs})}
     for spec in problem.specs:
         found[spec.block].append(spec)
@@ -32,10 +32,10 @@ def blocks(problem: Problem) -> dict[int, list[LayerSpec]]:
 
 
 def read_profiles(problem: Problem, read: Callable[[Profile], float], by: str) -> dict[str, float]:
-    """`read` of every layer's profile, by layer name.
+    """Read a value of the profile of every layer, by layer name.
 
     Raises:
-        UsageError: a layer has no profile, or it lacks what is read.
+        UsageError: a layer has no profile, or its profile lacks the value.
     """
     values: dict[str, float] = {}
     for spec in problem.specs:
@@ -50,7 +50,7 @@ def read_profiles(problem: Problem, read: Callable[[Profile], float], by: str) -
 
 
 def unit_range(scores: Mapping[int, float]) -> dict[int, float]:
-    """Scores mapped linearly to [0, 1]; all to 1/2 where they are equal."""
+    """Map scores linearly to [0, 1]; all to 1/2 where they are equal."""
     least, most = min(scores.values()), max(scores.values())
     if most == least:
         return dict.fromkeys(scores, 0.5)
@@ -58,22 +58,24 @@ def unit_range(scores: Mapping[int, float]) -> dict[int, float]:
 
 
 def least_kept(problem: Problem) -> float:
-    """The fraction of the whole that is kept even where nothing is: 0, or under a pattern what its nonzeros cost."""
+    """Compute the least fraction of the budget's total that can be kept: 0, or under a pattern that of its nonzeros."""
     layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
     return math.fsum(layer.least * layer.dense for layer in layers) / problem.budget.total
 
 
 def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float) -> dict[str, Target]:
-    """Targets that keep the fraction `kept[b] + shift` of every layer of block b, and use the whole budget.
+    """Compute targets that keep the fraction `kept[b] + shift` of every layer of block b and use the whole budget.
 
-    The shift is common to all blocks and found by bisection, each layer's fraction being clipped to what it can keep
-    (`_FractionRange`): the shape of the profile stays, and blocks of unequal sizes, clipped fractions and a floor
-    do not move the budget. What rounding leaves of it is spent on the layers that gain most.
+    The shift is common to all blocks and found by bisection; each layer's fraction is clipped to its range
+    (`_FractionRange`). So the shape of the profile stays, and blocks of unequal sizes, clipped fractions and the least
+    fraction of a pattern do not change the budget. The part of it that rounding leaves is spent on the layers that gain
+    most.
 
     Args:
         kept: fraction of each block, of parameters or bytes as the budget counts; may leave [0, 1].
-        rank_share: of what a layer keeps, as rank: `rank = floor(rank_share kept d_out d_in / (d_out + d_in))`, at
-            most the largest its surface offers, and within the problem's limits. Where only rank is free all of it is.
+        rank_share: part of a layer's parameters that is in its rank: `rank = floor(rank_share kept d_out d_in / (d_out
+            + d_in))`, at most the largest its surface offers, and within the problem's limits. Where only rank is free,
+            all parameters are in the rank.
     """
     layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
     limit = problem.budget.limit
@@ -94,11 +96,11 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
 
 @dataclass(frozen=True)
 class _FractionRange:
-    """What one layer can keep.
+    """The range of the fraction that one layer can keep.
 
     Args:
         dense: cost of the untouched layer.
-        least, most: the fractions of it that can be kept: 0 and 1, or under a pattern what its nonzeros cost alone and
+        least, most: the fractions of it that can be kept: 0 and 1, or under a pattern those of its nonzeros alone and
             with the largest rank the surface offers. Without sparse parts there is nothing between that rank and 1.
     """
 
@@ -123,7 +125,7 @@ class _FractionRange:
         return max(self.least, min(fraction, self.most))
 
     def target(self, fraction: float, problem: Problem, rank_share: float) -> Target:
-        """The target that costs at most the clipped `fraction`."""
+        """Compute the target that costs at most the clipped `fraction`."""
         spec = self.spec
         kept = self.clip(fraction)
         limit = math.floor(kept * self.dense * (1 + ROUNDING))

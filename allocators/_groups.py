@@ -1,4 +1,4 @@
-"""Groups of equal price: an allocation as counts, so that every choice of so many groups meets the budget exactly."""
+"""Groups of equal price: an allocation as counts of groups, so that every choice of so many meets the budget."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Stack:
         axis: "rank" or "nnz".
         size: how many groups there are.
         start: how many of them the start keeps.
-        paid: what the start pays for the part, in the budget's unit.
-        dense: what the dense layer costs.
+        paid: cost of the part in the start, in the budget's unit.
+        dense: cost of the dense layer.
     """
 
     name: str
@@ -34,20 +34,21 @@ class Stack:
     dense: int
 
     def price(self, count: int, group: int) -> int:
-        """What `count` groups pay for: the start's price, a group more or less each; none pay for nothing."""
+        """Compute the price of `count` groups: the start's, plus or minus `group` for each of them; 0 for none."""
         return self.paid + (count - self.start) * group if count else 0
 
 
 class Groups:
-    """The allocations around a start that cost what it costs, as counts of groups per stack.
+    """The allocations around a start that have its cost, as counts of groups per stack.
 
     Every layer has a stack of rank groups and one of sparse groups (under a pattern of rank groups alone); all groups
     of the problem have one price `g = ceil(price of all parts / groups)`. `c_r` rank and `c_s` sparse groups of a
-    layer pay `P = start's price + g (c_r - start's) + g (c_s - start's)`: its rank is what `c_r` pay for, rounded down,
-    and the rest of P buys entries, to the unit. So a group smaller than a direction needs no rule of its own, and the
-    counts of the start are the start itself. A rank above those of the surface, or beside which it offers more entries
-    than P buys, is lowered until the surface prices it. A layer that could pay for itself is dense. Without sparse
-    parts there are rank groups alone; ranks are within the problem's limits.
+    layer have the price `P = start's price + g (c_r - start's) + g (c_s - start's)`: the layer gets the rank that the
+    price of `c_r` buys, rounded down, and the rest of P buys entries, to the unit. So a group smaller than a direction
+    needs no rule of its own, and the counts of the start are the start itself. A rank above those of the surface, or
+    beside which the surface offers more entries than P buys, is lowered until the surface predicts its error. A layer
+    whose price is that of the dense layer is dense. Without sparse parts there are rank groups alone; ranks are within
+    the problem's limits.
 
     Args:
         problem: surfaces, budget, pattern.
@@ -69,15 +70,15 @@ class Groups:
 
     @property
     def start(self) -> Tensor:
-        """(stacks,) counts of the start."""
+        """The counts of the start, (stacks,)."""
         return torch.tensor([stack.start for stack in self.stacks], dtype=torch.int64)
 
     def targets(self, counts: Tensor) -> dict[str, Target]:
-        """The targets of `counts` (stacks,): within the budget whenever they sum to the start's."""
+        """Return the targets of `counts` (stacks,), which are within the budget whenever they sum to the start's."""
         return {name: self._priced(name, counts[columns].tolist())[0] for name, columns in self._columns.items()}
 
     def predicted(self, counts: Tensor) -> Tensor:
-        """(samples,) float64 predicted errors of `counts` (samples, stacks)."""
+        """Predict the errors (samples,) float64 of `counts` (samples, stacks)."""
         total = torch.zeros(len(counts), dtype=torch.float64)
         for name, columns in self._columns.items():
             distinct, which = counts[:, columns].unique(dim=0, return_inverse=True)
@@ -106,7 +107,7 @@ class Groups:
 
 
 class _LayerPrices:
-    """What one layer gets for a price, under the problem's accounting and pattern."""
+    """The targets of one layer by price, under the problem's accounting and pattern."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
         self.surface = surface
@@ -122,21 +123,21 @@ class _LayerPrices:
         self.most_rank = max(target.rank for target in surface.targets)
 
     def tops(self) -> dict[str, int]:
-        """The most that each part is worth paying."""
+        """The highest useful price of each part."""
         if not self.limits.sparse:
             return {"rank": self.dense}
         ranks = {"rank": self.most_rank * self.per_rank}
         return ranks if self.pattern else {**ranks, "nnz": self.dense}
 
     def paid(self, target: Target) -> dict[str, int]:
-        """What `target` pays for each part."""
+        """The price of each part of `target`."""
         if not self.limits.sparse:
             return {"rank": self.budget.cost(target, self.spec)}
         rank = target.rank * self.per_rank
         return {"rank": rank, "nnz": self.budget.cost(target, self.spec) - self.base - rank}
 
     def bought(self, rank: int, nnz: int) -> Target:
-        """The target that `rank` and `nnz` pay for together."""
+        """The target for the prices `rank` and `nnz` together."""
         ranks = self.limits.floor(min(rank // self.per_rank, self.most_rank))
         if self.pattern is not None:
             return replace(self.bare, rank=ranks)

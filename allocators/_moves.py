@@ -1,4 +1,4 @@
-"""Moves between allocations of one cost: what a layer gives up another takes, or rank becomes nonzeros."""
+"""Moves between allocations of one cost: from one layer to another, or between the rank and nonzeros of a layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from globalopt.values.problem import ErrorSurface, Problem, interpolate
 Targets = Mapping[str, Target]
 
 UNIFORM_SHARE = 0.2
-"""Part of the guided moves that is drawn uniformly: guidance alone runs into a plateau and stays there."""
+"""Part of the guided moves that is drawn uniformly, because guidance alone ends on a plateau and stays there."""
 
 ATTEMPTS = 64
-"""Draws of a pair of layers before there is none: under a pattern a rank may cost more than any giver can spare."""
+"""Draws of a pair of layers before giving up: under a pattern a rank may cost more than any layer can spare."""
 
 SIGNIFICANT = 2.0
 CONFIDENCE = 0.95
@@ -30,11 +30,11 @@ CONFIDENCE = 0.95
 
 
 def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta: int) -> dict[str, Target] | None:
-    """`giver` gives up `delta` of cost and `taker` takes it, in nonzeros, or in ranks where only these are free.
+    """Move `delta` of cost from the layer `giver` to `taker`, in nonzeros, or in ranks where only these are free.
 
-    Less is moved where one has no more to give, or the other no more room; more where one rank of the taker costs more.
-    What the taker cannot use goes back to the giver, and what neither can (a rank or an index too dear) is spent where
-    it gains most. In parameters and without a pattern the cost stays the same to the parameter.
+    Less is moved where the giver has no more or the taker no more room; more where one rank of the taker costs more.
+    The part that the taker cannot use goes back to the giver, and the part that neither can use (a rank or an index
+    costs more) is spent where it gains most. In parameters and without a pattern the cost stays exactly the same.
 
     Args:
         targets: one per layer, within the budget.
@@ -45,7 +45,7 @@ def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta
 
 
 def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str, Target] | None:
-    """Change one layer's rank by `ranks`, within the ranks its surface offers, and settle it in nonzeros.
+    """Change one layer's rank by `ranks`, within the ranks its surface offers, and pay for it in nonzeros.
 
     Returns: the new targets, or None where the layer cannot; where only ranks are free, always.
     """
@@ -55,7 +55,7 @@ def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str
 
 
 def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
-    """A level swap of two layers drawn uniformly from those that can give and can take; None where there is none."""
+    """Make a level swap of two layers drawn uniformly from those that can give and can take; None if there is none."""
     layers = layers_of(problem)
     givers = [name for name, layer in layers.items() if layer.spare(targets[name]) > 0]
     takers = [name for name, layer in layers.items() if layer.room(targets[name]) > 0]
@@ -68,7 +68,7 @@ def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Rand
 
 
 def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
-    """A trade of about `delta` between rank and nonzeros of a layer drawn uniformly; None where there is none."""
+    """Make a trade of about `delta` between rank and nonzeros of a layer drawn uniformly; None if there is none."""
     layers = layers_of(problem)
     trades = _trades(problem, layers, targets, delta)
     if not trades:
@@ -80,11 +80,11 @@ def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Ran
 def guided(
     problem: Problem, targets: Targets, delta: int, rng: random.Random, temperature: float
 ) -> dict[str, Target] | None:
-    """A level swap or a trade, drawn with probability proportional to `exp(predicted gain / temperature)`.
+    """Draw a level swap or a trade with probability proportional to `exp(predicted gain / temperature)`.
 
-    A swap's gain is the taker's less the giver's loss, so that one pass over the layers weighs all pairs: the taker is
-    drawn with `exp(gain_t) sum_{g != t} exp(-loss_g)`, then the giver. `UNIFORM_SHARE` of the moves are uniform over
-    swaps or, as likely, over trades.
+    The gain of a swap is the taker's gain less the giver's loss, so that one pass over the layers covers all pairs: the
+    taker is drawn with `exp(gain_t) sum_{g != t} exp(-loss_g)`, then the giver. `UNIFORM_SHARE` of the moves are
+    uniform over swaps or, as likely, over trades.
 
     Args:
         delta: in the budget's unit, at least 1.
@@ -135,7 +135,7 @@ class ImprovingShare(NamedTuple):
 def improving_share(
     problem: Problem, objective: Objective, targets: Targets, swaps: int, rng: random.Random
 ) -> ImprovingShare:
-    """The sampled local optimality of `targets` on the true loss.
+    """Estimate the local optimality of `targets` on the loss of the model, from random swaps.
 
     Uniform level swaps of `default_delta`, drawn with replacement, are compared with `targets` on all chunks, window by
     window; one improves where the paired t is above `SIGNIFICANT`. The bound is that of Clopper and Pearson (1934), the
@@ -165,9 +165,9 @@ def default_delta(problem: Problem) -> int:
 
 
 class LayerMoves:
-    """What one layer can give and take: it stays within what its surface offers, and never costs more than dense.
+    """The moves of one layer, which stay within the options of its surface and the cost of the dense layer.
 
-    Answers are remembered: a search asks the same of most layers again and again.
+    Results are kept, because a search needs the same ones of most layers again and again.
 
     Args:
         problem: whose budget and pattern apply.
@@ -187,7 +187,7 @@ class LayerMoves:
     """The largest target that costs at most an amount more."""
 
     traded: Callable[[Target, int, int], Target | None]
-    """With so many ranks more, and what its cost and a slack pay of nonzeros; None where it cannot."""
+    """The target with so many ranks more, and the nonzeros that its cost and a slack pay for; None if there is none."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
         self.problem = problem
@@ -211,12 +211,12 @@ class LayerMoves:
         return self.budget.cost(target, self.spec)
 
     def gain(self, now: Target, then: Target) -> float:
-        """Predicted fall of the error."""
+        """Predict the fall of the error."""
         return self.error(now) - self.error(then)
 
     @property
     def unit(self) -> int:
-        """Cost that surely buys one more of what is free: a rank, a parameter, or a 16-bit value and its index."""
+        """A cost that is enough for one more of the free axis: a rank, a parameter, or a 16-bit value and its index."""
         if self.axis == "rank":
             return self.cost(Target(self.multiple, 0))
         return 1 if self.budget.accounting == "params" else 4
@@ -257,7 +257,7 @@ class LayerMoves:
 
 
 def layers_of(problem: Problem) -> dict[str, LayerMoves]:
-    """By name, in the order of names, so that draws do not depend on the order of the surfaces."""
+    """Make the moves of every layer, in the order of names: draws do not depend on the order of the surfaces."""
     return _layers_of(_Same(problem))
 
 
@@ -285,7 +285,7 @@ def _slack(problem: Problem, targets: Targets) -> int:
 
 
 def settled(problem: Problem, layers: Mapping[str, LayerMoves], targets: dict[str, Target]) -> dict[str, Target]:
-    """`targets` with what a move could not pass on given to the layers that gain most by it, one after the other."""
+    """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
     while (slack := _slack(problem, targets)) > 0:
         grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
         able = [name for name in layers if grown[name] != targets[name]]

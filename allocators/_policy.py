@@ -14,9 +14,10 @@ from globalopt.kernels.conditional_bernoulli import ConditionalBernoulli
 
 BISECTIONS = 60
 STEEPEST = 9.0
-"""Most that the logit falls from a group to the next: one more or less than so many is then tried in 2 % of draws.
+"""Largest fall of the logit from a group to the next; 2 % of the draws then have one group more or less of a stack.
 
-Every part of every layer varies at once: where each did by a group, all samples would lose far more than the start."""
+All parts of all layers vary at once: if each varied by a group, the loss of all samples would be far above the start's.
+"""
 
 
 class Draws(NamedTuple):
@@ -54,7 +55,7 @@ class Policy:
 
     @classmethod
     def around(cls, groups: Groups, spread: float) -> Policy:
-        """The policy whose stacks keep the start's counts on average, and whose most probable counts they are.
+        """Make the policy whose stacks keep the start's counts on average, and whose most probable counts they are.
 
         With the slope `(group / (spread x dense price))²` per group the number kept has a standard deviation of about
         `spread` of the layer: `sum p (1 - p) ~ 1 / slope`. On average every stack keeps and drops at least half of that
@@ -81,7 +82,7 @@ class Policy:
         return 0 < self.count < len(self.ramp)
 
     def draw(self, samples: int, generator: torch.Generator) -> Draws:
-        """`samples` independent allocations."""
+        """Draw `samples` independent allocations."""
         law = ConditionalBernoulli.of(self._logits, self.count)
         mu = law.inclusion()
         z = law.sample(samples, generator).double()
@@ -91,13 +92,13 @@ class Policy:
         return Draws(counts.long(), scores, _per_stack(mu * (1 - mu), self.stack, size))
 
     def most_probable(self) -> Tensor:
-        """(stacks,) counts of the `count` largest logits, of equal ones the first."""
+        """Return the counts (stacks,) of the `count` largest logits, of equal ones the first."""
         z = torch.zeros_like(self.ramp)
         z[self._logits.argsort(descending=True, stable=True)[: self.count]] = 1.0
         return _per_stack(z, self.stack, len(self.offsets)).long()
 
     def moved(self, step: Tensor) -> Policy:
-        """The policy with `step` (stacks,) added to the offsets."""
+        """Return the policy with `step` (stacks,) added to the offsets."""
         return replace(self, offsets=self.offsets + step)
 
     @property
@@ -116,7 +117,7 @@ class Control(NamedTuple):
     Args:
         alpha: fitted on other samples than it is used on, so that no estimate is biased.
         predicted: (samples,) J of the samples.
-        gradient: (stacks,) an estimate of the gradient of `E[J]`, from samples that cost nothing.
+        gradient: (stacks,) an estimate of the gradient of `E[J]`, from samples of which only J is computed.
     """
 
     alpha: float
@@ -127,7 +128,7 @@ class Control(NamedTuple):
 def gradient_samples(
     scores: Tensor, losses: Tensor, baseline: float | None = None, control: Control | None = None
 ) -> Tensor:
-    """(samples, stacks) unbiased estimates of the gradient of `E[f]` by the offsets, one per sample.
+    """Estimate the gradient of `E[f]` by the offsets without bias: (samples, stacks), one estimate per sample.
 
         (f_k - alpha J_k - b_k) score_k + alpha (gradient of E[J])
 
@@ -136,7 +137,7 @@ def gradient_samples(
     Args:
         scores: (samples, stacks) of a policy's draws; at least two samples without `baseline`.
         losses: (samples,) `f`, all on the same text.
-        baseline: what `f - alpha J` was before these samples.
+        baseline: the mean of `f - alpha J` before these samples.
         control: the control variate; None for none.
     """
     rest = losses if control is None else losses - control.alpha * control.predicted
@@ -146,7 +147,7 @@ def gradient_samples(
 
 
 def step_within(gradient: Tensor, variance: Tensor, natural: bool, divergence: float) -> Tensor:
-    """(stacks,) the step down the gradient at which `KL(new || old) ~ 1/2 sum variance step²` is `divergence`.
+    """Compute the step (stacks,) down the gradient at which `KL(new || old) ~ 1/2 sum variance step²` is `divergence`.
 
     Args:
         gradient: (stacks,) of the expected loss.

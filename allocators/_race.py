@@ -1,4 +1,4 @@
-"""A race on the true loss: generations of guided moves, each candidate against the incumbent, window by window."""
+"""A race on the loss of the model: guided moves, each candidate compared with the incumbent, window by window."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ Targets = Mapping[str, Target]
 
 OFFSPRING = 16
 STAGES = (1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Candidates of a generation, and the parts of the selection text they are asked on; half of them leave each stage."""
+"""Candidates of a generation, and the parts of the text on which they are evaluated; half of them leave each stage."""
 
 STEPS = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""Sizes of moves, in units of `default_delta`; each is drawn as often."""
+"""Sizes of moves, in units of `default_delta`, drawn uniformly."""
 
 TEMPERATURE = 0.5
 """Of the proposals, in units of the mean change of a layer's error."""
 
 ALPHA = 0.05
-"""Probability that an incumbent falls to a candidate that is not better."""
+"""Probability that an incumbent is replaced by a candidate that is not better."""
 
 PATIENCE = 300
 """Proposals in a row that may fail: with 95 % confidence, fewer than 1 % of the proposals would pass."""
 
 
 class Race:
-    """The guided search: an incumbent with its losses, and what was learnt on the way to it.
+    """The guided search: an incumbent with its losses, and the multipliers learnt on the way to it.
 
-    A generation is the knapsack on the surfaces as corrected by all measured losses so far (`Feedback`), and chains of
+    A generation is the knapsack on the surfaces as corrected by all evaluated losses so far (`Feedback`), and chains of
     one to three moves (`OFFSPRING` of them), level swaps or trades of rank for nonzeros, drawn by predicted gain or
     uniformly (`guided`). They race on common chunks against the incumbent; those that are not better, and the worse
     half, leave each stage. On the whole text the k-th test against an incumbent accepts at the level
-    `ALPHA / (k (k + 1))`, which sums to ALPHA. What is accepted is nominated.
+    `ALPHA / (k (k + 1))`, which sums to ALPHA. An accepted candidate is nominated and becomes the incumbent.
 
     Args:
-        trials: asks the objective.
+        trials: evaluates the losses.
         starts: the incumbent is the best of them.
-        problem: whose surfaces guide; those of `trials` if not given.
+        problem: its surfaces guide the moves; those of `trials` if not given.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Race:
         self.tried = {_key(start) for start in starts}
 
     def run(self, generations: int) -> None:
-        """Race generations until nothing is lost or too many failed; `OutOfTokens` where one cannot be paid."""
+        """Race until the loss is zero or too many candidates failed; `OutOfTokens` where the tokens do not suffice."""
         failed = 0
         for _ in range(generations):
             if float(self.losses.max()) <= 0:
@@ -79,7 +79,7 @@ class Race:
                 return
 
     def _propose(self) -> list[dict[str, Target]]:
-        """New candidates: the knapsack on the corrected surfaces, and chains of moves from the incumbent."""
+        """Make new candidates: the knapsack on the corrected surfaces, and chains of moves from the incumbent."""
         corrected = self.feedback.corrected()
         proposals = [dict(Knapsack(exact=False).allocate(corrected).targets)]
         for _ in range(OFFSPRING):
@@ -96,16 +96,16 @@ class Race:
         return new
 
     def _race(self, candidates: Sequence[Targets]) -> bool:
-        """Whether one of `candidates` took the incumbent's place."""
+        """Race `candidates` and tell whether one of them became the incumbent."""
         total = len(self.trials.all_chunks)
         known = [torch.empty(0, dtype=torch.float64)] * len(candidates)
         running, seen = list(range(len(candidates))), 0
         for count in sorted({math.ceil(stage * total) for stage in STAGES}):
             if not running:
                 return False
-            asked = self.trials.losses([candidates[i] for i in running], range(seen, count))
+            found = self.trials.losses([candidates[i] for i in running], range(seen, count))
             seen = count
-            for i, losses in zip(running, asked, strict=True):
+            for i, losses in zip(running, found, strict=True):
                 known[i] = torch.cat((known[i], losses))
             differences = {i: known[i] - self.losses[: len(known[i])] for i in running}
             better = sorted(

@@ -1,4 +1,4 @@
-"""Spend what a grid of options leaves of the budget: exact to less than one unit of what is free."""
+"""Spend the rest of the budget that a grid of options leaves, to less than one unit of the free axis."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from globalopt.values.problem import ErrorSurface, Problem
 
 
 def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
-    """Turn the slack of `targets` into nonzeros (into rank where only that is free), where it lowers the error fastest.
+    """Spend the rest of the budget in nonzeros (in rank where only that is free), where it lowers the error fastest.
 
     Each step goes at most to the next option of the same layer, so the predicted error stays an interpolation
-    between neighbouring options; the cheapest gain per unit of cost is taken first. Targets that exceed the budget
-    are returned as they are: `Problem.finish` refuses them.
+    between neighbouring options; the largest gain per unit of cost is taken first. Targets that exceed the budget are
+    returned as they are: `Problem.finish` refuses them.
 
     Args:
         problem: surfaces, budget, pattern, limits.

@@ -32,8 +32,8 @@ class Sampler(StrEnum):
 class Warp:
     """`error'_l(c) = error_l(c) exp(theta_kind(l) + theta_a z_l + theta_b z_l² + theta_s share(c))`.
 
-    `z_l` is the layer's depth, its block index scaled to [-1, 1] (0 where there is one block); `share(c)` the part of the
-    target's parameters that is rank. With `theta = 0` nothing changes.
+    `z_l` is the layer's depth, its block index scaled to [-1, 1] (0 where there is one block); `share(c)` is the part
+    of the target's parameters that is in its rank. With `theta = 0` nothing changes.
 
     Args:
         names: of the coefficients, in the order of every `theta`: kinds, then depth, depth², share.

@@ -1,4 +1,4 @@
-"""The default search: a portfolio, a surrogate that learns from the true loss, local moves; within a token limit."""
+"""The default search: a portfolio, surfaces calibrated by evaluated losses, local moves; within a token limit."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Targets = Mapping[str, Target]
 
 RANK_SHARES = (0.0, 0.1)
 RAMPS = (0.25, 0.5)
-"""What the portfolio's uniform allocations keep as rank, and the steepnesses of its depth ramps."""
+"""Rank shares of the uniform allocations in the portfolio, and steepnesses of its depth ramps."""
 
-LOOK = 4
-"""One in so many chunks is enough to look at starts, and at disturbed knapsacks."""
+PROBE = 4
+"""One in so many chunks is used to evaluate the starts, and the disturbed knapsacks."""
 
 DECISIVE = 4.0
-"""Standard errors by which a start must be worse than the best one on a look to be dropped."""
+"""Standard errors by which a start must be worse than the best one on these chunks to be dropped."""
 
 GENERATIONS = 400
 """Most generations of the last stage, which ends with the tokens or when nothing improves any more."""
@@ -45,23 +45,30 @@ STEPS = (0.5, 1.0)
 
 @dataclass(frozen=True)
 class Auto:
-    """Portfolio, calibrated knapsack, guided local search: the least true loss within the objective's tokens.
+    """Minimise the loss of the model by a portfolio, calibrated knapsacks and guided local search.
 
-    1. The one-shot allocations (uniform, OWL, AlphaPruning, depth ramps, knapsack) are looked at on a part of the
+    1. The one-shot allocations (uniform, OWL, AlphaPruning, depth ramps, knapsack) are evaluated on a part of the
        selection text; those that are not decisively worse than the best are starts.
-    2. Rounds: knapsacks on randomly disturbed surfaces are measured on that part, each a sample of all layers at once.
-       A `Calibration` is fitted to all that was measured so far, and the knapsacks on the surfaces it corrects, at two
-       lengths of the step, are measured on the whole text. The next round is around the corrected surfaces.
+    2. Rounds: knapsacks on randomly disturbed surfaces are evaluated on that part; each is a sample of all layers at
+       once. A `Calibration` is fitted to all losses so far, and the knapsacks on the surfaces it corrects, at two
+       lengths of the step, are evaluated on the whole text. The next round is around the corrected surfaces.
     3. A `Race` of guided moves on the corrected surfaces spends the tokens that remain, from the best so far.
 
-    On the whole selection text the answer is never worse than the best start. Its bound is that of the knapsack, on the
-    surfaces as they were predicted.
+    On the whole selection text the allocation is never worse than the best start. Its bound is that of the knapsack, on
+    the surfaces before any correction.
 
     Args:
         rounds: of calibration.
         designs: disturbed knapsacks in each round.
         spread: standard deviation of a disturbance's log multipliers, of every kind and of every layer.
         local: whether there is a third stage.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> objective = ExampleObjective(problem)
+    >>> found = Auto(rounds=1, designs=4).allocate(problem, objective)
+    >>> objective.true(found.targets) < 0.9 * objective.true(Knapsack().allocate(problem).targets)
+    True
     """
 
     name: ClassVar[str] = "auto"
@@ -82,7 +89,7 @@ class Auto:
         knapsack = Knapsack().allocate(problem)
         rng = random.Random(problem.seed)
         chunks = range(present(objective).chunks)
-        part = sorted(rng.sample(chunks, max(1, len(chunks) // LOOK)))
+        part = sorted(rng.sample(chunks, max(1, len(chunks) // PROBE)))
         starts = _undecided(present(objective), portfolio(problem, knapsack.targets), part)
         trials = Trials(problem, objective, starts)
         with contextlib.suppress(OutOfTokens):
@@ -94,7 +101,7 @@ class Auto:
     def _calibrated(
         self, trials: Trials, starts: Sequence[Targets], part: Sequence[int], rng: random.Random
     ) -> Problem:
-        """The problem with surfaces that fit what was measured; the best of its knapsacks are nominated on the way."""
+        """Calibrate the surfaces by evaluated losses and return the problem with them; nominate its knapsacks."""
         problem = corrected = trials.problem
         measured = [*starts]
         for _ in range(self.rounds):
@@ -111,7 +118,13 @@ class Auto:
 
 
 def portfolio(problem: Problem, knapsack: Targets) -> list[Targets]:
-    """The one-shot allocations, the `knapsack` first; the heuristics only where the layers have profiles."""
+    """Make the one-shot allocations, the `knapsack` first; the heuristics only where the layers have profiles.
+
+    >>> from allocators.example import example_problem
+    >>> problem = example_problem()
+    >>> len(portfolio(problem, Knapsack().allocate(problem).targets))
+    7
+    """
     made = [knapsack, *(Uniform(share).allocate(problem).targets for share in RANK_SHARES)]
     made += [depth_ramp(problem, steepness) for steepness in RAMPS]
     if problem.profiles:

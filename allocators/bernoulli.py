@@ -1,4 +1,4 @@
-"""Policy gradients over Bernoulli variables: CAP as published, and with exact budgets and a control variate."""
+"""Policy gradients over Bernoulli variables: CAP as published, and a form with exact budgets and control variate."""
 
 from __future__ import annotations
 
@@ -23,21 +23,29 @@ from globalopt.registry import at_least
 from globalopt.values.problem import Allocation, Problem
 
 FREE = 512
-"""Samples per update whose predicted error alone is computed, for the gradient of its expectation."""
+"""Samples per update of which only the predicted error is computed, for the gradient of its expectation."""
 
 COOLING = 20
 """The trust region of update t is `trust / (1 + t / COOLING)`."""
 
 
 class Preset(StrEnum):
-    """Which policy gradient; what its options are where they are 0 is in `UPDATES` and `SAMPLES`."""
+    """The form of the policy gradient; `UPDATES` and `SAMPLES` give its options where they are 0.
+
+    >>> UPDATES[Preset("cap")]
+    3
+    """
 
     CAP = "cap"
     DEFAULT = "default"
 
 
 class Baseline(StrEnum):
-    """What a sample's loss is compared with: the latest five before its update, or the others of it."""
+    """The baseline of a sample's loss: the mean of the five latest before its update, or of the others in it.
+
+    >>> Baseline("leave-one-out") is Baseline.LEAVE_ONE_OUT
+    True
+    """
 
     MOVING_AVERAGE = "moving-average"
     LEAVE_ONE_OUT = "leave-one-out"
@@ -49,34 +57,41 @@ SAMPLES = {Preset.CAP: 1, Preset.DEFAULT: 8}
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Minimise `E[loss]` over random choices of what is kept, by policy gradient, and return a choice.
+    """Minimise `E[loss]` over random choices of the kept parts by policy gradient, and return one choice.
 
-    `default`: groups of equal price, of which an exact number is kept (`Groups`); their conditional Bernoulli
-    distribution (`Policy`) starts around the knapsack answer. An update asks all its samples on the same random chunks
-    and takes the leave-one-out gradient of `f - alpha J`, with J the predicted error and alpha the slope of f on J in
-    all earlier samples, plus alpha times the gradient of `E[J]`; the step is the natural gradient's, as long as the
-    trust region allows. The best samples of the last updates and the most probable choices along the way are judged
-    with the knapsack's and the uniform allocation on the whole selection text.
+    `default`: the parts are groups of equal cost, of which an exact number is kept (`Groups`); their conditional
+    Bernoulli distribution (`Policy`) starts around the knapsack allocation. An update evaluates all its samples on the
+    same random chunks and takes the leave-one-out gradient of `f - alpha J`, with f the loss, J the predicted error and
+    alpha the slope of f on J in all earlier samples, plus alpha times the gradient of `E[J]`; the step is the natural
+    gradient's, as long as the trust region allows. The best samples of the last updates and the most probable choices
+    along the way are compared with the knapsack and the uniform allocation on the whole selection text.
 
-    `cap`: arXiv:2505.03801 on the components of the spans, three iterations on the whole selection text, its answer
-    rounded and not compared with any other. The paper leaves open, and here it is: the projection is Euclidean; the
-    start is in proportion to root energies per parameter, so that a direction and an entry are ranked by what they
-    bring per price (`Components`); one mask per iteration; the baseline is the mean of five losses. Departures: the
-    spans scale by the activations, unless told otherwise; a layer whose components cost as much as it does stays
-    dense; the counts are refined by a solver instead of kept as they are.
+    `cap`: arXiv:2505.03801 on the components of the spans, three iterations on the whole selection text; the result is
+    rounded and not compared with any other. Choices that the paper leaves open: the projection is Euclidean; the start
+    is in proportion to root energies per parameter, so that directions and entries are ranked by their energy per cost
+    (`Components`); there is one mask per iteration; the baseline is the mean of five losses. Departures: the spans
+    scale by the activations, unless told otherwise; a layer whose components cost as much as the layer itself stays
+    dense; a solver refines the layers at these counts, where the paper keeps the components as they are.
 
     Args:
         preset: cap or default.
-        updates: of the policy, default's first without a step; 0 takes the preset's. Fewer where the tokens run out.
+        updates: of the policy, the first of default without a step; 0 takes the preset's. Fewer where the tokens end.
         samples: per update; 0 takes the preset's.
         chunks: of the selection text per update; 0 takes the preset's: all with cap, one with default.
-        learning_rate: of the probabilities; cap's.
-        groups: about so many in all; this and the following are default's.
-        spread: standard deviation of what a part of a layer keeps at the start, as a fraction of the layer.
+        learning_rate: of the probabilities; for cap alone.
+        groups: the approximate number of groups; this and the following are for default alone.
+        spread: standard deviation of the kept part of a layer at the start, as a fraction of the layer.
         trust: divergence KL(new || old) of the first update, in nats.
         baseline: leave-one-out or moving-average.
-        control_variate: whether the predicted error is one.
+        control_variate: whether the predicted error is used as one.
         natural: whether the gradient is divided by the Fisher information.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> objective = ExampleObjective(problem)
+    >>> found = Bernoulli(groups=60, spread=0.2, updates=30).allocate(problem, objective)
+    >>> objective.true(found.targets) < 0.9 * objective.true(Knapsack().allocate(problem).targets)
+    True
     """
 
     name: ClassVar[str] = "bernoulli"
@@ -103,7 +118,7 @@ class Bernoulli:
             raise UsageError("Samples of an update are compared with each other; option samples must be at least 2.")
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return cap's answer, or the best verified choice."""
+        """Return the allocation of cap, or of default the best choice on the whole selection text."""
         updates, samples = self.updates or UPDATES[self.preset], self.samples or SAMPLES[self.preset]
         starts = [Uniform().allocate(problem).targets]
         if self.preset is Preset.CAP:
@@ -117,7 +132,7 @@ class Bernoulli:
         return problem.finish(trials.verdict(), by=self.name)
 
     def _search(self, trials: Trials, groups: Groups, updates: int, samples: int) -> None:
-        """Follow the gradient, and nominate."""
+        """Follow the gradient, and nominate samples and most probable choices."""
         policy = Policy.around(groups, self.spread)
         if not policy.free:
             return
@@ -128,21 +143,21 @@ class Bernoulli:
         for update in range(updates):
             draws = policy.draw(samples + FREE * self.control_variate, generator)
             chunks = torch.randperm(len(trials.all_chunks), generator=generator)[: self.chunks or 1].tolist()
-            asked = draws.counts[:samples]
+            drawn = draws.counts[:samples]
             try:
-                losses = trials.losses([groups.targets(counts) for counts in asked], chunks).mean(1)
+                losses = trials.losses([groups.targets(counts) for counts in drawn], chunks).mean(1)
             except OutOfTokens:
                 break
             predicted = groups.predicted(draws.counts)
             control = self._control(draws, predicted, samples, history)
-            # The first samples are what baselines and alpha are fitted on; a step without these would be noise.
+            # Baselines and alpha are fitted to the first samples; a step without them would be noise.
             if update:
                 baseline = history.level(control) if self.baseline is Baseline.MOVING_AVERAGE else None
                 gradient = gradient_samples(draws.scores[:samples], losses, baseline, control).mean(0)
                 divergence = self.trust / (1 + update / COOLING)
                 policy = policy.moved(step_within(gradient, draws.variance, self.natural, divergence))
             history.add(losses, predicted[:samples])
-            best.append(asked[int(losses.argmin())])
+            best.append(drawn[int(losses.argmin())])
             means.append(policy.most_probable())
         kept = FINALISTS // 2
         path = [means[-1 - len(means) * i // kept] for i in range(kept)] if means else []
@@ -157,7 +172,13 @@ class Bernoulli:
 
 
 class History:
-    """Losses f and predictions J of earlier samples: what baselines and control variates are fitted on."""
+    """The losses f and predictions J of earlier samples, to which baselines and control variates are fitted.
+
+    >>> history = History()
+    >>> history.add(losses=torch.tensor([1.0, 2.0, 3.0]), predicted=torch.tensor([0.0, 2.0, 4.0]))
+    >>> history.alpha
+    0.5
+    """
 
     WINDOW = 5
 
@@ -167,7 +188,7 @@ class History:
         self._variance = 0.0
 
     def add(self, losses: Tensor, predicted: Tensor) -> None:
-        """Take the samples of an update; only differences within it count, since the text changes between updates."""
+        """Add the samples of an update; only differences within it count, since the text changes between updates."""
         self._latest.extend(zip(losses.tolist(), predicted.tolist(), strict=True))
         deviation = predicted - predicted.mean()
         self._covariance += float((losses - losses.mean()) @ deviation)

@@ -27,15 +27,24 @@ BISECTIONS = 100
 
 
 def search(trials: Trials, updates: int, samples: int, learning_rate: float, batch: int) -> dict[str, Target]:
-    """As many directions and entries per layer as CAP keeps: within the budget, what rounding leaves not yet spent.
+    """Choose the numbers of directions and entries of every layer by CAP, within the budget.
+
+    The part of the budget that rounding leaves is not spent here.
 
         s <- project(s - learning_rate mean_k (f_k - baseline) (m_k - s) / (s (1 - s) + SMOOTHING)),  m_k ~ Bernoulli(s)
 
     Args:
-        trials: asked for the losses `f_k`; its starts are not used.
-        updates: iterations; fewer where the tokens run out.
+        trials: evaluates the losses `f_k`; its starts are not used.
+        updates: iterations; fewer where the tokens end.
         samples: masks `m_k` per iteration.
-        batch: chunks that they are asked on.
+        batch: chunks that they are evaluated on.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> trials = Trials(problem, ExampleObjective(problem), [{spec.name: Target.zero() for spec in problem.specs}])
+    >>> found = search(trials, updates=3, samples=1, learning_rate=0.05, batch=8)
+    >>> problem.used(found) <= problem.budget.limit
+    True
     """
     components = Components(trials.problem)
     s = components.initial()
@@ -58,12 +67,17 @@ def search(trials: Trials, updates: int, samples: int, learning_rate: float, bat
 
 
 def project_to_budget(s: Tensor, price: Tensor, limit: float) -> Tensor:
-    """`argmin ||x - s||²  s.t.  0 <= x <= 1, price x <= limit`, which is `clip(s - nu price, 0, 1)`; nu by bisection.
+    """Project probabilities onto the budget: `argmin ||x - s||²  s.t.  0 <= x <= 1, price x <= limit`.
+
+    The solution is `clip(s - nu price, 0, 1)`, with `nu` found by bisection.
 
     Args:
         s: (n,). price: (n,), positive. limit: >= 0.
     Returns:
         (n,) that meets the limit, summed in float64.
+
+    >>> project_to_budget(torch.tensor([0.9, 0.5, 1.5]), torch.ones(3), limit=2.0)
+    tensor([0.7000, 0.3000, 1.0000])
     """
     if _cost(s.clamp(0.0, 1.0), price) <= limit:
         return s.clamp(0.0, 1.0)
@@ -76,7 +90,7 @@ def _cost(s: Tensor, price: Tensor) -> float:
 
 
 def _bisect(holds: Callable[[float], bool], fails_at: float, holds_at: float) -> float:
-    """A point next to where `holds` begins to, on the side where it does."""
+    """A point next to the one at which `holds` changes, on the side where it is true."""
     for _ in range(BISECTIONS):
         middle = (fails_at + holds_at) / 2
         if holds(middle):
@@ -88,7 +102,7 @@ def _bisect(holds: Callable[[float], bool], fails_at: float, holds_at: float) ->
 
 @dataclass(frozen=True)
 class _Part:
-    """Where the components of one layer lie: its directions from `start`, then its entries, if they are variables."""
+    """The places of the components of one layer: its directions from `start`, then its entries, if these are chosen."""
 
     spec: LayerSpec
     bare: Target
@@ -111,8 +125,14 @@ class Components:
     `magnitude` is a component's root energy per parameter against the layer's: `s_i / sqrt(d_out + d_in)` for a
     direction, `|S_ij|` for an entry, over the root mean square of them all, in the span's coordinates. `price` is in
     the budget's unit; in bytes it leaves out the index of `S`. Entries where `S` is zero have magnitude 0 and are never
-    kept. Under a pattern the entries are fixed, and a layer has no more directions than make up what it drops; without
-    sparse parts there are none. Counts of directions are rounded down to the problem's limits.
+    kept. Under a pattern the entries are fixed, and a layer has at most the directions that cost as much as the entries
+    it drops; without sparse parts there are no entries. Counts of directions are rounded down to the problem's limits.
+
+    >>> from allocators.example import example_problem
+    >>> components = Components(example_problem(kept=0.5))
+    >>> s = components.initial()
+    >>> s.shape, components.limit, round(float(s @ components.price))
+    (torch.Size([392]), 192.0, 192)
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -142,7 +162,7 @@ class Components:
         self.limit = float(budget.limit - problem.used({part.spec.name: part.bare for part in self._parts}))
 
     def initial(self) -> Tensor:
-        """(n,) `clip(c magnitude, 0, 1)` with the `c` at which the expected price is the limit; all ones below it."""
+        """Compute the start (n,), `clip(c magnitude, 0, 1)` with the `c` whose expected price is the limit."""
         held = (self.magnitude > 0).float()
         if _cost(held, self.price) <= self.limit:
             return held
@@ -153,11 +173,11 @@ class Components:
         return (c * self.magnitude).clamp_max(1.0)
 
     def candidate(self, mask: Tensor) -> Candidate:
-        """The components of `mask` (n,) bool, by layer; under a pattern as many directions as it has."""
+        """Make the candidate with the components of `mask` (n,) bool; under a pattern with as many directions."""
         return {part.spec.name: self._kept(part, mask) for part in self._parts}
 
     def rounded(self, s: Tensor) -> dict[str, Target]:
-        """The counts of the components of largest `s`, of equal ones by magnitude, as many as the exact budget takes.
+        """Count the components of largest `s`, of equal ones those of largest magnitude, up to the exact budget.
 
         A layer whose components cost as much as it does is dense.
         """

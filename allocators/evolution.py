@@ -1,4 +1,4 @@
-"""Evolution on the true loss: EvoPress as published, and one that is guided by the surrogate and races in pairs."""
+"""Evolution on the loss of the model: EvoPress as published, and a search that is guided by the surfaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from globalopt.values.problem import Allocation, Problem
 
 
 class Preset(StrEnum):
-    """EvoPress as published, or the guided search."""
+    """The search: EvoPress as published, or guided moves.
+
+    >>> Preset("guided")
+    <Preset.GUIDED: 'guided'>
+    """
 
     EVOPRESS = "evopress"
     GUIDED = "guided"
@@ -27,20 +31,27 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True)
 class Evolution:
-    """Search allocations on the true loss by mutations that keep the budget.
+    """Minimise the loss of the model by mutations of an allocation that keep the budget.
 
     `evopress`: from the uniform allocation, generations of 64 that swap levels between random layers, 64 to 8 to 2 to 1
-    on 2048, 16384 and 65536 tokens of random chunks, the parent in the last stage (arXiv:2410.14649). Departures: `S`
-    beside a rank, if asked, and the chunks are whole and no more than there are.
+    on 2048, 16384 and 65536 tokens of random chunks, the parent in the last stage (arXiv:2410.14649). Departures: there
+    may be a rank beside `S`, and the chunks are whole and no more than there are.
 
     `guided`: from the knapsack or the uniform allocation, by guided moves that race against an incumbent (`Race`).
 
-    A search that was killed asks the same again, which is known.
+    A search that was killed evaluates the same candidates again, whose losses are known.
 
     Args:
-        preset: which of the two.
-        generations: at most; it also ends when the tokens do.
+        preset: evopress or guided.
+        generations: at most; the search also ends with the tokens.
         rank_share: of the start of `evopress`, as in `Uniform`; the published method has no low-rank part.
+
+    >>> from allocators.example import ExampleObjective, example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> objective = ExampleObjective(problem, limit=20_000)
+    >>> found = Evolution().allocate(problem, objective)
+    >>> objective.true(found.targets) < 0.9 * objective.true(Knapsack().allocate(problem).targets)
+    True
     """
 
     name: ClassVar[str] = "evolution"

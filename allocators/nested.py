@@ -39,7 +39,7 @@ def nested(problem: Problem, budgets: Sequence[Budget], knapsack: Knapsack) -> I
     >>> problem = example_problem()
     >>> budgets = [Budget.fraction(kept, problem.specs) for kept in (0.6, 0.3)]
     >>> [[target.nnz for target in found.targets.values()] for found in nested(problem, budgets, Knapsack())]
-    [[], []]
+    [[0, 59, 56, 0], [24, 96, 64, 46]]
     """
     relaxed = replace(knapsack, exact=False)
     surfaces = problem.surfaces
@@ -70,7 +70,7 @@ def options_around(surface: ErrorSurface, inner: Target) -> ErrorSurface:
     >>> from allocators.example import example_problem
     >>> surface = example_problem().surfaces[0]  # 64 entries, in steps of 8
     >>> [(t.rank, t.nnz) for t in options_around(surface, Target(1, 30)).targets]
-    []
+    [(0, 64), (1, 32), (1, 40), (1, 48), (2, 32), (1, 30), (2, 30)]
     """
     dense = Target.dense(surface.spec)
     error = {t: e for t, e in zip(surface.targets, surface.error, strict=True) if is_within(inner, t, dense)}

@@ -62,7 +62,7 @@ class OptunaWarp:
         at_least(0, worker=self.worker)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the best allocation of the study, the knapsack, the uniform one and OWL on the whole selection text."""
+        """Return the best of the study, the knapsack, the uniform allocation and OWL on the whole selection text."""
         from allocators._warp_study import WarpStudy
 
         by = [Knapsack(), Uniform(), *([Owl()] if problem.profiles else [])]

@@ -88,7 +88,8 @@ def section(folder: str, name: str, method: type[Any]) -> Iterator[str]:
     if fields(method):
         yield "| option | default | |\n|---|---|---|"
         for field in fields(method):
-            yield f"| `{field.name}` | `{field.default}` | {explained.get(field.name, '')} |"
+            default = f"`{field.default}`" if field.default != "" else ""
+            yield f"| `{field.name}` | {default} | {explained.get(field.name, '')} |"
         yield ""
 
 

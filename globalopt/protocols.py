@@ -138,7 +138,14 @@ class Objective(Protocol):
     Windows come in `chunks`; candidates that are evaluated on the same chunks can be compared window by window.
     Evaluating the same candidate on the same chunk again costs nothing.
 
-    `allocators.example.ExampleObjective` is a small one that needs no model.
+    >>> from allocators.example import ExampleObjective, example_problem  # an objective that needs no model
+    >>> problem = example_problem()
+    >>> objective = ExampleObjective(problem)
+    >>> dense = {spec.name: Target.dense(spec) for spec in problem.specs}
+    >>> objective.losses([dense], chunks=[0]).tolist()
+    [[0.0, 0.0, 0.0, 0.0]]
+    >>> objective.tokens, objective.chunk_tokens
+    (40, 40)
     """
 
     @property
@@ -167,10 +174,30 @@ class Objective(Protocol):
 
 
 class Allocator(Protocol):
-    """Chooses one target per layer of a problem, within its budget. A frozen dataclass of hyper-parameters."""
+    """Chooses one target per layer of a problem, within its budget. A frozen dataclass of hyper-parameters.
+
+    >>> from dataclasses import dataclass
+    >>> from allocators.example import example_problem
+    >>> @dataclass(frozen=True)
+    ... class Sparse:
+    ...     name = "sparse"
+    ...     paper = ""
+    ...     uses_objective = False
+    ...     version = 1
+    ...
+    ...     def allocate(self, problem, objective=None):
+    ...         kept = problem.budget.kept
+    ...         targets = {spec.name: Target(0, int(kept * spec.numel)) for spec in problem.specs}
+    ...         return problem.finish(targets, by=self.name)
+    >>> Sparse().allocate(example_problem(kept=0.5)).used
+    192
+    """
 
     name: ClassVar[str]
+    """As in the table of allocators and in budget files."""
+
     paper: ClassVar[str]
+    """The source, "arXiv:..." or "doi:...", or empty."""
 
     uses_objective: ClassVar[bool]
     """Whether it evaluates the objective; an allocator that does not is given None."""

@@ -57,10 +57,11 @@ class RecordedObjective:
     """Evaluate the losses that no one has evaluated before, and count the tokens.
 
     A loss is known by candidate and chunk. Its tokens count when it is first requested of this object, whether the
-    journal or the model answers, so that a resumed search spends what an undisturbed one does.
+    journal or the model answers, so that a resumed search spends as many as an undisturbed one.
 
-    Several of these may share a journal at the same time, in one process or in many. Each reads what the others have
-    added before it evaluates anything. Of a loss that two have evaluated, all take the one that was written first.
+    Several of these may share a journal at the same time, in one process or in many. Each reads the losses that the
+    others have added before it evaluates anything. Of two losses of one candidate, all take the one that was written
+    first.
 
     Args:
         evaluate: computes losses on the model; called only for those that are not in the journal.
@@ -150,7 +151,7 @@ class RecordedObjective:
         return torch.stack(rows)
 
     def _refresh(self) -> None:
-        """Read what was added to the journal since the last time; the first of several losses is kept."""
+        """Read the losses added to the journal since the last time; of several for one candidate the first is kept."""
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials[self._read :]:
             for digest, by_chunk in trial.user_attrs.get("losses", {}).items():

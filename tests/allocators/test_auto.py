@@ -53,8 +53,8 @@ def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
     guides: list[Problem] = []
 
     class Spied(Race):
-        def __init__(self, trials, starts, rng, problem):
-            guides.append(problem)
+        def __init__(self, trials, starts, rng, problem=None):
+            guides.append(problem or trials.problem)
             super().__init__(trials, starts, rng, problem)
 
     monkeypatch.setattr("allocators.auto.Race", Spied)
@@ -72,8 +72,8 @@ def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
     assert np.std(wanted - found) < 0.6 * np.std(wanted)
 
 
-def test_it_needs_a_model_to_ask():
-    with pytest.raises(UsageError, match="asks the model"):
+def test_it_needs_an_objective():
+    with pytest.raises(UsageError, match="evaluates the model"):
         Auto().allocate(problem(0.4))
 
 

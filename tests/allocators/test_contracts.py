@@ -112,6 +112,16 @@ def test_same_seed_same_answer(allocator, case):
     assert solve(allocator, case)[1] == solve(allocator, case)[1]
 
 
+def test_only_those_that_say_so_use_the_objective(allocator):
+    assert allocator.version >= 1
+    p = problem(0.5)
+    objective = BentObjective(p)
+    found = allocator.allocate(p, objective)
+    assert (objective.tokens > 0) == allocator.uses_objective
+    if not allocator.uses_objective:
+        assert allocator.allocate(p) == found
+
+
 def test_order_of_layers_does_not_matter(allocator):
     p, found = solve(allocator, {"kept": 0.4})
     turned = replace(p, surfaces=p.surfaces[::-1])

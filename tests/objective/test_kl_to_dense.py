@@ -10,7 +10,7 @@ import torch
 from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.evaluation.perplexity import evaluate
 from globalopt.kernels.top_kl import Teacher
-from globalopt.models.layers import find_layers
+from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, TargetObjective
 from globalopt.text.splits import Split
@@ -211,6 +211,18 @@ def test_a_weight_is_made_once_for_all_chunks():
     objective = TargetObjective(model, materialise)
     objective.losses(candidates(layers.specs), range(3))
     assert len(asked) == len(set(asked))
+
+
+def test_the_next_call_puts_only_changed_weights_into_the_model(monkeypatch):
+    layers, objective = made("llama", WINDOWS)
+    base = candidates(layers.specs, 1)[0]
+    objective.losses([base], [0])
+    placed = []
+    real = ModelLayers.place
+    monkeypatch.setattr(ModelLayers, "place", lambda self, name, make: placed.append(name) or real(self, name, make))
+    last = layers.specs[-1]
+    objective.losses([base, {**base, last.name: Target(0, 1)}], [0])
+    assert placed == [last.name]
 
 
 def test_a_name_that_is_no_layer_is_refused():
