@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from globalopt.analysis.layer_analysis import LayerAnalysis
-from globalopt.analysis.solver_gap import SolverGap, measure_gap, sampled
+from globalopt.analysis.solver_gap import measure_gap
 from globalopt.errors import GlobalOptError
 from globalopt.protocols import Solver
 from globalopt.runs.artefacts import ANCHORS, SOLVER_GAP
@@ -76,10 +76,3 @@ def compare_solvers(
             raise
         analysis.work.put(SOLVER_GAP, spec, found)
         advance(spec.name)
-
-
-def read_gap(analysis: LayerAnalysis) -> SolverGap:
-    """Read the solver gap that `compare_solvers` wrote; of no layer, if it was not run."""
-    work = analysis.work
-    measured = [(spec, found) for spec in sampled(analysis.layers.specs) if (found := work.find(SOLVER_GAP, spec))]
-    return SolverGap.of([(analysis.options(spec), found) for spec, found in measured])

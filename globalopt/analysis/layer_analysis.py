@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from globalopt.analysis.grid import Options
-from globalopt.analysis.solver_gap import NO_GAP, SolverGap
+from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
-from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SPAN, Stage
+from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Stage
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import FREE, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
@@ -103,3 +103,18 @@ class LayerAnalysis:
             residual = weight - value.to(weight.device).dense()
             found[i] = residual * gap.at(anchor, spec) ** 0.5
         return Residuals(solutions.rows, found)
+
+
+def read_gap(analysis: LayerAnalysis) -> SolverGap:
+    """Read the solver gap of the sampled layers; there is none where no solvers were compared.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from pathlib import Path
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> read_gap(LayerAnalysis(layers, Workspace(Path("work")))) == NO_GAP
+    True
+    """
+    work = analysis.work
+    measured = [(spec, found) for spec in sampled(analysis.layers.specs) if (found := work.find(SOLVER_GAP, spec))]
+    return SolverGap.of([(analysis.options(spec), found) for spec, found in measured])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from globalopt.analysis.layer_analysis import PROBE_OUTPUT_GRAM, LayerAnalysis, read_gap
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.protocols import Solver
+from globalopt.runs.artefacts import GRAM, METRIC_CHOICE, SINGLE_LAYER_LOSSES
 from globalopt.runs.records import MetricChoice
 from globalopt.values.budget import FREE, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
@@ -126,3 +128,70 @@ def _probed_target(spec: LayerSpec, pattern: NM | None, limits: Limits) -> Targe
     if not limits.sparse:
         return Target(max(1, int(WEIGHED_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
     return Target(0, pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel), pattern)
+
+
+def write_metric_choices(
+    analysis: LayerAnalysis,
+    runner: BlockRunner,
+    specs: Sequence[LayerSpec],
+    probe: Solver,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Choose the metric of the layers `specs` by `choose_metrics`, and write the choices.
+
+    Args:
+        analysis: with the Grams and the output Grams of the layers.
+
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import write_output_grams
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.artefacts import Stage
+    >>> from globalopt.runs.workspace import Workspace
+    >>> from solvers import get_solver
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))])
+    >>> write_output_grams(runner, work, Stage.PROBE_LABELS, layers.specs[:1], seed=0)
+    >>> probe = get_solver("3basil", {"steps": "5"})
+    >>> write_metric_choices(LayerAnalysis(layers, work), runner, layers.specs[:1], probe)
+    >>> work.get(METRIC_CHOICE, layers.specs[0]).plain > 0
+    True
+    """
+    work = analysis.work
+    grams = ((spec, work.get(GRAM, spec.site), work.get(PROBE_OUTPUT_GRAM, spec)) for spec in specs)
+    for spec, choice in choose_metrics(runner, grams, probe, analysis.pattern, analysis.limits):
+        work.put(METRIC_CHOICE, spec, choice)
+        advance(spec.name)
+
+
+def write_single_layer_losses(
+    analysis: LayerAnalysis,
+    runner: BlockRunner,
+    specs: Sequence[LayerSpec],
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Measure the layers `specs` at those of their anchors that keep at most `MEASURED_KEPT`, and write the losses.
+
+    Args:
+        analysis: with the anchor solutions of the layers, scaled by the solver gap.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))])
+    >>> write_single_layer_losses(LayerAnalysis(layers, work), runner, [])  # no layer is left to measure
+    """
+    gap = read_gap(analysis)
+
+    def low(spec: LayerSpec) -> dict[Target, Tensor]:
+        residuals = analysis.residuals(spec, analysis.layers.weight(spec.name), gap)
+        kept = MEASURED_KEPT * spec.numel
+        return {anchor: residuals.at(anchor) for anchor in residuals.anchors if anchor.params(spec) <= kept}
+
+    for spec, losses in single_layer_losses(runner, ((spec, low(spec)) for spec in specs)):
+        analysis.work.put(SINGLE_LAYER_LOSSES, spec, losses)
+        advance(spec.name)

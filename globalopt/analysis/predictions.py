@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from globalopt.analysis.anchors import read_gap
-from globalopt.analysis.layer_analysis import LayerAnalysis, Residuals
+from globalopt.analysis.layer_analysis import LayerAnalysis, Residuals, read_gap
 from globalopt.analysis.sensitivity import LayerSensitivity, Sketches, backward_sweep
 from globalopt.analysis.surfaces import calibrated_surface, gram_errors, sketches
 from globalopt.kernels.sketch import DenseSketch

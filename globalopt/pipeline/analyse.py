@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor
-
-from globalopt.analysis.anchors import compare_solvers, read_gap, solve_anchors
+from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import span_layers, write_output_grams
-from globalopt.analysis.layer_analysis import PROBE_OUTPUT_GRAM, LayerAnalysis
-from globalopt.analysis.one_layer_losses import (
-    MEASURED_KEPT,
-    MEASURED_WINDOWS,
-    choose_metrics,
-    single_layer_losses,
-)
+from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS, write_metric_choices, write_single_layer_losses
 from globalopt.analysis.predictions import predict_by_fisher, predict_by_grams
 from globalopt.analysis.solver_gap import sampled
 from globalopt.models.walk import Batch, BlockRunner
@@ -26,7 +19,6 @@ from globalopt.protocols import Solver
 from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,
-    GRAM,
     METRIC_CHOICE,
     OUTPUT_GRAM,
     PREDICTION,
@@ -35,7 +27,7 @@ from globalopt.runs.artefacts import (
     Stage,
 )
 from globalopt.runs.folder import Run
-from globalopt.values.budget import Budget, Target
+from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
 
@@ -56,7 +48,7 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
         seed = plan.seed ^ OTHER_LABELS
         collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
     if plan.weighted:
-        write_metric_choices(session, reporter, analysis, plan.probe)
+        choose_metrics(session, reporter, analysis, plan.probe)
     runner = session.runner(run.folder)
     with reporter.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, plan.scaling, plan.fisher, device, advance)
@@ -90,16 +82,13 @@ def collect_output_grams(
             write_output_grams(runner, run, stage, missing, seed, session.loaded.device, advance)
 
 
-def write_metric_choices(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
+def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
     """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and `tr(A E G Eᵀ)`."""
     work = analysis.work
     missing = work.missing(METRIC_CHOICE, session.layers.specs)
     if missing:
-        grams = ((spec, work.get(GRAM, spec.site), work.get(PROBE_OUTPUT_GRAM, spec)) for spec in missing)
         with reporter.stage("metric", len(missing), "layers") as advance:
-            for spec, choice in choose_metrics(_few(session), grams, probe, analysis.pattern, analysis.limits):
-                work.put(METRIC_CHOICE, spec, choice)
-                advance(spec.name)
+            write_metric_choices(analysis, _few(session), missing, probe, advance)
 
 
 def _few(session: Session) -> BlockRunner:
@@ -121,17 +110,7 @@ def _solve_anchors(session: Session, reporter: Reporter, plan: AnalysisPlan, ana
 
 def _measure(session: Session, reporter: Reporter, analysis: LayerAnalysis) -> None:
     """Measure the loss of every layer at its lowest anchors, where that was not done yet."""
-    work, layers = analysis.work, session.layers
-    missing = work.missing(SINGLE_LAYER_LOSSES, layers.specs)
+    missing = analysis.work.missing(SINGLE_LAYER_LOSSES, session.layers.specs)
     if missing:
-        gap = read_gap(analysis)
-
-        def low(spec: LayerSpec) -> dict[Target, Tensor]:
-            residuals = analysis.residuals(spec, layers.weight(spec.name), gap)
-            kept = MEASURED_KEPT * spec.numel
-            return {anchor: residuals.at(anchor) for anchor in residuals.anchors if anchor.params(spec) <= kept}
-
         with reporter.stage("measure", len(missing), "layers") as advance:
-            for spec, losses in single_layer_losses(_few(session), ((spec, low(spec)) for spec in missing)):
-                work.put(SINGLE_LAYER_LOSSES, spec, losses)
-                advance(spec.name)
+            write_single_layer_losses(analysis, _few(session), missing, advance)

@@ -10,7 +10,7 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import for_solver
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
-from globalopt.pipeline.analyse import collect_output_grams, write_metric_choices
+from globalopt.pipeline.analyse import choose_metrics, collect_output_grams
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.plan import RefinementPlan, probe_solver
 from globalopt.pipeline.reporter import Reporter
@@ -60,7 +60,7 @@ def compress(
         if plan.metric_choices:
             collect_output_grams(session, reporter, run, Stage.LABELS, session.layers.specs, plan.seed)
             analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)
-            write_metric_choices(session, reporter, analysis, probe)
+            choose_metrics(session, reporter, analysis, probe)
         return finish(session, reporter, run, plan, file, command), run
 
 

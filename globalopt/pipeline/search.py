@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from allocators import Uniform
-from globalopt.analysis.anchors import read_gap
-from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.models.walk import BlockRunner

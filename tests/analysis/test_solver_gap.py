@@ -1,4 +1,4 @@
-"""Ratios of the solver's errors to those of quick fits: by hand, between anchors, and in the fits of a search."""
+"""Solver gaps: by hand, between anchors, and in the residuals of an analysis."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import span_layers
-from globalopt.analysis.fit_ratio import NOT_COMPARED, FitRatio, measure_ratios, sampled
-from globalopt.analysis.fits import compare_fits, fit_layers
 from globalopt.analysis.grid import Options
-from globalopt.analysis.surfaces import fit_anchors
+from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
+from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sampled
 from globalopt.budgets.conversion import for_solver
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.protocols import Solver
-from globalopt.runs.folder import Run
+from globalopt.runs.artefacts import GRAM
+from globalopt.runs.records import AnchorSolutions
+from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
@@ -25,7 +26,7 @@ from solvers import get_solver
 from tests.tiny_models import tiny_ids, tiny_model
 
 SPEC = LayerSpec("layer", 0, "site", "q_proj", 24, 32)
-QUICK = get_solver("3basil", {"steps": "8"})
+PROBE = get_solver("3basil", {"steps": "8"})
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, Metric]:
@@ -34,8 +35,10 @@ def problem(seed: int = 0) -> tuple[torch.Tensor, Metric]:
     return torch.randn(SPEC.d_out, SPEC.d_in, generator=generator), Metric(Gram(x.mT @ x / 200, 200))
 
 
-def lost(weight: torch.Tensor, metric: Metric, options: Options) -> torch.Tensor:
-    return fit_anchors(weight, metric, options, QUICK)
+def probed(weight: torch.Tensor, metric: Metric, options: Options) -> AnchorSolutions:
+    anchors = [anchor for row in options.anchors for anchor in row]
+    found = PROBE.solve_path(PROBE.prepare(weight, metric), anchors)
+    return AnchorSolutions(options.anchors, tuple(solution.value for solution in found))
 
 
 def budget_of(*specs: LayerSpec) -> Budget:
@@ -54,16 +57,16 @@ def test_a_layer_of_every_kind_is_sampled():
 
 
 @pytest.mark.parametrize("name", ["3basil", "oats", "hassle-free", "sparsegpt", "eora", "svd", "slab"])
-def test_ratios_are_of_the_errors(name):
+def test_gaps_are_ratios_of_errors(name):
     weight, metric = problem()
     options = Options.of(SPEC, 24)
     solver = get_solver(name, {})
-    found = measure_ratios(weight, metric, options, lost(weight, metric, options), solver, budget_of(SPEC))
+    found = measure_gap(SPEC, weight, metric, probed(weight, metric, options), solver, budget_of(SPEC))
     anchors = [anchor for row in options.anchors for anchor in row]
-    quick = QUICK.solve_path(QUICK.prepare(weight, metric), anchors)
+    by_probe = PROBE.solve_path(PROBE.prepare(weight, metric), anchors)
     assert set(found) <= set(anchors)
     assert found
-    for anchor, fit in zip(anchors, quick, strict=True):
+    for anchor, fit in zip(anchors, by_probe, strict=True):
         if anchor not in found:
             continue
         asked = for_solver(anchor, SPEC, solver, budget_of(SPEC))
@@ -75,11 +78,11 @@ def test_ratios_are_of_the_errors(name):
         assert found[anchor] == pytest.approx(expected, rel=0.1)
 
 
-def test_a_quick_solver_that_is_the_solver_changes_nothing_without_a_path():
+def test_a_probe_that_is_the_solver_changes_nothing_without_a_path():
     """A path's first target is fitted from nothing, as the solver fits it."""
     weight, metric = problem()
     options = Options.of(SPEC, 24)
-    found = measure_ratios(weight, metric, options, lost(weight, metric, options), QUICK, budget_of(SPEC))
+    found = measure_gap(SPEC, weight, metric, probed(weight, metric, options), PROBE, budget_of(SPEC))
     first = min(found, key=lambda target: (target.nnz, target.rank))
     assert found[first] == pytest.approx(1.0, rel=0.02)
 
@@ -89,69 +92,54 @@ def test_a_layer_that_does_nothing_costs_nothing_by_any_solver():
     weight = torch.zeros(SPEC.d_out, SPEC.d_in)
     options = Options.of(SPEC, 24)
     oats = get_solver("oats", {})
-    found = measure_ratios(weight, metric, options, lost(weight, metric, options), oats, budget_of(SPEC))
+    found = measure_gap(SPEC, weight, metric, probed(weight, metric, options), oats, budget_of(SPEC))
     assert set(found.values()) == {1.0}
 
 
-def test_a_kind_has_its_own_ratio_and_others_the_geometric_mean():
+def test_a_kind_has_its_own_gap_and_others_the_geometric_mean():
     other = replace(SPEC, kind="up_proj")
     measured = []
     for sampled_spec, value in ((SPEC, 0.5), (other, 0.125)):
         options = Options.of(sampled_spec, 24)
         measured.append((options, {anchor: value for row in options.anchors for anchor in row}))
-    ratio = FitRatio.of(measured)
+    gap = SolverGap.of(measured)
     target = Target(2, 300)
-    assert ratio.at(target, SPEC) == pytest.approx(0.5)
-    assert ratio.at(target, other) == pytest.approx(0.125)
-    assert ratio.at(target, replace(SPEC, kind="o_proj")) == pytest.approx(0.25)
+    assert gap.at(target, SPEC) == pytest.approx(0.5)
+    assert gap.at(target, other) == pytest.approx(0.125)
+    assert gap.at(target, replace(SPEC, kind="o_proj")) == pytest.approx(0.25)
 
 
-def test_ratios_are_linear_in_logarithms_between_anchors():
+def test_gaps_are_linear_in_logarithms_between_anchors():
     options = Options.of(SPEC, 24)
     rows = options.anchors
     low = {anchor: 1.0 for anchor in rows[0]}
     high = {anchor: 0.25 for anchor in rows[1]}
-    ratio = FitRatio.of([(options, {**low, **high})])
-    assert ratio.at(rows[0][1], SPEC) == pytest.approx(1.0)
+    gap = SolverGap.of([(options, {**low, **high})])
+    assert gap.at(rows[0][1], SPEC) == pytest.approx(1.0)
     top = max(rows[1], key=lambda anchor: anchor.rank_share(SPEC))
-    assert ratio.at(top, SPEC) == pytest.approx(0.25)
+    assert gap.at(top, SPEC) == pytest.approx(0.25)
     between = Target(1, 400)
     t = between.rank_share(SPEC) / top.rank_share(SPEC)
-    assert ratio.at(between, SPEC) == pytest.approx(0.25**t)
-    assert NOT_COMPARED.at(between, SPEC) == 1.0
-    assert FitRatio.of([(options, {})]).at(between, SPEC) == 1.0
+    assert gap.at(between, SPEC) == pytest.approx(0.25**t)
+    assert NO_GAP.at(between, SPEC) == 1.0
+    assert SolverGap.of([(options, {})]).at(between, SPEC) == 1.0
 
 
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)])
-def test_fits_are_scaled_to_what_the_solver_leaves(tmp_path, pattern):
+def test_residuals_are_scaled_to_what_the_solver_leaves(tmp_path, pattern):
     layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
     runner = BlockRunner(layers, [Batch(tiny_ids(8, 12))])
-
-    def errors(name: str, solver: Solver | None) -> tuple[dict[LayerSpec, dict[Target, float]], FitRatio]:
-        run = Run.start(tmp_path / name, {}, {})
-        span_layers(runner, run, "activation", keep_inputs=False)
-        ratio = NOT_COMPARED
-        if solver is not None:
-            budget = budget_of(*layers.specs)
-            ratio = compare_fits(layers, run, pattern, QUICK, solver, budget, lambda spec: None)
-            # What is written is read, not measured again.
-            assert compare_fits(layers, run, pattern, QUICK, QUICK, budget, lambda spec: None) == ratio
-        unfitted = [spec for spec in layers.specs if not run.fits_path(spec).exists()]
-        assert set(unfitted) == {*layers.specs} - ({*sampled(layers.specs)} if solver else set())
-        fit_layers(layers, unfitted, run, pattern, QUICK, lambda spec: None, ratio=ratio)
-        found = {}
-        for spec in layers.specs:
-            rows, lost = run.read_fits(spec)
-            anchors = [anchor for row in rows for anchor in row]
-            metric = Metric(run.read_gram(spec.site))
-            found[spec] = {anchor: metric.error(E.float()) for anchor, E in zip(anchors, lost, strict=True)}
-        return found, ratio
-
-    quick, _ = errors("quick", None)
-    own, ratio = errors("own", get_solver("oats", {"steps": "2"}))
+    analysis = LayerAnalysis(layers, Workspace(tmp_path), pattern)
+    span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    solve_anchors(analysis, layers.specs, PROBE)
+    assert read_gap(analysis) == NO_GAP
+    compare_solvers(analysis, sampled(layers.specs), get_solver("oats", {"steps": "2"}), budget_of(*layers.specs))
+    gap = read_gap(analysis)
     seen = []
     for spec in layers.specs:
-        for anchor, error in quick[spec].items():
-            seen.append(ratio.at(anchor, spec))
-            assert own[spec][anchor] == pytest.approx(error * seen[-1], rel=0.02)
+        weight, metric = layers.weight(spec.name), Metric(analysis.work.get(GRAM, spec.site))
+        plain, scaled = analysis.residuals(spec, weight), analysis.residuals(spec, weight, gap)
+        for anchor in plain.anchors:
+            seen.append(gap.at(anchor, spec))
+            assert metric.error(scaled.at(anchor)) == pytest.approx(metric.error(plain.at(anchor)) * seen[-1], rel=0.02)
     assert max(abs(math.log(value)) for value in seen) > 0.2

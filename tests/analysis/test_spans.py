@@ -7,7 +7,7 @@ import torch
 
 from globalopt.analysis.grid import LARGEST_SHARE, Options
 from globalopt.analysis.spans import SCALINGS, compute_span, input_scale
-from globalopt.analysis.surfaces import fit_anchors, gram_errors, priced, project, sketches
+from globalopt.analysis.surfaces import calibrated_surface, gram_errors, project, sketches
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.objective.candidates import take
 from globalopt.values.budget import Target
@@ -131,16 +131,18 @@ def test_gram_errors_are_those_of_what_is_taken(made, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_priced_surface_passes_through_its_anchors(made, pattern):
+def test_a_calibrated_surface_passes_through_its_anchors(made, pattern):
     W, gram, span = made
     metric = Metric(gram)
     options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
     targets = [target for row in options.anchors for target in row]
-    lost = fit_anchors(W, metric, options, get_solver("3basil"))
+    solver = get_solver("3basil")
+    found = solver.solve_path(solver.prepare(W, metric), [anchor for row in options.anchors for anchor in row])
+    lost = torch.stack([W - solution.value.dense() for solution in found])
     fitted = [metric.error(E) for E in lost]
     assert len(fitted) == len(targets)
-    surface = priced(options, errors, fitted, metric.error(W))
-    plain = priced(options, errors, (), metric.error(W))
+    surface = calibrated_surface(options, errors, fitted, metric.error(W))
+    plain = calibrated_surface(options, errors, (), metric.error(W))
     for target, error in zip(targets, fitted, strict=True):
         if target in surface.targets:
             assert surface.predict(target) == pytest.approx(error, rel=1e-6)
@@ -149,9 +151,9 @@ def test_a_priced_surface_passes_through_its_anchors(made, pattern):
 
 def test_prices_are_monotone_and_zero_has_a_floor():
     options = Options(SPEC, None, ((0, (0, 480, 960)),), 480)
-    surface = priced(options, [0.1, 0.5, 0.0], (), zero_error=2.0)
+    surface = calibrated_surface(options, [0.1, 0.5, 0.0], (), zero_error=2.0)
     assert surface.error == (2.0, 0.5, 0.0)
-    assert priced(options, [0.1, 0.5, 0.0], (), zero_error=0.0).error == (0.5, 0.5, 0.0)
+    assert calibrated_surface(options, [0.1, 0.5, 0.0], (), zero_error=0.0).error == (0.5, 0.5, 0.0)
 
 
 def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_says():
@@ -161,7 +163,7 @@ def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_s
     hump = [(1 - t.params(spec) / spec.numel) * (4.0 if 0 < t.rank_share(spec) < 0.2 else 1.0) for t in options.targets]
     anchors = [target for row in options.anchors for target in row]
     fitted = {anchor: (1 - anchor.params(spec) / spec.numel) ** 2 * (0.5 if anchor.rank else 1.0) for anchor in anchors}
-    surface = priced(options, hump, list(fitted.values()), 1.0)
+    surface = calibrated_surface(options, hump, list(fitted.values()), 1.0)
     low, high = options.sharing(0.4, 0.0), options.sharing(0.4, 0.25)
     for share in (0.05, 0.1, 0.15, 0.2):
         target = min(

@@ -201,7 +201,7 @@ def test_two_four(wide, tiny_text, tmp_path):
     assert file.limits is None
     run = Run.open(tmp_path / "run")
     for entry in file.layers:
-        assert follows(run.read_layer(entry.spec)[0].S, NM(2, 4))
+        assert follows(run.layer(entry.spec).S, NM(2, 4))
     done("export", tmp_path / "run", "--format", "packed", "--out", tmp_path / "out", "-q")
     forms = [layer.shape.sparse.form for _, layer in packed_layers(load_packed(tmp_path / "out"))]
     assert forms == ["2:4"] * len(file.layers)
@@ -231,7 +231,7 @@ def test_factors_are_priced_by_fits_and_by_the_model(tiny_llama, tiny_text, tmp_
     options += ("--allocator-set", "rounds=1,designs=2", "--solver", "3basil", "--set", "steps=5")
     command = ("search", tiny_llama, "--calibration", tiny_text, "--match", "none", *WINDOWS, "--out", tmp_path / "run")
     done(*command, *options, "-q")
-    summary = Run.open(tmp_path / "run").read_summary()
+    summary = Run.open(tmp_path / "run").summary()
     assert summary.search is not None
     assert summary.search.candidates == "fit"
     assert all(layer.nnz in (0, layer.d_out * layer.d_in) for layer in summary.layers)

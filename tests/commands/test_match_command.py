@@ -14,6 +14,7 @@ from globalopt.errors import UsageError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import load_model
 from globalopt.pipeline.options import RefineOptions
+from globalopt.runs.artefacts import SOLVED_LAYER
 from globalopt.runs.folder import Run
 from tests.command import WINDOWS, done, no_partial_files, read, refused, results, write_text
 from tests.tiny_models import save_tiny
@@ -54,9 +55,9 @@ def test_what_is_saved_is_what_was_matched(model, searched, tmp_path, match):
     layers = find_layers(load_model(str(folder / "model")).model)
     file = read(folder / "budget.json")
     for spec, entry in zip(layers.specs, file["layers"], strict=True):
-        value, _ = run.read_layer(spec)
+        value = run.layer(spec)
         assert torch.equal(layers.weight(spec.name), value.dense())
-        fitted = run.read_fitted(spec)[0]
+        fitted = run.get(SOLVED_LAYER, spec).value
         assert torch.equal(value.S != 0, fitted.S != 0)
         assert value.nnz <= entry["nnz"] + entry["rank"] * (spec.d_out + spec.d_in)
     saved = load_file(folder / "model" / "model.safetensors")

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, continued, write_samples
 from globalopt.models.loading import load_model
+from globalopt.runs.artefacts import SAMPLES
 from globalopt.runs.folder import Run
 from globalopt.text.splits import Split
 from tests.tiny_models import COVERED_KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
@@ -75,7 +76,7 @@ def test_a_lazy_model_is_not_asked(tmp_path):
 
 def test_a_run_keeps_samples_of_its_own_models(tiny_run):
     run = Run.open(tiny_run)
-    found = run.read_samples()
+    found = run.find(SAMPLES, None)
     assert found is not None
     assert found.split == "validation"
     # Windows of 16 tokens, of which there are 2.

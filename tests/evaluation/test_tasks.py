@@ -19,6 +19,7 @@ from globalopt.evaluation import tasks
 from globalopt.evaluation.task_files import PAPERS, read_task_file
 from globalopt.evaluation.tasks import ask, choose_tasks
 from globalopt.models.loading import LoadedModel, load_model
+from globalopt.runs.artefacts import SCORES
 from globalopt.runs.folder import Run
 from globalopt.values.scores import Score, averages
 from reports import QuietProgress, make_progress, render_scores
@@ -208,10 +209,10 @@ def test_eval_of_a_run_holds_it_against_the_dense_model(tiny_run, tiny_llama, ti
     options = ("--tasks-path", folder, "--ppl", f"words={tiny_text}")
     scores = json.loads(done("eval", run, *options, "--json").stdout)
     assert scores == read(run / "eval.json")
-    kept = Run.open(run).read_scores()
+    kept = Run.open(run).find(SCORES, None)
     assert kept is not None
     assert [metrics.split for metrics in kept.model.metrics] == ["validation", "test", "words"]
-    summary = Run.open(run).read_summary()
+    summary = Run.open(run).summary()
     assert kept.model.metrics[:2] == summary.compressed
     assert kept.dense is not None
     assert kept.dense.metrics[:2] == summary.dense

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from globalopt.models.layers import find_layers
 from globalopt.models.saving import save_dense
+from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
 from globalopt.runs.folder import Run
+from globalopt.runs.records import SolvedLayer
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.results import LayerResult, Summary
@@ -29,11 +31,12 @@ def made_run(
     results = []
     for spec, how in zip(layers.specs, cycle(kinds), strict=False):
         value = _in(decomposed(layers.weight(spec.name), how), dtype)
-        run.write_layer(spec, value, {})
+        run.put(SOLVED_LAYER, spec, SolvedLayer(value, {}))
         layers.set_weight(spec.name, value.dense())
         results.append(_result(spec, value, how))
     save_dense(model, tiny_tokenizer(), run.model_folder, dtype)
-    run.write_summary(_summary(tuple(results)))
+    run.put(SUMMARY, None, _summary(tuple(results)))
+    run.close()
     return folder
 
 

@@ -73,7 +73,7 @@ def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(case, tmp_path):
     found: list[Any] = [
         module for module in model.modules() if hasattr(module, "scaling") and hasattr(module, "lora_A")
     ]
-    specs = {layer.name: layer for layer in Run.open(run).read_summary().layers if layer.rank}
+    specs = {layer.name: layer for layer in Run.open(run).summary().layers if layer.rank}
     assert len(found) == len(specs)
     assert {module.scaling["default"] for module in found} == {1.0}
     assert sorted(module.r["default"] for module in found) == sorted(layer.rank for layer in specs.values())
@@ -84,7 +84,7 @@ def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(case, tmp_path):
     # The base is the sparse parts and nothing else.
     layers = find_layers(load_model(out / "base").model, allow_low_coverage=True)
     for spec in layers.specs:
-        value, _ = Run.open(run).read_layer(spec)
+        value = Run.open(run).layer(spec)
         assert torch.equal(layers.weight(spec.name), value.S.float())
 
 
@@ -149,7 +149,7 @@ def test_signs_are_factors_too(tmp_path):
     layers = find_layers(load_model(run / "model").model)
     values = dict(read_factors(tmp_path / "out"))
     for spec in layers.specs:
-        value, _ = opened.read_layer(spec)
+        value = opened.layer(spec)
         assert torch.equal(values[spec.name].dense(), value.dense())
         assert (values[spec.name].signs is None) == (value.signs is None)
 

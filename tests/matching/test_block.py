@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from globalopt.budgets.conversion import for_solver
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.matching.block import Loss, Matching, match_block
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
 from globalopt.refine.blocks import Order, Refinement, refine
+from globalopt.runs.artefacts import MATCHED_BLOCK, SOLVED_LAYER
 from globalopt.runs.files import read_tensors
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer import NM
 from globalopt.values.metric import Gram
 from solvers import SOLVERS, get_solver
 from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model
@@ -34,16 +36,17 @@ def setting(
     name="run",
 ):
     layers = find_layers(tiny_model(kind))
-    targets = {spec.name: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
     total = sum(spec.numel for spec in layers.specs)
+    budget = Budget(total, total)
     made = get_solver(solver, {"steps": "20"} if solver == "3basil" else {})
-    plan = Refinement(targets, made, Budget(total, total), dtype, dict.fromkeys(targets), matching=matching)
+    asked = {spec: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
+    targets = {spec.name: for_solver(asked[spec], spec, made, budget) for spec in layers.specs}
+    plan = Refinement(targets, made, budget, dtype, dict.fromkeys(targets), matching=matching)
     runner = BlockRunner(layers, [Batch(tiny_ids(4, 12, seed=seed)) for seed in range(4)])
-    return layers, runner, plan, Run.start(tmp_path / name, {"n": 1}, {})
-
-
-def no_outputs(spec: LayerSpec) -> Gram | None:
-    return None
+    run = Run.start(tmp_path / name, {"n": 1}, {})
+    # Other settings open the same folder, as a run that goes on does.
+    run.close()
+    return layers, runner, plan, run
 
 
 def output_error(runner: BlockRunner, dense: list[Tensor], tensors=None) -> float:
@@ -62,20 +65,20 @@ def first_outputs(runner: BlockRunner) -> list[Tensor]:
 def test_matching_helps_every_solver_and_keeps_its_support(tmp_path, solver):
     _, runner, plan, run = setting(tmp_path, solver)
     dense = first_outputs(runner)
-    results = list(refine(runner, plan, run, no_outputs))
+    results = list(refine(runner, plan, run))
     layers = runner.layers
     for spec, result in zip(layers.specs, results, strict=True):
-        fitted, matched = run.read_fitted(spec)[0], run.read_layer(spec)[0]
+        fitted, matched = run.get(SOLVED_LAYER, spec).value, run.layer(spec)
         # Kept entries that the solver left at zero are none.
         assert torch.equal(matched.S != 0, fitted.S != 0)
         assert (matched.rank, matched.signs is None) == (fitted.rank, fitted.signs is None)
         assert (result.rank, result.nnz) == (matched.rank, matched.nnz)
         assert torch.equal(layers.weight(spec.name), matched.dense())
-    first, *_ = run.read_matches(2)
+    first, *_ = run.matches(2)
     assert first.after < first.before
     with torch.no_grad():
         after = output_error(runner, dense)
-        norms = run.read_matched(run.matched_path(0), [])[1]
+        norms = run.get(MATCHED_BLOCK, 0).norms
         before = output_error(runner, dense, before_matching(run, runner, norms))
     assert after < 0.9 * before
 
@@ -84,7 +87,7 @@ def before_matching(run: Run, runner: BlockRunner, norms) -> dict[str, Tensor]:
     """Parameters of the first block as the solver left them."""
     root = f"{runner.layers.blocks_path}.0."
     dense = tiny_model("llama")
-    made = {f"{spec.name}.weight": run.read_fitted(spec)[0].dense() for spec in runner.layers.of_block(0)}
+    made = {f"{spec.name}.weight": run.get(SOLVED_LAYER, spec).value.dense() for spec in runner.layers.of_block(0)}
     made.update({name: dense.get_parameter(name) for name in norms})
     return {name.removeprefix(root): tensor for name, tensor in made.items()}
 
@@ -92,10 +95,10 @@ def before_matching(run: Run, runner: BlockRunner, norms) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", COVERED_KINDS)
 def test_every_architecture_is_matched(tmp_path, kind):
     layers, runner, plan, run = setting(tmp_path, "wanda", kind)
-    list(refine(runner, plan, run, no_outputs))
-    for match in run.read_matches(2):
+    list(refine(runner, plan, run))
+    for match in run.matches(2):
         assert match.after < match.before
-    norms = {name for block in (0, 1) for name in run.read_matched(run.matched_path(block), [])[1]}
+    norms = {name for block in (0, 1) for name in run.get(MATCHED_BLOCK, block).norms}
     assert norms
     before = tiny_model(kind)
     assert all(not torch.equal(layers.model.get_parameter(n), before.get_parameter(n)) for n in norms)
@@ -104,18 +107,18 @@ def test_every_architecture_is_matched(tmp_path, kind):
 def test_a_pattern_is_kept(tmp_path):
     half = NM(2, 4)
     layers, runner, plan, run = setting(tmp_path, target=lambda spec: Target(2, half.nnz(spec), half))
-    list(refine(runner, plan, run, no_outputs))
+    list(refine(runner, plan, run))
     for spec in layers.specs:
-        value = run.read_layer(spec)[0]
+        value = run.layer(spec)
         assert follows(value.S, half)
         assert value.nnz == half.nnz(spec)
 
 
 def test_half_precision_is_what_is_saved_and_placed(tmp_path):
     layers, runner, plan, run = setting(tmp_path, dtype=torch.bfloat16)
-    list(refine(runner, plan, run, no_outputs))
+    list(refine(runner, plan, run))
     for spec in layers.specs:
-        value = run.read_layer(spec)[0]
+        value = run.layer(spec)
         assert value.S.dtype == value.U.dtype == torch.bfloat16
         assert torch.equal(layers.weight(spec.name), value.dense())
 
@@ -127,15 +130,15 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, order, share)
 
     def refined(name: str) -> dict[int, dict[str, object]]:
         _, runner, plan, run = setting(tmp_path, matching=matching, name=name)
-        list(refine(runner, replace(plan, order=order), run, no_outputs))
-        return {block: bits(run.matched_path(block)) for block in (0, 1)}
+        list(refine(runner, replace(plan, order=order), run))
+        return {block: bits(run.path(MATCHED_BLOCK, block)) for block in (0, 1)}
 
     whole = refined("whole")
     _, runner, plan, run = setting(tmp_path, matching=matching, name="killed")
-    next(refine(runner, replace(plan, order=order), run, no_outputs))
+    next(refine(runner, replace(plan, order=order), run))
     # As if it had been killed between two layers of the first block, before it was matched.
-    run.matched_path(0).unlink()
-    run.layer_path(runner.layers.of_block(0)[-1]).unlink()
+    run.path(MATCHED_BLOCK, 0).unlink()
+    run.path(SOLVED_LAYER, runner.layers.of_block(0)[-1]).unlink()
     assert refined("killed") == whole
 
 
@@ -157,7 +160,7 @@ def test_the_target_is_what_the_dense_block_makes_of_these_inputs_or_of_dense_on
     monkeypatch.setattr("globalopt.refine.blocks.match_block", spy)
     for share in (0.0, 0.5, 1.0):
         _, runner, plan, run = setting(tmp_path, matching=replace(QUICK, epochs=1, share=share), name=f"run{share}")
-        list(refine(runner, plan, run, no_outputs))
+        list(refine(runner, plan, run))
     _, runner, _, _ = setting(tmp_path)
     dense = [visit.outputs() for visit in walk_blocks(runner)]
     for block in (0, 1):
@@ -169,8 +172,8 @@ def test_the_target_is_what_the_dense_block_makes_of_these_inputs_or_of_dense_on
 
 def test_site_by_site_every_site_sees_the_layers_before_it_replaced(tmp_path):
     _, runner, plan, run = setting(tmp_path, "wanda", matching=None)
-    list(refine(runner, replace(plan, order=Order.SITE), run, no_outputs))
-    first = [run.read_fitted(spec)[0].dense() for spec in runner.layers.of_block(0)]
+    list(refine(runner, replace(plan, order=Order.SITE), run))
+    first = [run.get(SOLVED_LAYER, spec).value.dense() for spec in runner.layers.of_block(0)]
 
     # By hand: wanda keeps the largest |w| |x| of every row, x being what the replaced layers before really produce.
     layers = find_layers(tiny_model("llama"))
@@ -187,7 +190,7 @@ def test_site_by_site_every_site_sees_the_layers_before_it_replaced(tmp_path):
         if spec is [s for s in layers.of_block(0) if s.site == spec.site][-1]:
             for other in layers.of_block(0):
                 if other.site == spec.site:
-                    layers.set_weight(other.name, run.read_fitted(other)[0].dense())
+                    layers.set_weight(other.name, run.get(SOLVED_LAYER, other).value.dense())
 
 
 def metric_of(norms: Tensor):

@@ -34,7 +34,7 @@ def test_search_compresses_it(kind, tmp_path):
     # Loaded by plain transformers, every weight is what was saved for the layer.
     saved = AutoModelForCausalLM.from_pretrained(run.model_folder)
     for spec in made.layers.specs:
-        value, _ = run.read_layer(spec)
+        value = run.layer(spec)
         weight = saved.get_submodule(spec.name).weight
         weight = weight if type(saved.get_submodule(spec.name)) is torch.nn.Linear else weight.mT
         torch.testing.assert_close(weight.float(), value.dense(), atol=1e-6, rtol=1e-5)

@@ -15,7 +15,9 @@ from globalopt.models.loading import load_model
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.protocols import Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
+from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
+from globalopt.runs.records import MetricChoice
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import NM, LayerSpec
@@ -124,24 +126,25 @@ def setting(
     tmp_path, solver, target=None, dtype=torch.float32, model=None
 ) -> tuple[ModelLayers, BlockRunner, Refinement, Run]:
     layers = find_layers(model or tiny_model("llama"))
-    targets = {spec.name: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
     total = sum(spec.numel for spec in layers.specs)
-    plan = Refinement(targets, solver, Budget(total, total), dtype, dict.fromkeys(targets))
+    budget = Budget(total, total)
+    asked = {spec: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
+    targets = {spec.name: for_solver(asked[spec], spec, solver, budget) for spec in layers.specs}
+    plan = Refinement(targets, solver, budget, dtype, dict.fromkeys(targets))
     runner = BlockRunner(layers, [Batch(tiny_ids(4, 12)), Batch(tiny_ids(4, 12, seed=1))])
-    return layers, runner, plan, Run.start(tmp_path / "run", {"n": 1}, {})
-
-
-def no_outputs(spec: LayerSpec) -> Gram | None:
-    return None
+    run = Run.start(tmp_path / "run", {"n": 1}, {})
+    # Other settings open the same folder, as a run that goes on does.
+    run.close()
+    return layers, runner, plan, run
 
 
 def test_the_model_becomes_what_was_saved(tmp_path):
     layers, runner, plan, run = setting(tmp_path, get_solver("oats", {"steps": "3"}), dtype=torch.bfloat16)
     seen: list[str] = []
-    results = list(refine(runner, plan, run, no_outputs, advance=seen.append))
+    results = list(refine(runner, plan, run, advance=seen.append))
     assert seen == [result.name for result in results] == [spec.name for spec in layers.specs]
     for spec, result in zip(layers.specs, results, strict=True):
-        value, _ = run.read_layer(spec)
+        value = run.layer(spec)
         assert value.S.dtype == torch.bfloat16
         assert torch.equal(layers.weight(spec.name), value.dense())
         assert (result.rank, result.nnz) == (value.rank, value.nnz) == (1, spec.numel // 3)
@@ -184,15 +187,16 @@ def test_a_layer_may_be_fitted_without_its_output_gram_and_still_be_reported_in_
     layers, runner, plan, run = setting(tmp_path, solver)
     plain = layers.specs[5]
     grams = {spec.name: Gram(2 * torch.eye(spec.d_out), 48) for spec in layers.specs}
+    for spec in layers.specs:
+        run.put(OUTPUT_GRAM, spec, grams[spec.name])
+        run.put(METRIC_CHOICE, spec, MetricChoice(plain=1.0, weighted=2.0 if spec == plain else 0.5))
     before = layers.weight(plain.name).clone()
-    results = list(
-        refine(runner, plan, run, lambda spec: grams[spec.name], weighs=lambda spec: spec.name != plain.name)
-    )
+    results = list(refine(runner, replace(plan, output_grams=True, metric_choices=True), run))
     names = [spec.name for site in by_site(layers) for spec in site]
     handed = dict(zip(names, (layer for site in solver.sites for layer in site), strict=True))
     assert [name for name, (_, metric, _) in handed.items() if metric.outputs is None] == [plain.name]
     inputs = handed[plain.name][1].inputs
-    lost = before - run.read_layer(plain)[0].dense()
+    lost = before - run.layer(plain).dense()
     (result,) = [result for result in results if result.name == plain.name]
     assert result.actual == pytest.approx(Metric(inputs, grams[plain.name]).error(lost) / 2, rel=1e-6)
 
@@ -201,7 +205,7 @@ def test_layers_on_the_same_inputs_are_handed_over_together(tmp_path):
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver)
     before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
-    results = list(refine(runner, plan, run, no_outputs))
+    results = list(refine(runner, plan, run))
     sites = by_site(layers)
     # q, k and v; o; gate and up; down: in both blocks.
     assert [len(handed) for handed in solver.sites] == [3, 1, 2, 1] * 2 == [len(specs) for specs in sites]
@@ -226,7 +230,7 @@ def test_a_layer_kept_or_dropped_whole_is_not_handed_over(tmp_path):
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver, target)
     before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
-    results = list(refine(runner, plan, run, no_outputs))
+    results = list(refine(runner, plan, run))
     assert [len(handed) for handed in solver.sites] == [2, 1, 1] * 2
     for spec, result in zip(layers.specs, results, strict=True):
         assert (result.rank, result.nnz) == (0, plan.targets[spec.name].nnz)
@@ -252,15 +256,15 @@ def test_an_error_names_the_layers_of_its_site(tmp_path):
     layers, runner, plan, run = setting(tmp_path, Failing([]))
     names = ", ".join(spec.name for spec in by_site(layers)[0])
     with pytest.raises(NumericalError, match=re.escape(f"Layer {names}: no rung held.")):
-        list(refine(runner, plan, run, no_outputs))
-    assert not any(run.layer_path(spec).exists() for spec in layers.specs)
+        list(refine(runner, plan, run))
+    assert not any(run.path(SOLVED_LAYER, spec).exists() for spec in layers.specs)
 
 
 def test_later_blocks_see_the_compressed_ones(tmp_path):
     def grams(folder, target) -> list[Gram]:
         solver = Recording([])
         _, runner, plan, run = setting(tmp_path / folder, solver, target)
-        list(refine(runner, plan, run, no_outputs))
+        list(refine(runner, plan, run))
         return [metric.inputs for handed in solver.sites for _, metric, _ in handed]
 
     some = grams("some", lambda spec: Target(0, spec.numel // 4))
@@ -277,10 +281,10 @@ def test_memory_is_given_back_after_every_site_of_a_model_that_is_never_whole(tm
     saved_before = []
 
     def given_back() -> None:
-        saved_before.append(sum(run.layer_path(spec).exists() for spec in layers.specs))
+        saved_before.append(sum(run.path(SOLVED_LAYER, spec).exists() for spec in layers.specs))
 
     monkeypatch.setattr("globalopt.refine.blocks.give_back", given_back)
-    list(refine(runner, plan, run, no_outputs))
+    list(refine(runner, plan, run))
     sites = by_site(layers)
     ends = [sum(map(len, sites[: i + 1])) for i in range(len(sites))]
     assert saved_before == (ends if lazily else [])
@@ -288,13 +292,13 @@ def test_memory_is_given_back_after_every_site_of_a_model_that_is_never_whole(tm
 
 def test_a_layer_that_is_saved_is_not_solved_again(tmp_path):
     layers, runner, plan, run = setting(tmp_path, get_solver("wanda"))
-    first = list(refine(runner, plan, run, no_outputs))
+    first = list(refine(runner, plan, run))
     weights = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
-    run.layer_path(layers.specs[3]).unlink()
+    run.path(SOLVED_LAYER, layers.specs[3]).unlink()
 
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver)
-    second = list(refine(runner, plan, run, no_outputs))
+    second = list(refine(runner, plan, run))
     assert [len(handed) for handed in solver.sites] == [1]
     assert second[:3] == first[:3]
     assert all(torch.equal(layers.weight(spec.name), weights[spec.name]) for spec in layers.specs[:3])
@@ -304,7 +308,7 @@ def test_a_target_that_keeps_everything_needs_no_solver(tmp_path):
     solver = Recording([])
     layers, runner, plan, run = setting(tmp_path, solver, target=Target.dense)
     before = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
-    results = list(refine(runner, plan, run, no_outputs))
+    results = list(refine(runner, plan, run))
     assert solver.sites == []
     assert all(result.actual == result.relative == 0 for result in results)
     assert all(torch.equal(layers.weight(name), before[name]) for name in before)
@@ -321,8 +325,8 @@ class Broken(Recording):
 def test_a_broken_solution_names_its_layer_and_is_not_saved(tmp_path):
     layers, runner, plan, run = setting(tmp_path, Broken([]))
     with pytest.raises(NumericalError, match=f"Layer {layers.specs[0].name}: the solution keeps"):
-        list(refine(runner, plan, run, no_outputs))
-    assert not run.layer_path(layers.specs[0]).exists()
+        list(refine(runner, plan, run))
+    assert not run.path(SOLVED_LAYER, layers.specs[0]).exists()
 
 
 @dataclass(frozen=True)
@@ -336,18 +340,17 @@ class Overflowing(Recording):
 def test_what_overflows_its_type_is_refused(tmp_path):
     layers, runner, plan, run = setting(tmp_path, Overflowing([]), dtype=torch.float16)
     with pytest.raises(NumericalError, match=f"Layer {layers.specs[0].name}: S of the decomposition is not finite"):
-        list(refine(runner, plan, run, no_outputs))
-    assert not run.layer_path(layers.specs[0]).exists()
+        list(refine(runner, plan, run))
+    assert not run.path(SOLVED_LAYER, layers.specs[0]).exists()
 
 
 def test_with_output_grams_errors_are_in_nats(tmp_path):
-    def outputs(spec: LayerSpec) -> Gram | None:
-        return Gram(torch.eye(spec.d_out) * 0.5, 1)
-
     _, runner, plan, run = setting(tmp_path / "a", get_solver("wanda"))
-    plain = list(refine(runner, plan, run, no_outputs))
-    _, runner, plan, run = setting(tmp_path / "b", get_solver("wanda"))
-    nats = list(refine(runner, plan, run, outputs))
+    plain = list(refine(runner, plan, run))
+    layers, runner, plan, run = setting(tmp_path / "b", get_solver("wanda"))
+    for spec in layers.specs:
+        run.put(OUTPUT_GRAM, spec, Gram(torch.eye(spec.d_out) * 0.5, 1))
+    nats = list(refine(runner, replace(plan, output_grams=True), run))
     # tr(A E G Eᵀ) / 2 with A = I / 2 is a quarter of tr(E G Eᵀ).
     assert [result.actual for result in nats] == pytest.approx([result.actual / 4 for result in plain], rel=1e-5)
     assert [result.relative for result in nats] == pytest.approx([result.relative for result in plain], rel=1e-6)
