@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from matplotlib.transforms import Bbox
 
 from globalopt.runs.files import replacing
-from globalopt.values.results import Summary
+from globalopt.values.results import ErrorUnit, Summary
 from reports.tables import unit_name
 
 DPI = 150
@@ -78,9 +78,9 @@ def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def error_unit(unit: str) -> str:
+def error_unit(unit: ErrorUnit) -> str:
     """A summary's unit with its formula, where it is one."""
-    return f"output error {OUTPUT_ERROR}" if unit == "output error" else unit
+    return f"{unit} {OUTPUT_ERROR}" if unit == ErrorUnit.OUTPUT_ERROR else unit
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Group as Stack
 
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats
 from reports.figures import COLOURS, error_unit, plain, save, titled_figure
 from reports.tables import add_numbers, footed, report_table, unit_name
@@ -74,7 +74,7 @@ def frontier_figure(family: Family) -> Figure:
     Who is told by colour, what by the kind of line. Predictions that are not in nats have a panel of their own.
     """
     measured = family.candidates is not None
-    together = measured and family.error_unit == "nats per token"
+    together = measured and family.error_unit == ErrorUnit.NATS
     panels = 2 if measured and not together else 1
     pattern = "" if family.pattern == "unstructured" else f", pattern {family.pattern}"
     title = f"nested budgets, priced for {family.solver}{pattern}"

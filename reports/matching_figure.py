@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from globalopt.values.results import MatchResult, Summary
+from globalopt.values.results import ErrorUnit, MatchResult, Summary
 from reports import formats
 from reports.figures import COLOURS, in_corner, new_figure, not_drawn, plain, round_ticks
 
 BEFORE, AFTER = COLOURS[3], COLOURS[0]
 
 UNITS = {
-    "nats": "nats per token",
+    "nats": ErrorUnit.NATS.value,
     "sum": "squared error of the block's output per token",
     "token": "squared error relative to the token",
     "both": "mean of both losses, 1 without matching",

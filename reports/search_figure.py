@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from globalopt.values.results import Evaluation, Search, Summary
+from globalopt.values.results import ErrorUnit, Evaluation, Search, Summary
 from reports import formats
 from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.surrogate import Surrogate, chosen, whole
@@ -48,7 +48,7 @@ def agreement(axes: Axes, summary: Summary, search: Search) -> None:
         predicted, measured = [e.predicted for e in shown], [e.loss for e in shown]
         axes.scatter(predicted, measured, s=_size(shown), c=_WHOLE, alpha=0.7, linewidths=0, label="on the whole text")
         across, up = (min(predicted), max(predicted)), (min(measured), max(measured))
-        if summary.budget_unit == "nats per token":
+        if summary.budget_unit == ErrorUnit.NATS:
             both = min(across[0], up[0]), max(across[1], up[1])
             if math.log(both[1] / both[0]) <= ROOM * max(math.log(across[1] / across[0]), math.log(up[1] / up[0])):
                 across = up = both

@@ -15,7 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from globalopt.values.decomposition import Status
-from globalopt.values.results import Evaluation, LayerPlan, LayerResult, MatchResult, Metrics, Search, Summary
+from globalopt.values.results import (
+    ErrorUnit,
+    Evaluation,
+    LayerPlan,
+    LayerResult,
+    MatchResult,
+    Metrics,
+    Search,
+    Summary,
+)
 from reports import formats
 from reports.groups import Group, by_block, by_kind
 from reports.shaded_grid import kept_grid
@@ -407,7 +416,7 @@ def common_prefix(names: Sequence[str]) -> str:
 
 def errors_unit(summary: Summary) -> str:
     """The unit of the layers' errors, in plain text."""
-    return "tr(E G E^T)" if summary.error_unit == "output error" else summary.error_unit
+    return "tr(E G E^T)" if summary.error_unit == ErrorUnit.OUTPUT_ERROR else summary.error_unit
 
 
 def unit_name(accounting: str) -> str:

@@ -24,7 +24,7 @@ from globalopt.runs.files import digest
 from globalopt.runs.folder import Run
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
-from globalopt.values.results import NATS, OUTPUT_ERROR, Summary
+from globalopt.values.results import ErrorUnit, Summary
 from solvers import get_solver
 
 
@@ -79,9 +79,9 @@ def compress(
         bench.progress.note(f"{folder} is finished; nothing was computed again.")
         return run.read_summary(), run
     budget_file.write(run.budget_path, file)
-    unit, outputs = OUTPUT_ERROR, _no_outputs
+    unit, outputs = ErrorUnit.OUTPUT_ERROR, _no_outputs
     if sensitivity != "none" and solver.outputs is not Outputs.NONE:
-        unit, outputs = NATS, run.read_outputs
+        unit, outputs = ErrorUnit.NATS, run.read_outputs
         collect_outputs(bench, run, seed)
         patterns = {target.pattern for target in allocation.targets.values()}
         weigh(bench, run, patterns.pop() if len(patterns) == 1 else None, solver.outputs, file.served)

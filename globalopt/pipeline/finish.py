@@ -24,7 +24,7 @@ from globalopt.runs.folder import Run
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.problem import Allocation
-from globalopt.values.results import Metrics, Outcome, Search, Summary, WindowLosses
+from globalopt.values.results import ErrorUnit, Metrics, Outcome, Search, Summary, WindowLosses
 
 
 def finish(
@@ -35,7 +35,7 @@ def finish(
     solver: Solver,
     command: str,
     seed: int,
-    unit: str,
+    unit: ErrorUnit,
     outputs: Callable[[LayerSpec], Gram | None],
     refining: RefineOptions,
     matching: Matching | None,

@@ -29,7 +29,7 @@ from globalopt.values.budget import Budget
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
-from globalopt.values.results import NATS, OUTPUT_ERROR, Outcome, Search, Summary
+from globalopt.values.results import ErrorUnit, Outcome, Search, Summary
 from solvers import get_solver
 
 
@@ -135,7 +135,7 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 def budget_of(bench: Bench, options: SearchOptions, problem: Problem, allocation: Allocation) -> BudgetFile:
     """The budget file of an allocation of a run's problem."""
     coverage = bench.layers.coverage
-    unit = NATS if options.sensitivity != "none" else OUTPUT_ERROR
+    unit = ErrorUnit.NATS if options.sensitivity != "none" else ErrorUnit.OUTPUT_ERROR
     return budget_file.make(
         allocation, problem, bench.fingerprint, coverage.covered, coverage.block_params, options.budget, unit
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from globalopt.values.decomposition import Trace
@@ -57,9 +58,22 @@ def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-NATS = "nats per token"
+class ErrorUnit(StrEnum):
+    """Name the unit of the predicted and actual errors of layers, as it stands in JSON files.
 
-OUTPUT_ERROR = "output error"
+    `NATS`: increase of the mean loss in nats per token, `tr(A E G Eᵀ) / 2` with the output Gram `A`. `OUTPUT_ERROR`:
+    `tr(E G Eᵀ)`, the squared error of the layer's output per token. `NOT_PREDICTED`: of budgets whose targets no search
+    predicted anything for.
+
+    >>> ErrorUnit("output error")
+    <ErrorUnit.OUTPUT_ERROR: 'output error'>
+    >>> f"3.1 {ErrorUnit.NATS}"
+    '3.1 nats per token'
+    """
+
+    NATS = "nats per token"
+    OUTPUT_ERROR = "output error"
+    NOT_PREDICTED = "not predicted"
 
 
 @dataclass(frozen=True)
@@ -366,7 +380,7 @@ class Family:
     accounting: str
     pattern: str
     total: int
-    error_unit: str
+    error_unit: ErrorUnit
     candidates: str | None
     windows: int
     seqlen: int
@@ -386,7 +400,7 @@ class Summary:
         allocator, solver: their names; `allocator` as written in the budget file.
         accounting, asked, limit, used, total: the budget in its unit; `asked` as a fraction kept.
         predicted, bound: of the allocation, in `budget_unit`; None without a prediction, without a certificate.
-        error_unit, budget_unit: "nats per token" or "output error", of the layers' errors and of the allocation.
+        error_unit, budget_unit: of the layers' errors, and of the allocation.
         covered, block_params, skipped: coverage; `skipped` maps what is not covered to its parameters.
         dense, compressed: metrics of both on the same windows, one per split, in the same order.
         splits: how each split was made: source, hash, windows, seed.
@@ -409,8 +423,8 @@ class Summary:
     total: int
     predicted: float | None
     bound: float | None
-    error_unit: str
-    budget_unit: str
+    error_unit: ErrorUnit
+    budget_unit: ErrorUnit
     covered: int
     block_params: int
     skipped: Mapping[str, int]

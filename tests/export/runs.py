@@ -13,7 +13,7 @@ from globalopt.models.saving import save_dense
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.results import LayerResult, Summary
+from globalopt.values.results import ErrorUnit, LayerResult, Summary
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ALL = ("both", "sparse", "factors", "dense", "2:4", "zero", "few", "full")
@@ -105,8 +105,8 @@ def _summary(layers: tuple[LayerResult, ...]) -> Summary:
         total=total,
         predicted=0.0,
         bound=None,
-        error_unit="nats per token",
-        budget_unit="nats per token",
+        error_unit=ErrorUnit.NATS,
+        budget_unit=ErrorUnit.NATS,
         covered=total,
         block_params=total,
         skipped={},

@@ -11,6 +11,7 @@ from globalopt.values.decomposition import Trace
 from globalopt.values.results import (
     Curve,
     Details,
+    ErrorUnit,
     Evaluation,
     LayerCurves,
     LayerResult,
@@ -114,8 +115,8 @@ def make_summary(blocks: int = 8, pattern: str | None = None, **changed: Any) ->
         "total": total,
         "predicted": predicted,
         "bound": predicted * 0.99988,
-        "error_unit": "nats per token",
-        "budget_unit": "nats per token",
+        "error_unit": ErrorUnit.NATS,
+        "budget_unit": ErrorUnit.NATS,
         "covered": total,
         "block_params": total + 4096,
         "skipped": {"model.embed_tokens": 2_097_152, "model.layers.5.self_attn.k_proj": 32_768},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats, report_family
 from reports.frontier import frontier_figure, frontier_table
 from tests.command import contents
@@ -28,7 +28,7 @@ def make_point(kept: float, total: int = 7_000_000_000) -> FamilyPoint:
 def make_family(**changes) -> Family:
     family = Family(
         command="globalopt search --frontier", model="reference", solver="3basil", solver_options={}, seed=0,
-        accounting="params", pattern="unstructured", total=7_000_000_000, error_unit="nats per token",
+        accounting="params", pattern="unstructured", total=7_000_000_000, error_unit=ErrorUnit.NATS,
         candidates="fit", windows=128, seqlen=256, left_out=(), stages=(), versions={},
         points=tuple(make_point(kept) for kept in KEPT),
     )  # fmt: skip
@@ -62,7 +62,7 @@ def test_a_row_per_point_within_eighty_columns() -> None:
 
 
 def test_without_measurements_predictions_are_compared() -> None:
-    lines = shown(without_measurements(error_unit="output error", left_out=(0.1, 0.2), pattern="2:4"))
+    lines = shown(without_measurements(error_unit=ErrorUnit.OUTPUT_ERROR, left_out=(0.1, 0.2), pattern="2:4"))
     assert next(line.split() for line in lines if line.startswith("0.35"))[-1] == "0.1648"
     assert not any("measured" in line for line in lines)
     assert lines[-1] == "left out: 2 budgets that pattern 2:4 does not reach"
@@ -91,7 +91,7 @@ def test_the_curves_hold_the_values_and_the_dense_end_is_not_drawn() -> None:
 
 
 def test_units_that_differ_have_panels_of_their_own() -> None:
-    predicted, measured = frontier_figure(make_family(error_unit="output error", accounting="bytes")).axes
+    predicted, measured = frontier_figure(make_family(error_unit=ErrorUnit.OUTPUT_ERROR, accounting="bytes")).axes
     assert "output error" in predicted.get_ylabel()
     assert "nats per token" in measured.get_ylabel()
     assert "bytes" in measured.get_xlabel()
