@@ -19,10 +19,9 @@ from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import FREE, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import LayerPlan
+from globalopt.values.results import ErrorUnit, LayerPlan
 
 SCHEMA_VERSION = 1
-NOT_PREDICTED = "not predicted"
 
 
 class LayerEntry(BaseModel):
@@ -79,7 +78,7 @@ class BudgetFile(BaseModel):
     block_params: int = Field(ge=1)
     allocator: str
     seed: int
-    error_unit: str
+    error_unit: ErrorUnit
     predicted: float | None
     bound: float | None
     layers: tuple[LayerEntry, ...]
@@ -159,7 +158,7 @@ def make(
     covered: int,
     block_params: int,
     asked: float,
-    error_unit: str,
+    error_unit: ErrorUnit,
 ) -> BudgetFile:
     """The budget file of an allocation."""
     budget = allocation.budget
@@ -188,6 +187,14 @@ def make(
 
 
 def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
+    """Record the target of a layer; `UsageError` where it has a plane of signs.
+
+    A file is for any solver: one that keeps a plane of signs gets it by `conversion.for_solver`, after reading.
+    """
+    if target.signs:
+        raise UsageError(
+            f"Layer {spec.name}: a budget file holds no plane of signs; leave it out, a solver that keeps one adds it."
+        )
     return LayerEntry(
         name=spec.name,
         block=spec.block,
@@ -219,7 +226,7 @@ def whole(
         block_params=block_params,
         allocator="dense",
         seed=0,
-        error_unit=NOT_PREDICTED,
+        error_unit=ErrorUnit.NOT_PREDICTED,
         predicted=None,
         bound=None,
         layers=tuple(_entry(spec, Target.dense(spec), budget, None) for spec in specs),
@@ -242,12 +249,9 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
     for entry in like.layers:
         target = targets[entry.name]
         try:
-            cost = budget.cost(target.check(entry.spec), entry.spec)
+            entries.append(_entry(entry.spec, target.check(entry.spec), budget, None))
         except GlobalOptError as cause:
             raise ArtefactError(str(cause)) from None
-        pattern = str(target.pattern) if target.pattern else None
-        changed = {"rank": target.rank, "nnz": target.nnz, "pattern": pattern, "cost": cost, "predicted": None}
-        entries.append(entry.model_copy(update=changed))
     used = sum(entry.cost for entry in entries)
     if not 0 < used <= like.total:
         raise ArtefactError(
@@ -260,7 +264,7 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
         "used": used,
         "allocator": by,
         "seed": 0,
-        "error_unit": NOT_PREDICTED,
+        "error_unit": ErrorUnit.NOT_PREDICTED,
         "predicted": None,
         "bound": None,
         "layers": tuple(entries),
