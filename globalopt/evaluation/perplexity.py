@@ -1,4 +1,4 @@
-"""How good a model is on held-out windows: perplexity, and its distance from the dense model in nats."""
+"""Evaluate models on held-out windows: perplexity, and KL divergence from the dense model in nats per token."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**28
-"""Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
+"""Most logits a model may return at once; for large vocabularies, batches are smaller than requested."""
 
 LAZY_LOGITS_AT_ONCE = 2**24
-"""The same for lazy models, where memory is what is short."""
+"""The same for lazily loaded models, which are those that do not fit in memory."""
 
 SOFTMAX_AT_ONCE = 2**22
 """Logits turned into float32 log probabilities at once."""
@@ -38,7 +38,7 @@ def evaluate(
     advance: Callable[[str], None] | None = None,
     scratch: Path | None = None,
 ) -> Metrics:
-    """Perplexity of a model on the windows of a split, and its KL divergence from the dense model.
+    """Compute the perplexity of a model on the windows of a split, and its KL divergence from the dense model.
 
     With windows `x` of T tokens and `p(. | x_<t)` the model, `q` the dense one:
 
@@ -46,19 +46,27 @@ def evaluate(
         kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
 
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
-    into evaluation mode; they may be on different devices. A lazy model is walked block by block, all windows at once.
+    into evaluation mode; they may be on different devices. A lazily loaded model is run block by block, all windows
+    through one block before the next.
 
     Args:
         split: at least 2 windows.
         dense: the model before compression, with the same vocabulary; without it there is no KL.
         batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
-        advance: called once per window with the perplexity so far.
-        scratch: folder of files for the hidden states of lazy models; None: they are held in memory.
+        advance: called once per window with the perplexity so far, as text.
+        scratch: folder of files for the hidden states of lazily loaded models; None: they are held in memory.
     Raises:
         NumericalError: a logit is not finite, or the perplexity is too large for a float.
         UsageError: fewer than 2 windows, `batch_size` below 1, or different vocabularies.
     Source:
         the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> windows = torch.arange(48).reshape(4, 12)
+    >>> split = Split("test", windows, (0, 12, 24, 36), (0, 48), "made up", "0" * 64, special_tokens=0)
+    >>> metrics = evaluate(tiny_llama(), split, dense=tiny_llama())
+    >>> round(metrics.perplexity, 1), metrics.kl
+    (62.7, 0.0)
     """
     return _measure(model, dense, split, batch_size, advance, scratch)[0]
 
@@ -72,10 +80,19 @@ def evaluate_both(
     scratch: Path | None = None,
     keep: Callable[[WindowLosses], None] | None = None,
 ) -> tuple[Metrics, Metrics]:
-    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`.
+    """Compute the metrics of the dense model and of `model` in one pass; arguments and errors as for `evaluate`.
 
     Args:
-        keep: given what each window lost.
+        keep: called with the losses of every window, which paired comparisons of runs need.
+    Returns:
+        The metrics of `dense`, then those of `model`.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> windows = torch.arange(48).reshape(4, 12)
+    >>> split = Split("test", windows, (0, 12, 24, 36), (0, 48), "made up", "0" * 64, special_tokens=0)
+    >>> dense, other = evaluate_both(tiny_llama(seed=1), tiny_llama(), split)
+    >>> dense.kl, round(other.kl, 4)
+    (None, 0.0068)
     """
     measured, reference, losses = _measure(model, dense, split, batch_size, advance, scratch)
     assert reference is not None
@@ -114,12 +131,12 @@ def _measure(
     at_once = LAZY_LOGITS_AT_ONCE if short else LOGITS_AT_ONCE
     rows = max(1, min(batch_size, at_once // (seqlen * vocabulary)))
     batches = split.windows.split(rows)
-    answers = _answers(model, batches, scratch)
-    dense_answers = None if dense is None else _answers(dense, batches, scratch)
+    logits_of = _logits_of(model, batches, scratch)
+    dense_logits_of = None if dense is None else _logits_of(dense, batches, scratch)
     for number, windows in enumerate(batches):
         first = number * rows
-        logits = answers(number)
-        dense_logits = None if dense_answers is None else dense_answers(number)
+        logits = logits_of(number)
+        dense_logits = None if dense_logits_of is None else dense_logits_of(number)
         for i, window in enumerate(windows, first):
             reference = None if dense_logits is None else dense_logits[i - first]
             where = f"{split.name} window {i}"
@@ -152,8 +169,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
-    """Logits (n, T - 1, vocabulary) by batch, of the positions whose next token is in the window."""
+def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
+    """Return a function from the number of a batch to its logits (n, T - 1, vocabulary), but for the last position."""
     if lazy_blocks(model) is None:
         return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
     runner = BlockRunner(walkable(model), [Batch(windows) for windows in batches], scratch)
@@ -164,11 +181,12 @@ def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | 
 
 
 def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:
-    """Means over positions of one window: loss of the model, loss of dense, KL(dense || model); 0 without dense.
+    """Average over the positions of a window: the losses of model and dense model, and KL(dense || model).
 
     Args:
-        logits, dense: (T - 1, vocabulary), on any device.
+        logits, dense: (T - 1, vocabulary), on any device; without `dense` the last two means are 0.
         window: (T,) token ids.
+        where: the window, for messages.
     """
     labels = window[1:].to(logits.device)
     nll = dense_nll = kl = 0.0

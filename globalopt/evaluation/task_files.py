@@ -1,13 +1,13 @@
-"""Zero-shot tasks in local files: JSON lines or parquet in, checked items out.
+"""Read zero-shot tasks from local files, JSON lines or parquet, and check every item.
 
-A row is one of
+A row has one of these sets of keys, and the model answers it by likelihood:
 
-    query, choices, gold                    the choice of least surprise after the query (gold: its index, from 0)
-    context_options, continuation, gold     the context after which the continuation surprises least (WinoGrande)
-    context, continuation                   whether the continuation is what the model would say (LAMBADA)
-    sentence1, sentence2, label             whether the first entails the second (RTE; label 0: it does)
+    query, choices, gold                    the most likely choice after the query (gold: the right index, from 0)
+    context_options, continuation, gold     the context after which the continuation is most likely (WinoGrande)
+    context, continuation                   right if greedy decoding gives the continuation (LAMBADA)
+    sentence1, sentence2, label             "True" or "False": the first entails the second (RTE; label 0: True)
 
-Prompts of the tasks that lm-eval knows are turned into its own, so that numbers compare.
+Prompts of the tasks that lm-eval knows are written as lm-eval writes them, so that results compare.
 """
 
 from __future__ import annotations
@@ -53,13 +53,18 @@ _PROMPTS: Mapping[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task that was read from a file.
+    """Hold a task that was read from a file.
 
     Args:
         form: `CHOICES`, `CONTEXTS` or `COMPLETION`.
         items: rows with the keys of the form, prompts as the model sees them.
-        normed: whether accuracy by length-normalised likelihood is reported too.
+        normed: whether accuracy by length-normalised likelihood (`acc_norm`) is reported too.
         sha256: of the file.
+
+    >>> row = {"context": "The capital of France is", "continuation": " Paris"}
+    >>> file = TaskFile("mine", Path("mine.jsonl"), COMPLETION, [row], normed=False, sha256="0" * 64)
+    >>> file.name, len(file.items)
+    ('mine', 1)
     """
 
     name: str
@@ -71,10 +76,14 @@ class TaskFile:
 
 
 def find_task_files(folder: Path) -> dict[str, Path]:
-    """The task files of a folder by the tasks' names.
+    """Find the task files of a folder, by the names of the tasks.
 
     Raises:
         UsageError: there is no such folder, or two files are of one task.
+
+    >>> Path("arc_easy_test.jsonl").touch()
+    >>> find_task_files(Path("."))
+    {'arc_easy': PosixPath('arc_easy_test.jsonl')}
     """
     if not folder.is_dir():
         raise UsageError(f"--tasks-path {folder} is no folder; give one that holds {' or '.join(FILE_KINDS)} files.")
@@ -90,6 +99,7 @@ def find_task_files(folder: Path) -> dict[str, Path]:
 
 
 def _task_name(path: Path) -> str:
+    """Return lm-eval's name of the task of a file."""
     name = path.stem
     for ending in _ENDINGS:
         name = name.removesuffix(ending)
@@ -100,7 +110,13 @@ def read_task_file(path: Path) -> TaskFile:
     """Read and check a task file.
 
     Raises:
-        CalibrationError: it is missing, empty or broken, or a row is; the row is named.
+        CalibrationError: the file is missing, empty or broken, or a row is, which the message names.
+
+    >>> row = {"query": "Question: What is wet?", "choices": ["rain", "fire"], "gold": 0}
+    >>> _ = Path("arc_easy.jsonl").write_text(json.dumps(row))
+    >>> file = read_task_file(Path("arc_easy.jsonl"))
+    >>> file.form, file.items[0]["query"]
+    ('choices', 'Question: What is wet?\\nAnswer:')
     """
     try:
         data = path.read_bytes()
@@ -119,6 +135,7 @@ def read_task_file(path: Path) -> TaskFile:
 
 
 def _json_rows(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Parse the lines of a file: the place of every row, for messages, and the row."""
     # By the bytes of newlines: a JSON string may hold U+2028 as it is.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path} line {number}"
@@ -138,6 +155,7 @@ def _json_rows(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read the rows of a parquet file, each with its place for messages."""
     import pyarrow
     import pyarrow.parquet
 
@@ -150,6 +168,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _form(row: Mapping[str, Any], where: str) -> str:
+    """Tell the form of a task by the keys of a row."""
     for form, keys in FORMS.items():
         if all(key in row for key in keys):
             return form
