@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Group as Stack
 from rich.text import Text
@@ -10,7 +10,7 @@ from rich.text import Text
 from globalopt.errors import UsageError
 from globalopt.values.results import Metrics, Summary, WindowLosses
 from reports import formats
-from reports.paired import CONFIDENCE, DENSE_TOLERANCE, Difference, Interval, Measured, difference
+from reports.paired import CONFIDENCE, Difference, Interval, Measured, difference, incomparable
 from reports.shaded_grid import WIDTH
 from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
 
@@ -43,19 +43,27 @@ def comparison(
     if len(names) != len(summaries):
         raise UsageError(f"{len(names)} labels were given for {len(summaries)} runs; give one each.")
     split = split or common_split(summaries)
-    table = _rows(summaries, names, split, sign)
-    reasons = differences(summaries, names, split)
+    runs = measured_runs(summaries, names, losses)
+    table = _rows(runs, split, sign)
+    reasons = incomparable(runs, split)
     verdict = [Text("Not comparable", "bold red"), *(Text(f"  {reason}", "red") for reason in reasons)]
     apart = apart_table(held_against_first(summaries, names, losses))
     return Stack(table, *(verdict if reasons else ()), *([Text(), apart] if apart is not None else ()))
 
 
+def measured_runs(
+    summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
+) -> list[Measured]:
+    """Put each run with its label and the losses of its windows; without `losses`, of none."""
+    known = list(losses) or [()] * len(summaries)
+    return [Measured(*run) for run in zip(labels, summaries, known, strict=True)]
+
+
 def held_against_first(
     summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
 ) -> list[Difference]:
-    """Every run but the first against the first, on every split of the first."""
-    known = list(losses) or [()] * len(summaries)
-    first, *others = (Measured(*run) for run in zip(labels, summaries, known, strict=True))
+    """Compare every run but the first with the first, on every split of the first."""
+    first, *others = measured_runs(summaries, labels, losses)
     splits = [metrics.split for metrics in first.summary.compressed]
     return [difference(run, first, split) for run in others for split in splits]
 
@@ -95,10 +103,8 @@ def not_paired(found: Sequence[Difference]) -> list[str]:
 
 def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
     """The difference over its interval, to the second significant digit of half its width."""
-    value, low, high = (scale * end for end in (found.value, found.low, found.high))
-    half = (high - low) / 2
-    decimals = formats.decimals(half, 2) if half > 0 else 4
-    return f"{value:+.{decimals}f}{unit}\n[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    value, low, high = found.texts(scale)
+    return f"{value}{unit}\n[{low}, {high}]"
 
 
 def _verdict(one: Difference) -> Text:
@@ -107,52 +113,15 @@ def _verdict(one: Difference) -> Text:
 
 def common_split(summaries: Sequence[Summary]) -> str:
     """The split "test" where every run has it, else the last split of the first run that was evaluated at all."""
-    if all(_pair(summary, "test") for summary in summaries):
+    if all(any(metrics.split == "test" for metrics in summary.compressed) for summary in summaries):
         return "test"
     return next((s.compressed[-1].split for s in summaries if s.compressed), "test")
 
 
-def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str) -> tuple[str, ...]:
-    """Why the runs' figures on `split` cannot be compared, one sentence per reason; empty where they can.
-
-    Compared are the text (hash of the windows' token ids), the window length, the accounting, and the dense model (its
-    layers, and its negative log likelihood on that text within `DENSE_TOLERANCE`).
-    """
-    pairs = [_pair(summary, split) for summary in summaries]
-    missing = [label for label, pair in zip(labels, pairs, strict=True) if pair is None]
-    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
-    known = [(label, pair) for label, pair in zip(labels, pairs, strict=True) if pair is not None]
-
-    def metric(what: str, value: Callable[[Metrics], str]) -> None:
-        reasons.extend(_disagreement(what, [(label, value(pair[1])) for label, pair in known]))
-
-    layers = [f"{len(s.layers)} layers, {formats.compact(s.covered)} parameters" for s in summaries]
-    reasons.extend(_disagreement("model", list(zip(labels, layers, strict=True)), whole=True))
-    metric("text", lambda m: m.text_sha256)
-    metric("window length", lambda m: str(m.seqlen))
-    same_text = len({pair[1].text_sha256 for _, pair in known}) == 1
-    losses = [pair[0].nll for _, pair in known]
-    if same_text and max(losses) - min(losses) > DENSE_TOLERANCE:
-        reasons.extend(
-            _disagreement("dense perplexity", [(la, formats.significant(p[0].perplexity)) for la, p in known])
-        )
-    reasons.extend(_disagreement("accounting", list(zip(labels, (s.accounting for s in summaries), strict=True))))
-    return tuple(reasons)
-
-
-def _disagreement(what: str, values: Sequence[tuple[str, str]], whole: bool = False) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for label, value in values:
-        groups.setdefault(value, []).append(label)
-    if len(groups) < 2:
-        return []
-    parts = [f"{value if whole else value[:12]} ({', '.join(of)})" for value, of in groups.items()]
-    return [f"{what} differs: " + "; ".join(parts)]
-
-
-def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign: str) -> Stack:
+def _rows(runs: Sequence[Measured], split: str, sign: str) -> Stack:
+    summaries = [run.summary for run in runs]
     columns = {
-        "run": list(labels),
+        "run": [run.label for run in runs],
         "budget": [f"{s.asked:g}" for s in summaries],
         "allocator": [s.allocator for s in summaries],
         "solver": [s.solver for s in summaries],
@@ -163,7 +132,7 @@ def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign:
     if any(s.search for s in summaries):
         columns["tokens"] = [formats.compact(s.search.tokens) if s.search else "-" for s in summaries]
         lines.append("tokens: forward tokens that the search spent")
-    figures = zip(*(_figures(_pair(s, split), sign) for s in summaries), strict=True)
+    figures = zip(*(_figures(run.metrics(split), sign) for run in runs), strict=True)
     columns |= {name: list(cells) for name, cells in zip(("KL", "perplexity", "change"), figures, strict=True)}
     # What all runs share is said once, below, and leaves its width to the figures.
     settings = ("budget", "allocator", "solver", "seed", "tokens")
@@ -194,11 +163,3 @@ def _figures(pair: tuple[Metrics, Metrics] | None, sign: str) -> tuple[str, str,
     dense, compressed = pair
     change = formats.change(dense.perplexity, compressed.perplexity)
     return divergence(compressed, sign), perplexity(compressed, sign), change
-
-
-def _pair(summary: Summary, split: str) -> tuple[Metrics, Metrics] | None:
-    """Dense and compressed metrics on `split`."""
-    for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
-        if compressed.split == split:
-            return dense, compressed
-    return None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
 from reports import formats, tables
-from reports.comparison import common_split, differences, held_against_first, not_compared, not_paired
+from reports.comparison import common_split, held_against_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
-from reports.paired import CONFIDENCE, Difference, Interval
-from reports.run_page import MISSING, columns, quality_cells, share_cell, whole_cost
+from reports.paired import CONFIDENCE, Difference, Interval, incomparable
+from reports.run_page import MISSING, columns, quality_cells, share_cell
 
 CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quality": ("KL to the dense model and perplexity of every run", ()),
@@ -39,7 +38,7 @@ def comparison_page(
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     apart = held_against_first(summaries, labels, losses)
-    reasons = differences(summaries, labels, common_split(summaries))
+    reasons = incomparable(measured_runs(summaries, labels), common_split(summaries))
     models = dict.fromkeys(tables.model_name(summary.model) for summary in summaries)
 
     def picture(name: str) -> list[Part]:
@@ -141,10 +140,8 @@ def _apart(found: Sequence[Difference]) -> list[Part]:
 def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
     if found is None:
         return [MISSING] * 3
-    ends = [scale * end for end in (found.value, found.low, found.high)]
-    half = (ends[2] - ends[1]) / 2
-    decimals = formats.decimals(half, 2) if half > 0 and math.isfinite(half) else 4
-    return [Cell(f"{end:+.{decimals}f}", end) for end in ends]
+    ends = found.value, found.low, found.high
+    return [Cell(text, scale * end) for text, end in zip(found.texts(scale), ends, strict=True)]
 
 
 def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
@@ -157,6 +154,6 @@ def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
 def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     rows = []
     for label, summary in zip(labels, summaries, strict=True):
-        seconds, peak = whole_cost(summary.stages)
+        seconds, peak = tables.whole_cost(summary.stages)
         rows.append([Cell(label), Cell(formats.duration(seconds), seconds), Cell(formats.memory(peak), peak)])
     return Table("Time and memory of every run", columns("run'", "time", "peak memory"), rows)

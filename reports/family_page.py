@@ -7,7 +7,7 @@ from pathlib import Path
 from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
-from reports.run_page import MISSING, columns, stage_table, versions
+from reports.run_page import MISSING, columns, stage_table
 from reports.tables import model_name, unit_name
 
 
@@ -26,7 +26,7 @@ def family_page(family: Family, picture: Path) -> Page:
         Card("Largest gap", formats.at_most(max(point.gap for point in points)), "to the bound of the free knapsack"),
     ]
     options = ", ".join(f"{name}={value}" for name, value in family.solver_options.items())
-    made = [("seed", str(family.seed)), *([("solver options", options)] if options else []), *versions(family.versions)]
+    made = [("seed", str(family.seed)), *([("solver options", options)] if options else []), *family.versions.items()]
     curve = Picture.read(picture, "Predicted and measured loss over the kept fraction")
     return Page(
         title=f"{model}, a family of budgets",
@@ -48,15 +48,26 @@ def _points(family: Family) -> Table:
         f"predicted, bound: {family.error_unit}, summed over layers; gap: the share of the prediction above the bound"
     ]
     if family.candidates is not None:
-        notes.append(
-            f"measured: nats per token on the selection text, {formats.count(family.windows)} windows of "
-            f"{formats.count(family.seqlen)} tokens, of candidates made from {family.candidates}s; nothing is refined"
-        )
+        notes.append(" ".join(measured_note(family)))
     if family.left_out:
         left = ", ".join(f"{kept:g}" for kept in family.left_out)
         notes.append(f"left out, as pattern {family.pattern} does not reach them: {left}")
     rows = [_row(point) for point in family.points]
     return Table("Every budget", heads, rows, notes=notes, tall=len(rows) > 20)
+
+
+def measured_note(family: Family) -> tuple[str, str]:
+    """Write the footnote on the measured losses of a family, in two lines.
+
+    >>> from reports.example import example_family
+    >>> measured_note(example_family())[1]
+    'of candidates made from fits; nothing is refined'
+    """
+    text = f"{formats.count(family.windows)} windows of {formats.count(family.seqlen)} tokens"
+    return (
+        f"measured: nats per token on the selection text, {text},",
+        f"of candidates made from {family.candidates}s; nothing is refined",
+    )
 
 
 def _row(point: FamilyPoint) -> list[Cell]:

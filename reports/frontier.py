@@ -11,6 +11,7 @@ from rich.console import Group as Stack
 
 from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats
+from reports.family_page import measured_note
 from reports.figures import COLOURS, error_unit, plain, save, titled_figure
 from reports.tables import add_numbers, footed, report_table, unit_name
 
@@ -41,11 +42,7 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
         "above a proved bound on every allocation of this budget, nested or not",
     ]
     if measured:
-        lines += [
-            f"measured: nats per token on the selection text, {formats.count(family.windows)} windows of "
-            f"{formats.count(family.seqlen)} tokens,",
-            f"of candidates made from {family.candidates}s; nothing is refined",
-        ]
+        lines += measured_note(family)
     if family.left_out:
         lines.append(f"left out: {len(family.left_out)} budgets that pattern {family.pattern} does not reach")
     return footed(table, *lines)

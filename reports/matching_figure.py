@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -11,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from globalopt.values.results import ErrorUnit, MatchResult, Summary
 from reports import formats
 from reports.figures import COLOURS, in_corner, new_figure, not_drawn, plain, round_ticks
+from reports.tables import mean_change
 
 BEFORE, AFTER = COLOURS[3], COLOURS[0]
 
@@ -55,6 +54,6 @@ def matching_figure(summary: Summary) -> Figure:
 
 
 def _title(axes: Axes, blocks: list[MatchResult]) -> None:
-    gains = [match.after / match.before for match in blocks if match.before > 0 and match.after > 0]
-    mean = f", {formats.change(1, math.exp(math.fsum(map(math.log, gains)) / len(gains)))} on average" if gains else ""
-    axes.set_title(f"matching, block by block{mean}", fontsize=10, loc="left")
+    mean = mean_change(blocks)
+    on_average = f", {mean} on average" if mean is not None else ""
+    axes.set_title(f"matching, block by block{on_average}", fontsize=10, loc="left")

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from globalopt.values.results import Metrics, Summary, WindowLosses
+from reports import formats
 
 CONFIDENCE = 0.95
 DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
@@ -25,7 +26,15 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the difference is significant."""
         return self.low > 0 or self.high < 0
+
+    def texts(self, scale: float = 1.0) -> tuple[str, str, str]:
+        """Format value and ends, times `scale`, with the decimals that show half the width in two digits."""
+        value, low, high = (scale * end for end in (self.value, self.low, self.high))
+        half = (high - low) / 2
+        decimals = formats.decimals(half, 2) if half > 0 and math.isfinite(half) else 4
+        return f"{value:+.{decimals}f}", f"{low:+.{decimals}f}", f"{high:+.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,10 @@ def difference(run: Measured, against: Measured, split: str) -> Difference:
     The interval of a mean of n differences d is `mean(d) ± q std(d) / sqrt(n)` with Student's quantile q for n - 1;
     that of two independent means `a - b ± q sqrt(se_a² + se_b²)`.
     """
-    reasons = incomparable(run, against, split)
     pairs = run.metrics(split), against.metrics(split)
+    reasons = incomparable((against, run), split)
+    if not reasons and any(pair is not None and pair[1].windows < 2 for pair in pairs):
+        reasons = ("a single window has no spread",)
     if reasons or pairs[0] is None or pairs[1] is None:
         return Difference(run.label, against.label, split, None, None, 0, False, reasons)
     mine, other = pairs[0][1], pairs[1][1]
@@ -110,27 +121,49 @@ def difference(run: Measured, against: Measured, split: str) -> Difference:
     return Difference(run.label, against.label, split, kl, perplexity, mine.windows, paired, ())
 
 
-def incomparable(run: Measured, against: Measured, split: str) -> tuple[str, ...]:
-    """Why figures of the two on `split` do not compare; empty where they do."""
-    pairs = {one.label: one.metrics(split) for one in (run, against)}
-    mine, other = run.metrics(split), against.metrics(split)
-    if mine is None or other is None:
-        return tuple(f"{label} has no figures on {split}" for label, pair in pairs.items() if pair is None)
-    reasons = []
-    if _shapes(run.summary) != _shapes(against.summary):
-        reasons.append("another model: its layers have other names or shapes")
-    if mine[1].text_sha256 != other[1].text_sha256:
-        reasons.append("other text")
-    if mine[1].seqlen != other[1].seqlen:
-        reasons.append(f"windows of {mine[1].seqlen} tokens, not {other[1].seqlen}")
-    if min(mine[1].windows, other[1].windows) < 2:
-        reasons.append("a single window has no spread")
-    if not reasons and abs(mine[0].nll - other[0].nll) > DENSE_TOLERANCE:
-        dense = f"{mine[0].perplexity:.4g}, not {other[0].perplexity:.4g}"
-        reasons.append(f"another dense model: its perplexity is {dense}")
-    if run.summary.accounting != against.summary.accounting:
-        reasons.append(f"budget in {run.summary.accounting}, not {against.summary.accounting}")
+def incomparable(runs: Sequence[Measured], split: str) -> tuple[str, ...]:
+    """List the reasons why the figures of runs on `split` do not compare, one sentence each; empty where they do.
+
+    Compared are the names and shapes of the layers, the text (hash of the windows' token ids), the window length, the
+    dense model (its negative log likelihood on that text, within `DENSE_TOLERANCE`), and the accounting.
+    """
+    pairs = [(run.label, run.metrics(split)) for run in runs]
+    known = [(label, *pair) for label, pair in pairs if pair is not None]
+    missing = [label for label, pair in pairs if pair is None]
+    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
+    shapes: dict[frozenset[tuple[str, int, int]], list[Measured]] = {}
+    for run in runs:
+        shapes.setdefault(_shapes(run.summary), []).append(run)
+    if len(shapes) > 1:
+        sizes = [
+            f"{len(of)} layers, {formats.compact(some[0].summary.covered)} parameters ({_labels(some)})"
+            for of, some in shapes.items()
+        ]
+        reasons.append(f"model differs in names or shapes of layers: {'; '.join(sizes)}")
+    on_text = [
+        *_disagreement("text", [(label, compressed.text_sha256[:12]) for label, _, compressed in known]),
+        *_disagreement("window length", [(label, str(compressed.seqlen)) for label, _, compressed in known]),
+    ]
+    reasons += on_text
+    losses = [dense.nll for _, dense, _ in known]
+    if losses and not on_text and max(losses) - min(losses) > DENSE_TOLERANCE:
+        perplexities = [(label, formats.significant(dense.perplexity)) for label, dense, _ in known]
+        reasons += _disagreement("dense perplexity", perplexities)
+    reasons += _disagreement("accounting", [(run.label, run.summary.accounting) for run in runs])
     return tuple(reasons)
+
+
+def _disagreement(what: str, values: Sequence[tuple[str, str]]) -> list[str]:
+    """Say which runs have which value, by label and value; nothing where all have the same."""
+    groups: dict[str, list[str]] = {}
+    for label, value in values:
+        groups.setdefault(value, []).append(label)
+    parts = [f"{value} ({', '.join(labels)})" for value, labels in groups.items()]
+    return [f"{what} differs: {'; '.join(parts)}"] if len(parts) > 1 else []
+
+
+def _labels(runs: Sequence[Measured]) -> str:
+    return ", ".join(run.label for run in runs)
 
 
 def _relative(nll: Interval) -> Interval | None:
@@ -141,8 +174,8 @@ def _relative(nll: Interval) -> Interval | None:
         return None
 
 
-def _shapes(summary: Summary) -> set[tuple[str, int, int]]:
-    return {(layer.name, layer.d_out, layer.d_in) for layer in summary.layers}
+def _shapes(summary: Summary) -> frozenset[tuple[str, int, int]]:
+    return frozenset((layer.name, layer.d_out, layer.d_in) for layer in summary.layers)
 
 
 def _paired(mine: Sequence[float], other: Sequence[float], q: float) -> Interval:

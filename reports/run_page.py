@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -110,10 +109,10 @@ def cards(summary: Summary) -> list[Card]:
     shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
     if summary.predicted is not None:
         shown.append(_certificate(summary.predicted, summary.bound))
-    if (gain := mean_change(summary.matching)) is not None:
+    if (gain := tables.mean_change(summary.matching)) is not None:
         blocks = sum(match.block is not None for match in summary.matching)
         shown.append(Card("Matching", gain, f"held-out loss of {blocks} blocks, geometric mean"))
-    seconds, peak = whole_cost(summary.stages)
+    seconds, peak = tables.whole_cost(summary.stages)
     shown.append(Card("Cost", formats.duration(seconds), f"{formats.memory(peak)} at the peak"))
     return shown
 
@@ -129,12 +128,6 @@ def _certificate(predicted: float, bound: float | None) -> Card:
         return Card("Certificate", "none", said)
     gap = max(0.0, predicted - bound) / bound
     return Card("Certificate", "optimal" if gap <= formats.EXACT else f"≤ {formats.at_most(gap)}", said)
-
-
-def mean_change(matching: Sequence[MatchResult]) -> str | None:
-    """Geometric mean over blocks of what matching made of their loss; None where there is nothing to take it of."""
-    ratios = [m.after / m.before for m in matching if m.block is not None and m.before > 0 and m.after > 0]
-    return formats.change(1, math.exp(math.fsum(map(math.log, ratios)) / len(ratios))) if ratios else None
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -253,14 +246,9 @@ def _matched(matching: Sequence[MatchResult]) -> Table:
     return Table("Block by block", heads, rows, notes=(note,), tall=len(rows) > 16)
 
 
-def whole_cost(stages: Sequence[StageCost]) -> tuple[float, int]:
-    """Seconds of all stages, and the highest of their peaks in bytes."""
-    return math.fsum(stage.seconds for stage in stages), max((stage.peak_bytes for stage in stages), default=0)
-
-
 def stage_table(stages: Sequence[StageCost]) -> Table:
     """Time and peak memory per stage."""
-    whole, peak = whole_cost(stages)
+    whole, peak = tables.whole_cost(stages)
     rows = [
         [
             Cell(stage.name),
@@ -310,14 +298,9 @@ def _made_from(summary: Summary) -> list[Part]:
     ]
     return [
         Code(summary.command, "Command"),
-        Facts([("seed", str(summary.seed)), *versions(summary.versions)], "Versions"),
+        Facts([("seed", str(summary.seed)), *summary.versions.items()], "Versions"),
         Facts(splits, "Text"),
     ]
-
-
-def versions(found: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Packages and their versions."""
-    return list(found.items())
 
 
 def _short(value: object) -> str:

@@ -23,6 +23,7 @@ from globalopt.values.results import (
     MatchResult,
     Metrics,
     Search,
+    StageCost,
     Summary,
 )
 from reports import formats
@@ -301,18 +302,28 @@ def matched(results: Sequence[MatchResult]) -> Stack:
     return footed(table, "loss: on held-out calibration windows where there are any; kept: the epoch that was kept")
 
 
+def mean_change(matching: Sequence[MatchResult]) -> str | None:
+    """Geometric mean over blocks of what matching made of their loss; None where there is nothing to take it of."""
+    ratios = [m.after / m.before for m in matching if m.block is not None and m.before > 0 and m.after > 0]
+    return formats.change(1, math.exp(math.fsum(map(math.log, ratios)) / len(ratios))) if ratios else None
+
+
+def whole_cost(stages: Sequence[StageCost]) -> tuple[float, int]:
+    """Seconds of all stages, and the highest of their peaks in bytes."""
+    return math.fsum(stage.seconds for stage in stages), max((stage.peak_bytes for stage in stages), default=0)
+
+
 def stages(summary: Summary) -> Table:
     """Time and peak memory per stage; the total row sums the times and takes the largest peak."""
     table = report_table("Stages")
     table.add_column("stage", overflow="fold")
     add_numbers(table, ("time", "share", "peak memory"))
-    whole = math.fsum(stage.seconds for stage in summary.stages)
+    seconds, peak = whole_cost(summary.stages)
     for stage in summary.stages:
-        part = f"{100 * stage.seconds / whole:.0f} %" if whole else "-"
+        part = f"{100 * stage.seconds / seconds:.0f} %" if seconds else "-"
         table.add_row(Text(stage.name), formats.duration(stage.seconds), part, formats.memory(stage.peak_bytes))
     table.add_section()
-    peak = max((stage.peak_bytes for stage in summary.stages), default=0)
-    table.add_row("all", formats.duration(whole), "", formats.memory(peak), style="bold")
+    table.add_row("all", formats.duration(seconds), "", formats.memory(peak), style="bold")
     return table
 
 

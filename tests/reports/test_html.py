@@ -18,7 +18,8 @@ from globalopt.values.results import Details, Samples, Summary
 from reports import report_family
 from reports.family_page import family_page
 from reports.html import Card, Cell, Column, Lines, Page, Picture, Section, Table, rendered, write_page
-from reports.run_page import layer_table, mean_change, run_page
+from reports.run_page import layer_table, run_page
+from reports.tables import mean_change
 from tests.reports.factory import (
     make_details,
     make_layers,
