@@ -1,4 +1,4 @@
-"""The page of several runs held against the first."""
+"""Make the page that compares several runs with the first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("A column has the same colours in every run.",),
     ),
 }
-"""Of a picture, by its name: what stands in for it, and notes below it."""
+"""Alternative text of every picture and notes below it, by the picture's name."""
 
 
 def comparison_page(
@@ -29,12 +29,18 @@ def comparison_page(
     losses: Sequence[tuple[WindowLosses, ...]],
     pictures: Sequence[Path],
 ) -> Page:
-    """The page of at least two runs.
+    """Make the page of at least two runs.
 
     Args:
-        labels: what to call the runs.
-        losses: what the windows of each run lost, empty where that is unknown.
+        labels: names of the runs.
+        losses: losses of the windows of each run, empty where they are not known.
         pictures: PNGs by `write_comparison_figures`, with an SVG beside each.
+
+    >>> from reports.example import example_losses, example_summary
+    >>> runs = [example_summary(), example_summary(allocator="uniform")]
+    >>> page = comparison_page(runs, ["a", "b"], [example_losses(run) for run in runs], pictures=[])
+    >>> page.title, [section.title for section in page.sections]
+    ('2 runs compared', ['Quality', 'Against a', 'Allocation', 'Cost', 'Reproduce'])
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     apart = held_against_first(summaries, labels, losses)

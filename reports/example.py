@@ -308,7 +308,7 @@ def example_losses(summary: Summary, worse: float = 0.0) -> tuple[WindowLosses, 
     made = []
     for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
         hard = [0.2 * math.sin(window) for window in range(compressed.windows)]
-        noise = [1e-4 * math.cos(7 * window) for window in range(compressed.windows)]
+        noise = [1e-3 * math.cos(7 * window + 100 * worse) for window in range(compressed.windows)]
         nll = tuple(compressed.nll + worse + a + b for a, b in zip(hard, noise, strict=True))
         kl = tuple((compressed.kl or 0.0) + worse + b for b in noise)
         made.append(WindowLosses(compressed.split, compressed.text_sha256, nll, tuple(dense.nll + a for a in hard), kl))

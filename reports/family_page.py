@@ -1,4 +1,4 @@
-"""The page of a family of budgets."""
+"""Make the page of a family of budgets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from reports.tables import model_name, unit_name
 
 
 def family_page(family: Family, picture: Path) -> Page:
-    """The page of a finished family.
+    """Make the page of a finished family.
 
     Args:
         picture: the PNG of its curve, with an SVG beside it.
+
+    >>> from reports.example import example_family
+    >>> from reports.frontier import write_frontier
+    >>> family_page(example_family(), write_frontier(example_family(), Path("."))).title
+    'the bundled reference model, a family of budgets'
     """
     model = model_name(family.model)
     points, unit = family.points, unit_name(family.accounting)
@@ -42,6 +47,7 @@ def family_page(family: Family, picture: Path) -> Page:
 
 
 def _points(family: Family) -> Table:
+    """Make the table of all budgets of the family."""
     heads = columns("kept", unit_name(family.accounting), "predicted", "bound", "gap", "measured KL to dense")
     heads += columns("predicted of uniform", "measured KL of uniform", "file'")
     notes = [

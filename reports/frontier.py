@@ -1,4 +1,4 @@
-"""A family of budgets: what every point of it is expected to lose, as a table and as a curve."""
+"""Show a family of budgets: predicted and measured loss over the kept fraction, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,19 @@ NESTED, UNIFORM = COLOURS[0], COLOURS[3]
 
 
 def frontier_table(family: Family, sign: str = "±") -> Stack:
-    """Kept, used, predicted, gap and measured loss of every point, and what uniform measures there."""
+    """Make the table of a family: kept fraction, cost, losses and gap of every budget, beside uniform allocation.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_family
+    >>> Console(width=80, color_system=None).print(frontier_table(example_family()))
+    Family of 4 nested budgets, priced for 3basil
+                                               measured      measured KL
+    kept  parameters  predicted   gap       KL to dense       of uniform
+    ────────────────────────────────────────────────────────────────────
+     0.1      700.0M     0.2187  10 %      0.153 ±0.011     0.328 ±0.022
+    0.35      2.450G    0.08239  10 %    0.0577 ±0.0041   0.1236 ±0.0082
+    ...
+    """
     points = family.points
     measured = family.candidates is not None
     table = report_table(f"Family of {len(points)} nested budgets, priced for {family.solver}")
@@ -49,7 +61,7 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
 
 
 def _measured(outcome: Outcome, sign: str) -> str:
-    """The loss with its standard error; with exponents where all decimals would not fit beside the others."""
+    """Format the measured loss with its standard error; with exponents below 1e-4, where decimals would not fit."""
     value, stderr = outcome.measured, outcome.stderr
     if value is None or stderr is None:
         return "-"
@@ -60,15 +72,25 @@ def write_frontier(family: Family, folder: Path) -> Path:
     """Write `frontier.png` into `folder`, and the same as SVG, each whole or not at all.
 
     Raises:
-        ArtefactError: it cannot be written.
+        ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_family
+    >>> write_frontier(example_family(), Path("."))
+    PosixPath('frontier.png')
     """
     return save(frontier_figure(family), folder / "frontier.png")
 
 
 def frontier_figure(family: Family) -> Figure:
-    """Predicted loss with its bound, and measured loss, over the kept fraction; uniform's beside them; log scale.
+    """Draw predicted loss, its lower bound and measured loss over the kept fraction, on a log scale.
 
-    Who is told by colour, what by the kind of line. Predictions that are not in nats have a panel of their own.
+    The uniform allocation of each budget is drawn beside it. Colours tell the allocations apart, kinds of lines the
+    quantities. Predictions in another unit than nats have a panel of their own.
+
+    >>> from reports.example import example_family
+    >>> (axes,) = frontier_figure(example_family()).axes
+    >>> axes.get_ylabel()
+    'KL to dense: predicted and measured, nats per token'
     """
     measured = family.candidates is not None
     together = measured and family.error_unit == ErrorUnit.NATS
@@ -115,7 +137,7 @@ def _line(
     style: str,
     marker: str = "",
 ) -> None:
-    """A line through the values above zero: the dense end has no place on a log axis."""
+    """Draw a line through the values above zero; the dense model, which loses nothing, has no place on a log axis."""
     shown = [(point.asked, y) for point in points if point.predicted > 0 and (y := value(point))]
     xs, ys = [x for x, _ in shown], [y for _, y in shown]
     axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.4, label=label)

@@ -1,4 +1,4 @@
-"""Picture of what matching did to every block."""
+"""Draw the losses of every block before and after matching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ UNITS = {
 
 
 def matching_figure(summary: Summary) -> Figure:
-    """Held-out loss of every matched block before and after (log axis); the model's own matching is a line of text."""
+    """Draw the held-out loss of every matched block before and after (log axis); model matching is a line of text.
+
+    >>> from reports.example import example_matching, example_summary
+    >>> matching_figure(example_summary(matching=example_matching())).axes[0].get_ylabel()
+    'held-out loss, nats per token'
+    """
     blocks = [match for match in summary.matching if match.block is not None]
     figure = new_figure(summary, min(max(6.4, 3 + 0.16 * len(blocks)), 14.0), 4.6)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The page of a run: its summary, pictures and texts, section by section."""
+"""Make the page of a run: its summary, pictures and texts, section by section."""
 
 from __future__ import annotations
 
@@ -33,24 +33,29 @@ CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "allocation": ("What every layer keeps and loses, block by kind", ()),
     "error": ("Predicted and actual error of every layer", ("On the dashed line the prediction came true.",)),
     "curves": (
-        "Singular values and saliencies of a few layers, and how far down they were kept",
-        ("What is kept need not be what is largest here: solvers see the whole Gram of the inputs, and move weights.",),
+        "Singular values and saliencies of a few layers, up to the rank and the nonzeros that they keep",
+        ("The kept entries need not be the largest here: solvers use the whole Gram of the inputs, and move weights.",),
     ),
-    "search": ("What the surrogate foretold, and what the tokens of the search bought", ()),
+    "search": ("Predicted and measured loss of the candidates, and measured loss over the tokens of the search", ()),
     "convergence": (
         "Objective of the solver in every layer",
         ("Each layer in its own damped norm, over what keeping nothing would cost.",),
     ),
     "matching": ("Held-out loss of every block before and after matching", ()),
 }
-"""Of a picture, by its name: what stands in for it, and notes below it."""
+"""Alternative text of every picture and notes below it, by the picture's name."""
 
 
 def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Page:
-    """The page of a finished run.
+    """Make the page of a finished run.
 
     Args:
+        details: curves, traces and samples of the run, as far as it has them.
         pictures: PNGs by `write_figures`, with an SVG beside each.
+
+    >>> from reports.example import example_summary
+    >>> run_page(example_summary(), Details(), pictures=[]).title
+    'the bundled reference model, 50 % kept'
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     model = tables.model_name(summary.model)
@@ -74,7 +79,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
             Section("budget", "Budget", [Facts(tables.budget_facts(summary))]),
             Section("size", "Size", [Facts(size_facts(summary))]),
             Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
-            Section("curves", "What there was to keep", picture("curves")),
+            Section("curves", "Singular values and saliencies", picture("curves")),
             Section("errors", "Errors", picture("error")),
             Section("search", "Search", search),
             Section("solver", "Solver", picture("convergence")),
@@ -92,18 +97,23 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
 
 
 def cards(summary: Summary) -> list[Card]:
-    """What a reader wants to know first."""
+    """Make the cards with the headline numbers of a run.
+
+    >>> from reports.example import example_summary
+    >>> [(card.label, card.value) for card in cards(example_summary())][:2]
+    [('KL to dense', '0.002910'), ('Perplexity', '61.02')]
+    """
     shown = []
     if summary.compressed:
         first, *others = zip(summary.dense, summary.compressed, strict=True)
         dense, compressed = first
         rest = "".join(f"; {other.split} {tables.divergence(other)}" for _, other in others)
         shown.append(
-            _measured("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
+            _measured_card("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
         )
         change = formats.change(dense.perplexity, compressed.perplexity)
         against = f"dense {tables.perplexity(dense)}, {change}, {compressed.split}"
-        shown.append(_measured("Perplexity", tables.perplexity(compressed), against))
+        shown.append(_measured_card("Perplexity", tables.perplexity(compressed), against))
     unit = tables.unit_name(summary.accounting)
     of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
     shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
@@ -117,12 +127,14 @@ def cards(summary: Summary) -> list[Card]:
     return shown
 
 
-def _measured(label: str, text: str, detail: str) -> Card:
+def _measured_card(label: str, text: str, detail: str) -> Card:
+    """Make a card of a value with its standard error."""
     value, sign, error = text.partition(" ±")
     return Card(label, value, detail, sign.strip() + error)
 
 
 def _certificate(predicted: float, bound: float | None) -> Card:
+    """Make the card of the gap to the proved bound."""
     said = formats.certificate(predicted, bound)
     if bound is None or bound <= 0:
         return Card("Certificate", "none", said)
@@ -134,7 +146,11 @@ def _certificate(predicted: float, bound: float | None) -> Card:
 
 
 def columns(*titles: str) -> list[Column]:
-    """Columns of numbers, but for titles that end with a quote mark, which are of words."""
+    """Make columns by their titles: of numbers, or of words where the title ends with a quote mark.
+
+    >>> [(column.title, column.number) for column in columns("kind'", "kept")]
+    [('kind', False), ('kept', True)]
+    """
     return [Column(title.rstrip("'"), not title.endswith("'")) for title in titles]
 
 
@@ -151,7 +167,13 @@ def _quality(summary: Summary) -> Part:
 
 
 def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
-    """Both perplexities, their change, and the KL."""
+    """Make the cells of both perplexities, their change, and the KL.
+
+    >>> from reports.example import example_metrics
+    >>> cells = quality_cells(example_metrics("test", 60.0, None), example_metrics("test", 63.0, 0.003))
+    >>> [cell.text for cell in cells]
+    ['60.00 ±0.78', '63.00 ±0.82', '+5.0 %', '0.003000 ±0.000075']
+    """
     change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
     kl = Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)
     return [*(Cell(tables.perplexity(of), of.perplexity) for of in (dense, compressed)), change, kl]
@@ -175,6 +197,7 @@ def _groups(summary: Summary) -> list[Part]:
 
 
 def _pooled(group: Group) -> list[Cell]:
+    """Make the row of pooled layers."""
     label = Cell(group.label, int(group.label) if group.label.isdecimal() else None)
     return [
         label,
@@ -188,7 +211,11 @@ def _pooled(group: Group) -> list[Cell]:
 
 
 def share_cell(value: float) -> Cell:
-    """A fraction with a bar."""
+    """Make the cell of a fraction, with a bar.
+
+    >>> share_cell(0.25).text, share_cell(0.25).bar
+    ('0.250', 25.0)
+    """
     return Cell(f"{value:.3f}", value, bar=round(100 * value, 1))
 
 
@@ -197,7 +224,13 @@ def _error(value: float | None) -> Cell:
 
 
 def layer_table(summary: Summary) -> Table:
-    """Every layer: what it was given and what came of it."""
+    """Make the table of all layers: targets, costs, errors, and how the solver ended.
+
+    >>> from reports.example import example_summary
+    >>> table = layer_table(example_summary())
+    >>> len(table.rows), [cell.text for cell in table.rows[2]][:5]
+    (14, ['3', '0', 'v_proj', '128 x 256', '0'])
+    """
     patterns = any(layer.pattern for layer in summary.layers)
     heads = columns("layer", "block", "kind'", "shape'", "rank", "nonzeros", *(["N:M'"] if patterns else []))
     heads += columns("kept", "cost", "density", "rank share", "predicted", "actual", "relative")
@@ -247,7 +280,12 @@ def _matched(matching: Sequence[MatchResult]) -> Table:
 
 
 def stage_table(stages: Sequence[StageCost]) -> Table:
-    """Time and peak memory per stage."""
+    """Make the table of time and peak memory per stage.
+
+    >>> table = stage_table([StageCost("capture", 2.0, 2**30), StageCost("refine", 6.0, 2**30)])
+    >>> [cell.text for cell in table.rows[1]]
+    ['refine', '6.00 s', '75 %', '1.00 GiB']
+    """
     whole, peak = tables.whole_cost(stages)
     rows = [
         [
