@@ -119,6 +119,7 @@ def _moved(found: BudgetDiff) -> str:
 
 
 def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDiff) -> Stack:
+    """Make the table of pooled comparisons, with a total row."""
     table = report_table(title)
     table.add_column(f"\n{label}", overflow="fold")
     add_numbers(table, ("\nlayers", "\nchanged", "kept\nbefore", "\nafter", "\nchange", "cost,\nchange"))
@@ -131,6 +132,7 @@ def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDi
 
 
 def _cells(move: Move) -> list[str]:
+    """Format the row of a pooled comparison."""
     return [
         str(move.layers),
         str(move.changed),
@@ -142,6 +144,7 @@ def _cells(move: Move) -> list[str]:
 
 
 def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) -> Stack:
+    """Make the table of the layers with the largest changes."""
     prefix = common_prefix([before.name for before in found.before])
     table = report_table("Largest moves")
     table.add_column("\nlayer", overflow="fold")

@@ -153,6 +153,7 @@ def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
 
 
 def _verdict(one: Difference) -> Text:
+    """Colour the verdict of a difference."""
     return Text(one.verdict, {"better": "green", "worse": "red", "undecided": "dim"}.get(one.verdict, ""))
 
 

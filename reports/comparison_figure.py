@@ -132,4 +132,5 @@ def _points(axes: Axes, rows: Sequence[tuple[float, float, float]], n: int, labe
 
 
 def _colour(n: int) -> str:
+    """Return the colour of the n-th split."""
     return COLOURS[n % len(COLOURS)]

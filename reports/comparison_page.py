@@ -69,6 +69,7 @@ def comparison_page(
 
 
 def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference]) -> list[Card]:
+    """Make the cards: number of runs, lowest KL, and how many runs are better than the first."""
     split = common_split(summaries)
     kept = dict.fromkeys(f"{summary.asked:g}" for summary in summaries)
     shown = [Card("Runs", str(len(summaries)), f"kept {', '.join(kept)}")]
@@ -91,10 +92,12 @@ def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[
 
 
 def _not_comparable(reasons: Sequence[str]) -> list[Part]:
+    """List the reasons why the runs do not compare."""
     return [Lines([f"Not comparable: {reason}" for reason in reasons])] if reasons else []
 
 
 def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of metrics of every run and split."""
     searched = any(summary.search for summary in summaries)
     heads = columns("run'", "split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense")
     heads += columns("kept", "allocator'", "solver'", "seed", "used", *(["tokens"] if searched else []))
@@ -120,6 +123,7 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
 
 
 def _apart(found: Sequence[Difference]) -> list[Part]:
+    """Make the table of differences to the first run, and list the runs that do not compare."""
     shown = [one for one in found if not one.reasons]
     parts: list[Part] = [Lines(lines)] if (lines := not_compared(found)) else []
     if not shown:
@@ -144,6 +148,7 @@ def _apart(found: Sequence[Difference]) -> list[Part]:
 
 
 def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
+    """Make the cells of a difference and the ends of its interval."""
     if found is None:
         return [MISSING] * 3
     ends = found.value, found.low, found.high
@@ -151,6 +156,7 @@ def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
 
 
 def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of kept fractions by kind, with a column per run."""
     groups = [{group.label: group for group in by_kind(summary.layers)} for summary in summaries]
     kinds = dict.fromkeys(kind for of in groups for kind in of)
     rows = [[Cell(kind), *(share_cell(of[kind].kept) if kind in of else MISSING for of in groups)] for kind in kinds]
@@ -158,6 +164,7 @@ def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
 
 
 def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of time and memory of every run."""
     rows = []
     for label, summary in zip(labels, summaries, strict=True):
         seconds, peak = tables.whole_cost(summary.stages)

@@ -77,6 +77,7 @@ def measured_note(family: Family) -> tuple[str, str]:
 
 
 def _row(point: FamilyPoint) -> list[Cell]:
+    """Make the row of a budget."""
     return [
         Cell(f"{point.asked:g}", point.asked),
         Cell(formats.count(point.used), point.used),
@@ -91,6 +92,7 @@ def _row(point: FamilyPoint) -> list[Cell]:
 
 
 def _measured(outcome: Outcome) -> Cell:
+    """Make the cell of a measured loss."""
     if outcome.measured is None:
         return MISSING
     return Cell(formats.measured(outcome.measured, outcome.stderr), outcome.measured)

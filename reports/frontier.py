@@ -115,6 +115,7 @@ def frontier_figure(family: Family) -> Figure:
 
 
 def _predictions(axes: Axes, points: Sequence[FamilyPoint]) -> None:
+    """Draw the predicted losses, and the gap to the proved bound."""
     _line(axes, points, lambda point: point.uniform.predicted, UNIFORM, "uniform, predicted", "--")
     _line(axes, points, lambda point: point.predicted, NESTED, "nested, predicted", "--")
     _line(axes, points, lambda point: point.bound, NESTED, "proved bound of any allocation, predicted", ":")
@@ -124,6 +125,7 @@ def _predictions(axes: Axes, points: Sequence[FamilyPoint]) -> None:
 
 
 def _measurements(axes: Axes, points: Sequence[FamilyPoint]) -> None:
+    """Draw the measured losses."""
     _line(axes, points, lambda point: point.uniform.measured, UNIFORM, "uniform, measured", "-", "s")
     _line(axes, points, lambda point: point.measured, NESTED, "nested, measured", "-", "o")
 

@@ -183,6 +183,7 @@ def colours(values: NDArray[np.float64], log: bool = False, whole: bool = False)
 
 
 def _log_norm(values: NDArray[np.float64]) -> Normalize:
+    """Make a logarithmic colour scale over the values above zero."""
     positive = values[values > 0]
     if not positive.size:
         return Normalize(0, 1)
@@ -192,6 +193,7 @@ def _log_norm(values: NDArray[np.float64]) -> Normalize:
 
 
 def _count_norm(values: NDArray[np.float64]) -> Normalize:
+    """Make a colour scale from zero on."""
     return Normalize(0, max(1.0, float(np.nanmax(values))))
 
 
@@ -206,4 +208,5 @@ def _short(value: float) -> str:
 
 
 def _error_label(which: str, summary: Summary) -> str:
+    """Label an axis with an error and its unit."""
     return f"{which} error, {error_unit(summary.error_unit)}"

@@ -59,6 +59,7 @@ def matching_figure(summary: Summary) -> Figure:
 
 
 def _title(axes: Axes, blocks: list[MatchResult]) -> None:
+    """Title the axes with the mean change of the loss."""
     mean = mean_change(blocks)
     on_average = f", {mean} on average" if mean is not None else ""
     axes.set_title(f"matching, block by block{on_average}", fontsize=10, loc="left")

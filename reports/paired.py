@@ -192,6 +192,7 @@ def _disagreement(what: str, values: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _labels(runs: Sequence[Measured]) -> str:
+    """List the labels of runs."""
     return ", ".join(run.label for run in runs)
 
 
@@ -204,6 +205,7 @@ def _relative(nll: Interval) -> Interval | None:
 
 
 def _shapes(summary: Summary) -> frozenset[tuple[str, int, int]]:
+    """Return names and shapes of the layers of a run."""
     return frozenset((layer.name, layer.d_out, layer.d_in) for layer in summary.layers)
 
 

@@ -82,6 +82,7 @@ class LineProgress:
         self._say(text)
 
     def _say(self, line: str) -> None:
+        """Print a line."""
         # Logs are read by programs too: no wrapping and no markup.
         self._console.out(line, highlight=False)
 

@@ -155,6 +155,7 @@ def columns(*titles: str) -> list[Column]:
 
 
 def _quality(summary: Summary) -> Part:
+    """Make the table of metrics, or say that the run was not evaluated."""
     if not summary.compressed:
         return Lines(["Not evaluated."])
     rows = [
@@ -180,6 +181,7 @@ def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
 
 
 def _groups(summary: Summary) -> list[Part]:
+    """Make the tables of layers pooled by kind and by block."""
     unit = tables.errors_unit(summary)
     whole = Group.pool("all", summary.layers)
     found: list[Part] = []
@@ -220,6 +222,7 @@ def share_cell(value: float) -> Cell:
 
 
 def _error(value: float | None) -> Cell:
+    """Make the cell of an error."""
     return MISSING if value is None else Cell(formats.scientific(value), value)
 
 
@@ -241,6 +244,7 @@ def layer_table(summary: Summary) -> Table:
 
 
 def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
+    """Make the row of a layer."""
     return [
         Cell(str(number)),
         Cell(str(layer.block)),
@@ -261,6 +265,7 @@ def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
 
 
 def _matched(matching: Sequence[MatchResult]) -> Table:
+    """Make the table of matching."""
     heads = columns("block", "loss'", "before", "after", "change", "epochs", "kept", "time")
     rows = [
         [
@@ -301,6 +306,7 @@ def stage_table(stages: Sequence[StageCost]) -> Table:
 
 
 def _part(seconds: float, whole: float) -> Cell:
+    """Make the cell of a stage's share of the time, with a bar."""
     share = 100 * seconds / whole if whole else 0.0
     return Cell(f"{share:.0f} %", share, bar=round(share, 1))
 
@@ -309,6 +315,7 @@ def _part(seconds: float, whole: float) -> Cell:
 
 
 def _samples(samples: Samples | None) -> list[Part]:
+    """Make the parts of the section on samples."""
     if samples is None:
         return []
     if samples.skipped is not None:
@@ -330,6 +337,7 @@ def _samples(samples: Samples | None) -> list[Part]:
 
 
 def _made_from(summary: Summary) -> list[Part]:
+    """Make the parts that tell how to reproduce the run."""
     splits = [
         (name, ", ".join(f"{key} {_short(value)}" for key, value in made.items() if value is not None))
         for name, made in summary.splits.items()
@@ -342,10 +350,12 @@ def _made_from(summary: Summary) -> list[Part]:
 
 
 def _short(value: object) -> str:
+    """Format a value of the metadata; lists by their length."""
     return f"({len(value)} of them)" if isinstance(value, list | tuple) and len(value) > 2 else str(value)
 
 
 def _notes(summary: Summary) -> list[Part]:
+    """List statuses other than converged with advice, and the run's notes."""
     lines = [f"{status.value}: {advice}" for status, advice in tables.troubles(summary)]
     lines += summary.notes
     return [Lines(lines)] if lines else []

@@ -138,6 +138,7 @@ def progress(axes: Axes, summary: Summary, search: Search) -> None:
 
 
 def _mark(axes: Axes, x: float, y: float) -> None:
+    """Mark the chosen allocation."""
     star = {"marker": "*", "s": 150, "c": _CHOSEN, "edgecolors": "black", "linewidths": 0.8, "zorder": 4}
     axes.scatter([x], [y], label="chosen", **star)
 
@@ -149,6 +150,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _size(dots: Sequence[Evaluation]) -> float:
+    """Choose the size of points by their number."""
     return 16.0 if len(dots) <= MANY else 6.0
 
 

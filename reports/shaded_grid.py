@@ -145,6 +145,7 @@ def span(values: np.ndarray) -> tuple[float, float]:
 
 
 def _cell_width(kind: str) -> int:
+    """Choose the width of the cells of a kind."""
     return min(max(len(kind), 5), 24) + 2
 
 
@@ -163,6 +164,7 @@ def _columns_that_fit(kinds: Sequence[str], width: int) -> Iterator[list[int]]:
 
 
 def _cell(value: float, width: int, shade: Shade) -> Text:
+    """Format a cell; a dash where there is no layer."""
     return Text(f"{'-':^{width}}", "dim") if math.isnan(value) else shade(value, width)
 
 

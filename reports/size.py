@@ -34,4 +34,5 @@ def size_facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _part(part: int, whole: int, said: str) -> str:
+    """Format a share with the counts behind it."""
     return f"{formats.percent(part, whole)}: {said}"

@@ -113,4 +113,5 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _same(a: float, b: float) -> bool:
+    """Tell whether two losses are equal up to rounding."""
     return math.isclose(a, b, rel_tol=SAME)

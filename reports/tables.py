@@ -594,6 +594,7 @@ def _fact(key: str, value: Any) -> str:
 
 
 def _some_names(layers: Sequence[LayerResult]) -> str:
+    """List the names of up to three layers, and count the others."""
     shown = ", ".join(layer.name for layer in layers[:3])
     return f"{shown} and {len(layers) - 3} more" if len(layers) > 3 else shown
 

@@ -109,6 +109,7 @@ def _cells(
     changes: Mapping[str, Score],
     sign: str,
 ) -> list[str]:
+    """Format the scores of both models and the change of a metric."""
     own = _shown(metric, mine[metric], sign)
     if theirs is None:
         return [own]
@@ -117,6 +118,7 @@ def _cells(
 
 
 def _shown(metric: str, score: Score, sign: str, plus: bool = False) -> str:
+    """Format a score; accuracies in percent."""
     if metric not in ACCURACIES:
         if score.value >= LARGE:
             return f"{score.value:.1e}" + (f" {sign}{score.stderr:.0e}" if score.stderr else "")
@@ -147,4 +149,5 @@ def _notes(scores: Scorecard) -> list[str]:
 
 
 def _model(role: str, model: ModelScore) -> str:
+    """Describe a model in a footnote."""
     return f"{role}: {model.dtype}, weights {model.weights_sha256[:8]}"

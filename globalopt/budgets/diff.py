@@ -156,10 +156,12 @@ def record(found: BudgetDiff) -> dict[str, Any]:
 
 
 def _move_record(move: Move) -> dict[str, Any]:
+    """Convert a pooled comparison to JSON values."""
     return {**asdict(move), "change": move.change, "kept": move.kept, "rank_share": move.rank_share}
 
 
 def _layer_record(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
+    """Convert the comparison of a layer to JSON values."""
     names = ("rank", "nnz", "pattern", "cost", "kept", "density")
     pairs = {name: [getattr(before, name), getattr(after, name)] for name in names}
     return {"name": before.name, "block": before.block, "kind": before.kind, "dense_cost": before.dense_cost, **pairs}
@@ -211,4 +213,5 @@ def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:
 
 
 def _target(plan: LayerPlan) -> tuple[int, int, str | None]:
+    """Return the parts of a plan that make up its target."""
     return plan.rank, plan.nnz, plan.pattern

@@ -110,6 +110,7 @@ def _measure(
     advance: Callable[[str], None] | None,
     scratch: Path | None,
 ) -> tuple[Metrics, Metrics | None, WindowLosses]:
+    """Evaluate both models in one pass: metrics of `model`, of `dense`, and the losses of the windows."""
     count, seqlen = split.windows.shape
     if count < 2:
         raise UsageError(
@@ -149,6 +150,7 @@ def _measure(
 
 
 def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | None) -> Metrics:
+    """Summarise the losses of the windows of a model."""
     count, seqlen = split.windows.shape
     return Metrics(
         split=split.name,
@@ -166,6 +168,7 @@ def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | Non
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
+    """Return the size of a model's vocabulary."""
     return model.config.get_text_config().vocab_size
 
 
@@ -203,17 +206,20 @@ def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: s
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    """Split positions so that few logits are in float32 at once."""
     step = max(1, SOFTMAX_AT_ONCE // vocabulary)
     return (slice(first, first + step) for first in range(0, positions, step))
 
 
 def _log_softmax(logits: Tensor, where: str) -> Tensor:
+    """Compute log probabilities in float32; `NumericalError` naming the place `where` a logit is not finite."""
     if not torch.isfinite(logits).all():
         raise NumericalError(f"The logits of {where} are not finite; a weight is broken, or --dtype is too narrow.")
     return logits.float().log_softmax(1)
 
 
 def _perplexity(nll: Tensor) -> float:
+    """Compute `exp` of the mean loss; `NumericalError` where it overflows."""
     mean = nll.mean().item()
     try:
         return math.exp(mean)
@@ -224,4 +230,5 @@ def _perplexity(nll: Tensor) -> float:
 
 
 def _standard_error(means: Tensor) -> float:
+    """Compute the standard error of the mean over windows."""
     return means.std().item() / math.sqrt(len(means))

@@ -63,6 +63,7 @@ def _none(split: Split, why: str) -> Samples:
 
 
 def _positions(model: PreTrainedModel) -> int | None:
+    """Return the longest context of a model; None where its config does not tell."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -84,6 +85,7 @@ def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """Decode tokens; `TypeError` where a tokenizer returns something other than text."""
     text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
     if not isinstance(text, str):
         raise TypeError(f"decode gave {type(text).__name__}")

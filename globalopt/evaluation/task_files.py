@@ -40,6 +40,7 @@ _PLAIN_ACCURACY = ("boolq", "rte", "winogrande")
 
 
 def _with_answer(query: str) -> str:
+    """Append lm-eval's "Answer:" to a question."""
     return query.removesuffix("\n") + "\nAnswer:"
 
 
@@ -177,24 +178,28 @@ def _form(row: Mapping[str, Any], where: str) -> str:
 
 
 def _choices(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `CHOICES`."""
     choices = _texts(row, "choices", where)
     prompt = _PROMPTS.get(name, str)(_text(row, "query", where))
     return {"query": prompt, "choices": choices, "gold": _index(row, "gold", len(choices), where)}
 
 
 def _contexts(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `CONTEXTS`."""
     contexts = _texts(row, "context_options", where)
     gold = _index(row, "gold", len(contexts), where)
     return {"contexts": contexts, "continuation": _text(row, "continuation", where), "gold": gold}
 
 
 def _completion(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `COMPLETION`."""
     context, continuation = (_text(row, key, where) for key in FORMS[COMPLETION])
     # lm-eval puts nothing between the two.
     return {"context": context, "continuation": f" {continuation}"}
 
 
 def _pair(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Convert a row of the form `PAIR` to one of the form `CHOICES`."""
     first, second = (_text(row, key, where) for key in ("sentence1", "sentence2"))
     prompt = f"{first}\nQuestion: {second} True or False?\nAnswer:"
     return {"query": prompt, "choices": ["True", "False"], "gold": _index(row, "label", 2, where)}
@@ -209,12 +214,14 @@ _ITEMS: Mapping[str, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = 
 
 
 def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return a value of a row; `CalibrationError` where it is missing."""
     if key not in row:
         raise CalibrationError(f"{where} lacks '{key}'; the rows before it have it.")
     return row[key]
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a text of a row; `CalibrationError` where it is none, or empty."""
     value = _value(row, key, where)
     if not isinstance(value, str) or not value.strip():
         raise CalibrationError(f"{where}: '{key}' is no text: {json.dumps(value, default=str)[:40]}.")
@@ -222,6 +229,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """Return a list of texts of a row; `CalibrationError` where it is none."""
     values = _value(row, key, where)
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) and v.strip() for v in values):
         raise CalibrationError(f"{where}: '{key}' must be a list of at least 2 texts, none of them empty.")
@@ -229,6 +237,7 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _index(row: Mapping[str, Any], key: str, count: int, where: str) -> int:
+    """Return an index of a row; `CalibrationError` where it is not below `count`."""
     value = _value(row, key, where)
     if type(value) is not int or not 0 <= value < count:
         raise CalibrationError(

@@ -139,6 +139,7 @@ def _unknown(name: str, folder: Path | None, known: set[str]) -> str:
 
 
 def _require_lm_eval() -> None:
+    """Check that lm-eval is installed; `UsageError` otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             import lm_eval  # noqa: F401
@@ -250,6 +251,7 @@ def _item_values(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float,
 
 
 def _metric_name(metric: str, chosen: str) -> str:
+    """Name a metric with its filter, where that is not the default."""
     return metric if chosen == "none" else f"{metric}@{chosen}"
 
 
@@ -345,6 +347,7 @@ class _ProgressHook:
         self.total, self.answered, self.advance = total, 0, advance
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Count one answer; lm-eval calls this to store it."""
         before = self.answered * STEPS // self.total
         self.answered += 1
         for _ in range(before, self.answered * STEPS // self.total):

@@ -67,6 +67,7 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 
 def _sparse_part(source: Source, spec: LayerSpec) -> Tensor:
+    """Read the sparse part of a layer in the stored dtype."""
     return source.run.read_layer(spec)[0].S.to(source.dtype)
 
 

@@ -88,6 +88,7 @@ def write_finished_run(
 
 
 def _result(spec: LayerSpec, value: Decomposition, pattern: NM | None) -> LayerResult:
+    """Make the result of a layer from its decomposition."""
     return LayerResult(
         name=spec.name,
         block=spec.block,
@@ -109,6 +110,7 @@ def _result(spec: LayerSpec, value: Decomposition, pattern: NM | None) -> LayerR
 
 
 def _summary(layers: tuple[LayerResult, ...]) -> Summary:
+    """Make the summary of a run that was not evaluated."""
     used, total = sum(layer.cost for layer in layers), sum(layer.dense_cost for layer in layers)
     return Summary(
         command="globalopt search",

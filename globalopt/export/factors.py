@@ -93,6 +93,7 @@ def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:
 
 
 def _tensors(value: Decomposition) -> dict[str, Tensor]:
+    """Split a decomposition into the tensors of its file."""
     support = value.S != 0
     found = {"values": value.S[support], "support": support, "U": value.U, "V": value.V}
     return found if value.signs is None else {**found, "signs": value.signs.to(torch.int8)}

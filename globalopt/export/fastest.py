@@ -44,6 +44,7 @@ def fastest(paths: Mapping[str, Callable[[Tensor], Tensor]], d_in: int, like: Te
 
 
 def _seconds(path: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Time one call on `x`."""
     _wait(x.device)
     started = time.perf_counter()
     path(x)
@@ -52,5 +53,6 @@ def _seconds(path: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def _wait(device: torch.device) -> None:
+    """Wait for the device to finish."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

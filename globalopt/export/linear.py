@@ -308,10 +308,12 @@ class SparseLowRankLinear(nn.Module):
         return W.to_dense() if self.path == TWO_FOUR else W
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the stored tensors instead of the weight that the layer computes with."""
         for name, tensor in self._stored().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def extra_repr(self) -> str:
+        """Describe the layer in the printed model."""
         how, path = self.shape.sparse, self.path or self.compute
         return f"{self.in_features}, {self.out_features}, S={how.form}, rank={self.shape.rank}, compute={path}"
 
@@ -342,4 +344,5 @@ def _offloaded(module: nn.Module) -> bool:
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
+    """Make a parameter without gradient."""
     return nn.Parameter(tensor.detach(), requires_grad=False)

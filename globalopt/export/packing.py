@@ -67,6 +67,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
+        """Number of entries of the matrix."""
         return self.d_out * self.d_in
 
     @property
@@ -240,4 +241,5 @@ def _from_bytes(packed: Tensor, width: int) -> Tensor:
 
 
 def _whole(value: object, least: int) -> bool:
+    """Tell whether a value is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize

@@ -81,6 +81,7 @@ class SparseLowRankQuantizer(HfQuantizer):
         return {place: int(size * share) if isinstance(size, int) else size for place, size in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Check the files, and replace linear layers by empty packed ones."""
         shapes = self.quantization_config.shapes()
         files = kwargs.get("checkpoint_files")
         if files:
@@ -96,6 +97,7 @@ class SparseLowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Check that every packed layer can be unpacked."""
         for name, layer in packed_layers(model):
             layer.requires_grad_(False)
             if layer.weight.device.type == "meta":
@@ -111,11 +113,13 @@ class SparseLowRankQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace packed layers by dense ones."""
         for name, layer in packed_layers(model):
             model.set_submodule(name, dense_layer(layer, dtype))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors to save, and the seal as metadata."""
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -134,10 +138,12 @@ class SparseLowRankQuantizer(HfQuantizer):
         return tensors, seal.seal(model, tensors, revert_weight_conversion(model, dict(tensors)))
 
     def is_serializable(self) -> bool:
+        """Tell transformers that packed models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Tell transformers that packed models cannot be trained."""
         return False
 
 
@@ -196,6 +202,7 @@ def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) ->
 
 
 def _is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is GPT-2's `Conv1D`."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

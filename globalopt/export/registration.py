@@ -46,6 +46,7 @@ class _OnImport:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find the registry of transformers; None for other modules."""
         if fullname != _REGISTRY:
             return None
         us: Any = self
@@ -64,9 +65,11 @@ class _Adding:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module by the other loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module by the other loader, then add to it."""
         self._loader.exec_module(module)
         _add(module)
 

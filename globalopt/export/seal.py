@@ -196,6 +196,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _digest_json(value: Any) -> str:
+    """Compute the sha256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -208,6 +209,7 @@ def _generation_digest(model: PreTrainedModel) -> str | None:
 
 
 def _read_json(path: Path) -> Any:
+    """Read a JSON file."""
     from globalopt.runs.files import read_json
 
     return read_json(path)

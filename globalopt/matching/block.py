@@ -194,8 +194,10 @@ class _MeanLoss:
         return (found.float() - target.float()).square().sum(-1).mean()
 
     def _nats(self, found: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean of `eᵀ A e / 2`."""
         return ((found.float() - target.float()) @ self.factor).square().sum(-1).mean()
 
     def _token(self, found: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean of `|e|² / |y|²`."""
         target = target.float()
         return ((found.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()

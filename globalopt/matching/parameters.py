@@ -167,6 +167,7 @@ def norm_parameters(model: nn.Module, root: str) -> Iterator[tuple[str, nn.Param
 
 
 def _root_mean_square(parameter: Tensor) -> float:
+    """Compute the root mean square of a parameter."""
     return float(parameter.detach().square().mean().sqrt())
 
 

@@ -99,10 +99,12 @@ class EvoPress:
         return targets, ()
 
     def _step(self) -> int:
+        """Return the step; `UsageError` where none was given."""
         if self.step is None:
             raise UsageError("EvoPress's levels need --level-step, the weights per level (prune.py --weights_diff).")
         return self.step
 
 
 def _nnz(sparsity: float, step: int, level: int, numel: int) -> int:
+    """Compute the number of nonzeros at a level."""
     return round((1 - sparsity) * numel - level * step)

@@ -111,6 +111,7 @@ def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:
 
 
 def _rank(value: Any, where: str) -> int:
+    """Check a rank; `ArtefactError` naming the place `where` it is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ArtefactError(f"{where} is {str(value)[:40]!r}, no rank.")
     return value

@@ -82,6 +82,7 @@ class Sparsities:
 
 
 def _numbers(raw: Any) -> list[float]:
+    """Check one sparsity or a list of them; `ArtefactError` naming the first that is none."""
     values = raw if isinstance(raw, list) else [raw]
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -90,6 +91,7 @@ def _numbers(raw: Any) -> list[float]:
 
 
 def _pattern(mask: Any) -> NM | None:
+    """Parse `mask_structure`; None where it stands for no pattern."""
     zeros, colon, of = mask.partition(":") if isinstance(mask, str) else ("", "", "")
     if not (colon and zeros.isdecimal() and of.isdecimal() and len(mask) < 9):
         raise ArtefactError(f"mask_structure is {str(mask)[:40]!r}, not N:M such as 2:4, or {UNSTRUCTURED}.")

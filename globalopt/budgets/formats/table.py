@@ -72,6 +72,7 @@ class Csv:
 
     @staticmethod
     def _check_header(names: Sequence[str]) -> None:
+        """Check the names of the columns."""
         if missing := [name for name in NEEDED if name not in names]:
             raise ArtefactError(
                 f"the first line lacks {', '.join(missing)}; columns are separated by commas and named "
@@ -82,6 +83,7 @@ class Csv:
 
     @staticmethod
     def _target(row: Mapping[str, str], entry: LayerEntry, where: str) -> Target:
+        """Parse the target of a row, after checking the row against the shape of its layer."""
         for name in SHAPE:
             if name in row and row[name] != str(getattr(entry, name)):
                 raise ArtefactError(
