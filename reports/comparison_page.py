@@ -144,7 +144,7 @@ def _apart(found: Sequence[Difference]) -> list[Part]:
         "KL: difference in nats per token; perplexity: change; below zero the run is better",
         *not_paired(shown),
     ]
-    return [*parts, Table("Lost more or less than it", heads, rows, notes=notes, tall=len(rows) > 20)]
+    return [*parts, Table("Differences in loss", heads, rows, notes=notes, tall=len(rows) > 20)]
 
 
 def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:

@@ -191,11 +191,11 @@ def example_search(wholes: int = 40, parts: int = 150, predicted: float = 0.0012
     for n in range(total):
         whole = n * wholes % total < wholes
         left = 1 - n / total
-        foretold = predicted * (1 + 0.5 * left * random.gamma(1.0) * (n > 0))
+        expected = predicted * (1 + 0.5 * left * random.gamma(1.0) * (n > 0))
         noise = (0.04 if whole else 0.25) * random.normal() - 0.15 * (1 - left)
         windows = 64 if whole else 8
         tokens += windows * 512
-        evaluations.append(Evaluation(tokens, foretold**0.9 * math.exp(noise), windows, whole, foretold))
+        evaluations.append(Evaluation(tokens, expected**0.9 * math.exp(noise), windows, whole, expected))
     best = min((e.loss for e in evaluations if e.whole), default=0.003)
     values: dict[str, Any] = {
         "tokens": tokens,

@@ -27,7 +27,7 @@ def family_page(family: Family, picture: Path) -> Page:
     ends = " to ".join(dict.fromkeys(f"{end([point.asked for point in points]):g}" for end in (min, max)))
     cards = [
         Card("Budgets", str(len(points)), f"{ends} kept of {formats.compact(family.total)} {unit}"),
-        Card("Priced for", family.solver, f"pattern {family.pattern}, seed {family.seed}"),
+        Card("Predicted for", family.solver, f"pattern {family.pattern}, seed {family.seed}"),
         Card("Largest gap", formats.at_most(max(point.gap for point in points)), "to the bound of the free knapsack"),
     ]
     options = ", ".join(f"{name}={value}" for name, value in family.solver_options.items())

@@ -24,7 +24,7 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
     >>> from rich.console import Console
     >>> from reports.example import example_family
     >>> Console(width=80, color_system=None).print(frontier_table(example_family()))
-    Family of 4 nested budgets, priced for 3basil
+    Family of 4 nested budgets, predicted for 3basil
                                                measured      measured KL
     kept  parameters  predicted   gap       KL to dense       of uniform
     ────────────────────────────────────────────────────────────────────
@@ -34,7 +34,7 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
     """
     points = family.points
     measured = family.candidates is not None
-    table = report_table(f"Family of {len(points)} nested budgets, priced for {family.solver}")
+    table = report_table(f"Family of {len(points)} nested budgets, predicted for {family.solver}")
     columns = {
         "\nkept": [f"{point.asked:g}" for point in points],
         f"\n{unit_name(family.accounting)}": [formats.compact(point.used) for point in points],
@@ -96,7 +96,7 @@ def frontier_figure(family: Family) -> Figure:
     together = measured and family.error_unit == ErrorUnit.NATS
     panels = 2 if measured and not together else 1
     pattern = "" if family.pattern == "unstructured" else f", pattern {family.pattern}"
-    title = f"nested budgets, priced for {family.solver}{pattern}"
+    title = f"nested budgets, predicted for {family.solver}{pattern}"
     figure = titled_figure(family.model, title, 7.2 * panels, 4.8)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _predictions(axes[0], family.points)

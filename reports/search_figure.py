@@ -132,7 +132,7 @@ def progress(axes: Axes, summary: Summary, search: Search) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     zeros = len(found) - len(solid) + len(asked) - len(faint)
     in_corner(axes, not_drawn({"at zero": zeros, "off the scale": outside}))
-    axes.set_title("loss of what was asked for", fontsize=10, loc="left")
+    axes.set_title("measured loss of the candidates", fontsize=10, loc="left")
     axes.set_xlabel(f"forward tokens spent (limit {formats.count(search.limit)})", fontsize=8)
     axes.set_ylabel("KL to dense, nats per token", fontsize=8)
 

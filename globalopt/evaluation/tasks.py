@@ -186,7 +186,7 @@ def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, p
         asked = _load(tasks)
         for name, task in asked["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise UsageError(f"Task {name} runs code that the model writes; it is not asked. Leave it out.")
+                raise UsageError(f"Task {name} runs code that the model writes, which is not allowed. Leave it out.")
         model = _model(loaded, batch_size, progress)
         with torch.no_grad():
             found: Any = evaluate(model, asked, limit=limit, bootstrap_iters=0)
@@ -314,7 +314,7 @@ def _model(loaded: LoadedModel, batch_size: int, progress: Progress) -> Any:
 
         @contextlib.contextmanager
         def shown(self, total: int) -> Iterator[None]:
-            # A log line for each of many thousands would help nobody.
+            # A log line for each of many thousands would be too many.
             with progress.stage("tasks", STEPS, f"% of {total} requests") as advance:
                 self.cache_hook = _ProgressHook(total, advance)
                 yield
