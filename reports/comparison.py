@@ -14,6 +14,8 @@ from reports.paired import CONFIDENCE, Difference, Interval, Measured, differenc
 from reports.shaded_grid import WIDTH
 from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
 
+TOKENS_NOTE = "tokens: forward tokens that the search spent"
+
 
 def comparison(
     summaries: Sequence[Summary],
@@ -183,7 +185,7 @@ def _rows(runs: Sequence[Measured], split: str, sign: str) -> Stack:
     lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
     if any(s.search for s in summaries):
         columns["tokens"] = [formats.compact(s.search.tokens) if s.search else "-" for s in summaries]
-        lines.append("tokens: forward tokens that the search spent")
+        lines.append(TOKENS_NOTE)
     figures = zip(*(_figures(run.metrics(split), sign) for run in runs), strict=True)
     columns |= {name: list(cells) for name, cells in zip(("KL", "perplexity", "change"), figures, strict=True)}
     # Settings that all runs share stand in a line below, which leaves their width to the metrics.

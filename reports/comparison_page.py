@@ -7,7 +7,7 @@ from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
 from reports import formats, tables
-from reports.comparison import common_split, held_against_first, measured_runs, not_compared, not_paired
+from reports.comparison import TOKENS_NOTE, common_split, held_against_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
 from reports.paired import CONFIDENCE, Difference, Interval, incomparable
@@ -118,7 +118,7 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
         if not pairs:
             rows.append([Cell(label), Cell("not evaluated"), *[MISSING] * 4, *made])
     notes = ["± standard error over windows; KL: nats per token; used: of the dense size"]
-    notes += ["tokens: forward tokens that the search spent"] if searched else []
+    notes += [TOKENS_NOTE] if searched else []
     return Table("Every run", heads, rows, notes=notes, tall=len(rows) > 20)
 
 

@@ -280,8 +280,7 @@ def _matched(matching: Sequence[MatchResult]) -> Table:
         ]
         for match in matching
     ]
-    note = "loss: on held-out calibration windows where there are any; kept: the epoch that was kept"
-    return Table("Block by block", heads, rows, notes=(note,), tall=len(rows) > 16)
+    return Table("Block by block", heads, rows, notes=(tables.MATCHING_NOTE,), tall=len(rows) > 16)
 
 
 def stage_table(stages: Sequence[StageCost]) -> Table:

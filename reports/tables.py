@@ -406,6 +406,9 @@ def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequenc
     return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
 
 
+MATCHING_NOTE = "loss: on held-out calibration windows where there are any; kept: the epoch that was kept"
+
+
 def matched(results: Sequence[MatchResult]) -> Stack:
     """Make the table of matching: the loss of every block, and of the whole model, before and after.
 
@@ -432,7 +435,7 @@ def matched(results: Sequence[MatchResult]) -> Stack:
             str(result.kept_epoch) if result.kept_epoch else "start",
             formats.duration(result.seconds),
         )
-    return footed(table, "loss: on held-out calibration windows where there are any; kept: the epoch that was kept")
+    return footed(table, MATCHING_NOTE)
 
 
 def mean_change(matching: Sequence[MatchResult]) -> str | None:
