@@ -29,7 +29,7 @@ class TrainableLayer:
     >>> layer = TrainableLayer(Decomposition(S, U, V), torch.device("cpu"))
     >>> layer.values.tolist(), [round(x, 3) for x in layer.U.abs().flatten().tolist()]
     ([1.0, 1.0], [3.0, 0.0])
-    >>> layer.weight().tolist()
+    >>> layer.weight().round(decimals=3).tolist()
     [[10.0, 0.0], [0.0, 1.0]]
     """
 
