@@ -1,4 +1,4 @@
-"""Reports: what a run found, as tables, pictures and a page. They read summaries, no model."""
+"""Report the results of runs as terminal tables, pictures and HTML pages, from their summaries alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ __all__ = [
 
 
 class Written(NamedTuple):
-    """The page of a report, which holds its pictures too, and the pictures alone."""
+    """Hold the paths of a report's files: the page, which embeds the pictures, and the pictures.
+
+    >>> Written(Path("report/report.html"), [Path("report/error.png")]).page.name
+    'report.html'
+    """
 
     page: Path
     pictures: list[Path]
@@ -56,12 +60,18 @@ def report(
     """Print the report of a run, and write its pictures and `report.html` into `folder`.
 
     Args:
-        details: what the pictures and the page show beside the summary.
-
+        verbose: also print the layers one by one, the splits and the versions.
+        details: curves, traces and samples, which pictures and page show beside the summary.
     Raises:
         ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_summary
+    >>> import io
+    >>> written = report(example_summary(blocks=1), Path("report"), Console(file=io.StringIO()))
+    >>> written.page.name, [path.name for path in written.pictures]
+    ('report.html', ['allocation.png', 'error.png'])
     """
-    # Here, so that nothing draws, and takes matplotlib's 25 MiB, while a model is compressed.
+    # Imported here, as matplotlib takes 25 MiB, which are not there to spare while a model is compressed.
     from reports.pictures import write_figures
 
     render(summary, console, verbose)
@@ -75,6 +85,11 @@ def report_family(family: Family, folder: Path, console: Console) -> Written:
 
     Raises:
         ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_family
+    >>> import io
+    >>> report_family(example_family(), Path("family"), Console(file=io.StringIO())).pictures[0].name
+    'frontier.png'
     """
     from reports.frontier import frontier_table, write_frontier
 
@@ -87,10 +102,18 @@ def report_family(family: Family, folder: Path, console: Console) -> Written:
 def report_comparison(
     summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]], folder: Path
 ) -> Written:
-    """Write the pictures of several runs and `comparison.html` into `folder`; the tables are `comparison`.
+    """Write the pictures of several runs and `comparison.html` into `folder`; `comparison` makes the terminal tables.
 
+    Args:
+        labels: names of the runs.
+        losses: losses of the windows of each run, empty where they are not known.
     Raises:
         ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_summary
+    >>> runs = [example_summary(blocks=1, dense=(), compressed=())] * 2
+    >>> report_comparison(runs, ["a", "b"], losses=[(), ()], folder=Path("both")).page.name
+    'comparison.html'
     """
     from reports.comparison_figure import write_comparison_figures
 

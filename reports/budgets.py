@@ -1,4 +1,4 @@
-"""Budget files as terminal tables: one by itself, and what moved between two."""
+"""Show budget files as terminal tables: one by itself, or the differences between two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from reports.tables import add_numbers, common_prefix, facts, footed, group_tabl
 
 
 def budget_file(file: BudgetFile) -> Stack:
-    """What a budget file gives: its totals, the kinds, and the grid of kept fractions."""
+    """Make the tables of a budget file: its totals, its layers by kind, and the grid of kept fractions.
+
+    >>> from rich.console import Console
+    >>> from globalopt.budgets.example import example_budget
+    >>> Console(width=80, color_system=None).print(budget_file(example_budget()).renderables[0])
+    Budget by example
+    asked      keep 0.5 of the compressible parameters
+    used       32 of 32 parameters
+    predicted  nothing: the budget was not found by a search
+    seed       0
+    """
     plans = file.plans
     rows = [
         ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
@@ -31,12 +41,27 @@ def budget_file(file: BudgetFile) -> Stack:
 
 
 def budget_diff(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str], most: int) -> Stack:
-    """What moved: both budgets, the grid of changes, kinds, depth, and the `most` largest moves.
+    """Make the tables of a comparison of budgets: totals, grid of changes, by kind, by depth, and the largest changes.
 
     Args:
-        labels: what to call the files.
+        files: that were compared.
+        labels: their names.
+        most: of the layers with the largest changes, so many are listed.
+
+    >>> from pathlib import Path
+    >>> from rich.console import Console
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.diff import diff
+    >>> from globalopt.budgets.example import example_budget
+    >>> files = example_budget(), without_rank(example_budget())
+    >>> found = diff(*files, (Path("a.json"), Path("b.json")))
+    >>> Console(width=80, color_system=None).print(budget_diff(found, files, ("a.json", "b.json"), most=1))
+    Budgets
+    ...
+    1 of 2 layers differ: 0 keep more, 0 parameters in all; 0 keep less, 0.
+    ...
     """
-    parts = [_both(found, files, labels), Text(), Text(_moved(found), "bold")]
+    parts = [_totals(found, files, labels), Text(), Text(_moved(found), "bold")]
     if found.whole.changed:
         parts += [
             Text(),
@@ -51,7 +76,8 @@ def budget_diff(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels:
     return Stack(*parts)
 
 
-def _both(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str]) -> Stack:
+def _totals(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str]) -> Stack:
+    """Make the table of the totals of both files."""
     table = report_table("Budgets")
     table.add_column("")
     for header in ("before", "after", "change"):
@@ -81,6 +107,7 @@ def _both(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple
 
 
 def _moved(found: BudgetDiff) -> str:
+    """Say how many layers differ, and how much they gained and lost."""
     whole = found.whole
     if not whole.changed:
         return f"Nothing moved: both give all {whole.layers} layers the same."
@@ -92,6 +119,7 @@ def _moved(found: BudgetDiff) -> str:
 
 
 def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDiff) -> Stack:
+    """Make the table of pooled comparisons, with a total row."""
     table = report_table(title)
     table.add_column(f"\n{label}", overflow="fold")
     add_numbers(table, ("\nlayers", "\nchanged", "kept\nbefore", "\nafter", "\nchange", "cost,\nchange"))
@@ -104,6 +132,7 @@ def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDi
 
 
 def _cells(move: Move) -> list[str]:
+    """Format the row of a pooled comparison."""
     return [
         str(move.layers),
         str(move.changed),
@@ -115,6 +144,7 @@ def _cells(move: Move) -> list[str]:
 
 
 def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) -> Stack:
+    """Make the table of the layers with the largest changes."""
     prefix = common_prefix([before.name for before in found.before])
     table = report_table("Largest moves")
     table.add_column("\nlayer", overflow="fold")
@@ -138,13 +168,16 @@ def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) 
 
 
 def _signed(change: int) -> str:
+    """Format a change of a count with all digits."""
     return f"{change:+,}" if change else "0"
 
 
 def _signed_compact(change: int) -> str:
+    """Format a change of a count with a decimal prefix."""
     return ("-" if change < 0 else "+") + formats.compact(abs(change)) if change else "0"
 
 
 def _change(values: tuple[float, float], decimals: int = 4) -> str:
+    """Format the change between two fractions."""
     change = values[1] - values[0]
     return f"{change:+.{decimals}f}" if change else "0"

@@ -1,8 +1,8 @@
-"""Several runs in one table, how far they are apart, and a plain word where they may not be compared."""
+"""Compare several runs in terminal tables: their metrics, paired differences to the first, and reasons against it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Group as Stack
 from rich.text import Text
@@ -10,9 +10,11 @@ from rich.text import Text
 from globalopt.errors import UsageError
 from globalopt.values.results import Metrics, Summary, WindowLosses
 from reports import formats
-from reports.paired import CONFIDENCE, DENSE_TOLERANCE, Difference, Interval, Measured, difference
+from reports.paired import CONFIDENCE, Difference, Interval, Measured, difference, incomparable
 from reports.shaded_grid import WIDTH
 from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
+
+TOKENS_NOTE = "tokens: forward tokens that the search spent"
 
 
 def comparison(
@@ -22,20 +24,31 @@ def comparison(
     sign: str = "±",
     losses: Sequence[tuple[WindowLosses, ...]] = (),
 ) -> Stack:
-    """Budget, allocator, solver, seed, used, KL, perplexity and its change against dense, one run per row.
+    """Make a table of runs, one per row, and one of their differences to the first run, with confidence intervals.
 
-    Where a run searched on the true loss, the forward tokens it spent are shown too. Below stands what every run loses
-    more or less than the first, on every split.
+    The columns are budget, allocator, solver, seed, used, KL, perplexity and its change against the dense model, and
+    the forward tokens of searches on the true loss.
 
     Args:
         summaries: at least one.
-        labels: what to call the runs; 1, 2, ... without.
-        split: which split's figures; without, "test" where every run has it, else the last of the first run.
-        sign: stands before every standard error.
-        losses: what the windows of each run lost, empty where that is unknown; without, of none.
-
+        labels: names of the runs; 1, 2, ... without.
+        split: of the metrics; without, "test" where every run has it, else the last split of the first run.
+        sign: put before every standard error.
+        losses: losses of the windows of each run, empty where they are not known; without, of none.
     Raises:
         UsageError: no run is given, or not one label per run.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_losses, example_summary
+    >>> runs = [example_summary(), example_summary(allocator="uniform")]
+    >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
+    >>> Console(width=80, color_system=None).print(comparison(runs, ["found", "even"], losses=losses))
+    Comparison on test
+    run    allocator    used                  KL   perplexity  change
+    ─────────────────────────────────────────────────────────────────
+    found  knapsack   0.4573  0.003020 ±0.000076  62.44 ±0.81  +0.4 %
+    even   uniform    0.4573  0.003020 ±0.000076  62.44 ±0.81  +0.4 %
+    ...
     """
     if not summaries:
         raise UsageError("There is no run to compare; name at least one.")
@@ -43,25 +56,59 @@ def comparison(
     if len(names) != len(summaries):
         raise UsageError(f"{len(names)} labels were given for {len(summaries)} runs; give one each.")
     split = split or common_split(summaries)
-    table = _rows(summaries, names, split, sign)
-    reasons = differences(summaries, names, split)
+    runs = measured_runs(summaries, names, losses)
+    table = _rows(runs, split, sign)
+    reasons = incomparable(runs, split)
     verdict = [Text("Not comparable", "bold red"), *(Text(f"  {reason}", "red") for reason in reasons)]
     apart = apart_table(held_against_first(summaries, names, losses))
     return Stack(table, *(verdict if reasons else ()), *([Text(), apart] if apart is not None else ()))
 
 
+def measured_runs(
+    summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
+) -> list[Measured]:
+    """Join each run with its label and the losses of its windows; without `losses`, with none.
+
+    >>> from reports.example import example_summary
+    >>> [run.label for run in measured_runs([example_summary(), example_summary()], ["a", "b"])]
+    ['a', 'b']
+    """
+    known = list(losses) or [()] * len(summaries)
+    return [Measured(*run) for run in zip(labels, summaries, known, strict=True)]
+
+
 def held_against_first(
     summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
 ) -> list[Difference]:
-    """Every run but the first against the first, on every split of the first."""
-    known = list(losses) or [()] * len(summaries)
-    first, *others = (Measured(*run) for run in zip(labels, summaries, known, strict=True))
+    """Compare every run but the first with the first, on every split of the first.
+
+    >>> from reports.example import example_losses, example_summary
+    >>> runs = [example_summary(), example_summary()]
+    >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
+    >>> [(one.split, one.verdict) for one in held_against_first(runs, ["found", "even"], losses)]
+    [('validation', 'worse'), ('test', 'worse')]
+    """
+    first, *others = measured_runs(summaries, labels, losses)
     splits = [metrics.split for metrics in first.summary.compressed]
     return [difference(run, first, split) for run in others for split in splits]
 
 
 def apart_table(found: Sequence[Difference]) -> Stack | None:
-    """Differences with their intervals, and the reason where there is none; None where nothing was held together."""
+    """Make the table of differences with their intervals, and reasons where there are none; None for no difference.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_losses, example_summary
+    >>> runs = [example_summary(), example_summary()]
+    >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
+    >>> found = held_against_first(runs, ["found", "even"], losses)
+    >>> Console(width=80, color_system=None).print(apart_table(found[-1:]))
+    Against found (95 % confidence intervals)
+    run   split           KL to dense        perplexity  by KL
+    ──────────────────────────────────────────────────────────
+    even  test               +0.00997          +1.002 %  worse
+                 [+0.00980, +0.01014]  [+0.985, +1.019]
+    KL: difference in nats per token; perplexity: change; each interval by itself
+    """
     if not found:
         return None
     shown = [one for one in found if not one.reasons]
@@ -83,76 +130,52 @@ def apart_table(found: Sequence[Difference]) -> Stack | None:
 
 
 def not_compared(found: Sequence[Difference]) -> list[str]:
-    """A line for every run that does not compare, with the reasons."""
+    """Write a line for every run that does not compare, with the reasons.
+
+    >>> not_compared([Difference("b", "a", "test", None, None, 0, False, ("accounting differs",))])
+    ['b: not compared, accounting differs']
+    """
     return list(dict.fromkeys(f"{one.run}: not compared, {'; '.join(one.reasons)}" for one in found if one.reasons))
 
 
 def not_paired(found: Sequence[Difference]) -> list[str]:
-    """A line that names the runs whose intervals are too wide, where there are any."""
+    """Write a line that names the runs whose intervals are too wide, where there are any.
+
+    >>> not_paired([Difference("b", "a", "test", Interval(0.1, 0.0, 0.2), None, 64, False, ())])
+    ['not paired by windows, so too wide: b (a windows.json is missing)']
+    """
     loose = dict.fromkeys(one.run for one in found if not one.paired)
     return [f"not paired by windows, so too wide: {', '.join(loose)} (a windows.json is missing)"] if loose else []
 
 
 def _interval(found: Interval, scale: float = 1.0, unit: str = "") -> str:
-    """The difference over its interval, to the second significant digit of half its width."""
-    value, low, high = (scale * end for end in (found.value, found.low, found.high))
-    half = (high - low) / 2
-    decimals = formats.decimals(half, 2) if half > 0 else 4
-    return f"{value:+.{decimals}f}{unit}\n[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    """Format a difference above its interval, with the decimals that show half its width in two digits."""
+    value, low, high = found.texts(scale)
+    return f"{value}{unit}\n[{low}, {high}]"
 
 
 def _verdict(one: Difference) -> Text:
+    """Colour the verdict of a difference."""
     return Text(one.verdict, {"better": "green", "worse": "red", "undecided": "dim"}.get(one.verdict, ""))
 
 
 def common_split(summaries: Sequence[Summary]) -> str:
-    """The split "test" where every run has it, else the last split of the first run that was evaluated at all."""
-    if all(_pair(summary, "test") for summary in summaries):
+    """Choose the split to compare on: "test" where every run has it, else the last of the first evaluated run.
+
+    >>> from reports.example import example_summary
+    >>> common_split([example_summary()])
+    'test'
+    """
+    if all(any(metrics.split == "test" for metrics in summary.compressed) for summary in summaries):
         return "test"
     return next((s.compressed[-1].split for s in summaries if s.compressed), "test")
 
 
-def differences(summaries: Sequence[Summary], labels: Sequence[str], split: str) -> tuple[str, ...]:
-    """Why the runs' figures on `split` cannot be compared, one sentence per reason; empty where they can.
-
-    Compared are the text (hash of the windows' token ids), the window length, the accounting, and the dense model (its
-    layers, and its negative log likelihood on that text within `DENSE_TOLERANCE`).
-    """
-    pairs = [_pair(summary, split) for summary in summaries]
-    missing = [label for label, pair in zip(labels, pairs, strict=True) if pair is None]
-    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
-    known = [(label, pair) for label, pair in zip(labels, pairs, strict=True) if pair is not None]
-
-    def metric(what: str, value: Callable[[Metrics], str]) -> None:
-        reasons.extend(_disagreement(what, [(label, value(pair[1])) for label, pair in known]))
-
-    layers = [f"{len(s.layers)} layers, {formats.compact(s.covered)} parameters" for s in summaries]
-    reasons.extend(_disagreement("model", list(zip(labels, layers, strict=True)), whole=True))
-    metric("text", lambda m: m.text_sha256)
-    metric("window length", lambda m: str(m.seqlen))
-    same_text = len({pair[1].text_sha256 for _, pair in known}) == 1
-    losses = [pair[0].nll for _, pair in known]
-    if same_text and max(losses) - min(losses) > DENSE_TOLERANCE:
-        reasons.extend(
-            _disagreement("dense perplexity", [(la, formats.significant(p[0].perplexity)) for la, p in known])
-        )
-    reasons.extend(_disagreement("accounting", list(zip(labels, (s.accounting for s in summaries), strict=True))))
-    return tuple(reasons)
-
-
-def _disagreement(what: str, values: Sequence[tuple[str, str]], whole: bool = False) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for label, value in values:
-        groups.setdefault(value, []).append(label)
-    if len(groups) < 2:
-        return []
-    parts = [f"{value if whole else value[:12]} ({', '.join(of)})" for value, of in groups.items()]
-    return [f"{what} differs: " + "; ".join(parts)]
-
-
-def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign: str) -> Stack:
+def _rows(runs: Sequence[Measured], split: str, sign: str) -> Stack:
+    """Make the table of runs, one per row."""
+    summaries = [run.summary for run in runs]
     columns = {
-        "run": list(labels),
+        "run": [run.label for run in runs],
         "budget": [f"{s.asked:g}" for s in summaries],
         "allocator": [s.allocator for s in summaries],
         "solver": [s.solver for s in summaries],
@@ -162,10 +185,10 @@ def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign:
     lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
     if any(s.search for s in summaries):
         columns["tokens"] = [formats.compact(s.search.tokens) if s.search else "-" for s in summaries]
-        lines.append("tokens: forward tokens that the search spent")
-    figures = zip(*(_figures(_pair(s, split), sign) for s in summaries), strict=True)
+        lines.append(TOKENS_NOTE)
+    figures = zip(*(_figures(run.metrics(split), sign) for run in runs), strict=True)
     columns |= {name: list(cells) for name, cells in zip(("KL", "perplexity", "change"), figures, strict=True)}
-    # What all runs share is said once, below, and leaves its width to the figures.
+    # Settings that all runs share stand in a line below, which leaves their width to the metrics.
     settings = ("budget", "allocator", "solver", "seed", "tokens")
     same = [name for name in settings if name in columns and len(set(columns[name])) == 1]
     shared = {name: columns[name][0] for name in same if len(summaries) > 1}
@@ -189,16 +212,9 @@ def _rows(summaries: Sequence[Summary], labels: Sequence[str], split: str, sign:
 
 
 def _figures(pair: tuple[Metrics, Metrics] | None, sign: str) -> tuple[str, str, str]:
+    """Format KL, perplexity and the change of the perplexity; "-" where the run has no metrics."""
     if pair is None:
         return "-", "-", "-"
     dense, compressed = pair
     change = formats.change(dense.perplexity, compressed.perplexity)
     return divergence(compressed, sign), perplexity(compressed, sign), change
-
-
-def _pair(summary: Summary, split: str) -> tuple[Metrics, Metrics] | None:
-    """Dense and compressed metrics on `split`."""
-    for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
-        if compressed.split == split:
-            return dense, compressed
-    return None

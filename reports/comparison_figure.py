@@ -1,4 +1,4 @@
-"""Pictures of several runs: how far each is from the dense model, and what each gave its layers."""
+"""Draw several runs: KL to the dense model and perplexity of each, and the allocations of their layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reports.groups import Grid
 from reports.heatmaps import colours, heatmap, panel_size
 
 DRAWN = 8
-"""Most runs whose layers are drawn; pictures of more are longer than anybody scrolls."""
+"""Most runs whose layers are drawn, as a picture of more would be too long to read."""
 
 PANELS: Sequence[tuple[str, Callable[[LayerResult], float], bool]] = (
     ("kept fraction", lambda layer: layer.kept, False),
@@ -27,10 +27,15 @@ PANELS: Sequence[tuple[str, Callable[[LayerResult], float], bool]] = (
 
 
 def write_comparison_figures(summaries: Sequence[Summary], labels: Sequence[str], folder: Path) -> list[Path]:
-    """Write `quality.png`, where a run was evaluated, and `allocations.png` into `folder`, each as SVG too.
+    """Write `allocations.png` and, where a run was evaluated, `quality.png` into `folder`, each as SVG too.
 
     Raises:
         ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_summary
+    >>> runs = [example_summary(blocks=1, compressed=(), dense=())] * 2
+    >>> write_comparison_figures(runs, ["a", "b"], Path("."))
+    [PosixPath('allocations.png')]
     """
     figures = {"allocations.png": allocations_figure(summaries, labels)}
     if any(summary.compressed for summary in summaries):
@@ -39,9 +44,14 @@ def write_comparison_figures(summaries: Sequence[Summary], labels: Sequence[str]
 
 
 def quality_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figure:
-    """KL to the dense model and perplexity of every run and split, with standard errors, log axes.
+    """Draw KL to the dense model and perplexity of every run and split, with standard errors, on log axes.
 
-    Short lines are the dense perplexities.
+    Short lines mark the perplexities of the dense model.
+
+    >>> from reports.example import example_summary
+    >>> left, right = quality_figure([example_summary(), example_summary()], ["a", "b"]).axes
+    >>> [label.get_text() for label in left.get_yticklabels()]
+    ['a', 'b']
     """
     figure = titled_figure(_model(summaries), "quality", 10.5, max(2.6, 1.7 + 0.36 * len(summaries)))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -83,9 +93,14 @@ def quality_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figur
 
 
 def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figure:
-    """A row for each of the first `DRAWN` runs: kept fraction, rank share and relative error, block by kind.
+    """Draw kept fraction, rank share and relative error, block by kind, in a row for each of the first `DRAWN` runs.
 
     A column has the same colours in every row.
+
+    >>> from reports.example import example_summary
+    >>> figure = allocations_figure([example_summary(), example_summary()], ["a", "b"])
+    >>> sum(bool(axes.images) for axes in figure.axes)
+    6
     """
     shown = summaries[:DRAWN]
     title = "allocations" if len(shown) == len(summaries) else f"allocations, {DRAWN} of {len(summaries)} runs"
@@ -104,16 +119,18 @@ def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> F
 
 
 def _model(summaries: Sequence[Summary]) -> str:
+    """Name the model of the runs, or count the models."""
     models = dict.fromkeys(summary.model for summary in summaries)
     return next(iter(models)) if len(models) == 1 else f"{len(models)} models"
 
 
 def _points(axes: Axes, rows: Sequence[tuple[float, float, float]], n: int, label: str) -> None:
-    """Points `(y, x, standard error)` of the n-th split."""
+    """Draw the points `(y, x, standard error)` of the n-th split."""
     ys, xs, errors = ([row[i] for row in rows] for i in range(3))
     style = {"markersize": 5, "elinewidth": 1, "capsize": 2, "linestyle": "none", "marker": MARKERS[n % len(MARKERS)]}
     axes.errorbar(xs, ys, xerr=errors, color=_colour(n), label=label, **style)
 
 
 def _colour(n: int) -> str:
+    """Return the colour of the n-th split."""
     return COLOURS[n % len(COLOURS)]

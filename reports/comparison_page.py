@@ -1,18 +1,17 @@
-"""The page of several runs held against the first."""
+"""Make the page that compares several runs with the first."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
 from reports import formats, tables
-from reports.comparison import common_split, differences, held_against_first, not_compared, not_paired
+from reports.comparison import TOKENS_NOTE, common_split, held_against_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
-from reports.paired import CONFIDENCE, Difference, Interval
-from reports.run_page import MISSING, columns, quality_cells, share_cell, whole_cost
+from reports.paired import CONFIDENCE, Difference, Interval, incomparable
+from reports.run_page import MISSING, columns, quality_cells, share_cell
 
 CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "quality": ("KL to the dense model and perplexity of every run", ()),
@@ -21,7 +20,7 @@ CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("A column has the same colours in every run.",),
     ),
 }
-"""Of a picture, by its name: what stands in for it, and notes below it."""
+"""Alternative text of every picture and notes below it, by the picture's name."""
 
 
 def comparison_page(
@@ -30,16 +29,22 @@ def comparison_page(
     losses: Sequence[tuple[WindowLosses, ...]],
     pictures: Sequence[Path],
 ) -> Page:
-    """The page of at least two runs.
+    """Make the page of at least two runs.
 
     Args:
-        labels: what to call the runs.
-        losses: what the windows of each run lost, empty where that is unknown.
+        labels: names of the runs.
+        losses: losses of the windows of each run, empty where they are not known.
         pictures: PNGs by `write_comparison_figures`, with an SVG beside each.
+
+    >>> from reports.example import example_losses, example_summary
+    >>> runs = [example_summary(), example_summary(allocator="uniform")]
+    >>> page = comparison_page(runs, ["a", "b"], [example_losses(run) for run in runs], pictures=[])
+    >>> page.title, [section.title for section in page.sections]
+    ('2 runs compared', ['Quality', 'Against a', 'Allocation', 'Cost', 'Reproduce'])
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     apart = held_against_first(summaries, labels, losses)
-    reasons = differences(summaries, labels, common_split(summaries))
+    reasons = incomparable(measured_runs(summaries, labels), common_split(summaries))
     models = dict.fromkeys(tables.model_name(summary.model) for summary in summaries)
 
     def picture(name: str) -> list[Part]:
@@ -64,6 +69,7 @@ def comparison_page(
 
 
 def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference]) -> list[Card]:
+    """Make the cards: number of runs, lowest KL, and how many runs are better than the first."""
     split = common_split(summaries)
     kept = dict.fromkeys(f"{summary.asked:g}" for summary in summaries)
     shown = [Card("Runs", str(len(summaries)), f"kept {', '.join(kept)}")]
@@ -86,10 +92,12 @@ def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[
 
 
 def _not_comparable(reasons: Sequence[str]) -> list[Part]:
+    """List the reasons why the runs do not compare."""
     return [Lines([f"Not comparable: {reason}" for reason in reasons])] if reasons else []
 
 
 def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of metrics of every run and split."""
     searched = any(summary.search for summary in summaries)
     heads = columns("run'", "split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense")
     heads += columns("kept", "allocator'", "solver'", "seed", "used", *(["tokens"] if searched else []))
@@ -110,11 +118,12 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
         if not pairs:
             rows.append([Cell(label), Cell("not evaluated"), *[MISSING] * 4, *made])
     notes = ["± standard error over windows; KL: nats per token; used: of the dense size"]
-    notes += ["tokens: forward tokens that the search spent"] if searched else []
+    notes += [TOKENS_NOTE] if searched else []
     return Table("Every run", heads, rows, notes=notes, tall=len(rows) > 20)
 
 
 def _apart(found: Sequence[Difference]) -> list[Part]:
+    """Make the table of differences to the first run, and list the runs that do not compare."""
     shown = [one for one in found if not one.reasons]
     parts: list[Part] = [Lines(lines)] if (lines := not_compared(found)) else []
     if not shown:
@@ -135,19 +144,19 @@ def _apart(found: Sequence[Difference]) -> list[Part]:
         "KL: difference in nats per token; perplexity: change; below zero the run is better",
         *not_paired(shown),
     ]
-    return [*parts, Table("Lost more or less than it", heads, rows, notes=notes, tall=len(rows) > 20)]
+    return [*parts, Table("Differences in loss", heads, rows, notes=notes, tall=len(rows) > 20)]
 
 
 def _interval(found: Interval | None, scale: float = 1.0) -> list[Cell]:
+    """Make the cells of a difference and the ends of its interval."""
     if found is None:
         return [MISSING] * 3
-    ends = [scale * end for end in (found.value, found.low, found.high)]
-    half = (ends[2] - ends[1]) / 2
-    decimals = formats.decimals(half, 2) if half > 0 and math.isfinite(half) else 4
-    return [Cell(f"{end:+.{decimals}f}", end) for end in ends]
+    ends = found.value, found.low, found.high
+    return [Cell(text, scale * end) for text, end in zip(found.texts(scale), ends, strict=True)]
 
 
 def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of kept fractions by kind, with a column per run."""
     groups = [{group.label: group for group in by_kind(summary.layers)} for summary in summaries]
     kinds = dict.fromkeys(kind for of in groups for kind in of)
     rows = [[Cell(kind), *(share_cell(of[kind].kept) if kind in of else MISSING for of in groups)] for kind in kinds]
@@ -155,8 +164,9 @@ def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
 
 
 def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
+    """Make the table of time and memory of every run."""
     rows = []
     for label, summary in zip(labels, summaries, strict=True):
-        seconds, peak = whole_cost(summary.stages)
+        seconds, peak = tables.whole_cost(summary.stages)
         rows.append([Cell(label), Cell(formats.duration(seconds), seconds), Cell(formats.memory(peak), peak)])
     return Table("Time and memory of every run", columns("run'", "time", "peak memory"), rows)

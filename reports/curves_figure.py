@@ -1,4 +1,4 @@
-"""Picture of what there was to keep in a layer: singular values and saliencies, and how far down it was kept."""
+"""Draw the singular values and saliencies of layers, with the rank and the number of nonzeros that they keep."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from reports.groups import typical
 
 
 def curves_figure(summary: Summary, curves: Mapping[str, LayerCurves]) -> Figure:
-    """Singular values (left) and saliencies (right), descending, log axes, of a few `typical` layers.
+    """Draw singular values (left) and saliencies (right) in descending order, on log axes, of a few `typical` layers.
 
-    A curve is bold as far as its layer keeps: to the rank, to the count of nonzeros. What is kept need not be what is
-    largest here, as solvers see the whole Gram; the place on the curve says how deep the budget reached.
+    A curve is bold up to the rank, or to the number of nonzeros, of its layer. The kept entries need not be the largest
+    ones here, as solvers use the whole Gram; the mark shows how far down the curve the budget reaches.
+
+    Args:
+        curves: by layer name.
+
+    >>> from reports.example import example_details, example_summary
+    >>> summary = example_summary()
+    >>> left, right = curves_figure(summary, example_details(summary).curves).axes
+    >>> left.get_xlabel()
+    'direction, the largest first; marked: the rank of L'
     """
     figure = new_figure(summary, 11.6, 5.4)
     left, right = figure.subplots(1, 2)
@@ -31,7 +40,7 @@ def curves_figure(summary: Summary, curves: Mapping[str, LayerCurves]) -> Figure
     for axes, low in lows.items():
         if low:
             axes.set(xscale="log", yscale="log")
-            # The very last values fall to nothing, and would leave no room for the others.
+            # The last values are near zero, and would leave no room for the others.
             axes.set_ylim(bottom=min(low) / 2)
         plain(axes)
         axes.set_ylabel("root mean square of the output", fontsize=8)
@@ -44,7 +53,12 @@ def curves_figure(summary: Summary, curves: Mapping[str, LayerCurves]) -> Figure
 
 
 def label(layer: LayerResult) -> str:
-    """A layer in a legend: where it is, its shape, and what it keeps."""
+    """Describe a layer in a legend: its block and kind, its shape, and its target.
+
+    >>> from reports.example import example_layers
+    >>> label(example_layers()[2])
+    'block 0 v_proj, 128 x 256: keeps 1.000, rank 0, 32.77k nonzeros'
+    """
     return (
         f"block {layer.block} {layer.kind}, {layer.d_out} x {layer.d_in}: keeps {layer.kept:.3f}, "
         f"rank {layer.rank}, {formats.compact(layer.nnz)} nonzeros"
@@ -52,10 +66,10 @@ def label(layer: LayerResult) -> str:
 
 
 def _descent(axes: Axes, curve: Curve, kept: int, n: int, name: str | None = None) -> list[float]:
-    """One curve, bold up to the place `kept`, which is marked; zeros have no place on log axes.
+    """Draw one curve, bold up to the place `kept`, which is marked; zeros cannot be drawn on log axes.
 
     Returns:
-        Heights that must be in sight: where the mark is, and where nine tenths of the values are larger.
+        Heights that the axes must include: that of the mark, and the one that nine tenths of the values exceed.
     """
     places, values = np.array(curve.places, dtype=float), np.array(curve.values)
     places, values = places[values > 0], values[values > 0]

@@ -1,4 +1,4 @@
-"""What a run would take, as a table."""
+"""Show the estimates of a dry run as a terminal table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from reports.tables import add_numbers, footed, model_name, report_table
 
 
 def dry_run_table(plan: DryRun) -> RenderableType:
-    """Parameters and coverage, then memory, disk and time by what they are for."""
+    """Make the table of parameters and coverage, then of memory, disk and time by their use.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_dry_run
+    >>> Console(width=80, color_system=None).print(dry_run_table(example_dry_run()))
+    Dry run: the bundled reference model
+    parameters                            6,955,264
+    compressible, 56 layers in 8 blocks   4,718,592
+    of the block parameters                 99.95 %
+    ...
+    """
     model = model_name(plan.model)
     table = report_table(f"Dry run: {model}", show_header=False)
     table.add_column("")
@@ -26,9 +36,9 @@ def dry_run_table(plan: DryRun) -> RenderableType:
         ("left as they are", formats.count(skipped)),
     ):
         table.add_row(what, value)
-    _section(table, "peak memory", plan.memory, formats.memory)
-    _section(table, "disk", plan.disk, formats.memory)
-    _section(table, "time, about", plan.seconds, formats.duration)
+    _add_section(table, "peak memory", plan.memory, formats.memory)
+    _add_section(table, "disk", plan.disk, formats.memory)
+    _add_section(table, "time, about", plan.seconds, formats.duration)
     loaded = "one block of the model at a time" if plan.lazy else "the model is whole in memory"
     states = ", hidden states in files" if plan.states_in_files else ""
     return footed(
@@ -39,7 +49,8 @@ def dry_run_table(plan: DryRun) -> RenderableType:
     )
 
 
-def _section(table: Any, title: str, parts: Mapping[str, Any], text: Callable[[Any], str]) -> None:
+def _add_section(table: Any, title: str, parts: Mapping[str, Any], text: Callable[[Any], str]) -> None:
+    """Add a section with the sum of the parts, and every part."""
     table.add_section()
     table.add_row(title, text(sum(parts.values())))
     for name, value in parts.items():

@@ -1,4 +1,4 @@
-"""The page of a family of budgets."""
+"""Make the page of a family of budgets."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from pathlib import Path
 from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
-from reports.run_page import MISSING, columns, stage_table, versions
+from reports.run_page import MISSING, columns, stage_table
 from reports.tables import model_name, unit_name
 
 
 def family_page(family: Family, picture: Path) -> Page:
-    """The page of a finished family.
+    """Make the page of a finished family.
 
     Args:
         picture: the PNG of its curve, with an SVG beside it.
+
+    >>> from reports.example import example_family
+    >>> from reports.frontier import write_frontier
+    >>> family_page(example_family(), write_frontier(example_family(), Path("."))).title
+    'the bundled reference model, a family of budgets'
     """
     model = model_name(family.model)
     points, unit = family.points, unit_name(family.accounting)
     ends = " to ".join(dict.fromkeys(f"{end([point.asked for point in points]):g}" for end in (min, max)))
     cards = [
         Card("Budgets", str(len(points)), f"{ends} kept of {formats.compact(family.total)} {unit}"),
-        Card("Priced for", family.solver, f"pattern {family.pattern}, seed {family.seed}"),
+        Card("Predicted for", family.solver, f"pattern {family.pattern}, seed {family.seed}"),
         Card("Largest gap", formats.at_most(max(point.gap for point in points)), "to the bound of the free knapsack"),
     ]
     options = ", ".join(f"{name}={value}" for name, value in family.solver_options.items())
-    made = [("seed", str(family.seed)), *([("solver options", options)] if options else []), *versions(family.versions)]
+    made = [("seed", str(family.seed)), *([("solver options", options)] if options else []), *family.versions.items()]
     curve = Picture.read(picture, "Predicted and measured loss over the kept fraction")
     return Page(
         title=f"{model}, a family of budgets",
@@ -42,16 +47,14 @@ def family_page(family: Family, picture: Path) -> Page:
 
 
 def _points(family: Family) -> Table:
+    """Make the table of all budgets of the family."""
     heads = columns("kept", unit_name(family.accounting), "predicted", "bound", "gap", "measured KL to dense")
     heads += columns("predicted of uniform", "measured KL of uniform", "file'")
     notes = [
         f"predicted, bound: {family.error_unit}, summed over layers; gap: the share of the prediction above the bound"
     ]
     if family.candidates is not None:
-        notes.append(
-            f"measured: nats per token on the selection text, {formats.count(family.windows)} windows of "
-            f"{formats.count(family.seqlen)} tokens, of candidates made from {family.candidates}s; nothing is refined"
-        )
+        notes.append(" ".join(measured_note(family)))
     if family.left_out:
         left = ", ".join(f"{kept:g}" for kept in family.left_out)
         notes.append(f"left out, as pattern {family.pattern} does not reach them: {left}")
@@ -59,7 +62,22 @@ def _points(family: Family) -> Table:
     return Table("Every budget", heads, rows, notes=notes, tall=len(rows) > 20)
 
 
+def measured_note(family: Family) -> tuple[str, str]:
+    """Write the footnote on the measured losses of a family, in two lines.
+
+    >>> from reports.example import example_family
+    >>> measured_note(example_family())[1]
+    'of candidates made from fits; nothing is refined'
+    """
+    text = f"{formats.count(family.windows)} windows of {formats.count(family.seqlen)} tokens"
+    return (
+        f"measured: nats per token on the selection text, {text},",
+        f"of candidates made from {family.candidates}s; nothing is refined",
+    )
+
+
 def _row(point: FamilyPoint) -> list[Cell]:
+    """Make the row of a budget."""
     return [
         Cell(f"{point.asked:g}", point.asked),
         Cell(formats.count(point.used), point.used),
@@ -74,6 +92,7 @@ def _row(point: FamilyPoint) -> list[Cell]:
 
 
 def _measured(outcome: Outcome) -> Cell:
+    """Make the cell of a measured loss."""
     if outcome.measured is None:
         return MISSING
     return Cell(formats.measured(outcome.measured, outcome.stderr), outcome.measured)

@@ -1,4 +1,4 @@
-"""What all pictures share: their size and title, their colours, and how they are written."""
+"""Helpers that all figures share: titles, colours, ticks, and writing them as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from matplotlib.transforms import Bbox
 
 from globalopt.runs.files import replacing
-from globalopt.values.results import Summary
+from globalopt.values.results import ErrorUnit, Summary
 from reports.tables import unit_name
 
 DPI = 150
@@ -31,16 +31,25 @@ OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
 
 def new_figure(summary: Summary, width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches under the run's title."""
+    """Make an empty figure of `width` x `height` inches, titled by the model, the methods and the budget of a run.
+
+    >>> from reports.example import example_summary
+    >>> new_figure(example_summary(), 6.0, 4.0).get_suptitle()
+    'reference model: knapsack + 3basil, asked 0.5, used 0.4573 of the parameters'
+    """
     used = f"used {summary.used / summary.total:.4f} of the {unit_name(summary.accounting)}"
     title = f"{summary.allocator} + {summary.solver}, asked {summary.asked:g}, {used}"
     return titled_figure(summary.model, title, width, height)
 
 
 def titled_figure(model: str, title: str, width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches under the model's name and a title."""
+    """Make an empty figure of `width` x `height` inches, titled by the model's name and `title`.
+
+    >>> titled_figure("reference", "quality", 6.0, 4.0).get_suptitle()
+    'reference model: quality'
+    """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    # Figures made without pyplot get the canvas of their own choice, whatever backend the user has set.
+    # Made without pyplot, so that the canvas does not depend on the backend that the user has set.
     FigureCanvasAgg(figure)
     model = "reference model" if model == "reference" else model
     figure.suptitle(f"{model}: {title}", fontsize=11, x=0.01, ha="left", parse_math=False)
@@ -48,20 +57,36 @@ def titled_figure(model: str, title: str, width: float, height: float) -> Figure
 
 
 def plain(axes: Axes) -> None:
-    """A faint grid behind the points, small figures on the axes."""
+    """Give axes a faint grid behind the points and small tick labels.
+
+    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> plain(axes)
+    >>> axes.get_axisbelow()
+    True
+    """
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", labelsize=7)
 
 
 def not_drawn(hidden: Mapping[str, int]) -> str:
-    """How many points have no place on the axes, by where they are; empty where all are drawn."""
+    """Say how many points cannot be drawn on the axes, by the reason; empty where all are drawn.
+
+    >>> not_drawn({"at zero": 3, "off the scale": 0})
+    'not drawn: 3 at zero'
+    """
     said = ", ".join(f"{count} {where}" for where, count in hidden.items() if count)
     return said and f"not drawn: {said}"
 
 
 def in_corner(axes: Axes, *lines: str) -> None:
-    """Small text in the lower right corner, legible on dots; empty lines are left out."""
+    """Write small text into the lower right corner, legible over points; empty lines are left out.
+
+    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> in_corner(axes, "", "not drawn: 3 at zero")
+    >>> axes.texts[0].get_text()
+    'not drawn: 3 at zero'
+    """
     if text := "\n".join(filter(None, lines)):
         corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
         behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
@@ -69,7 +94,15 @@ def in_corner(axes: Axes, *lines: str) -> None:
 
 
 def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
-    """Ticks at a few round numbers where a log axis over `ends` has too few powers of ten to be read by."""
+    """Set ticks at a few round numbers, where a log axis over `ends` has too few powers of ten to be legible.
+
+    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> axes.set(yscale="log", ylim=(2, 30))
+    [...]
+    >>> round_ticks(axes.yaxis, (2, 30))
+    >>> [round(tick) for tick in axes.get_yticks() if 2 <= tick <= 30]
+    [2, 5, 10, 20]
+    """
     decades = math.log10(ends[1] / ends[0])
     if decades < 3:
         subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
@@ -78,9 +111,13 @@ def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def error_unit(unit: str) -> str:
-    """A summary's unit with its formula, where it is one."""
-    return f"output error {OUTPUT_ERROR}" if unit == "output error" else unit
+def error_unit(unit: ErrorUnit) -> str:
+    """Return a unit of errors for a figure, with its formula where it has one.
+
+    >>> error_unit(ErrorUnit.NATS).upper()
+    'NATS PER TOKEN'
+    """
+    return f"{unit} {OUTPUT_ERROR}" if unit == ErrorUnit.OUTPUT_ERROR else unit
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -89,13 +126,16 @@ def save(figure: Figure, path: Path) -> Path:
     The same figure gives the same bytes.
 
     Raises:
-        ArtefactError: it cannot be written.
+        ArtefactError: a file cannot be written.
+
+    >>> save(titled_figure("reference", "quality", 1.0, 1.0), Path("quality.png")).with_suffix(".svg").is_file()
+    True
     """
-    # Settled once for both files: the layout is most of the work, and `savefig` would draw everything twice.
+    # Laid out once for both files: the layout is most of the work, and `savefig` would draw everything twice.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The layout is solved in no fixed order: only without its last bits does the same figure give the same bytes.
+        # The layout is solved in no fixed order: without rounding, the same figure would not give the same bytes.
         axes.set_position(Bbox(axes.get_position(original=True).get_points().round(6)))
     # Without versions, dates and random names in the files, the same run gives the same bytes.
     with replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""Numbers as text: how many digits a reader can use, and no more."""
+"""Format numbers as text, with as many digits as a reader can use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ EXACT = 1e-9  # a relative gap below this is rounding in a sum of float64
 
 
 def count(n: int) -> str:
-    """Every digit, in groups of three: 12,582,912."""
+    """Format a count with all digits, in groups of three.
+
+    >>> count(12582912)
+    '12,582,912'
+    """
     return f"{n:,}"
 
 
 def compact(n: int) -> str:
-    """Four significant digits with a decimal prefix: 940, 147.5k, 12.58M, 8.030G."""
+    """Format a count with four significant digits and a decimal prefix.
+
+    >>> [compact(n) for n in (940, 147456, 12582912)]
+    ['940', '147.5k', '12.58M']
+    """
     for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
         # Half a unit of the last digit below the prefix rounds up into it.
         if n >= 10**power * (1 - 5e-5):
@@ -23,7 +31,11 @@ def compact(n: int) -> str:
 
 
 def prefixed(n: float) -> str:
-    """Two or three significant digits with a decimal prefix, for cells and ticks: 7, 0.5, 940, 8.3k, 147k, 12M."""
+    """Format a number with two or three significant digits and a decimal prefix, for cells and ticks.
+
+    >>> [prefixed(n) for n in (0.5, 940, 8300, 147456)]
+    ['0.5', '940', '8.3k', '147k']
+    """
     for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
         if n >= 10**power * (1 - 5e-4):
             part = n / 10**power
@@ -32,30 +44,50 @@ def prefixed(n: float) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """Share in percent, rounded down to 0.01, so that 100.00 % is reached only by all of it."""
+    """Format a share in percent, rounded down to 0.01, so that 100.00 % means all of it.
+
+    >>> percent(99_999, 100_000)
+    '99.99 %'
+    """
     return f"{part * 10_000 // whole / 100:.2f} %"
 
 
 def share(fraction: float) -> str:
-    """A fraction in percent to two significant digits: 12 %, 0.42 %, under 0.001 %, 0 %."""
+    """Format a fraction in percent with two significant digits.
+
+    >>> [share(x) for x in (0.12, 0.0042, 1e-9, 0.0)]
+    ['12 %', '0.42 %', 'under 0.001 %', '0 %']
+    """
     if 0 < fraction < 1e-5:
         return "under 0.001 %"
     return f"{100 * fraction:.{decimals(100 * fraction, 2)}f} %" if fraction else "0 %"
 
 
 def between(low: float, high: float) -> str:
-    """A range of ratios, or one figure where both ends look alike: 1.9 to 2.3."""
+    """Format a range of ratios, or one number where both ends are formatted alike.
+
+    >>> between(1.9, 2.3), between(1.9, 1.901)
+    ('1.9 to 2.3', '1.9')
+    """
     ends = f"{low:.2g}", f"{high:.2g}"
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def change(before: float, after: float) -> str:
-    """Relative change in percent, with its sign."""
+    """Format a relative change in percent, with its sign.
+
+    >>> change(60.0, 63.0)
+    '+5.0 %'
+    """
     return f"{100 * (after / before - 1):+.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """0.42 s, 12.3 s, 2 min 05 s, 1 h 04 min."""
+    """Format a duration in its two largest units.
+
+    >>> [duration(seconds) for seconds in (0.42, 12.3, 125, 3840)]
+    ['0.42 s', '12.3 s', '2 min 05 s', '1 h 04 min']
+    """
     if seconds < 9.995:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -68,36 +100,55 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """0:07, 12:30, 1:04:09."""
+    """Format a duration as a clock does.
+
+    >>> [clock(seconds) for seconds in (7, 750, 3849)]
+    ['0:07', '12:30', '1:04:09']
+    """
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def memory(size: int) -> str:
-    """Bytes as MiB or GiB; "-" where nothing was measured."""
+    """Format bytes as MiB or GiB; "-" for 0, which stands for not measured.
+
+    >>> memory(912 * 2**20), memory(3 * 2**30), memory(0)
+    ('912 MiB', '3.00 GiB', '-')
+    """
     if size <= 0:
         return "-"
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 
 def significant(value: float) -> str:
-    """Four significant digits; never an exponent between 1e-4 and 1e6."""
+    """Format a number with four significant digits, with an exponent only outside 1e-4 to 1e6.
+
+    >>> significant(0.0123456), significant(1.5e-7)
+    ('0.01235', '1.500e-07')
+    """
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3e}"
     return f"{value:.{decimals(value, 4)}f}" if value else "0"
 
 
 def scientific(value: float) -> str:
-    """Three significant digits with an exponent, for columns over many orders of magnitude; an exact zero is "0"."""
+    """Format a number with three significant digits and an exponent, for columns over many orders of magnitude.
+
+    >>> scientific(0.00123), scientific(0.0)
+    ('1.23e-03', '0')
+    """
     return f"{value:.2e}" if value else "0"
 
 
 def aligned(values: Sequence[float]) -> list[str]:
-    """One column with one number of decimals: four significant digits for its largest value.
+    """Format a column with one number of decimals, which shows four significant digits of its largest value.
 
-    An exact zero is "0", so that it differs from what only rounds to zero. A column whose largest value is outside
+    An exact zero is "0", so that it differs from values that round to zero. A column whose largest value is outside
     1e-4 to 1e6 is written with exponents.
+
+    >>> aligned([1.5, 0.25, 0.0])
+    ['1.500', '0.250', '0']
     """
     largest = max((abs(v) for v in values), default=0.0)
     if largest and not 1e-4 <= largest < 1e6:
@@ -107,7 +158,11 @@ def aligned(values: Sequence[float]) -> list[str]:
 
 
 def measured(value: float, stderr: float | None, sign: str = "±") -> str:
-    """A value with its standard error, both to the error's second significant digit: 67.90 ±0.88."""
+    """Format a value with its standard error, both to the error's second significant digit.
+
+    >>> measured(67.9012, 0.8812)
+    '67.90 ±0.88'
+    """
     if stderr is None or not math.isfinite(value) or not math.isfinite(stderr) or stderr <= 0:
         return significant(value) if math.isfinite(value) else str(value)
     digits = decimals(stderr, 2)
@@ -117,10 +172,13 @@ def measured(value: float, stderr: float | None, sign: str = "±") -> str:
 
 
 def certificate(predicted: float, bound: float | None) -> str:
-    """How far an allocation can be from the best one on its surrogate.
+    """Say how far the predicted loss of an allocation can be above the least possible one.
 
     The optimum lies in [bound, predicted], so `predicted <= (1 + x) optimum` with `x = predicted / bound - 1`. The
-    percentage is rounded up: the sentence must stay true.
+    percentage is rounded up, so that the sentence stays true.
+
+    >>> certificate(1.25, 1.0)
+    'within 25 % of the optimum of the surrogate (bound 1.000)'
     """
     if bound is None:
         return "no certificate"
@@ -132,7 +190,11 @@ def certificate(predicted: float, bound: float | None) -> str:
 
 
 def at_most(fraction: float) -> str:
-    """A fraction in percent to two significant digits, rounded up: 12 %, 0.42 %, 0 %."""
+    """Format a fraction in percent with two significant digits, rounded up.
+
+    >>> at_most(0.125), at_most(0.00411)
+    ('13 %', '0.42 %')
+    """
     percent = 100 * fraction
     if percent <= 100 * EXACT:
         return "0 %"
@@ -141,5 +203,9 @@ def at_most(fraction: float) -> str:
 
 
 def decimals(value: float, digits: int) -> int:
-    """Decimals that show `digits` significant digits of `value` (nonzero), at least 0."""
+    """Count the decimals that show `digits` significant digits of `value` (nonzero), at least 0.
+
+    >>> decimals(0.0123, 2), decimals(1234.5, 2)
+    (3, 0)
+    """
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))

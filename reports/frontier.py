@@ -1,4 +1,4 @@
-"""A family of budgets: what every point of it is expected to lose, as a table and as a curve."""
+"""Show a family of budgets: predicted and measured loss over the kept fraction, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Group as Stack
 
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats
+from reports.family_page import measured_note
 from reports.figures import COLOURS, error_unit, plain, save, titled_figure
 from reports.tables import add_numbers, footed, report_table, unit_name
 
@@ -18,10 +19,22 @@ NESTED, UNIFORM = COLOURS[0], COLOURS[3]
 
 
 def frontier_table(family: Family, sign: str = "±") -> Stack:
-    """Kept, used, predicted, gap and measured loss of every point, and what uniform measures there."""
+    """Make the table of a family: kept fraction, cost, losses and gap of every budget, beside uniform allocation.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_family
+    >>> Console(width=80, color_system=None).print(frontier_table(example_family()))
+    Family of 4 nested budgets, predicted for 3basil
+                                               measured      measured KL
+    kept  parameters  predicted   gap       KL to dense       of uniform
+    ────────────────────────────────────────────────────────────────────
+     0.1      700.0M     0.2187  10 %      0.153 ±0.011     0.328 ±0.022
+    0.35      2.450G    0.08239  10 %    0.0577 ±0.0041   0.1236 ±0.0082
+    ...
+    """
     points = family.points
     measured = family.candidates is not None
-    table = report_table(f"Family of {len(points)} nested budgets, priced for {family.solver}")
+    table = report_table(f"Family of {len(points)} nested budgets, predicted for {family.solver}")
     columns = {
         "\nkept": [f"{point.asked:g}" for point in points],
         f"\n{unit_name(family.accounting)}": [formats.compact(point.used) for point in points],
@@ -41,18 +54,14 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
         "above a proved bound on every allocation of this budget, nested or not",
     ]
     if measured:
-        lines += [
-            f"measured: nats per token on the selection text, {formats.count(family.windows)} windows of "
-            f"{formats.count(family.seqlen)} tokens,",
-            f"of candidates made from {family.candidates}s; nothing is refined",
-        ]
+        lines += measured_note(family)
     if family.left_out:
         lines.append(f"left out: {len(family.left_out)} budgets that pattern {family.pattern} does not reach")
     return footed(table, *lines)
 
 
 def _measured(outcome: Outcome, sign: str) -> str:
-    """The loss with its standard error; with exponents where all decimals would not fit beside the others."""
+    """Format the measured loss with its standard error; with exponents below 1e-4, where decimals would not fit."""
     value, stderr = outcome.measured, outcome.stderr
     if value is None or stderr is None:
         return "-"
@@ -63,21 +72,31 @@ def write_frontier(family: Family, folder: Path) -> Path:
     """Write `frontier.png` into `folder`, and the same as SVG, each whole or not at all.
 
     Raises:
-        ArtefactError: it cannot be written.
+        ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_family
+    >>> write_frontier(example_family(), Path("."))
+    PosixPath('frontier.png')
     """
     return save(frontier_figure(family), folder / "frontier.png")
 
 
 def frontier_figure(family: Family) -> Figure:
-    """Predicted loss with its bound, and measured loss, over the kept fraction; uniform's beside them; log scale.
+    """Draw predicted loss, its lower bound and measured loss over the kept fraction, on a log scale.
 
-    Who is told by colour, what by the kind of line. Predictions that are not in nats have a panel of their own.
+    The uniform allocation of each budget is drawn beside it. Colours tell the allocations apart, kinds of lines the
+    quantities. Predictions in another unit than nats have a panel of their own.
+
+    >>> from reports.example import example_family
+    >>> (axes,) = frontier_figure(example_family()).axes
+    >>> axes.get_ylabel()
+    'KL to dense: predicted and measured, nats per token'
     """
     measured = family.candidates is not None
-    together = measured and family.error_unit == "nats per token"
+    together = measured and family.error_unit == ErrorUnit.NATS
     panels = 2 if measured and not together else 1
     pattern = "" if family.pattern == "unstructured" else f", pattern {family.pattern}"
-    title = f"nested budgets, priced for {family.solver}{pattern}"
+    title = f"nested budgets, predicted for {family.solver}{pattern}"
     figure = titled_figure(family.model, title, 7.2 * panels, 4.8)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _predictions(axes[0], family.points)
@@ -96,6 +115,7 @@ def frontier_figure(family: Family) -> Figure:
 
 
 def _predictions(axes: Axes, points: Sequence[FamilyPoint]) -> None:
+    """Draw the predicted losses, and the gap to the proved bound."""
     _line(axes, points, lambda point: point.uniform.predicted, UNIFORM, "uniform, predicted", "--")
     _line(axes, points, lambda point: point.predicted, NESTED, "nested, predicted", "--")
     _line(axes, points, lambda point: point.bound, NESTED, "proved bound of any allocation, predicted", ":")
@@ -105,6 +125,7 @@ def _predictions(axes: Axes, points: Sequence[FamilyPoint]) -> None:
 
 
 def _measurements(axes: Axes, points: Sequence[FamilyPoint]) -> None:
+    """Draw the measured losses."""
     _line(axes, points, lambda point: point.uniform.measured, UNIFORM, "uniform, measured", "-", "s")
     _line(axes, points, lambda point: point.measured, NESTED, "nested, measured", "-", "o")
 
@@ -118,7 +139,7 @@ def _line(
     style: str,
     marker: str = "",
 ) -> None:
-    """A line through the values above zero: the dense end has no place on a log axis."""
+    """Draw a line through the values above zero; the dense model, which loses nothing, has no place on a log axis."""
     shown = [(point.asked, y) for point in points if point.predicted > 0 and (y := value(point))]
     xs, ys = [x for x, _ in shown], [y for _, y in shown]
     axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.4, label=label)

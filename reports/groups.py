@@ -1,4 +1,4 @@
-"""Layers pooled by kind, by block, and laid out on the block x kind grid."""
+"""Pool layers by kind and by block, and lay them out on a grid of blocks and kinds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ P = TypeVar("P", bound=LayerPlan)
 
 @dataclass(frozen=True)
 class Group:
-    """Several layers as one.
+    """Pool several layers.
 
     Args:
+        label: name of the group.
+        layers: how many there are.
         kept: cost over dense cost of all of them, in the budget's accounting.
         density: nonzeros over weights.
         rank: mean over the layers, weighted by their weights.
         rank_share: parameters in low-rank factors over parameters kept.
         predicted, actual: sums over the layers; None where a layer has none.
-        relative: mean over the layers, weighted by their weights; None for layers that are only planned.
+        relative: mean over the layers, weighted by their weights; None for layers that are not refined yet.
+
+    >>> from reports.example import example_layers
+    >>> group = Group.pool("all", example_layers())
+    >>> group.layers, round(group.kept, 3), round(group.rank, 1)
+    (14, 0.457, 5.0)
     """
 
     label: str
@@ -65,19 +72,34 @@ class Group:
 
 
 def by_kind(layers: Sequence[LayerPlan]) -> list[Group]:
-    """One group per kind, in the order in which the model first shows them."""
+    """Pool the layers by kind, in the order in which the kinds first occur in the model.
+
+    >>> from reports.example import example_layers
+    >>> [group.label for group in by_kind(example_layers())][:3]
+    ['q_proj', 'k_proj', 'v_proj']
+    """
     kinds = dict.fromkeys(layer.kind for layer in layers)
     return [Group.pool(kind, [layer for layer in layers if layer.kind == kind]) for kind in kinds]
 
 
 def by_block(layers: Sequence[LayerPlan]) -> list[Group]:
-    """One group per block, ascending."""
+    """Pool the layers by block, in ascending order.
+
+    >>> from reports.example import example_layers
+    >>> [(group.label, group.layers) for group in by_block(example_layers())]
+    [('0', 7), ('1', 7)]
+    """
     blocks = sorted({layer.block for layer in layers})
     return [Group.pool(str(block), [layer for layer in layers if layer.block == block]) for block in blocks]
 
 
 def typical(layers: Sequence[P]) -> list[P]:
-    """The layers that keep the largest, the middle and the least fraction, and one of the highest rank, if any has."""
+    """Choose the layers of the largest, the median and the least kept fraction, and one of the highest rank.
+
+    >>> from reports.example import example_layers
+    >>> [(layer.block, layer.kind) for layer in typical(example_layers())]
+    [(0, 'v_proj'), (1, 'gate_proj'), (0, 'gate_proj'), (1, 'up_proj')]
+    """
     ranked = sorted(layers, key=lambda layer: -layer.kept)
     chosen = ranked if len(ranked) <= 3 else [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
     highest = max(ranked, key=lambda layer: layer.rank)
@@ -86,7 +108,13 @@ def typical(layers: Sequence[P]) -> list[P]:
 
 @dataclass(frozen=True)
 class Grid(Generic[P]):
-    """Layers by block (rows: every block from the first to the last) and kind (columns: model order)."""
+    """Lay out layers by block (rows: every block from the first to the last) and kind (columns: in model order).
+
+    >>> from reports.example import example_layers
+    >>> grid = Grid.of(example_layers())
+    >>> grid.values(lambda layer: layer.rank).shape
+    (2, 7)
+    """
 
     blocks: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -94,7 +122,7 @@ class Grid(Generic[P]):
 
     @classmethod
     def of(cls, layers: Sequence[P]) -> Grid[P]:
-        """Lay out at least one layer; `ArtefactError` where two layers claim one place."""
+        """Lay out at least one layer; `ArtefactError` where two layers have the same block and kind."""
         cells: dict[tuple[int, str], P] = {}
         for layer in layers:
             other = cells.setdefault((layer.block, layer.kind), layer)
@@ -108,7 +136,7 @@ class Grid(Generic[P]):
         return cls(tuple(range(min(blocks), max(blocks) + 1)), tuple(kinds), cells)
 
     def values(self, value: Callable[[P], float]) -> NDArray[np.float64]:
-        """(blocks, kinds) of `value`, NaN where a block has no such layer."""
+        """Compute `value` of every layer: (blocks, kinds), NaN where a block has no such layer."""
         return np.array(
             [
                 [value(self.cells[block, kind]) if (block, kind) in self.cells else math.nan for kind in self.kinds]

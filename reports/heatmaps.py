@@ -1,4 +1,4 @@
-"""Pictures of an allocation and its errors: block by kind heatmaps, and predicted against actual error."""
+"""Draw an allocation and its errors: heatmaps of block by kind, and predicted against actual errors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ LABELLED = 24  # most blocks that are all named on an axis
 
 
 def allocation_figure(summary: Summary) -> Figure:
-    """What every layer keeps, as a fraction, in the budget's unit and as density; its rank; what it loses (log scale).
+    """Draw heatmaps, block by kind: kept fraction, rank, rank share, cost, density, and relative error on a log scale.
 
-    Block by kind.
+    >>> from reports.example import example_summary
+    >>> [axes.get_title(loc="left") for axes in allocation_figure(example_summary()).axes][:2]
+    ['kept fraction of the parameters', 'rank of L']
     """
     grid = Grid.of(summary.layers)
     width, height = panel_size(grid)
@@ -45,9 +47,14 @@ def allocation_figure(summary: Summary) -> Figure:
 
 
 def error_figure(summary: Summary) -> Figure:
-    """Predicted against actual error of every layer, and the actual error block by kind, in the summary's unit.
+    """Draw predicted against actual error of every layer, and a heatmap of the actual error, in the summary's unit.
 
-    Where the budget was priced in another unit than the errors, no layer has a prediction: only the heatmap is drawn.
+    Where the predicted loss of the budget is in another unit than the errors, layers have no prediction, and only the
+    heatmap is drawn.
+
+    >>> from reports.example import example_summary
+    >>> error_figure(example_summary()).axes[0].get_xlabel()
+    'predicted error, nats per token'
     """
     grid = Grid.of(summary.layers)
     width, height = panel_size(grid)
@@ -71,13 +78,19 @@ def heatmap(
     whole: bool = False,
     norm: Normalize | None = None,
 ) -> None:
-    """Draw `value` of every layer, blocks down and kinds across; a place without a layer is hatched.
+    """Draw `value` of every layer as a heatmap, blocks down and kinds across; a place without a layer is hatched.
 
     Args:
-        title: what is drawn, with its unit.
-        log: colours by the logarithm; zeros take the lowest colour.
-        whole: values are counts, coloured from zero on.
-        norm: the colours of several heatmaps; without, from the least to the most of this one.
+        title: name of the value, with its unit.
+        log: colour by the logarithm; zeros have the lowest colour.
+        whole: the values are counts, coloured from zero on.
+        norm: colour scale shared by several heatmaps; without, from the least to the largest value of this one.
+
+    >>> from reports.example import example_layers
+    >>> axes = Figure().subplots()
+    >>> heatmap(axes, Grid.of(example_layers()), lambda layer: layer.rank, "rank of L", whole=True)
+    >>> axes.images[0].get_array().shape
+    (2, 7)
     """
     values = grid.values(value)
     norm = norm or colours(values, log, whole)
@@ -110,10 +123,16 @@ def heatmap(
 
 
 def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
-    """Predicted (across) against actual (up) error of every layer on log axes, one colour and marker per kind.
+    """Draw predicted (x) against actual (y) error of every layer on log axes, with a colour and marker per kind.
 
-    Layers with a zero or without a prediction have no place on log axes; a line counts them. Layers whose solver
-    did not converge are ringed in red.
+    Layers with an error of zero, or without a prediction, cannot be drawn on log axes; a line counts them. Layers whose
+    solver did not converge have a red ring.
+
+    >>> from reports.example import example_summary
+    >>> axes = Figure().subplots()
+    >>> scatter(axes, example_summary(), ["q_proj", "k_proj"])
+    >>> [text.get_text() for text in axes.texts]
+    ['not drawn: 1 at zero']
     """
     shown = [(la, la.predicted, la.actual) for la in summary.layers if la.predicted and la.actual]
     for n, kind in enumerate(kinds):
@@ -144,30 +163,42 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
 
 
 def panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
-    """Inches: wide enough for the names of the kinds, high enough that a row stays visible."""
+    """Choose width and height of a heatmap in inches, so that names of kinds fit and rows stay visible.
+
+    >>> from reports.example import example_layers
+    >>> panel_size(Grid.of(example_layers()))
+    (5.2, 3.0)
+    """
     return min(max(5.2, 0.55 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
 
 
 def colours(values: NDArray[np.float64], log: bool = False, whole: bool = False) -> Normalize:
-    """From the least to the most of `values`, by the logarithm, or from zero on."""
+    """Make a colour scale from the least to the largest of `values`, logarithmic, or from zero on.
+
+    >>> norm = colours(np.array([3.0, 10.0]), whole=True)
+    >>> float(norm.vmin), float(norm.vmax)
+    (0.0, 10.0)
+    """
     return _log_norm(values) if log else _count_norm(values) if whole else Normalize(*span(values))
 
 
 def _log_norm(values: NDArray[np.float64]) -> Normalize:
+    """Make a logarithmic colour scale over the values above zero."""
     positive = values[values > 0]
     if not positive.size:
         return Normalize(0, 1)
     low, high = float(positive.min()), float(positive.max())
-    # One value alone, or all alike, still needs two ends.
+    # Also one value, or equal values, need two different ends.
     return LogNorm(low, high if high > low else 10 * low, clip=True)
 
 
 def _count_norm(values: NDArray[np.float64]) -> Normalize:
+    """Make a colour scale from zero on."""
     return Normalize(0, max(1.0, float(np.nanmax(values))))
 
 
 def _short(value: float) -> str:
-    """Two significant digits: 0, 0.12, 3.4e-5."""
+    """Format a number with two significant digits: 0, 0.12, 3.4e-5."""
     if value == 0:
         return "0"
     if 0.01 <= value < 1000:
@@ -177,4 +208,5 @@ def _short(value: float) -> str:
 
 
 def _error_label(which: str, summary: Summary) -> str:
+    """Label an axis with an error and its unit."""
     return f"{which} error, {error_unit(summary.error_unit)}"

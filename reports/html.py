@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: what is on a page, and how it is written."""
+"""Describe the contents of a report page, and write it as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from markupsafe import Markup
 
 from globalopt.runs.files import write_text
 
-FOLDER = "page"  # of the template, its style and its script
+FOLDER = "page"  # holds the template, its style sheet and its script
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; those of numbers are aligned to the right and sorted from the largest on."""
+    """Describe a column of a table; numbers are aligned to the right and sorted from the largest on.
+
+    >>> Column("kept").number
+    True
+    """
 
     title: str
     number: bool = True
@@ -28,9 +32,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is read in a cell, what it is sorted by if that is not the text, and a bar of so many percent beside it.
+    """Describe a cell of a table.
 
-    A missing value has the key "".
+    Args:
+        text: what is shown.
+        key: what the cell is sorted by; None: the text. A missing value has the key "".
+        bar: percentage of a bar beside the text.
+        alert: whether the text is highlighted.
+
+    >>> Cell("147.5k", key=147456).key
+    147456
     """
 
     text: str
@@ -41,7 +52,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A sortable table; `total` stays below, and a `tall` one scrolls by itself."""
+    """Describe a sortable table.
+
+    Args:
+        total: a last row that stays below all others.
+        notes: footnotes.
+        tall: whether the table scrolls by itself.
+
+    >>> Table("Layers", [Column("kind", number=False)], [[Cell("q_proj")]]).kind
+    'table'
+    """
 
     kind: ClassVar[str] = "table"
     title: str
@@ -54,7 +74,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Labels and what they say."""
+    """Describe a list of labels with their values.
+
+    >>> Facts([("seed", "0")], title="Versions").rows
+    [('seed', '0')]
+    """
 
     kind: ClassVar[str] = "facts"
     rows: Sequence[tuple[str, str]]
@@ -64,7 +88,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture, with its size in CSS pixels; the title stands in for it."""
+    """Describe an embedded picture, with its size in CSS pixels; the title is its alternative text.
+
+    >>> from reports.figures import save, titled_figure
+    >>> Picture.read(save(titled_figure("reference", "quality", 2.0, 1.0), Path("quality.png")), "Quality").width
+    192
+    """
 
     kind: ClassVar[str] = "picture"
     title: str
@@ -75,7 +104,7 @@ class Picture:
 
     @classmethod
     def read(cls, png: Path, title: str, notes: Sequence[str] = ()) -> Picture:
-        """The SVG that lies beside `png`, or `png` itself where that is smaller."""
+        """Embed the SVG beside `png`, or `png` itself where that is smaller."""
         data = png.read_bytes()
         # A PNG's size is in its header, at the 150 dots per inch that pictures are drawn with.
         width, height = (round(int.from_bytes(data[at : at + 4], "big") * 96 / 150) for at in (16, 20))
@@ -88,7 +117,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be copied."""
+    """Describe a block of code that can be copied.
+
+    >>> Code("globalopt search --budget 0.5", "Command").title
+    'Command'
+    """
 
     kind: ClassVar[str] = "code"
     text: str
@@ -98,7 +131,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Lines:
-    """A list of sentences."""
+    """Describe a list of sentences.
+
+    >>> Lines(["Not evaluated."]).kind
+    'lines'
+    """
 
     kind: ClassVar[str] = "lines"
     lines: Sequence[str]
@@ -107,7 +144,16 @@ class Lines:
 
 @dataclass(frozen=True)
 class SampleText:
-    """A prompt, what two models both wrote after it, and what each wrote then; `agreed` says how much that was."""
+    """Describe a prompt with its continuations by two models.
+
+    Args:
+        shared: the beginning that both continuations have in common.
+        dense, compressed: the rest of each continuation.
+        agreed: a sentence that says how many tokens agree.
+
+    >>> SampleText("The tower was", " built in", " 1889", " 1890", "2 of 3 tokens").shared
+    ' built in'
+    """
 
     kind: ClassVar[str] = "sample"
     prompt: str
@@ -123,7 +169,11 @@ Part = Table | Facts | Picture | Code | Lines | SampleText
 
 @dataclass(frozen=True)
 class Section:
-    """Parts under a title; `name` is the anchor."""
+    """Describe a section: parts under a title, with `name` as the anchor.
+
+    >>> Section("quality", "Quality", [Lines(["Not evaluated."])]).name
+    'quality'
+    """
 
     name: str
     title: str
@@ -132,7 +182,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Card:
-    """A figure that is read first, with its standard error if it has one."""
+    """Describe a card: a headline number at the top of the page, with its standard error if it has one.
+
+    >>> Card("Kept", "0.5000", "of 4.7M parameters").value
+    '0.5000'
+    """
 
     label: str
     value: str
@@ -142,7 +196,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on a page; sections without parts are left out."""
+    """Describe a page; sections without parts are left out.
+
+    Args:
+        lede: the line below the title.
+        version: of the program that made the results.
+
+    >>> Page("A run", "two layers", [], [], version="0.1.0").title
+    'A run'
+    """
 
     title: str
     lede: str
@@ -156,13 +218,23 @@ def write_page(page: Page, path: Path) -> Path:
 
     Raises:
         ArtefactError: it cannot be written.
+
+    >>> write_page(Page("A run", "two layers", [], [], version="0.1.0"), Path("report.html")).stat().st_size > 1000
+    True
     """
     write_text(path, rendered(page))
     return path
 
 
 def rendered(page: Page) -> str:
-    """The page as HTML. Every text is escaped; style and script are ours, and nothing else may run or load."""
+    """Render a page as HTML.
+
+    Every text is escaped. The content security policy allows the style sheet and the script of the template alone, by
+    their hashes, and loads nothing.
+
+    >>> "&lt;script&gt;" in rendered(Page("<script>", "", [], [], version="0.1.0"))
+    True
+    """
     style, script = (resources.files("reports").joinpath(FOLDER, f"report.{kind}").read_text("utf-8") for kind in _OURS)
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
@@ -185,5 +257,5 @@ _OURS = ("css", "js")
 
 
 def _hash(text: str) -> str:
-    """What a policy calls an inline text by."""
+    """Compute the hash by which a content security policy names an inline text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,21 +1,20 @@
-"""Picture of what matching did to every block."""
+"""Draw the losses of every block before and after matching."""
 
 from __future__ import annotations
-
-import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from globalopt.values.results import MatchResult, Summary
+from globalopt.values.results import ErrorUnit, MatchResult, Summary
 from reports import formats
 from reports.figures import COLOURS, in_corner, new_figure, not_drawn, plain, round_ticks
+from reports.tables import mean_change
 
 BEFORE, AFTER = COLOURS[3], COLOURS[0]
 
 UNITS = {
-    "nats": "nats per token",
+    "nats": ErrorUnit.NATS.value,
     "sum": "squared error of the block's output per token",
     "token": "squared error relative to the token",
     "both": "mean of both losses, 1 without matching",
@@ -23,7 +22,12 @@ UNITS = {
 
 
 def matching_figure(summary: Summary) -> Figure:
-    """Held-out loss of every matched block before and after (log axis); the model's own matching is a line of text."""
+    """Draw the held-out loss of every matched block before and after (log axis); model matching is a line of text.
+
+    >>> from reports.example import example_matching, example_summary
+    >>> matching_figure(example_summary(matching=example_matching())).axes[0].get_ylabel()
+    'held-out loss, nats per token'
+    """
     blocks = [match for match in summary.matching if match.block is not None]
     figure = new_figure(summary, min(max(6.4, 3 + 0.16 * len(blocks)), 14.0), 4.6)
     axes = figure.subplots()
@@ -55,6 +59,7 @@ def matching_figure(summary: Summary) -> Figure:
 
 
 def _title(axes: Axes, blocks: list[MatchResult]) -> None:
-    gains = [match.after / match.before for match in blocks if match.before > 0 and match.after > 0]
-    mean = f", {formats.change(1, math.exp(math.fsum(map(math.log, gains)) / len(gains)))} on average" if gains else ""
-    axes.set_title(f"matching, block by block{mean}", fontsize=10, loc="left")
+    """Title the axes with the mean change of the loss."""
+    mean = mean_change(blocks)
+    on_average = f", {mean} on average" if mean is not None else ""
+    axes.set_title(f"matching, block by block{on_average}", fontsize=10, loc="left")

@@ -1,4 +1,4 @@
-"""How much two runs differ, with confidence intervals: paired by windows where each run kept what every window lost."""
+"""Compute differences between runs with confidence intervals, paired by windows where both runs kept their losses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import numpy as np
 from scipy.special import stdtrit
 
 from globalopt.values.results import Metrics, Summary, WindowLosses
+from reports import formats
 
 CONFIDENCE = 0.95
-DENSE_TOLERANCE = 1e-3  # in nats: the same model in another dtype or on another device stays within
+DENSE_TOLERANCE = 1e-3  # in nats; the losses of one model in two dtypes or on two devices differ by less
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference and the ends of its confidence interval."""
+    """Hold a difference and the ends of its confidence interval.
+
+    >>> Interval(0.0123, 0.0101, 0.0145).excludes_zero
+    True
+    >>> Interval(0.0123, 0.0101, 0.0145).texts()
+    ('+0.0123', '+0.0101', '+0.0145')
+    """
 
     value: float
     low: float
@@ -25,20 +32,32 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the difference is significant."""
         return self.low > 0 or self.high < 0
+
+    def texts(self, scale: float = 1.0) -> tuple[str, str, str]:
+        """Format value and ends, times `scale`, with the decimals that show half the width in two digits."""
+        value, low, high = (scale * end for end in (self.value, self.low, self.high))
+        half = (high - low) / 2
+        decimals = formats.decimals(half, 2) if half > 0 and math.isfinite(half) else 4
+        return f"{value:+.{decimals}f}", f"{low:+.{decimals}f}", f"{high:+.{decimals}f}"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a run loses more than the one it is held against, on one split; negative is better.
+    """Hold the differences of a run to another on one split; below zero the run is better.
 
     Args:
+        run, against: labels of the two.
         kl: of the mean KL to the dense model, in nats per token.
         perplexity: relative, `exp(difference of nll) - 1`.
         windows: of the split.
-        paired: whether the intervals are those of differences window by window. Otherwise the two means are taken as
-            independent, which on the same windows they are not: the intervals are then too wide.
+        paired: whether the intervals are of differences window by window. Otherwise the two means are taken as
+            independent. On the same windows they are correlated, so that the intervals are then too wide.
         reasons: why the runs do not compare, one sentence each; there are no differences then.
+
+    >>> Difference("b", "a", "test", Interval(-0.1, -0.2, -0.05), None, 64, True, ()).verdict
+    'better'
     """
 
     run: str
@@ -63,21 +82,28 @@ class Difference:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run as it is compared: what it is called, what it found, and what its windows lost (empty where unknown)."""
+    """Hold a run to compare: its label, its summary, and the losses of its windows, empty where they are not known.
+
+    >>> from reports.example import example_losses, example_summary
+    >>> run = Measured("a", example_summary(), example_losses(example_summary()))
+    >>> dense, compressed = run.metrics("test")
+    >>> compressed.perplexity, len(run.windows("test").kl)
+    (62.44, 64)
+    """
 
     label: str
     summary: Summary
     losses: tuple[WindowLosses, ...] = ()
 
     def metrics(self, split: str) -> tuple[Metrics, Metrics] | None:
-        """Dense and compressed metrics on `split`."""
+        """Return the metrics of the dense and of the compressed model on `split`; None where there are none."""
         for dense, compressed in zip(self.summary.dense, self.summary.compressed, strict=True):
             if compressed.split == split:
                 return dense, compressed
         return None
 
     def windows(self, split: str) -> WindowLosses | None:
-        """What the windows behind the metrics on `split` lost."""
+        """Return the losses of the windows of `split`; None where they are not known, or not those of the metrics."""
         pair = self.metrics(split)
         for losses in self.losses:
             if pair and losses.split == split and losses.text_sha256 == pair[1].text_sha256:
@@ -87,13 +113,22 @@ class Measured:
 
 
 def difference(run: Measured, against: Measured, split: str) -> Difference:
-    """Hold `run` against another on `split`.
+    """Compute the differences of `run` to `against` on `split`, with confidence intervals.
 
-    The interval of a mean of n differences d is `mean(d) ± q std(d) / sqrt(n)` with Student's quantile q for n - 1;
-    that of two independent means `a - b ± q sqrt(se_a² + se_b²)`.
+    Paired, the interval of the mean of n differences d is `mean(d) ± q std(d) / sqrt(n)`, with Student's quantile q for
+    n - 1 degrees of freedom; that of two independent means is `a - b ± q sqrt(se_a² + se_b²)`.
+
+    >>> from reports.example import example_losses, example_summary
+    >>> a = Measured("a", example_summary(), example_losses(example_summary()))
+    >>> b = Measured("b", example_summary(), example_losses(example_summary(), worse=0.01))
+    >>> found = difference(b, a, "test")
+    >>> found.verdict, found.paired, found.kl.texts()
+    ('worse', True, ('+0.00997', '+0.00980', '+0.01014'))
     """
-    reasons = incomparable(run, against, split)
     pairs = run.metrics(split), against.metrics(split)
+    reasons = incomparable((against, run), split)
+    if not reasons and any(pair is not None and pair[1].windows < 2 for pair in pairs):
+        reasons = ("a single window has no spread",)
     if reasons or pairs[0] is None or pairs[1] is None:
         return Difference(run.label, against.label, split, None, None, 0, False, reasons)
     mine, other = pairs[0][1], pairs[1][1]
@@ -110,42 +145,72 @@ def difference(run: Measured, against: Measured, split: str) -> Difference:
     return Difference(run.label, against.label, split, kl, perplexity, mine.windows, paired, ())
 
 
-def incomparable(run: Measured, against: Measured, split: str) -> tuple[str, ...]:
-    """Why figures of the two on `split` do not compare; empty where they do."""
-    pairs = {one.label: one.metrics(split) for one in (run, against)}
-    mine, other = run.metrics(split), against.metrics(split)
-    if mine is None or other is None:
-        return tuple(f"{label} has no figures on {split}" for label, pair in pairs.items() if pair is None)
-    reasons = []
-    if _shapes(run.summary) != _shapes(against.summary):
-        reasons.append("another model: its layers have other names or shapes")
-    if mine[1].text_sha256 != other[1].text_sha256:
-        reasons.append("other text")
-    if mine[1].seqlen != other[1].seqlen:
-        reasons.append(f"windows of {mine[1].seqlen} tokens, not {other[1].seqlen}")
-    if min(mine[1].windows, other[1].windows) < 2:
-        reasons.append("a single window has no spread")
-    if not reasons and abs(mine[0].nll - other[0].nll) > DENSE_TOLERANCE:
-        dense = f"{mine[0].perplexity:.4g}, not {other[0].perplexity:.4g}"
-        reasons.append(f"another dense model: its perplexity is {dense}")
-    if run.summary.accounting != against.summary.accounting:
-        reasons.append(f"budget in {run.summary.accounting}, not {against.summary.accounting}")
+def incomparable(runs: Sequence[Measured], split: str) -> tuple[str, ...]:
+    """List the reasons why the figures of runs on `split` do not compare, one sentence each; empty where they do.
+
+    Checked are the names and shapes of the layers, the text (hash of the windows' token ids), the window length, the
+    dense model (its negative log likelihood on that text, within `DENSE_TOLERANCE`), and the accounting.
+
+    >>> from reports.example import example_summary
+    >>> runs = [Measured("a", example_summary()), Measured("b", example_summary(accounting="bytes"))]
+    >>> incomparable(runs, "test")
+    ('accounting differs: params (a); bytes (b)',)
+    """
+    pairs = [(run.label, run.metrics(split)) for run in runs]
+    known = [(label, *pair) for label, pair in pairs if pair is not None]
+    missing = [label for label, pair in pairs if pair is None]
+    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
+    shapes: dict[frozenset[tuple[str, int, int]], list[Measured]] = {}
+    for run in runs:
+        shapes.setdefault(_shapes(run.summary), []).append(run)
+    if len(shapes) > 1:
+        sizes = [
+            f"{len(of)} layers, {formats.compact(some[0].summary.covered)} parameters ({_labels(some)})"
+            for of, some in shapes.items()
+        ]
+        reasons.append(f"model differs in names or shapes of layers: {'; '.join(sizes)}")
+    on_text = [
+        *_disagreement("text", [(label, compressed.text_sha256[:12]) for label, _, compressed in known]),
+        *_disagreement("window length", [(label, str(compressed.seqlen)) for label, _, compressed in known]),
+    ]
+    reasons += on_text
+    losses = [dense.nll for _, dense, _ in known]
+    if losses and not on_text and max(losses) - min(losses) > DENSE_TOLERANCE:
+        perplexities = [(label, formats.significant(dense.perplexity)) for label, dense, _ in known]
+        reasons += _disagreement("dense perplexity", perplexities)
+    reasons += _disagreement("accounting", [(run.label, run.summary.accounting) for run in runs])
     return tuple(reasons)
 
 
+def _disagreement(what: str, values: Sequence[tuple[str, str]]) -> list[str]:
+    """Say which runs have which value, by label and value; nothing where all have the same."""
+    groups: dict[str, list[str]] = {}
+    for label, value in values:
+        groups.setdefault(value, []).append(label)
+    parts = [f"{value} ({', '.join(labels)})" for value, labels in groups.items()]
+    return [f"{what} differs: {'; '.join(parts)}"] if len(parts) > 1 else []
+
+
+def _labels(runs: Sequence[Measured]) -> str:
+    """List the labels of runs."""
+    return ", ".join(run.label for run in runs)
+
+
 def _relative(nll: Interval) -> Interval | None:
-    """The relative change of the perplexity; None where it is too large for a float."""
+    """Convert a difference of nll into the relative change of the perplexity; None where it overflows a float."""
     try:
         return Interval(*(math.expm1(end) for end in (nll.value, nll.low, nll.high)))
     except OverflowError:
         return None
 
 
-def _shapes(summary: Summary) -> set[tuple[str, int, int]]:
-    return {(layer.name, layer.d_out, layer.d_in) for layer in summary.layers}
+def _shapes(summary: Summary) -> frozenset[tuple[str, int, int]]:
+    """Return names and shapes of the layers of a run."""
+    return frozenset((layer.name, layer.d_out, layer.d_in) for layer in summary.layers)
 
 
 def _paired(mine: Sequence[float], other: Sequence[float], q: float) -> Interval:
+    """Compute the interval of the mean of differences, with the quantile `q`."""
     differences = np.array(mine) - np.array(other)
     mean = float(differences.mean())
     half = q * float(differences.std(ddof=1)) / math.sqrt(len(differences))
@@ -155,6 +220,7 @@ def _paired(mine: Sequence[float], other: Sequence[float], q: float) -> Interval
 def _independent(
     mine: float | None, stderr: float | None, other: float | None, other_stderr: float | None, q: float
 ) -> Interval | None:
+    """Compute the interval of the difference of independent means; None where one of them is not known."""
     if mine is None or stderr is None or other is None or other_stderr is None:
         return None
     half = q * math.hypot(stderr, other_stderr)

@@ -1,4 +1,4 @@
-"""Which pictures a run has, and their files."""
+"""Write the pictures of a run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from reports.search_figure import search_figure
 
 
 def write_figures(summary: Summary, folder: Path, details: Details | None = None) -> list[Path]:
-    """Write into `folder` each picture that the run has something for, as PNG, and as SVG beside it.
+    """Write the pictures of a run into `folder`, as PNG, and as SVG beside it.
 
-    Always `allocation.png` and `error.png`; of a search `search.png`; of matched blocks `matching.png`; where the
-    `details` are there, `curves.png` and `convergence.png`.
+    They are `allocation.png` and `error.png`, `search.png` of a search, `matching.png` of matched blocks, and
+    `curves.png` and `convergence.png` where the `details` have curves and traces.
 
     Returns:
         Paths of the PNGs.
     Raises:
         ArtefactError: a file cannot be written.
+
+    >>> from reports.example import example_summary
+    >>> [path.name for path in write_figures(example_summary(blocks=1), Path("."))]
+    ['allocation.png', 'error.png']
     """
     details = details or Details()
     figures = {"allocation.png": allocation_figure(summary), "error.png": error_figure(summary)}

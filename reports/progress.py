@@ -1,4 +1,4 @@
-"""How a long run says how far it is: one live display on a terminal, one line per step elsewhere, or nothing."""
+"""Show the progress of a run: a live display on a terminal, one line per step elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -19,31 +19,47 @@ from reports import formats
 
 
 def make_progress(console: Console, quiet: bool = False) -> Progress:
-    """The progress that suits `console`: live on a terminal that can move its cursor, lines elsewhere."""
+    """Choose how to show progress: live on a terminal that can move its cursor, as lines elsewhere.
+
+    >>> type(make_progress(Console())).__name__
+    'LineProgress'
+    """
     if quiet:
         return QuietProgress()
     return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else LineProgress(console)
 
 
 class QuietProgress:
-    """Says nothing."""
+    """Show no progress.
+
+    >>> with QuietProgress().stage("refine", 2, "layers") as step:
+    ...     step("up_proj")
+    """
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """Open a stage; the value is called after each step with a text."""
         yield lambda detail: None
 
     def note(self, text: str) -> None:
-        pass
+        """Print nothing."""
 
 
 class LineProgress:
-    """One plain line per step, and one when a stage ends; nothing is held back, so a log shows where a run stands."""
+    """Print one plain line per step, and one when a stage ends, at once, so that a log shows how far a run is.
+
+    >>> with LineProgress(Console()).stage("refine", 2, "layers") as step:
+    ...     step("up_proj")
+    refine 1/2 layers  ...  up_proj
+    refine done  1/2 layers  ...
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """Open a stage of `total` steps; the value is called after each with a text."""
         start = time.perf_counter()
         done = 0
 
@@ -62,23 +78,29 @@ class LineProgress:
             self._say(ending(name, done, total, unit, elapsed, finished).plain)
 
     def note(self, text: str) -> None:
+        """Print a line."""
         self._say(text)
 
     def _say(self, line: str) -> None:
-        # Logs are read by programs too: no wrapping at a width that nobody has, no markup.
+        """Print a line."""
+        # Logs are read by programs too: no wrapping and no markup.
         self._console.out(line, highlight=False)
 
 
 class LiveProgress:
-    """One bar per open stage in one live display; a stage that ended stays as a line with its time.
+    """Show one bar per open stage in a live display; a stage that ended leaves a line with its time.
 
-    The display runs only while a stage is open, so the terminal is as before whenever none is, however it ended.
+    The display runs only while a stage is open, and is removed also where a stage ends with an error.
+
+    >>> with LiveProgress(Console(width=80)).stage("refine", 1, "layers") as step:
+    ...     step("up_proj")
+    refine done  1/1 layers  ...
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._display = Display(
-            # Widths that hold what usually stands in them, so that nothing jumps while it counts.
+            # Minimal widths that hold the usual texts, so that columns do not move.
             TextColumn("{task.description}", style="bold", markup=False, table_column=Column(min_width=11)),
             BarColumn(bar_width=8),
             _Count(Column(min_width=12, no_wrap=True)),
@@ -93,6 +115,7 @@ class LiveProgress:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        """Open a stage of `total` steps; the value is called after each with a text."""
         task = self._display.add_task(name, total=total, unit=unit, detail="")
         start = time.perf_counter()
         done = 0
@@ -114,22 +137,29 @@ class LiveProgress:
             self._console.print(ending(name, done, total, unit, time.perf_counter() - start, finished))
 
     def note(self, text: str) -> None:
+        """Print a line."""
         self._console.print(Text(text))
 
 
 def ending(name: str, done: int, total: int, unit: str, seconds: float, finished: bool) -> Text:
-    """The line a stage leaves: what it did and how long it took, or where it failed."""
+    """Format the last line of a stage: how many steps it did in which time, and whether it failed.
+
+    >>> ending("refine", 14, 14, "layers", 82.4, finished=True).plain
+    'refine done  14/14 layers  1 min 22 s'
+    """
     outcome = ("done", "green") if finished else ("failed", "bold red")
     return Text.assemble((name, "bold"), " ", outcome, f"  {done}/{total} {unit}  {formats.duration(seconds)}")
 
 
 class _Count(ProgressColumn):
+    """Show the steps done, and all of them."""
+
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}")
 
 
 class _Rate(ProgressColumn):
-    """Mean rate of the stage. Rich's own estimate forgets steps older than half a minute; ours may take longer."""
+    """Show the mean rate of the stage, as Rich's estimate forgets steps older than half a minute."""
 
     def render(self, task: Task) -> Text:
         if not task.completed or not task.elapsed:
@@ -139,7 +169,7 @@ class _Rate(ProgressColumn):
 
 
 class _Times(ProgressColumn):
-    """Elapsed time, and what the mean rate says is left."""
+    """Show the elapsed time, and the remaining time at the mean rate."""
 
     def render(self, task: Task) -> Text:
         elapsed = task.elapsed or 0.0
@@ -150,7 +180,7 @@ class _Times(ProgressColumn):
 
 
 class _Memory(ProgressColumn):
-    """What is in memory now, on the accelerator where one is used; the summary says what was most."""
+    """Show the memory in use, on the accelerator where one is used; the summary tells the peak."""
 
     max_refresh = 0.5
 
@@ -159,12 +189,14 @@ class _Memory(ProgressColumn):
 
 
 class _Detail(ProgressColumn):
+    """Show the text of the last step."""
+
     def render(self, task: Task) -> _Tail:
         return _Tail(task.fields["detail"])
 
 
 class _Tail:
-    """Text cut at its beginning: layer names differ at their end."""
+    """Show text cut at its beginning, as names of layers differ at their end."""
 
     def __init__(self, text: str) -> None:
         self._text = text

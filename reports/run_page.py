@@ -1,8 +1,7 @@
-"""The page of a run: its summary, pictures and texts, section by section."""
+"""Make the page of a run: its summary, pictures and texts, section by section."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -34,24 +33,29 @@ CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "allocation": ("What every layer keeps and loses, block by kind", ()),
     "error": ("Predicted and actual error of every layer", ("On the dashed line the prediction came true.",)),
     "curves": (
-        "Singular values and saliencies of a few layers, and how far down they were kept",
-        ("What is kept need not be what is largest here: solvers see the whole Gram of the inputs, and move weights.",),
+        "Singular values and saliencies of a few layers, up to the rank and the nonzeros that they keep",
+        ("The kept entries need not be the largest here: solvers use the whole Gram of the inputs, and move weights.",),
     ),
-    "search": ("What the surrogate foretold, and what the tokens of the search bought", ()),
+    "search": ("Predicted and measured loss of the candidates, and measured loss over the tokens of the search", ()),
     "convergence": (
         "Objective of the solver in every layer",
         ("Each layer in its own damped norm, over what keeping nothing would cost.",),
     ),
     "matching": ("Held-out loss of every block before and after matching", ()),
 }
-"""Of a picture, by its name: what stands in for it, and notes below it."""
+"""Alternative text of every picture and notes below it, by the picture's name."""
 
 
 def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Page:
-    """The page of a finished run.
+    """Make the page of a finished run.
 
     Args:
+        details: curves, traces and samples of the run, as far as it has them.
         pictures: PNGs by `write_figures`, with an SVG beside each.
+
+    >>> from reports.example import example_summary
+    >>> run_page(example_summary(), Details(), pictures=[]).title
+    'the bundled reference model, 50 % kept'
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     model = tables.model_name(summary.model)
@@ -75,7 +79,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
             Section("budget", "Budget", [Facts(tables.budget_facts(summary))]),
             Section("size", "Size", [Facts(size_facts(summary))]),
             Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
-            Section("curves", "What there was to keep", picture("curves")),
+            Section("curves", "Singular values and saliencies", picture("curves")),
             Section("errors", "Errors", picture("error")),
             Section("search", "Search", search),
             Section("solver", "Solver", picture("convergence")),
@@ -93,37 +97,44 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
 
 
 def cards(summary: Summary) -> list[Card]:
-    """What a reader wants to know first."""
+    """Make the cards with the headline numbers of a run.
+
+    >>> from reports.example import example_summary
+    >>> [(card.label, card.value) for card in cards(example_summary())][:2]
+    [('KL to dense', '0.002910'), ('Perplexity', '61.02')]
+    """
     shown = []
     if summary.compressed:
         first, *others = zip(summary.dense, summary.compressed, strict=True)
         dense, compressed = first
         rest = "".join(f"; {other.split} {tables.divergence(other)}" for _, other in others)
         shown.append(
-            _measured("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
+            _measured_card("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
         )
         change = formats.change(dense.perplexity, compressed.perplexity)
         against = f"dense {tables.perplexity(dense)}, {change}, {compressed.split}"
-        shown.append(_measured("Perplexity", tables.perplexity(compressed), against))
+        shown.append(_measured_card("Perplexity", tables.perplexity(compressed), against))
     unit = tables.unit_name(summary.accounting)
     of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
     shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
     if summary.predicted is not None:
         shown.append(_certificate(summary.predicted, summary.bound))
-    if (gain := mean_change(summary.matching)) is not None:
+    if (gain := tables.mean_change(summary.matching)) is not None:
         blocks = sum(match.block is not None for match in summary.matching)
         shown.append(Card("Matching", gain, f"held-out loss of {blocks} blocks, geometric mean"))
-    seconds, peak = whole_cost(summary.stages)
+    seconds, peak = tables.whole_cost(summary.stages)
     shown.append(Card("Cost", formats.duration(seconds), f"{formats.memory(peak)} at the peak"))
     return shown
 
 
-def _measured(label: str, text: str, detail: str) -> Card:
+def _measured_card(label: str, text: str, detail: str) -> Card:
+    """Make a card of a value with its standard error."""
     value, sign, error = text.partition(" ±")
     return Card(label, value, detail, sign.strip() + error)
 
 
 def _certificate(predicted: float, bound: float | None) -> Card:
+    """Make the card of the gap to the proved bound."""
     said = formats.certificate(predicted, bound)
     if bound is None or bound <= 0:
         return Card("Certificate", "none", said)
@@ -131,21 +142,20 @@ def _certificate(predicted: float, bound: float | None) -> Card:
     return Card("Certificate", "optimal" if gap <= formats.EXACT else f"≤ {formats.at_most(gap)}", said)
 
 
-def mean_change(matching: Sequence[MatchResult]) -> str | None:
-    """Geometric mean over blocks of what matching made of their loss; None where there is nothing to take it of."""
-    ratios = [m.after / m.before for m in matching if m.block is not None and m.before > 0 and m.after > 0]
-    return formats.change(1, math.exp(math.fsum(map(math.log, ratios)) / len(ratios))) if ratios else None
-
-
 # ------------------------------------------------------------------------------------------------- tables
 
 
 def columns(*titles: str) -> list[Column]:
-    """Columns of numbers, but for titles that end with a quote mark, which are of words."""
+    """Make columns by their titles: of numbers, or of words where the title ends with a quote mark.
+
+    >>> [(column.title, column.number) for column in columns("kind'", "kept")]
+    [('kind', False), ('kept', True)]
+    """
     return [Column(title.rstrip("'"), not title.endswith("'")) for title in titles]
 
 
 def _quality(summary: Summary) -> Part:
+    """Make the table of metrics, or say that the run was not evaluated."""
     if not summary.compressed:
         return Lines(["Not evaluated."])
     rows = [
@@ -158,13 +168,20 @@ def _quality(summary: Summary) -> Part:
 
 
 def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
-    """Both perplexities, their change, and the KL."""
+    """Make the cells of both perplexities, their change, and the KL.
+
+    >>> from reports.example import example_metrics
+    >>> cells = quality_cells(example_metrics("test", 60.0, None), example_metrics("test", 63.0, 0.003))
+    >>> [cell.text for cell in cells]
+    ['60.00 ±0.78', '63.00 ±0.82', '+5.0 %', '0.003000 ±0.000075']
+    """
     change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
     kl = Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)
     return [*(Cell(tables.perplexity(of), of.perplexity) for of in (dense, compressed)), change, kl]
 
 
 def _groups(summary: Summary) -> list[Part]:
+    """Make the tables of layers pooled by kind and by block."""
     unit = tables.errors_unit(summary)
     whole = Group.pool("all", summary.layers)
     found: list[Part] = []
@@ -182,6 +199,7 @@ def _groups(summary: Summary) -> list[Part]:
 
 
 def _pooled(group: Group) -> list[Cell]:
+    """Make the row of pooled layers."""
     label = Cell(group.label, int(group.label) if group.label.isdecimal() else None)
     return [
         label,
@@ -195,16 +213,27 @@ def _pooled(group: Group) -> list[Cell]:
 
 
 def share_cell(value: float) -> Cell:
-    """A fraction with a bar."""
+    """Make the cell of a fraction, with a bar.
+
+    >>> share_cell(0.25).text, share_cell(0.25).bar
+    ('0.250', 25.0)
+    """
     return Cell(f"{value:.3f}", value, bar=round(100 * value, 1))
 
 
 def _error(value: float | None) -> Cell:
+    """Make the cell of an error."""
     return MISSING if value is None else Cell(formats.scientific(value), value)
 
 
 def layer_table(summary: Summary) -> Table:
-    """Every layer: what it was given and what came of it."""
+    """Make the table of all layers: targets, costs, errors, and how the solver ended.
+
+    >>> from reports.example import example_summary
+    >>> table = layer_table(example_summary())
+    >>> len(table.rows), [cell.text for cell in table.rows[2]][:5]
+    (14, ['3', '0', 'v_proj', '128 x 256', '0'])
+    """
     patterns = any(layer.pattern for layer in summary.layers)
     heads = columns("layer", "block", "kind'", "shape'", "rank", "nonzeros", *(["N:M'"] if patterns else []))
     heads += columns("kept", "cost", "density", "rank share", "predicted", "actual", "relative")
@@ -215,6 +244,7 @@ def layer_table(summary: Summary) -> Table:
 
 
 def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
+    """Make the row of a layer."""
     return [
         Cell(str(number)),
         Cell(str(layer.block)),
@@ -235,6 +265,7 @@ def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
 
 
 def _matched(matching: Sequence[MatchResult]) -> Table:
+    """Make the table of matching."""
     heads = columns("block", "loss'", "before", "after", "change", "epochs", "kept", "time")
     rows = [
         [
@@ -249,18 +280,17 @@ def _matched(matching: Sequence[MatchResult]) -> Table:
         ]
         for match in matching
     ]
-    note = "loss: on held-out calibration windows where there are any; kept: the epoch that was kept"
-    return Table("Block by block", heads, rows, notes=(note,), tall=len(rows) > 16)
-
-
-def whole_cost(stages: Sequence[StageCost]) -> tuple[float, int]:
-    """Seconds of all stages, and the highest of their peaks in bytes."""
-    return math.fsum(stage.seconds for stage in stages), max((stage.peak_bytes for stage in stages), default=0)
+    return Table("Block by block", heads, rows, notes=(tables.MATCHING_NOTE,), tall=len(rows) > 16)
 
 
 def stage_table(stages: Sequence[StageCost]) -> Table:
-    """Time and peak memory per stage."""
-    whole, peak = whole_cost(stages)
+    """Make the table of time and peak memory per stage.
+
+    >>> table = stage_table([StageCost("capture", 2.0, 2**30), StageCost("refine", 6.0, 2**30)])
+    >>> [cell.text for cell in table.rows[1]]
+    ['refine', '6.00 s', '75 %', '1.00 GiB']
+    """
+    whole, peak = tables.whole_cost(stages)
     rows = [
         [
             Cell(stage.name),
@@ -275,6 +305,7 @@ def stage_table(stages: Sequence[StageCost]) -> Table:
 
 
 def _part(seconds: float, whole: float) -> Cell:
+    """Make the cell of a stage's share of the time, with a bar."""
     share = 100 * seconds / whole if whole else 0.0
     return Cell(f"{share:.0f} %", share, bar=round(share, 1))
 
@@ -283,6 +314,7 @@ def _part(seconds: float, whole: float) -> Cell:
 
 
 def _samples(samples: Samples | None) -> list[Part]:
+    """Make the parts of the section on samples."""
     if samples is None:
         return []
     if samples.skipped is not None:
@@ -304,27 +336,25 @@ def _samples(samples: Samples | None) -> list[Part]:
 
 
 def _made_from(summary: Summary) -> list[Part]:
+    """Make the parts that tell how to reproduce the run."""
     splits = [
         (name, ", ".join(f"{key} {_short(value)}" for key, value in made.items() if value is not None))
         for name, made in summary.splits.items()
     ]
     return [
         Code(summary.command, "Command"),
-        Facts([("seed", str(summary.seed)), *versions(summary.versions)], "Versions"),
+        Facts([("seed", str(summary.seed)), *summary.versions.items()], "Versions"),
         Facts(splits, "Text"),
     ]
 
 
-def versions(found: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Packages and their versions."""
-    return list(found.items())
-
-
 def _short(value: object) -> str:
+    """Format a value of the metadata; lists by their length."""
     return f"({len(value)} of them)" if isinstance(value, list | tuple) and len(value) > 2 else str(value)
 
 
 def _notes(summary: Summary) -> list[Part]:
+    """List statuses other than converged with advice, and the run's notes."""
     lines = [f"{status.value}: {advice}" for status, advice in tables.troubles(summary)]
     lines += summary.notes
     return [Lines(lines)] if lines else []

@@ -1,4 +1,4 @@
-"""Picture of a search on the true loss: what the surrogate foretold, and what the tokens bought."""
+"""Draw a search on the true loss: predicted against measured losses, and measured losses over the tokens spent."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from globalopt.values.results import Evaluation, Search, Summary
+from globalopt.values.results import ErrorUnit, Evaluation, Search, Summary
 from reports import formats
 from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.surrogate import Surrogate, chosen, whole
 
-ROOM = 3.0  # the diagonal is shown while it leaves the points at least one part in so many of the axes
+ROOM = 3.0  # the diagonal is drawn if the axes then span at most so many times the range of the points
 RARE = 0.005  # share of partial evaluations at either end that may lie off the scale
 MANY = 300  # dots, above which they shrink
 
@@ -23,7 +23,13 @@ _WHOLE, _PART, _FIT, _CHOSEN = COLOURS[0], "0.55", COLOURS[1], COLOURS[3]
 
 
 def search_figure(summary: Summary, search: Search) -> Figure:
-    """Predicted against measured loss of the whole evaluations, and the loss of all against tokens spent."""
+    """Draw predicted against measured loss of evaluations on the whole text, and the loss of all over tokens spent.
+
+    >>> from reports.example import example_search, example_searched_summary
+    >>> search = example_search()
+    >>> len(search_figure(example_searched_summary(search), search).axes)
+    2
+    """
     figure = new_figure(summary, 11.6, 4.9)
     left, right = figure.subplots(1, 2, width_ratios=[5.0, 6.6])
     agreement(left, summary, search)
@@ -32,10 +38,16 @@ def search_figure(summary: Summary, search: Search) -> Figure:
 
 
 def agreement(axes: Axes, summary: Summary, search: Search) -> None:
-    """Predicted (across) against measured (up) loss on log axes, whole evaluations only, with the least-squares line.
+    """Draw predicted (x) against measured (y) loss of evaluations on the whole text, with the least-squares line.
 
-    In one unit, both axes span the same and the diagonal is drawn; where it would squeeze the points into a corner a
-    line of text gives their ratio instead.
+    Where both are in one unit, both log axes span the same range and the diagonal is drawn; where that would squeeze
+    the points into a corner, a line of text gives their ratio instead.
+
+    >>> from reports.example import example_search, example_searched_summary
+    >>> axes, search = Figure().subplots(), example_search()
+    >>> agreement(axes, example_searched_summary(search), search)
+    >>> axes.get_xlabel()
+    'predicted, nats per token'
     """
     found = whole(summary, search)
     shown = [e for e in found if e.predicted > 0 and e.loss > 0]
@@ -48,7 +60,7 @@ def agreement(axes: Axes, summary: Summary, search: Search) -> None:
         predicted, measured = [e.predicted for e in shown], [e.loss for e in shown]
         axes.scatter(predicted, measured, s=_size(shown), c=_WHOLE, alpha=0.7, linewidths=0, label="on the whole text")
         across, up = (min(predicted), max(predicted)), (min(measured), max(measured))
-        if summary.budget_unit == "nats per token":
+        if summary.budget_unit == ErrorUnit.NATS:
             both = min(across[0], up[0]), max(across[1], up[1])
             if math.log(both[1] / both[0]) <= ROOM * max(math.log(across[1] / across[0]), math.log(up[1] / up[0])):
                 across = up = both
@@ -76,9 +88,16 @@ def agreement(axes: Axes, summary: Summary, search: Search) -> None:
 
 
 def progress(axes: Axes, summary: Summary, search: Search) -> None:
-    """Loss (log axis) of every evaluation against the tokens spent by then, and the least whole one so far.
+    """Draw the loss (log axis) of every evaluation over the tokens spent by then, and the least so far.
 
-    Of many evaluations on parts, the `RARE` highest and lowest do not stretch the scale; a line counts those off it.
+    The least is over evaluations on the whole text. Of many evaluations on parts, the share `RARE` of the highest and
+    of the lowest does not widen the scale; a line counts those outside.
+
+    >>> from reports.example import example_search, example_searched_summary
+    >>> axes, search = Figure().subplots(), example_search()
+    >>> progress(axes, example_searched_summary(search), search)
+    >>> axes.get_yscale()
+    'log'
     """
     found = whole(summary, search)
     solid = [e for e in found if e.loss > 0]
@@ -113,28 +132,30 @@ def progress(axes: Axes, summary: Summary, search: Search) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     zeros = len(found) - len(solid) + len(asked) - len(faint)
     in_corner(axes, not_drawn({"at zero": zeros, "off the scale": outside}))
-    axes.set_title("loss of what was asked for", fontsize=10, loc="left")
+    axes.set_title("measured loss of the candidates", fontsize=10, loc="left")
     axes.set_xlabel(f"forward tokens spent (limit {formats.count(search.limit)})", fontsize=8)
     axes.set_ylabel("KL to dense, nats per token", fontsize=8)
 
 
 def _mark(axes: Axes, x: float, y: float) -> None:
+    """Mark the chosen allocation."""
     star = {"marker": "*", "s": 150, "c": _CHOSEN, "edgecolors": "black", "linewidths": 0.8, "zorder": 4}
     axes.scatter([x], [y], label="chosen", **star)
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes, where it hides no dot."""
+    """Put the legend below the axes, where it hides no point."""
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11), "ncols": 4}
     axes.legend(fontsize=7, frameon=False, columnspacing=1.5, **below)
 
 
 def _size(dots: Sequence[Evaluation]) -> float:
+    """Choose the size of points by their number."""
     return 16.0 if len(dots) <= MANY else 6.0
 
 
 def _padded(ends: tuple[float, float]) -> tuple[float, float]:
-    """The ends of a log axis with 6 % of room at both, at least 1 % of the value."""
+    """Widen the ends of a log axis by 6 % of its length at both ends, at least by 1 % of the value."""
     low, high = ends
     room = max((high / low) ** 0.06, 1.01)
     return low / room, high * room

@@ -1,4 +1,4 @@
-"""Numbers of layers, block by kind, as a grid of coloured cells; it fits 80 columns and needs no colour to be read."""
+"""Show numbers of layers as a grid of coloured cells, block by kind, which fits 80 columns and reads without colour."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from globalopt.values.results import LayerPlan
 from reports.groups import Grid, by_block
 
 WIDTH = 80
-MIN_SPAN = 0.05  # of a colour scale: below it, differences would look larger than they are
+MIN_SPAN = 0.05  # least range of a colour scale, so that small differences do not look large
 
 Shade = Callable[[float, int], Text]
-"""A number as a coloured cell of some width."""
+"""Formats a number as a coloured cell of some width."""
 
 # Viridis at 0, 1/4, 1/2, 3/4, 1: ordered in brightness, so also for readers who see no hue.
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -30,7 +30,18 @@ _LESS_TO_MORE = ((178, 24, 43), (239, 138, 98), (247, 247, 247), (103, 169, 207)
 
 
 def kept_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
-    """Kept fraction of every layer, coloured by value; as many tables as `width` asks for."""
+    """Make the grid of kept fractions, coloured by value, in several tables where one does not fit into `width`.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_layers
+    >>> Console(width=80, color_system=None).print(kept_grid(example_layers()))
+    Kept fraction, block by kind
+     block q_proj  k_proj  v_proj  o_proj  gate_proj  up_proj  down_proj    all
+         0  0.332   0.530   1.000   0.343     0.306     0.349     0.307    0.364
+         1  0.547   0.717   0.742   0.517     0.520     0.534     0.546    0.551
+    <BLANKLINE>
+    lowest  0.306    highest  1.000
+    """
     grid = Grid.of(layers)
     values = grid.values(lambda layer: layer.kept)
     low, high = span(values)
@@ -44,9 +55,17 @@ def kept_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
 
 
 def change_grid(before: Sequence[LayerPlan], after: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
-    """Change of the kept fraction of every layer, `after - before`, red where it lost and blue where it gained.
+    """Make the grid of changes of the kept fractions, `after - before`, red below zero and blue above it.
 
-    The colours are as strong for the same gain and loss, and full at the largest change.
+    The colours are equally strong for equal gains and losses, and strongest at the largest change.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_layers
+    >>> layers = example_layers()
+    >>> Console(width=80, color_system=None).print(change_grid(layers, layers))
+    Change of the kept fraction, block by kind
+    ...
+    lowest    0      highest    0
     """
     grid = Grid.of(before)
     values = Grid.of(after).values(lambda layer: layer.kept) - grid.values(lambda layer: layer.kept)
@@ -70,13 +89,25 @@ def shaded_grid(
     ends: tuple[str, str],
     width: int = WIDTH,
 ) -> Stack:
-    """One row per block, one cell per kind, then the block as a whole; below them what the colours mean.
+    """Make a grid with a row per block, a cell per kind and one for the whole block, and a legend of the colours.
 
     Args:
         values: (blocks, kinds), NaN where a block has no such layer.
-        whole: the same for whole blocks, by their number as text.
-        ends: what the lowest and the highest value are called.
+        whole: values of whole blocks, by their number as text.
+        shade: formats a cell.
+        ends: names of the lowest and the highest value in the legend.
         width: columns of the terminal; more kinds than fit go into further tables.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_layers
+    >>> grid = Grid.of(example_layers()[:2])
+    >>> ranks = grid.values(lambda layer: layer.rank)
+    >>> shown = shaded_grid(grid, ranks, {"0": 9.0}, lambda value, width: Text(f"{value:.0f}"), ("low", "high"))
+    >>> Console(width=80, color_system=None).print(shown)
+     block q_proj  k_proj    all
+         0   6       3        9
+    <BLANKLINE>
+    low 3  high 6
     """
     tables = []
     for columns in _columns_that_fit(grid.kinds, width):
@@ -84,7 +115,7 @@ def shaded_grid(
         table.add_column("block ", justify="right")
         for kind in (grid.kinds[j] for j in columns):
             table.add_column(kind, justify="center", width=_cell_width(kind), overflow="fold")
-        # A gap sets the block as a whole apart.
+        # A gap before the column of whole blocks.
         table.add_column(" ", width=1)
         table.add_column("all", justify="center", width=_cell_width("all"))
         for i, block in enumerate(grid.blocks):
@@ -101,7 +132,11 @@ def shaded_grid(
 
 
 def span(values: np.ndarray) -> tuple[float, float]:
-    """Ends of a colour scale over fractions: their range, widened to `MIN_SPAN` inside [0, 1] where it is narrower."""
+    """Choose the ends of a colour scale over fractions: their range, widened to `MIN_SPAN` inside [0, 1].
+
+    >>> [round(end, 3) for end in span(np.array([0.5, 0.51]))]
+    [0.48, 0.53]
+    """
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if high - low >= MIN_SPAN:
         return low, high
@@ -110,10 +145,12 @@ def span(values: np.ndarray) -> tuple[float, float]:
 
 
 def _cell_width(kind: str) -> int:
+    """Choose the width of the cells of a kind."""
     return min(max(len(kind), 5), 24) + 2
 
 
 def _columns_that_fit(kinds: Sequence[str], width: int) -> Iterator[list[int]]:
+    """Split the kinds, by their index, into tables that fit into `width`."""
     free = width - len("block ") - 1 - _cell_width("all")
     chunk: list[int] = []
     used = 0
@@ -127,15 +164,16 @@ def _columns_that_fit(kinds: Sequence[str], width: int) -> Iterator[list[int]]:
 
 
 def _cell(value: float, width: int, shade: Shade) -> Text:
+    """Format a cell; a dash where there is no layer."""
     return Text(f"{'-':^{width}}", "dim") if math.isnan(value) else shade(value, width)
 
 
 def _painted(text: str, at: float, scale: Sequence[tuple[int, int, int]]) -> Text:
-    """`text` on the colour at `at` in [0, 1] of a scale of evenly spaced colours."""
+    """Colour the background of `text` by the place `at` in [0, 1] of a scale of evenly spaced colours."""
     at *= len(scale) - 1
     left = min(int(at), len(scale) - 2)
     red, green, blue = (a + (at - left) * (b - a) for a, b in zip(scale[left], scale[left + 1], strict=True))
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    # Not the named colours: terminals paint those as they please.
+    # Not the named colours, which differ between terminals.
     ink = Color.from_rgb(0, 0, 0) if bright else Color.from_rgb(255, 255, 255)
     return Text(text, Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))

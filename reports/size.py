@@ -1,4 +1,4 @@
-"""What a compressed model holds: parameters, and bytes as they would be packed."""
+"""Report the size of a compressed model: parameters, and bytes when packed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from reports import formats
 
 
 def size_facts(summary: Summary) -> list[tuple[str, str]]:
-    """Labels and what they say about size and speed; packed bytes are left out where nobody counted them."""
+    """List labels and values on size and speed; packed bytes are left out where a run did not count them.
+
+    >>> from reports.example import example_summary
+    >>> size_facts(example_summary())[0]
+    ('of the layers', '45.73 %: 663,141 of 1,449,984 parameters')
+    """
     layers = summary.layers
     dense = sum(layer.d_out * layer.d_in for layer in layers)
     kept = sum(layer.rank_params + layer.nnz for layer in layers)
@@ -29,4 +34,5 @@ def size_facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _part(part: int, whole: int, said: str) -> str:
+    """Format a share with the counts behind it."""
     return f"{formats.percent(part, whole)}: {said}"

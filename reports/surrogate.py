@@ -1,4 +1,4 @@
-"""How well the surrogate foretold a search: predicted against measured losses of whole-text evaluations."""
+"""Measure how well predicted losses agree with measured ones, over the evaluations of a search on the whole text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from numpy.typing import NDArray
 
 from globalopt.values.results import Evaluation, Search, Summary
 
-FEWEST = 3  # distinct evaluations: two lie on a line whatever the surrogate is worth
+FEWEST = 3  # distinct evaluations; two always lie on a line
 SAME = 1e-9  # a relative difference below this is rounding
 
 
 def chosen(summary: Summary, search: Search) -> Evaluation:
-    """The chosen allocation on the whole selection text.
+    """Find the evaluation of the chosen allocation on the whole selection text.
 
-    It is the first whole evaluation with its loss and prediction. Where it was asked for only in parts there is none,
-    and it is given the tokens of the whole search, at whose end the verdict fell.
+    It is the first on the whole text with the loss and the predicted loss of the chosen allocation. Where that was
+    evaluated on parts only, an evaluation is made with the tokens of the whole search, at whose end it was chosen.
+
+    >>> from reports.example import example_search, example_searched_summary
+    >>> search = example_search()
+    >>> chosen(example_searched_summary(search), search).loss == search.loss
+    True
     """
     # A search starts from predictions.
     assert summary.predicted is not None
@@ -31,7 +36,13 @@ def chosen(summary: Summary, search: Search) -> Evaluation:
 
 
 def whole(summary: Summary, search: Search) -> list[Evaluation]:
-    """All evaluations on the whole selection text in the order of their tokens, the chosen allocation's among them."""
+    """List the evaluations on the whole selection text in their order, with that of the chosen allocation.
+
+    >>> from reports.example import example_search, example_searched_summary
+    >>> search = example_search(wholes=10, parts=20)
+    >>> len(whole(example_searched_summary(search), search))
+    10
+    """
     found = [evaluation for evaluation in search.evaluations if evaluation.whole]
     choice = chosen(summary, search)
     return found if choice in found else [*found, choice]
@@ -39,13 +50,18 @@ def whole(summary: Summary, search: Search) -> list[Evaluation]:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Agreement of predicted with measured losses.
+    """Measure the agreement of predicted with measured losses.
 
     Args:
         count: distinct pairs of them.
-        correlation: Spearman's, of their ranks; None below `FEWEST` pairs and where one side never changes.
+        correlation: Spearman's rank correlation; None below `FEWEST` pairs, or where one side is constant.
         slope, intercept: of `log measured = slope x log predicted + intercept` by least squares over the pairs above
-            zero, natural logarithms; None as above.
+            zero, with natural logarithms; None as above.
+
+    >>> losses = [(0.1, 0.01), (0.2, 0.04), (0.4, 0.16)]
+    >>> found = Surrogate.of([Evaluation(0, loss, 64, True, predicted) for predicted, loss in losses])
+    >>> found.count, round(found.correlation, 6), round(found.slope, 6)
+    (3, 1.0, 2.0)
     """
 
     count: int
@@ -55,7 +71,7 @@ class Surrogate:
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation]) -> Surrogate:
-        """From evaluations on one text."""
+        """Compute it from evaluations on one text."""
         pairs = np.array(sorted({(e.predicted, e.loss) for e in evaluations})).reshape(-1, 2)
         logs = np.log(pairs[(pairs > 0).all(axis=1)])
         slope, intercept = line(logs[:, 0], logs[:, 1]) or (None, None)
@@ -63,9 +79,12 @@ class Surrogate:
 
 
 def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
-    """Spearman's: Pearson's correlation of the ranks of `x` (n,) and `y` (n,), equal values sharing their mean rank.
+    """Compute Spearman's rank correlation of `x` (n,) and `y` (n,); equal values share their mean rank.
 
     None where n < `FEWEST` or one of them is constant.
+
+    >>> round(rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 9.0, 4.0])), 6)
+    0.5
     """
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -73,9 +92,12 @@ def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | 
 
 
 def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Slope and intercept of the least-squares line `y = slope x + intercept` through `x` (n,) and `y` (n,).
+    """Fit `y = slope x + intercept` to `x` (n,) and `y` (n,) by least squares: slope and intercept.
 
     None where n < `FEWEST` or `x` is constant.
+
+    >>> line(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0]))
+    (2.0, 1.0)
     """
     if len(x) < FEWEST or np.ptp(x) == 0:
         return None
@@ -85,10 +107,11 @@ def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float] 
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) ranks from 1."""
+    """Compute the ranks (n,) from 1; equal values share their mean rank."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def _same(a: float, b: float) -> bool:
+    """Tell whether two losses are equal up to rounding."""
     return math.isclose(a, b, rel_tol=SAME)

@@ -1,4 +1,4 @@
-"""What models score, as terminal tables: perplexities and zero-shot tasks, the dense model beside the other."""
+"""Show the scores of models as terminal tables: perplexities and zero-shot tasks, with the dense model beside them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from reports import formats
 from reports.tables import add_numbers, footed, metrics_table, perplexity, report_table
 
 LARGE = 1e5
-"""From where on a perplexity is shown as a power of ten."""
+"""Least perplexity that is shown with an exponent."""
 
 
 def render_scores(scores: Scorecard, console: Console) -> None:
-    """Print all of it."""
+    """Print the tables of a scorecard.
+
+    >>> from reports.example import example_scores
+    >>> render_scores(example_scores(), Console(width=80, color_system=None))
+    Quality (± standard error over
+    ...
+    test   62.40 ±0.81  0.003000 ±0.000075
+    ...
+    arc_easy      acc     2,376  42.0 ±1.0  40.0 ±1.0  -2.0 ±0.5
+    ...
+    """
     sign = "+-" if console.options.ascii_only else "±"
     parts: list[RenderableType] = []
     if scores.model.metrics:
@@ -34,7 +44,16 @@ def render_scores(scores: Scorecard, console: Console) -> None:
 
 
 def dense_table(metrics: Sequence[Metrics], sign: str = "±") -> Table:
-    """Perplexity of the dense model on the same windows."""
+    """Make the table of perplexities of the dense model on the same windows.
+
+    >>> from reports.example import example_metrics
+    >>> Console(width=80, color_system=None).print(dense_table([example_metrics("test", 62.2, None)]))
+    Quality of the
+    dense model
+    split   perplexity
+    ──────────────────
+    test   62.20 ±0.81
+    """
     table = report_table("Quality of the dense model")
     table.add_column("split")
     add_numbers(table, ("perplexity",))
@@ -44,9 +63,20 @@ def dense_table(metrics: Sequence[Metrics], sign: str = "±") -> Table:
 
 
 def tasks_table(scores: Scorecard, sign: str = "±") -> Stack:
-    """Every metric of every task: accuracies in percent, with standard errors over items and the average last.
+    """Make the table of all metrics of all tasks: accuracies in percent, with standard errors over items, and averages.
 
     With a dense model beside it, `change` is the mean of the differences item by item.
+
+    >>> from reports.example import example_scores
+    >>> Console(width=80, color_system=None).print(tasks_table(example_scores()))
+    Zero-shot tasks (± standard error over items)
+    task          metric  items      dense      model     change
+    ────────────────────────────────────────────────────────────
+    arc_easy      acc     2,376  42.0 ±1.0  40.0 ±1.0  -2.0 ±0.5
+    ────────────────────────────────────────────────────────────
+    average of 1  acc            42.0 ±1.0  40.0 ±1.0  -2.0 ±0.5
+    model: float32, weights 44444444; dense: float32, weights 44444444
+    lm-eval 0.4.13: arc_easy 1.0
     """
     model, dense = scores.model, scores.dense
     table = report_table(f"Zero-shot tasks ({sign} standard error over items)")
@@ -79,6 +109,7 @@ def _cells(
     changes: Mapping[str, Score],
     sign: str,
 ) -> list[str]:
+    """Format the scores of both models and the change of a metric."""
     own = _shown(metric, mine[metric], sign)
     if theirs is None:
         return [own]
@@ -87,6 +118,7 @@ def _cells(
 
 
 def _shown(metric: str, score: Score, sign: str, plus: bool = False) -> str:
+    """Format a score; accuracies in percent."""
     if metric not in ACCURACIES:
         if score.value >= LARGE:
             return f"{score.value:.1e}" + (f" {sign}{score.stderr:.0e}" if score.stderr else "")
@@ -96,7 +128,7 @@ def _shown(metric: str, score: Score, sign: str, plus: bool = False) -> str:
 
 
 def _notes(scores: Scorecard) -> list[str]:
-    """Where items and versions are from, and what a reader must know."""
+    """Write footnotes on models, sources of the items, versions, and on what makes scores not comparable."""
     tasks = scores.model.tasks
     lines = [f"{_model('model', scores.model)}" + (f"; {_model('dense', scores.dense)}" if scores.dense else "")]
     local = [task for task in tasks if task.sha256]
@@ -117,4 +149,5 @@ def _notes(scores: Scorecard) -> list[str]:
 
 
 def _model(role: str, model: ModelScore) -> str:
+    """Describe a model in a footnote."""
     return f"{role}: {model.dtype}, weights {model.weights_sha256[:8]}"

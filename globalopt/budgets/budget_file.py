@@ -1,7 +1,7 @@
-"""The budget file: an allocation that outlives the run, the solver and the machine that found it.
+"""Write and read budget files: an allocation as JSON, which another run, solver or machine can use.
 
-It holds absolute ranks and counts per layer, the accounting, and what the model must look like, never a path or a
-date: the same search writes the same bytes.
+A file holds the rank and the number of nonzeros of every layer, the accounting, and a fingerprint of the model, never a
+path or a date: the same search writes the same bytes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import FREE, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import LayerPlan
+from globalopt.values.results import ErrorUnit, LayerPlan
 
 SCHEMA_VERSION = 1
-NOT_PREDICTED = "not predicted"
 
 
 class LayerEntry(BaseModel):
-    """One layer: its shape, and what it may keep."""
+    """Record the target of one layer, with its shape, its cost and its predicted error.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> entry = example_budget().layers[0]
+    >>> (entry.d_out, entry.d_in), entry.target.rank, entry.target.nnz, entry.cost
+    ((8, 4), 1, 4, 16)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str
@@ -42,15 +47,21 @@ class LayerEntry(BaseModel):
 
     @property
     def spec(self) -> LayerSpec:
+        """The layer's place and shape; its input site is not in the file, so that its name stands for it."""
         return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
 
     @property
     def target(self) -> Target:
+        """The layer's target, never with a plane of signs."""
         return Target(self.rank, self.nnz, NM.parse(self.pattern) if self.pattern else None)
 
 
 class LimitsEntry(BaseModel):
-    """What every layer is within, so that it can be served."""
+    """Record the serving limits that the targets of all layers are within (`Limits`).
+
+    >>> LimitsEntry(rank_multiple=8, max_rank=512, sparse=True).max_rank
+    512
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank_multiple: int = Field(ge=1)
@@ -59,12 +70,17 @@ class LimitsEntry(BaseModel):
 
 
 class BudgetFile(BaseModel):
-    """A whole budget file; `read` also checks that it adds up.
+    """Hold the contents of a budget file; `read` also checks that the costs add up.
 
-    `fingerprint` identifies the model by type and layer shapes. `asked` is the fraction kept that was asked for,
-    `limit`, `used` and `total` are in the unit of `accounting`; `covered / block_params` is the coverage.
-    `predicted` is None where targets came from elsewhere and nothing was predicted for them. `limits` are those of the
-    search, if it had some.
+    `fingerprint` identifies the model by type and layer shapes. `asked` is the requested kept fraction; `limit`, `used`
+    and `total` are in the unit of `accounting`; `covered / block_params` is the coverage. `predicted` and `bound` are
+    in `error_unit`. `predicted` is None where the targets were imported, so that no search predicted their loss.
+    `limits` are the serving limits of the search, if it had some.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> file = example_budget()
+    >>> file.accounting, file.used / file.total, file.covered / file.block_params
+    ('params', 0.5, 0.8)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -79,7 +95,7 @@ class BudgetFile(BaseModel):
     block_params: int = Field(ge=1)
     allocator: str
     seed: int
-    error_unit: str
+    error_unit: ErrorUnit
     predicted: float | None
     bound: float | None
     layers: tuple[LayerEntry, ...]
@@ -87,12 +103,12 @@ class BudgetFile(BaseModel):
 
     @property
     def served(self) -> Limits:
-        """The limits of the search."""
+        """The serving limits of the search."""
         return FREE if self.limits is None else Limits(**self.limits.model_dump())
 
     @property
     def plans(self) -> tuple[LayerPlan, ...]:
-        """The layers as reports show them."""
+        """The layers with their dense costs, as reports show them."""
         budget = Budget(self.limit, self.total, self.accounting)
         return tuple(
             LayerPlan(**entry.model_dump(), dense_cost=budget.cost(Target.dense(entry.spec), entry.spec))
@@ -101,7 +117,7 @@ class BudgetFile(BaseModel):
 
     @property
     def allocation(self) -> Allocation:
-        """The allocation in the file."""
+        """The allocation that the file records."""
         return Allocation(
             {entry.name: entry.target for entry in self.layers},
             Budget(self.limit, self.total, self.accounting),
@@ -112,7 +128,11 @@ class BudgetFile(BaseModel):
         )
 
     def check(self, source: Path) -> BudgetFile:
-        """Return self if counts, costs and the limit agree; `ArtefactError` naming the first that does not."""
+        """Check that targets, costs, limit and totals agree, and return the file.
+
+        Raises:
+            ArtefactError: they do not; it names `source` and the first that is wrong.
+        """
         try:
             budget = Budget(self.limit, self.total, self.accounting)
             costs = [budget.cost(entry.target.check(entry.spec), entry.spec) for entry in self.layers]
@@ -138,7 +158,11 @@ class BudgetFile(BaseModel):
         return self
 
     def for_model(self, fingerprint: str, specs: tuple[LayerSpec, ...], source: Path) -> Allocation:
-        """The allocation, if the file belongs to the model with these layers; `ArtefactError` otherwise."""
+        """Return the allocation, after checking that the file belongs to the model with these layers.
+
+        Raises:
+            ArtefactError: the file belongs to another model.
+        """
         mine = {(spec.name, spec.d_out, spec.d_in) for spec in specs}
         listed = {(entry.name, entry.d_out, entry.d_in) for entry in self.layers}
         if mine != listed:
@@ -159,9 +183,26 @@ def make(
     covered: int,
     block_params: int,
     asked: float,
-    error_unit: str,
+    error_unit: ErrorUnit,
 ) -> BudgetFile:
-    """The budget file of an allocation."""
+    """Make the budget file of an allocation of `problem`.
+
+    Args:
+        covered, block_params: parameters of the compressible layers, and of the decoder blocks.
+        asked: the requested kept fraction.
+        error_unit: of the problem's error surfaces.
+    Raises:
+        UsageError: a target has a plane of signs.
+
+    >>> from globalopt.values.problem import ErrorSurface
+    >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 4, 4)
+    >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 8), Target(0, 16)), (1.0, 0.25, 0.0))
+    >>> problem = Problem((surface,), Budget(limit=8, total=16))
+    >>> allocation = problem.finish({"up_proj": Target(0, 8)}, by="by hand")
+    >>> file = make(allocation, problem, "f" * 64, 16, 20, 0.5, ErrorUnit.NATS)
+    >>> file.used, file.predicted
+    (8, 0.25)
+    """
     budget = allocation.budget
     return BudgetFile(
         schema_version=SCHEMA_VERSION,
@@ -188,6 +229,14 @@ def make(
 
 
 def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
+    """Record the target of a layer; `UsageError` where it has a plane of signs.
+
+    A file is for any solver: one that keeps a plane of signs gets it by `conversion.for_solver`, after reading.
+    """
+    if target.signs:
+        raise UsageError(
+            f"Layer {spec.name}: a budget file holds no plane of signs; leave it out, a solver that keeps one adds it."
+        )
     return LayerEntry(
         name=spec.name,
         block=spec.block,
@@ -205,7 +254,16 @@ def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | N
 def whole(
     specs: tuple[LayerSpec, ...], fingerprint: str, covered: int, block_params: int, accounting: str
 ) -> BudgetFile:
-    """The budget that leaves every layer dense: what a model has, before anything is decided."""
+    """Make the budget file that leaves every layer dense.
+
+    Args:
+        covered, block_params: parameters of the compressible layers, and of the decoder blocks.
+        accounting: "params" or "bytes".
+
+    >>> file = whole((LayerSpec("up_proj", 0, "mlp", "up_proj", 4, 4),), "f" * 64, 16, 20, "bytes")
+    >>> file.used, file.layers[0].nnz, file.predicted
+    (32, 16, None)
+    """
     budget = Budget.fraction(1.0, specs, accounting)
     return BudgetFile(
         schema_version=SCHEMA_VERSION,
@@ -219,7 +277,7 @@ def whole(
         block_params=block_params,
         allocator="dense",
         seed=0,
-        error_unit=NOT_PREDICTED,
+        error_unit=ErrorUnit.NOT_PREDICTED,
         predicted=None,
         bound=None,
         layers=tuple(_entry(spec, Target.dense(spec), budget, None) for spec in specs),
@@ -227,13 +285,21 @@ def whole(
 
 
 def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "imported") -> BudgetFile:
-    """The budget of the model of `like` with other targets, for which nothing is predicted; `like` where none is other.
+    """Make the budget file of the model of `like` with other targets, without predicted losses.
+
+    Where all targets are those of `like`, it is returned as it is.
 
     Args:
         targets: by layer name, one for each.
-        by: the allocator to name.
+        by: the name of the allocator to record.
     Raises:
-        ArtefactError: a target does not fit its layer, or all of them use more than the dense layers.
+        ArtefactError: a target does not fit its layer or has a plane of signs, or all together cost more than the dense
+            layers.
+
+    >>> dense = whole((LayerSpec("up_proj", 0, "mlp", "up_proj", 8, 4),), "f" * 64, 32, 40, "params")
+    >>> file = imported({"up_proj": Target(rank=1, nnz=4)}, dense)
+    >>> file.allocator, file.used, file.asked
+    ('imported', 16, 0.5)
     """
     if all(targets[entry.name] == entry.target for entry in like.layers):
         return like
@@ -242,12 +308,9 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
     for entry in like.layers:
         target = targets[entry.name]
         try:
-            cost = budget.cost(target.check(entry.spec), entry.spec)
+            entries.append(_entry(entry.spec, target.check(entry.spec), budget, None))
         except GlobalOptError as cause:
             raise ArtefactError(str(cause)) from None
-        pattern = str(target.pattern) if target.pattern else None
-        changed = {"rank": target.rank, "nnz": target.nnz, "pattern": pattern, "cost": cost, "predicted": None}
-        entries.append(entry.model_copy(update=changed))
     used = sum(entry.cost for entry in entries)
     if not 0 < used <= like.total:
         raise ArtefactError(
@@ -260,21 +323,25 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
         "used": used,
         "allocator": by,
         "seed": 0,
-        "error_unit": NOT_PREDICTED,
+        "error_unit": ErrorUnit.NOT_PREDICTED,
         "predicted": None,
         "bound": None,
         "layers": tuple(entries),
-        # Nobody promised them of targets from elsewhere.
+        # Imported targets need not be within the limits of the search.
         "limits": None,
     }
     return like.model_copy(update=changed)
 
 
 def without_rank(file: BudgetFile) -> BudgetFile:
-    """The budget with every rank kept as nonzeros of at most the same cost.
+    """Convert the rank of every layer into nonzeros of at most the same cost.
 
     Raises:
-        UsageError: a layer with a pattern has rank; it has no room for more nonzeros.
+        UsageError: a layer with a pattern has rank; the pattern fixes its number of nonzeros.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> [(entry.rank, entry.nnz) for entry in without_rank(example_budget()).layers]
+    [(0, 16), (0, 16)]
     """
     budget = Budget(file.limit, file.total, file.accounting)
     targets = {}
@@ -291,12 +358,23 @@ def without_rank(file: BudgetFile) -> BudgetFile:
 
 
 def write(path: Path, file: BudgetFile) -> None:
-    """Write atomically; the same file gives the same bytes."""
+    """Write a budget file atomically; the same contents give the same bytes.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> write(Path("budget.json"), example_budget())
+    >>> read(Path("budget.json")) == example_budget()
+    True
+    """
     write_json(path, record(file))
 
 
 def record(file: BudgetFile) -> dict[str, Any]:
-    """As JSON; a file without limits says nothing of them."""
+    """Return the contents as JSON values, without `limits` where there are none.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> record(example_budget())["layers"][1]["nnz"], "limits" in record(example_budget())
+    (16, False)
+    """
     return file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
 
 
@@ -304,7 +382,13 @@ def read(path: Path) -> BudgetFile:
     """Read and check a budget file.
 
     Raises:
-        ArtefactError: missing, truncated, of a newer schema, with unknown or bad fields, or not adding up.
+        ArtefactError: the file is missing, truncated, of a newer schema, or has unknown or bad fields, or its costs do
+            not add up.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> write(Path("budget.json"), example_budget())
+    >>> read(Path("budget.json")).layers[0].kind
+    'up_proj'
     """
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):

@@ -11,13 +11,22 @@ from globalopt.values.layer import LayerSpec
 
 
 def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
-    """The target as `solver` can meet it, at no higher cost: what it lacks becomes what it has.
+    """Convert a target into one that `solver` can meet, at no higher cost.
 
-    Without low rank the rank becomes nonzeros, without a sparse part the nonzeros become rank, and a solver with a sign
-    plane gets one, of rank 1, for as many nonzeros as the plane costs. A layer kept or dropped whole stays so.
+    For a solver without a low-rank part, rank becomes nonzeros; for one without a sparse part, nonzeros become rank. A
+    solver with a plane of signs gets one, of rank 1, paid for with nonzeros. The targets of layers that are kept dense
+    or dropped do not change.
 
+    Args:
+        budget: its accounting is that of the cost.
     Raises:
-        UsageError: the cost cannot be spent in that way.
+        UsageError: the cost of the target does not reach for the parts that the solver has.
+
+    >>> from solvers import get_solver
+    >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 8, 4)
+    >>> converted = for_solver(Target(rank=1, nnz=4), spec, get_solver("wanda"), Budget(limit=16, total=32))
+    >>> converted.rank, converted.nnz
+    (0, 16)
     """
     if target.nnz == spec.numel or target == Target.zero():
         return target
@@ -43,6 +52,7 @@ def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) 
 
 
 def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
+    """Convert a target into a plane of signs of rank 1 and as many nonzeros as the rest of the cost allows."""
     cost = budget.cost(target, spec)
     plane = Target(1, target.nnz if target.pattern else 0, target.pattern, signs=True)
     least = budget.cost(plane, spec)

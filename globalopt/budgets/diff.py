@@ -1,4 +1,4 @@
-"""What moved between two budgets of one model."""
+"""Compare two budgets of one model, layer by layer and pooled by kind and by depth."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from globalopt.errors import ArtefactError
 from globalopt.values.budget import Budget, Target
 from globalopt.values.results import LayerPlan
 
-RANGES = 8  # most ranges of blocks that a model's depth is cut into
+RANGES = 8  # at most so many ranges of blocks, into which the depth of a model is cut
 
 
 @dataclass(frozen=True)
 class Move:
-    """One layer, or several pooled, before and after; costs in the unit of `BudgetDiff.accounting`.
+    """Compare one layer, or several pooled, before and after; costs in the unit of `BudgetDiff.accounting`.
 
     Args:
-        layers: how many; `changed` how many of them have another target.
-        cost, rank_params, nnz: of `before` and `after`; `dense_cost` of both.
+        layers: how many there are; `changed` how many of them have another target.
+        dense_cost: of the dense layers, the same before and after.
+        cost, rank_params, nnz: before and after, summed over the layers.
+
+    >>> move = Move(layers=1, changed=1, dense_cost=32, cost=(16, 24), rank_params=(12, 0), nnz=(4, 24))
+    >>> move.change, move.kept, move.rank_share
+    (8, (0.5, 0.75), (0.75, 0.0))
     """
 
     layers: int
@@ -52,17 +57,17 @@ class Move:
 
     @property
     def change(self) -> int:
-        """Of the cost."""
+        """Change of the cost, after minus before."""
         return self.cost[1] - self.cost[0]
 
     @property
     def kept(self) -> tuple[float, float]:
-        """Fractions of the dense cost."""
+        """Kept fractions of the dense cost, before and after."""
         return self.cost[0] / self.dense_cost, self.cost[1] / self.dense_cost
 
     @property
     def rank_share(self) -> tuple[float, float]:
-        """Share of the kept parameters that is in low-rank factors; 0 where nothing is kept."""
+        """Shares of the kept parameters that are in low-rank factors, before and after; 0 where nothing is kept."""
         before, after = (
             low / (low + nnz) if low + nnz else 0.0 for low, nnz in zip(self.rank_params, self.nnz, strict=True)
         )
@@ -71,10 +76,16 @@ class Move:
 
 @dataclass(frozen=True)
 class BudgetDiff:
-    """Two budgets of one model, layer by layer in model order.
+    """Compare two budgets of one model, layer by layer in model order.
 
     Args:
-        accounting: what costs are counted in: that of both, or parameters where they differ.
+        accounting: the unit of costs: that of both budgets, or parameters where they differ.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> found = diff(example_budget(), without_rank(example_budget()), (Path("a.json"), Path("b.json")))
+    >>> found.whole.changed, found.given, [after.nnz for before, after in found.largest(1)]
+    (1, 0, [16])
     """
 
     accounting: str
@@ -83,34 +94,36 @@ class BudgetDiff:
 
     @property
     def pairs(self) -> tuple[tuple[LayerPlan, LayerPlan], ...]:
+        """Every layer before and after."""
         return tuple(zip(self.before, self.after, strict=True))
 
     @property
     def whole(self) -> Move:
+        """All layers pooled."""
         return Move.of(self.pairs)
 
     @property
     def given(self) -> int:
-        """What layers that keep more have gained together."""
+        """Sum of the cost that layers gain, over those that keep more."""
         return sum(max(0, after.cost - before.cost) for before, after in self.pairs)
 
     @property
     def taken(self) -> int:
-        """What layers that keep less have lost together."""
+        """Sum of the cost that layers lose, over those that keep less."""
         return sum(max(0, before.cost - after.cost) for before, after in self.pairs)
 
     def largest(self, most: int) -> list[tuple[LayerPlan, LayerPlan]]:
-        """The `most` layers with other targets whose cost changed most, largest first; equal ones in model order."""
+        """List the `most` layers with other targets whose cost changed most, largest first; ties in model order."""
         changed = [pair for pair in self.pairs if _target(pair[0]) != _target(pair[1])]
         return sorted(changed, key=lambda pair: -abs(pair[1].cost - pair[0].cost))[:most]
 
     def by_kind(self) -> dict[str, Move]:
-        """Pooled by kind, in the order in which the model first shows them."""
+        """Pool the layers by kind, in the order in which the kinds first occur in the model."""
         kinds = dict.fromkeys(before.kind for before in self.before)
         return {kind: Move.of(pair for pair in self.pairs if pair[0].kind == kind) for kind in kinds}
 
     def by_depth(self) -> dict[str, Move]:
-        """Pooled by ranges of blocks, at most `RANGES`, as even as they come."""
+        """Pool the layers by ranges of blocks: at most `RANGES` of equal length, or nearly so."""
         blocks = sorted({before.block for before in self.before})
         ranges = min(RANGES, len(blocks))
         bounds = [len(blocks) * i // ranges for i in range(ranges + 1)]
@@ -123,7 +136,14 @@ class BudgetDiff:
 
 
 def record(found: BudgetDiff) -> dict[str, Any]:
-    """The whole comparison as a JSON-able value; every pair is `[before, after]`."""
+    """Return a comparison as JSON values; every pair is `[before, after]`.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> found = diff(example_budget(), without_rank(example_budget()), (Path("a.json"), Path("b.json")))
+    >>> record(found)["layers"][0]["rank"]
+    [1, 0]
+    """
     return {
         "accounting": found.accounting,
         "given": found.given,
@@ -136,22 +156,28 @@ def record(found: BudgetDiff) -> dict[str, Any]:
 
 
 def _move_record(move: Move) -> dict[str, Any]:
+    """Convert a pooled comparison to JSON values."""
     return {**asdict(move), "change": move.change, "kept": move.kept, "rank_share": move.rank_share}
 
 
 def _layer_record(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
+    """Convert the comparison of a layer to JSON values."""
     names = ("rank", "nnz", "pattern", "cost", "kept", "density")
     pairs = {name: [getattr(before, name), getattr(after, name)] for name in names}
     return {"name": before.name, "block": before.block, "kind": before.kind, "dense_cost": before.dense_cost, **pairs}
 
 
 def diff(before: BudgetFile, after: BudgetFile, sources: tuple[Path, Path]) -> BudgetDiff:
-    """Compare two budgets.
+    """Compare two budgets of one model.
 
     Args:
-        sources: where they were read, for the error.
+        sources: the files that they were read from, for messages.
     Raises:
         ArtefactError: they are budgets of different models.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> diff(example_budget(), example_budget(), (Path("a.json"), Path("b.json"))).whole.changed
+    0
     """
     shapes = [{entry.name: (entry.d_out, entry.d_in) for entry in file.layers} for file in (before, after)]
     if shapes[0] != shapes[1]:
@@ -172,6 +198,7 @@ def diff(before: BudgetFile, after: BudgetFile, sources: tuple[Path, Path]) -> B
 
 
 def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:
+    """Return the layers of a file with their costs in another accounting."""
     if file.accounting == accounting:
         return file.plans
     budget = Budget.fraction(1.0, [entry.spec for entry in file.layers], accounting)
@@ -186,4 +213,5 @@ def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:
 
 
 def _target(plan: LayerPlan) -> tuple[int, int, str | None]:
+    """Return the parts of a plan that make up its target."""
     return plan.rank, plan.nnz, plan.pattern

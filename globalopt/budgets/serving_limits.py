@@ -1,4 +1,4 @@
-"""Where a model is to be served, as limits of a search: what that place cannot hold is never chosen."""
+"""Restrict a search to targets that a serving engine can hold: profiles of engines, as limits of every layer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from globalopt.values.budget import FREE, Limits
 
 @dataclass(frozen=True)
 class ServingProfile:
-    """A place to serve a model.
+    """Describe the targets that a way of serving can hold.
 
     Args:
-        format: what `globalopt export` writes for it.
+        format: the export format that it loads (`globalopt export --format`).
         limits: of every layer.
-        pattern: every `S` must have it; None: any.
-        sparse_part: whether the solver must have one.
-        low_rank_part: whether the solver must have one, and some layer room for it.
+        pattern: the N:M pattern that every `S` must have; None: any.
+        sparse_part: whether the solver must have a sparse part.
+        low_rank_part: whether the solver must have a low-rank part, and at least one layer room for it.
+
+    >>> PROFILES["two-four"].choices()
+    {'pattern': '2:4', 'scaling': 'activation'}
     """
 
     format: str
@@ -29,7 +32,7 @@ class ServingProfile:
     low_rank_part: bool = False
 
     def choices(self, pattern: str | None = None, scaling: str | None = None) -> dict[str, str]:
-        """Pattern and span scaling, which the profile decides where nothing was said of them."""
+        """Fill in the pattern and the span scaling that were not given."""
         return {
             "pattern": pattern or self.pattern or "unstructured",
             "scaling": scaling or ("activation" if self.limits.sparse else "direct"),
@@ -49,20 +52,38 @@ PROFILES: Mapping[str, ServingProfile] = {
 
 
 def get_profile(name: str) -> ServingProfile:
-    """The profile called `name`; `UnknownNameError` if there is none."""
+    """Look up a serving profile; `UnknownNameError` if there is none called `name`.
+
+    >>> get_profile("adapter").limits.max_rank
+    512
+    """
     if name not in PROFILES:
         raise UnknownNameError("serving profile", name, PROFILES)
     return PROFILES[name]
 
 
 def limits_of(profile: str, rank_multiple: int | None) -> Limits:
-    """The limits of a profile, with ranks in multiples of `rank_multiple` if given."""
+    """Return the limits of a profile, with ranks in multiples of `rank_multiple` if given.
+
+    >>> limits_of("factors", rank_multiple=16).floor(50)
+    48
+    """
     limits = get_profile(profile).limits
     return limits if rank_multiple is None else replace(limits, rank_multiple=rank_multiple)
 
 
 def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
-    """`UsageError` if what the solver makes of targets would leave the limits or the profile."""
+    """Check that a solver meets targets within a profile and `limits`.
+
+    Raises:
+        UsageError: the solver lacks a part that the profile needs, or converts targets into some beyond the limits.
+
+    >>> from solvers import get_solver
+    >>> check_solver("adapter", limits_of("adapter", None), get_solver("3basil"))
+    >>> check_solver("adapter", limits_of("adapter", None), get_solver("wanda"))
+    Traceback (most recent call last):
+    globalopt.errors.UsageError: --serving-profile adapter needs a solver with a low-rank part; wanda has none.
+    """
     place = get_profile(profile)
     if (place.sparse_part and not solver.sparse) or (place.low_rank_part and not solver.low_rank):
         part = "sparse" if place.sparse_part else "low-rank"

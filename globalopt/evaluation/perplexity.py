@@ -1,4 +1,4 @@
-"""How good a model is on held-out windows: perplexity, and its distance from the dense model in nats."""
+"""Evaluate models on held-out windows: perplexity, and KL divergence from the dense model in nats per token."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ VERSION = 1
 """Raised whenever the figures of a model change."""
 
 LOGITS_AT_ONCE = 2**28
-"""Most logits a model may return at once; with large vocabularies it makes batches smaller than asked for."""
+"""Most logits a model may return at once; for large vocabularies, batches are smaller than requested."""
 
 LAZY_LOGITS_AT_ONCE = 2**24
-"""The same for lazy models, where memory is what is short."""
+"""The same for lazily loaded models, which are those that do not fit in memory."""
 
 SOFTMAX_AT_ONCE = 2**22
 """Logits turned into float32 log probabilities at once."""
@@ -41,7 +41,7 @@ def evaluate(
     advance: Callable[[str], None] | None = None,
     scratch: Path | None = None,
 ) -> Metrics:
-    """Perplexity of a model on the windows of a split, and its KL divergence from the dense model.
+    """Compute the perplexity of a model on the windows of a split, and its KL divergence from the dense model.
 
     With windows `x` of T tokens and `p(. | x_<t)` the model, `q` the dense one:
 
@@ -49,19 +49,27 @@ def evaluate(
         kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
 
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
-    into evaluation mode; they may be on different devices. A lazy model is walked block by block, all windows at once.
+    into evaluation mode; they may be on different devices. A lazily loaded model is run block by block, all windows
+    through one block before the next.
 
     Args:
         split: at least 2 windows.
         dense: the model before compression, with the same vocabulary; without it there is no KL.
         batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
-        advance: called once per window with the perplexity so far.
-        scratch: folder of files for the hidden states of lazy models; None: they are held in memory.
+        advance: called once per window with the perplexity so far, as text.
+        scratch: folder of files for the hidden states of lazily loaded models; None: they are held in memory.
     Raises:
         NumericalError: a logit is not finite, or the perplexity is too large for a float.
         UsageError: fewer than 2 windows, `batch_size` below 1, or different vocabularies.
     Source:
         the perplexity protocol of Frantar and Alistarh 2023 (SparseGPT), section 4.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> windows = torch.arange(48).reshape(4, 12)
+    >>> split = Split("test", windows, (0, 12, 24, 36), (0, 48), "made up", "0" * 64, special_tokens=0)
+    >>> metrics = evaluate(tiny_llama(), split, dense=tiny_llama())
+    >>> round(metrics.perplexity, 1), metrics.kl
+    (62.7, 0.0)
     """
     return _measure(model, dense, split, batch_size, advance, scratch)[0]
 
@@ -75,10 +83,19 @@ def evaluate_both(
     scratch: Path | None = None,
     keep: Callable[[WindowLosses], None] | None = None,
 ) -> tuple[Metrics, Metrics]:
-    """`(metrics of dense, metrics of model)` from one pass; arguments and errors as for `evaluate`.
+    """Compute the metrics of the dense model and of `model` in one pass; arguments and errors as for `evaluate`.
 
     Args:
-        keep: given what each window lost.
+        keep: called with the losses of every window, which paired comparisons of runs need.
+    Returns:
+        The metrics of `dense`, then those of `model`.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> windows = torch.arange(48).reshape(4, 12)
+    >>> split = Split("test", windows, (0, 12, 24, 36), (0, 48), "made up", "0" * 64, special_tokens=0)
+    >>> dense, other = evaluate_both(tiny_llama(seed=1), tiny_llama(), split)
+    >>> dense.kl, round(other.kl, 4)
+    (None, 0.0068)
     """
     measured, reference, losses = _measure(model, dense, split, batch_size, advance, scratch)
     assert reference is not None
@@ -96,6 +113,7 @@ def _measure(
     advance: Callable[[str], None] | None,
     scratch: Path | None,
 ) -> tuple[Metrics, Metrics | None, WindowLosses]:
+    """Evaluate both models in one pass: metrics of `model`, of `dense`, and the losses of the windows."""
     count, seqlen = split.windows.shape
     if count < 2:
         raise UsageError(
@@ -117,12 +135,12 @@ def _measure(
     at_once = LAZY_LOGITS_AT_ONCE if short else LOGITS_AT_ONCE
     rows = max(1, min(batch_size, at_once // (seqlen * vocabulary)))
     batches = split.windows.split(rows)
-    answers = _answers(model, batches, scratch)
-    dense_answers = None if dense is None else _answers(dense, batches, scratch)
+    logits_of = _logits_of(model, batches, scratch)
+    dense_logits_of = None if dense is None else _logits_of(dense, batches, scratch)
     for number, windows in enumerate(batches):
         first = number * rows
-        logits = answers(number)
-        dense_logits = None if dense_answers is None else dense_answers(number)
+        logits = logits_of(number)
+        dense_logits = None if dense_logits_of is None else dense_logits_of(number)
         for i, window in enumerate(windows, first):
             reference = None if dense_logits is None else dense_logits[i - first]
             where = f"{split.name} window {i}"
@@ -135,6 +153,7 @@ def _measure(
 
 
 def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | None) -> Metrics:
+    """Summarise the losses of the windows of a model."""
     count, seqlen = split.windows.shape
     return Metrics(
         split=split.name,
@@ -152,11 +171,12 @@ def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | Non
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
+    """Return the size of a model's vocabulary."""
     return model.config.get_text_config().vocab_size
 
 
-def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
-    """Logits (n, T - 1, vocabulary) by batch, of the positions whose next token is in the window."""
+def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
+    """Return a function from the number of a batch to its logits (n, T - 1, vocabulary), but for the last position."""
     if lazy_blocks(model) is None:
         return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
     runner = BlockRunner(walkable(model), [Batch(windows) for windows in batches], scratch)
@@ -167,11 +187,12 @@ def _answers(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | 
 
 
 def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:
-    """Means over positions of one window: loss of the model, loss of dense, KL(dense || model); 0 without dense.
+    """Average over the positions of a window: the losses of model and dense model, and KL(dense || model).
 
     Args:
-        logits, dense: (T - 1, vocabulary), on any device.
+        logits, dense: (T - 1, vocabulary), on any device; without `dense` the last two means are 0.
         window: (T,) token ids.
+        where: the window, for messages.
     """
     labels = window[1:].to(logits.device)
     nll = dense_nll = kl = 0.0
@@ -188,17 +209,20 @@ def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: s
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    """Split positions so that few logits are in float32 at once."""
     step = max(1, SOFTMAX_AT_ONCE // vocabulary)
     return (slice(first, first + step) for first in range(0, positions, step))
 
 
 def _log_softmax(logits: Tensor, where: str) -> Tensor:
+    """Compute log probabilities in float32; `NumericalError` naming the place `where` a logit is not finite."""
     if not torch.isfinite(logits).all():
         raise NumericalError(f"The logits of {where} are not finite; a weight is broken, or --dtype is too narrow.")
     return logits.float().log_softmax(1)
 
 
 def _perplexity(nll: Tensor) -> float:
+    """Compute `exp` of the mean loss; `NumericalError` where it overflows."""
     mean = nll.mean().item()
     try:
         return math.exp(mean)
@@ -209,4 +233,5 @@ def _perplexity(nll: Tensor) -> float:
 
 
 def _standard_error(means: Tensor) -> float:
+    """Compute the standard error of the mean over windows."""
     return means.std().item() / math.sqrt(len(means))

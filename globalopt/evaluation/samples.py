@@ -1,4 +1,4 @@
-"""Text that the dense and the compressed model write, side by side: what a loss in nats looks like."""
+"""Generate text with the dense and the compressed model, side by side, to show what a loss in nats means."""
 
 from __future__ import annotations
 
@@ -18,11 +18,23 @@ NEW_TOKENS = 48
 def write_samples(
     dense: PreTrainedModel, compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split
 ) -> Samples:
-    """How both models go on with the beginnings of the first windows of a split, greedily.
+    """Continue the beginnings of the first windows of a split with both models, by greedy decoding.
 
-    Models are in evaluation mode. Nothing is drawn, so the same models write the same text. A model with few positions
-    gets shorter prompts; one whose blocks are read one at a time would read all of them for every token, and is not
-    asked.
+    Nothing is drawn at random, so that the same models write the same text. A model with few positions gets shorter
+    prompts. A lazily loaded model would read all of its blocks for every token: no text is generated then, and the
+    reason is in `skipped`.
+
+    Args:
+        dense, compressed: in evaluation mode.
+
+    >>> from transformers import AutoTokenizer
+    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> split = Split("validation", torch.arange(48).reshape(2, 24), (0, 24), (0, 48), "made up", "0" * 64, 0)
+    >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())
+    >>> written = write_samples(tiny_llama(), tiny_llama(), tokenizer, split)
+    >>> written.prompt_tokens, [sample.agreed for sample in written.samples]
+    (24, [40, 40])
     """
     if any(lazy_blocks(model) is not None for model in (dense, compressed)):
         return _none(split, "the model does not fit in memory, and would be read anew for every token")
@@ -39,25 +51,31 @@ def write_samples(
             differ = (one != other).nonzero()
             agreed = int(differ[0]) if len(differ) else new
             samples.append(Sample(_text(tokenizer, start), _text(tokenizer, one), _text(tokenizer, other), agreed))
-    # Which of these a tokenizer raises for ids that it does not know is its own affair.
+    # Tokenizers differ in what they raise for ids that they do not know.
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as cause:
         return _none(split, f"the tokenizer cannot turn tokens into text ({cause!r})")
     return Samples(split.name, prompt, new, tuple(samples))
 
 
 def _none(split: Split, why: str) -> Samples:
+    """Return no samples, with the reason."""
     return Samples(split.name, 0, 0, (), why)
 
 
 def _positions(model: PreTrainedModel) -> int | None:
+    """Return the longest context of a model; None where its config does not tell."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
-    """(n, new) on the CPU: the most likely token after `prompts` (n, t), and so on; nothing ends it early.
+    """Continue `prompts` (n, t) by greedy decoding: (n, new) token ids on the CPU, past any end-of-text token.
 
-    Without a cache, which not every model has: of so few tokens it would save little.
+    Without a cache, which not every model has; for so few tokens it would save little.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> continued(tiny_llama(), torch.tensor([[1, 2, 3], [4, 5, 6]]), new=4).shape
+    torch.Size([2, 4])
     """
     ids = prompts.to(model.device)
     for _ in range(new):
@@ -67,6 +85,7 @@ def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """Decode tokens; `TypeError` where a tokenizer returns something other than text."""
     text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
     if not isinstance(text, str):
         raise TypeError(f"decode gave {type(text).__name__}")

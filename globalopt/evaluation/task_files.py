@@ -1,13 +1,13 @@
-"""Zero-shot tasks in local files: JSON lines or parquet in, checked items out.
+"""Read zero-shot tasks from local files, JSON lines or parquet, and check every item.
 
-A row is one of
+A row has one of these sets of keys, and the model answers it by likelihood:
 
-    query, choices, gold                    the choice of least surprise after the query (gold: its index, from 0)
-    context_options, continuation, gold     the context after which the continuation surprises least (WinoGrande)
-    context, continuation                   whether the continuation is what the model would say (LAMBADA)
-    sentence1, sentence2, label             whether the first entails the second (RTE; label 0: it does)
+    query, choices, gold                    the most likely choice after the query (gold: the right index, from 0)
+    context_options, continuation, gold     the context after which the continuation is most likely (WinoGrande)
+    context, continuation                   right if greedy decoding gives the continuation (LAMBADA)
+    sentence1, sentence2, label             "True" or "False": the first entails the second (RTE; label 0: True)
 
-Prompts of the tasks that lm-eval knows are turned into its own, so that numbers compare.
+Prompts of the tasks that lm-eval knows are written as lm-eval writes them, so that results compare.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _PLAIN_ACCURACY = ("boolq", "rte", "winogrande")
 
 
 def _with_answer(query: str) -> str:
+    """Append lm-eval's "Answer:" to a question."""
     return query.removesuffix("\n") + "\nAnswer:"
 
 
@@ -53,13 +54,18 @@ _PROMPTS: Mapping[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task that was read from a file.
+    """Hold a task that was read from a file.
 
     Args:
         form: `CHOICES`, `CONTEXTS` or `COMPLETION`.
         items: rows with the keys of the form, prompts as the model sees them.
-        normed: whether accuracy by length-normalised likelihood is reported too.
+        normed: whether accuracy by length-normalised likelihood (`acc_norm`) is reported too.
         sha256: of the file.
+
+    >>> row = {"context": "The capital of France is", "continuation": " Paris"}
+    >>> file = TaskFile("mine", Path("mine.jsonl"), COMPLETION, [row], normed=False, sha256="0" * 64)
+    >>> file.name, len(file.items)
+    ('mine', 1)
     """
 
     name: str
@@ -71,10 +77,14 @@ class TaskFile:
 
 
 def find_task_files(folder: Path) -> dict[str, Path]:
-    """The task files of a folder by the tasks' names.
+    """Find the task files of a folder, by the names of the tasks.
 
     Raises:
         UsageError: there is no such folder, or two files are of one task.
+
+    >>> Path("arc_easy_test.jsonl").touch()
+    >>> find_task_files(Path("."))
+    {'arc_easy': PosixPath('arc_easy_test.jsonl')}
     """
     if not folder.is_dir():
         raise UsageError(f"--tasks-path {folder} is no folder; give one that holds {' or '.join(FILE_KINDS)} files.")
@@ -90,6 +100,7 @@ def find_task_files(folder: Path) -> dict[str, Path]:
 
 
 def _task_name(path: Path) -> str:
+    """Return lm-eval's name of the task of a file."""
     name = path.stem
     for ending in _ENDINGS:
         name = name.removesuffix(ending)
@@ -100,7 +111,13 @@ def read_task_file(path: Path) -> TaskFile:
     """Read and check a task file.
 
     Raises:
-        CalibrationError: it is missing, empty or broken, or a row is; the row is named.
+        CalibrationError: the file is missing, empty or broken, or a row is, which the message names.
+
+    >>> row = {"query": "Question: What is wet?", "choices": ["rain", "fire"], "gold": 0}
+    >>> _ = Path("arc_easy.jsonl").write_text(json.dumps(row))
+    >>> file = read_task_file(Path("arc_easy.jsonl"))
+    >>> file.form, file.items[0]["query"]
+    ('choices', 'Question: What is wet?\\nAnswer:')
     """
     try:
         data = path.read_bytes()
@@ -119,6 +136,7 @@ def read_task_file(path: Path) -> TaskFile:
 
 
 def _json_rows(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Parse the lines of a file: the place of every row, for messages, and the row."""
     # By the bytes of newlines: a JSON string may hold U+2028 as it is.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path} line {number}"
@@ -138,6 +156,7 @@ def _json_rows(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read the rows of a parquet file, each with its place for messages."""
     import pyarrow
     import pyarrow.parquet
 
@@ -150,6 +169,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _form(row: Mapping[str, Any], where: str) -> str:
+    """Tell the form of a task by the keys of a row."""
     for form, keys in FORMS.items():
         if all(key in row for key in keys):
             return form
@@ -158,24 +178,28 @@ def _form(row: Mapping[str, Any], where: str) -> str:
 
 
 def _choices(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `CHOICES`."""
     choices = _texts(row, "choices", where)
     prompt = _PROMPTS.get(name, str)(_text(row, "query", where))
     return {"query": prompt, "choices": choices, "gold": _index(row, "gold", len(choices), where)}
 
 
 def _contexts(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `CONTEXTS`."""
     contexts = _texts(row, "context_options", where)
     gold = _index(row, "gold", len(contexts), where)
     return {"contexts": contexts, "continuation": _text(row, "continuation", where), "gold": gold}
 
 
 def _completion(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Check a row of the form `COMPLETION`."""
     context, continuation = (_text(row, key, where) for key in FORMS[COMPLETION])
     # lm-eval puts nothing between the two.
     return {"context": context, "continuation": f" {continuation}"}
 
 
 def _pair(row: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Convert a row of the form `PAIR` to one of the form `CHOICES`."""
     first, second = (_text(row, key, where) for key in ("sentence1", "sentence2"))
     prompt = f"{first}\nQuestion: {second} True or False?\nAnswer:"
     return {"query": prompt, "choices": ["True", "False"], "gold": _index(row, "label", 2, where)}
@@ -190,12 +214,14 @@ _ITEMS: Mapping[str, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = 
 
 
 def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return a value of a row; `CalibrationError` where it is missing."""
     if key not in row:
         raise CalibrationError(f"{where} lacks '{key}'; the rows before it have it.")
     return row[key]
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a text of a row; `CalibrationError` where it is none, or empty."""
     value = _value(row, key, where)
     if not isinstance(value, str) or not value.strip():
         raise CalibrationError(f"{where}: '{key}' is no text: {json.dumps(value, default=str)[:40]}.")
@@ -203,6 +229,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """Return a list of texts of a row; `CalibrationError` where it is none."""
     values = _value(row, key, where)
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) and v.strip() for v in values):
         raise CalibrationError(f"{where}: '{key}' must be a list of at least 2 texts, none of them empty.")
@@ -210,6 +237,7 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _index(row: Mapping[str, Any], key: str, count: int, where: str) -> int:
+    """Return an index of a row; `CalibrationError` where it is not below `count`."""
     value = _value(row, key, where)
     if type(value) is not int or not 0 <= value < count:
         raise CalibrationError(

@@ -1,6 +1,6 @@
-"""Zero-shot tasks, asked through lm-eval: its own from the hub, YAML tasks of the user's, or items in local files.
+"""Evaluate models on zero-shot tasks by lm-eval: its own from the hub, YAML tasks of the user, or local files.
 
-Local files become task configs whose items are given as they are: nothing touches the network or a cache.
+Local files become task configs that hold their items: neither the network nor a cache is used for them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ from globalopt.values.scores import Score, TaskScore
 
 PAPERS_WORD = "papers"
 VERSION = "1"
-"""Of the tasks that are made from local files."""
+"""Version that is recorded for tasks from local files."""
 
 SPLIT = "test"
 STEPS = 100
-"""In which the progress of all requests is shown."""
+"""Steps of the progress over all requests of a task."""
 
 FEWSHOT_SEED = 1234
-"""lm-eval's default, for tasks of its own that show examples."""
+"""lm-eval's default seed, for its tasks that draw examples for the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """What is to be asked.
+    """Hold the chosen tasks.
 
     Args:
         files: tasks in local files, by name.
-        names: every task in the order it was asked for; those that are no files are lm-eval's.
-        missing: of the papers' tasks, those the folder lacks.
-        manager: lm-eval's, which knows the others.
+        names: all tasks in the requested order; those that are not in `files` are lm-eval's.
+        missing: those of `PAPERS` that were requested and that the folder lacks.
+        manager: lm-eval's `TaskManager`, which loads its own tasks.
+
+    >>> Tasks(files={}, names=("arc_easy", "piqa"), missing=(), manager=None).names
+    ('arc_easy', 'piqa')
     """
 
     files: Mapping[str, TaskFile]
@@ -58,12 +61,15 @@ class Tasks:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model made of the tasks.
+    """Hold the results of a model on tasks.
 
     Args:
         scores: one per task.
-        items: by task and metric, the value of every item, where it is a number.
-        cut: requests that did not fit into the model's context.
+        items: by task and metric, the value of every item, where values are numbers.
+        cut: requests whose beginning was cut off to fit into the model's context.
+
+    >>> Answers(scores=(), items={"arc_easy": {"acc": (1.0, 0.0)}}, cut=0).items["arc_easy"]["acc"]
+    (1.0, 0.0)
     """
 
     scores: tuple[TaskScore, ...]
@@ -72,14 +78,20 @@ class Answers:
 
 
 def choose_tasks(asked: str | None, folder: Path | None) -> Tasks:
-    """The tasks of `--tasks` and `--tasks-path`. Local files are read here: what is wrong with them shows early.
+    """Choose the tasks of `--tasks` and `--tasks-path`; local files are read, so that errors in them show early.
 
     Args:
         asked: names, separated by commas; `papers` stands for the eight of `PAPERS`. None: every file of the folder.
-        folder: task files, and YAML tasks of lm-eval's kind; nothing outside it is looked at. None: lm-eval's own.
+        folder: holds task files, and YAML tasks in lm-eval's format; no other tasks are known then. None: lm-eval's own
+            tasks.
     Raises:
         UsageError: lm-eval is not installed, a task is unknown or named twice, or the folder is missing.
         CalibrationError: a task file is broken.
+
+    >>> _ = Path("mine.jsonl").write_text('{"query": "He was one of", "choices": ["whale", "the"], "gold": 1}')
+    >>> tasks = choose_tasks("mine", Path("."))
+    >>> tasks.names, len(tasks.files["mine"].items)
+    (('mine',), 1)
     """
     _require_lm_eval()
     files = {} if folder is None else find_task_files(folder)
@@ -105,7 +117,7 @@ def choose_tasks(asked: str | None, folder: Path | None) -> Tasks:
 
 
 def _names(asked: str | None, files: Mapping[str, Path]) -> tuple[tuple[str, ...], set[str]]:
-    """The names asked for, and those of them that stand for a group."""
+    """Split `--tasks` into names; the second value holds those of a group, which the folder may lack."""
     if asked is None:
         return tuple(files), set()
     words = [word.strip() for word in asked.split(",") if word.strip()]
@@ -118,6 +130,7 @@ def _names(asked: str | None, files: Mapping[str, Path]) -> tuple[tuple[str, ...
 
 
 def _unknown(name: str, folder: Path | None, known: set[str]) -> str:
+    """Write the error message for a task that is not known."""
     if folder is not None:
         return f"{folder} holds no task '{name}'. There are: {', '.join(sorted(known)) or 'none'}."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -126,6 +139,7 @@ def _unknown(name: str, folder: Path | None, known: set[str]) -> str:
 
 
 def _require_lm_eval() -> None:
+    """Check that lm-eval is installed; `UsageError` otherwise."""
     try:
         with warnings.catch_warnings(action="ignore"):
             import lm_eval  # noqa: F401
@@ -134,29 +148,45 @@ def _require_lm_eval() -> None:
 
 
 def lm_eval_version() -> str:
-    """The version of lm-eval that is installed."""
+    """Return the version of lm-eval that is installed.
+
+    >>> lm_eval_version().startswith("0.")
+    True
+    """
     return version("lm_eval")
 
 
 def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, progress: Progress) -> Answers:
-    """Ask a model every item of the tasks, or the first `limit` of each.
+    """Evaluate a model on all items of the tasks, or on the first `limit` of each.
 
     Standard errors are those of the mean over items; a perplexity's by the delta method.
 
+    Args:
+        loaded: a model that is in memory as a whole.
+        batch_size: requests at once.
     Raises:
         ArtefactError: a task's data cannot be read.
-        UsageError: the model is loaded block by block, a task runs code, or an answer is longer than the context.
+        UsageError: the model is loaded lazily, a task runs code that the model writes, or an answer is longer than the
+            context.
         NumericalError: a logit is not finite.
+
+    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from reports import QuietProgress
+    >>> _ = Path("mine.jsonl").write_text('{"query": "He was one of", "choices": ["whale", "the"], "gold": 1}')
+    >>> loaded = load_model(reference_folder(), device="cpu")
+    >>> found = ask(loaded, choose_tasks("mine", Path(".")), None, batch_size=2, progress=QuietProgress())
+    >>> found.scores[0].scores["acc"].value
+    1.0
     """
     if lazy_blocks(loaded.model) is not None:
-        raise UsageError("Tasks are asked of a model that is in memory as a whole; raise --max-memory or leave it out.")
+        raise UsageError("Tasks need a model that is in memory as a whole; raise --max-memory or leave it out.")
     with _quiet():
         from lm_eval.evaluator import evaluate
 
         asked = _load(tasks)
         for name, task in asked["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise UsageError(f"Task {name} runs code that the model writes; it is not asked. Leave it out.")
+                raise UsageError(f"Task {name} runs code that the model writes, which is not allowed. Leave it out.")
         model = _model(loaded, batch_size, progress)
         with torch.no_grad():
             found: Any = evaluate(model, asked, limit=limit, bootstrap_iters=0)
@@ -168,7 +198,7 @@ def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, p
 
 
 def _load(tasks: Tasks) -> Any:
-    """lm-eval's tasks, made anew: they hold what a model answered."""
+    """Load the tasks into lm-eval, anew for every model, as its tasks store the answers of a model."""
     specs = [_config(tasks.files[name]) if name in tasks.files else name for name in tasks.names]
     try:
         found = tasks.manager.load(specs)
@@ -187,7 +217,7 @@ def _load(tasks: Tasks) -> Any:
 
 
 def _config(file: TaskFile) -> dict[str, Any]:
-    """The lm-eval config of a task whose items were read from a file."""
+    """Make the lm-eval config of a task from a local file."""
     from datasets import Dataset
 
     def items(**_: Any) -> dict[str, Dataset]:
@@ -199,7 +229,7 @@ def _config(file: TaskFile) -> dict[str, Any]:
         texts = {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
         return {**shared, **texts, "output_type": "multiple_choice", "metric_list": accuracies}
     if file.form == CONTEXTS:
-        # lm-eval's word for several contexts: the text is the index of the right one.
+        # lm-eval expresses several contexts in this way: `doc_to_text` is the index of the right one.
         texts = {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "continuation"}
         return {**shared, **texts, "output_type": "multiple_choice", "metric_list": accuracies[:1]}
     texts = {"doc_to_text": "context", "doc_to_target": "continuation"}
@@ -208,7 +238,7 @@ def _config(file: TaskFile) -> dict[str, Any]:
 
 
 def _item_values(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
-    """By metric (and filter, where it is not the plain one) the values of all items, where they are numbers."""
+    """Collect the values of all items by metric, and by filter where it is not the default; only numbers."""
     found: dict[str, list[Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -221,12 +251,14 @@ def _item_values(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float,
 
 
 def _metric_name(metric: str, chosen: str) -> str:
+    """Name a metric with its filter, where that is not the default."""
     return metric if chosen == "none" else f"{metric}@{chosen}"
 
 
 def _task_score(
     name: str, file: TaskFile | None, found: Mapping[str, Any], items: Mapping[str, Sequence[float]]
 ) -> TaskScore:
+    """Convert lm-eval's results on a task; `NumericalError` where one is not finite."""
     scores = {}
     for key, value in found["results"][name].items():
         metric, comma, chosen = key.partition(",")
@@ -246,7 +278,7 @@ def _task_score(
 
 
 def _stderr(value: float, items: Sequence[float]) -> float | None:
-    """The standard error of a mean, or of `exp(-mean)`; None for what is neither."""
+    """Compute the standard error of `value`, where it is the mean of the items or `exp(-mean)`; None otherwise."""
     if len(items) < 2:
         return None
     mean = Score.mean(items)
@@ -259,7 +291,7 @@ def _stderr(value: float, items: Sequence[float]) -> float | None:
 
 
 def _model(loaded: LoadedModel, batch_size: int, progress: Progress) -> Any:
-    """lm-eval's view of a model, which shows how far it is and refuses what is not finite."""
+    """Wrap a model for lm-eval, with progress, and with an error where a logit is not finite."""
     from lm_eval.models import huggingface
 
     # Untyped: type checkers lose its members behind a decorator.
@@ -282,9 +314,9 @@ def _model(loaded: LoadedModel, batch_size: int, progress: Progress) -> Any:
 
         @contextlib.contextmanager
         def shown(self, total: int) -> Iterator[None]:
-            # A log line for each of many thousands would help nobody.
+            # A log line for each of many thousands would be too many.
             with progress.stage("tasks", STEPS, f"% of {total} requests") as advance:
-                self.cache_hook = _Told(total, advance)
+                self.cache_hook = _ProgressHook(total, advance)
                 yield
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -308,13 +340,14 @@ def _model(loaded: LoadedModel, batch_size: int, progress: Progress) -> Any:
     return Model(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, softmax_dtype="float32")
 
 
-class _Told:
-    """Stands where lm-eval has its cache: is told of every answer, and advances a stage of `STEPS`."""
+class _ProgressHook:
+    """Count answers through the hook of lm-eval's cache, and advance a stage of `STEPS` steps."""
 
     def __init__(self, total: int, advance: Callable[[str], None]) -> None:
         self.total, self.answered, self.advance = total, 0, advance
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Count one answer; lm-eval calls this to store it."""
         before = self.answered * STEPS // self.total
         self.answered += 1
         for _ in range(before, self.answered * STEPS // self.total):
@@ -323,7 +356,7 @@ class _Told:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the advice and the bars of lm-eval off a terminal that shows our own."""
+    """Silence the warnings and progress bars of lm-eval."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

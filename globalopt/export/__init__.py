@@ -1,5 +1,5 @@
-"""What a finished run can be handed on as, and how such a model is loaded again.
+"""Export finished runs to formats that other programs load, and load them again.
 
-One file per format. `packed` is the format of our own; `linear`, `quantizer` and `registration` are what lets
-transformers load it.
+One module per format: `dense`, `adapter`, `factors` and `packed`. `packed` is globalopt's own format; `linear`,
+`packing`, `quantizer`, `registration` and `seal` let transformers load it.
 """

@@ -1,7 +1,7 @@
 """Format adapter: the sparse parts as an ordinary model (`base/`), the low-rank parts as a LoRA adapter (`adapter/`).
 
-For fine-tuning `L` alone, or quantising `S` alone. Served as it is, an adapter costs time; `merge_and_unload` ends
-that.
+It is for fine-tuning `L` alone, or quantising `S` alone. Inference with an unmerged adapter is slower than with one
+dense weight; PEFT's `merge_and_unload` sums the two.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ BASE, ADAPTER = "base", "adapter"
 
 
 def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the run's model as base and adapter to `folder`.
+    """Export the model of a finished run as base and adapter to `folder`.
 
     Raises:
+        ArtefactError: the run is missing, unfinished or broken, or `folder` holds something.
         UsageError: a layer has a plane of signs, which no adapter holds; or none has rank; or peft is not installed.
+
+    >>> from globalopt.export.example import example_run
+    >>> export_adapter(example_run(), Path("exported"))
+    >>> sorted(path.name for path in Path("exported/adapter").iterdir() if path.suffix != ".md")
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_out(folder)
     require_peft("--format adapter needs peft.")
@@ -61,10 +67,12 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 
 def _sparse_part(source: Source, spec: LayerSpec) -> Tensor:
+    """Read the sparse part of a layer in the stored dtype."""
     return source.run.layer(spec).S.to(source.dtype)
 
 
 def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Name the factors as PEFT does: `lora_A` is `V` (rank, d_in), `lora_B` is `U` (d_out, rank)."""
     tensors: dict[str, Tensor] = {}
     for name, (U, V) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = V.contiguous()
@@ -73,9 +81,13 @@ def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ten
 
 
 def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
-    """The adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
+    """Make the adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
 
-    Layers of one rank share a pattern: matching costs patterns times modules, and `re` caches few.
+    Layers of one rank share a pattern: PEFT matches every pattern against every module, and `re` caches few.
+
+    Args:
+        ranks: by layer name.
+        transposed: whether the layers are GPT-2's `Conv1D`, which stores the transposed weight.
     """
     from peft import LoraConfig
 
@@ -100,7 +112,10 @@ def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
 
 
 def require_peft(why: str) -> None:
-    """`UsageError` that says `why` if peft is not installed."""
+    """Check that peft is installed; `UsageError` that begins with `why` otherwise.
+
+    >>> require_peft("--format adapter needs peft.")
+    """
     try:
         import peft  # noqa: F401
     except ImportError:

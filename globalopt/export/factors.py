@@ -1,13 +1,13 @@
 """Format factors: the parts of every layer as plain tensors, for research.
 
-    layers.json                     what every layer is: shape, rank, nonzeros, pattern, signs
+    layers.json                     shape, rank, nonzeros, pattern and signs of every layer
     layers/NAME.safetensors         values (nnz,), support (d_out, d_in) bool, U (d_out, rank), V (rank, d_in), and
                                     signs (d_out, d_in) int8 of +-1 where there are some
     rest.safetensors                every other tensor of the model, by its name
-    config.json, tokenizer files    as ever
+    config.json, tokenizer files    as in an ordinary checkpoint
 
-`S = zeros(d_out, d_in); S[support] = values`, and the layer is `S + U V`, or `S + (U V) * signs`. A GPT-2 `Conv1D`
-holds the transposed of it.
+`S = zeros(d_out, d_in); S[support] = values`, and the weight is `S + U V`, or `S + (U V) * signs`. GPT-2's `Conv1D`
+stores the transpose of the weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ LAYERS, REST = "layers.json", "rest.safetensors"
 
 
 def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the parts of every layer of the run, and the rest of its model, to `folder`."""
+    """Export the parts of every layer of a finished run, and the rest of its model, to `folder`.
+
+    Raises:
+        ArtefactError: the run is missing, unfinished or broken, or `folder` holds something.
+
+    >>> from globalopt.export.example import example_run
+    >>> export_factors(example_run(), Path("exported"))
+    >>> len(list(Path("exported/layers").iterdir()))
+    14
+    """
     check_out(folder)
     source = read_source(run, trust_remote_code)
     model = source.loaded.model
@@ -49,7 +58,7 @@ def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> 
             write_tensors(staging / "layers" / f"{spec.name}.safetensors", _tensors(value))
         write_json(staging / LAYERS, records)
         weights = {f"{spec.name}.weight" for spec in source.layers.specs}
-        # Of tensors under several names each is written: who reads this must not know which names are tied.
+        # Tied tensors are written under each of their names: a reader need not know which are tied.
         rest = {name: source.tensor(name).clone() for name in model.state_dict() if name not in weights}
         write_tensors(staging / REST, rest)
         with quiet():
@@ -58,10 +67,16 @@ def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 
 def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:
-    """Every layer of an export by its name.
+    """Read every layer of an export, with its name.
 
     Raises:
         ArtefactError: a file is missing or broken, or does not fit the others.
+
+    >>> from globalopt.export.example import example_run
+    >>> export_factors(example_run(Path("another run")), Path("read"))
+    >>> name, value = next(read_factors(Path("read")))
+    >>> name, value.rank, tuple(value.S.shape)
+    ('model.layers.0.self_attn.q_proj', 1, (16, 16))
     """
     records = read_json(folder / LAYERS)
     if not isinstance(records, dict):
@@ -78,12 +93,14 @@ def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:
 
 
 def _tensors(value: Decomposition) -> dict[str, Tensor]:
+    """Split a decomposition into the tensors of its file."""
     support = value.S != 0
     found = {"values": value.S[support], "support": support, "U": value.U, "V": value.V}
     return found if value.signs is None else {**found, "signs": value.signs.to(torch.int8)}
 
 
 def _value(tensors: dict[str, Tensor], shape: tuple[int, int], rank: int) -> Decomposition:
+    """Make the decomposition of stored tensors; `ValueError` or what torch raises where they do not fit."""
     support, values = tensors["support"], tensors["values"]
     if support.shape != shape or support.dtype != torch.bool or values.shape != (int(support.sum()),):
         raise ValueError

@@ -1,4 +1,4 @@
-"""The formats of `globalopt export`, by name."""
+"""Export a run in one of the formats of `globalopt export`, by name."""
 
 from __future__ import annotations
 
@@ -27,19 +27,28 @@ _LOADING: Mapping[str, str] = {
 
 
 def loading(name: str, folder: Path) -> str:
-    """The Python that loads an export of format `name`."""
+    """Write the Python expression that loads an export of format `name`.
+
+    >>> loading("dense", Path("exported"))
+    "AutoModelForCausalLM.from_pretrained('exported')"
+    """
     return _LOADING[name].format(folder=str(folder), base=str(folder / BASE), adapter=str(folder / ADAPTER))
 
 
 def export(run: Path, name: str, folder: Path, trust_remote_code: bool = False) -> int:
-    """Write a finished run in the format `name` to `folder`, which appears whole or not at all.
+    """Export a finished run in the format `name` to `folder`, which appears whole or not at all.
 
     Returns:
-        The bytes of its files.
+        The size of its files in bytes.
     Raises:
         UnknownNameError: there is no such format.
         ArtefactError: the run is missing, unfinished or broken; `folder` holds something or cannot be written.
         UsageError: the format cannot hold this run.
+
+    >>> from globalopt.export.example import example_run
+    >>> size = export(example_run(), "packed", Path("exported"))
+    >>> size == sum(path.stat().st_size for path in Path("exported").iterdir())
+    True
     """
     if name not in FORMATS:
         raise UnknownNameError("format", name, FORMATS)

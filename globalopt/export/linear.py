@@ -1,4 +1,4 @@
-"""A linear layer `y = S x + U (V x) + b` that is stored packed, and computed the way that is fastest where it runs."""
+"""Compute linear layers `y = S x + U (V x) + b` that are stored packed, in the way that is fastest on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPUTES = (AUTO, SPLIT, MERGED, TWO_FOUR, UNPACK)
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything about a packed layer that its tensors do not say: what the config of a checkpoint holds of it.
+    """Describe a packed layer beside its tensors, as it stands in the config of a checkpoint.
 
     Args:
         sparse: how `S` is packed.
@@ -31,6 +31,12 @@ class Shape:
         signs: whether `L` is multiplied by a plane of signs.
     Raises:
         ArtefactError: there is no such layer.
+
+    >>> shape = Shape(Layout(d_out=8, d_in=16, form="2:4", values=64), rank=2, signs=False)
+    >>> shape.tensors()
+    {'weight': (64,), 'support': (16,), 'U': (8, 2), 'V': (2, 16)}
+    >>> shape.bytes(per_value=2)
+    240
     """
 
     sparse: Layout
@@ -45,14 +51,14 @@ class Shape:
             raise ArtefactError(f"Signs {self.signs} do not go with rank {self.rank}.")
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the description as JSON values."""
         how = self.sparse
         shape = {"d_out": how.d_out, "d_in": how.d_in, "form": how.form, "values": how.values}
         return {**shape, "rank": self.rank, "signs": self.signs}
 
     @classmethod
     def parse(cls, record: Any) -> Shape:
-        """What `record` was made of; `ArtefactError` if it is none."""
+        """Parse what `record` returns; `ArtefactError` if it is something else."""
         try:
             how = Layout(record["d_out"], record["d_in"], record["form"], record["values"])
             return cls(how, record["rank"], record["signs"])
@@ -60,7 +66,7 @@ class Shape:
             raise ArtefactError(f"{str(record)[:80]} does not describe a packed layer.") from None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the layer's tensors by name, without the bias."""
+        """Return the shapes of the layer's tensors by name, without the bias."""
         how = self.sparse
         found: dict[str, tuple[int, ...]] = {"weight": (how.values,)}
         if how.support_bytes:
@@ -72,34 +78,46 @@ class Shape:
         return found
 
     def bytes(self, per_value: int) -> int:
-        """Bytes of all of them, floating-point numbers of `per_value` bytes."""
+        """Count the bytes of the layer's tensors, with `per_value` bytes for a floating-point number."""
         how = self.sparse
         signs = -(-how.numel // 8) if self.signs else 0
         return how.bytes(per_value) + per_value * self.rank * (how.d_out + how.d_in) + signs
 
 
 def shape_of(value: Decomposition, pattern: NM | None = None) -> Shape:
-    """The smallest shape of a decomposition."""
+    """Choose the smallest packed shape of a decomposition.
+
+    >>> S = torch.eye(8)
+    >>> shape_of(Decomposition(S, S[:, :0], S[:0])).sparse.form
+    'bitmask'
+    """
     return Shape(layout(value.S, pattern), value.rank, value.signs is not None)
 
 
 class SparseLowRankLinear(nn.Module):
-    """`y = S x + U (V x) + b`, or `y = S x + ((U V) * signs) x + b`.
+    """Compute `y = S x + U (V x) + b`, or `y = S x + ((U V) * signs) x + b`.
 
-    Until it is first called it holds what is stored: `weight` (values,), the values of `S`; `support` and `signs`, bits
-    in uint8; `U` (d_out, rank), `V` (rank, d_in). The first call settles how it computes (`compute`):
+    Until it is first called it holds the stored tensors: `weight` (values,), the values of `S`; `support` and `signs`,
+    bits in uint8; `U` (d_out, rank), `V` (rank, d_in). The first call fixes the way of computing (`compute`):
 
     auto       the fastest of the next three on this device, measured once per size
     split      `S` unpacked, for one dense product; the factors as two thin ones; without `S` only these
     two-four   as split, with a 2:4 `S` in the semi-structured layout of the device (CUDA)
-    merged     one dense product of the sum; what is stored stays beside it
+    merged     one dense product with the sum; the stored tensors stay in memory beside it
     unpack     split, but `S` is unpacked anew in every call: the least memory
 
-    A layer with signs is merged or unpacked. The state dict is always what is stored. `split` and `merged` round
-    differently, within the type's precision; name one where results must repeat to the bit.
+    A layer with signs is merged or unpacked. The state dict always holds the stored tensors. `split` and `merged` round
+    differently, within the dtype's precision; name one where results must repeat to the bit.
 
     Args:
-        transposed: whether it stands for a `Conv1D`, which holds its weight the other way round.
+        transposed: whether it replaces a `Conv1D`, which stores the transposed weight.
+
+    >>> S, U, V = torch.eye(4) * 2, torch.ones(4, 1), torch.ones(1, 4)
+    >>> layer = SparseLowRankLinear.of(Decomposition(S, U, V), bias=None)
+    >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    {'weight': (4,), 'support': (2,), 'U': (4, 1), 'V': (1, 4)}
+    >>> layer(torch.tensor([[1.0, 0.0, 0.0, 0.0]])).tolist()
+    [[3.0, 1.0, 1.0, 1.0]]
     """
 
     weight: nn.Parameter
@@ -139,7 +157,7 @@ class SparseLowRankLinear(nn.Module):
     def of(
         cls, value: Decomposition, bias: Tensor | None, transposed: bool = False, pattern: NM | None = None
     ) -> SparseLowRankLinear:
-        """The layer of a decomposition, with tensors of its type and device."""
+        """Pack a decomposition into a layer, with tensors of its dtype and device."""
         made = cls(shape_of(value, pattern), bias is not None, transposed, device="meta")
         values, support = pack(value.S, made.shape.sparse)
         made.weight, made.support = _parameter(values), support
@@ -152,7 +170,7 @@ class SparseLowRankLinear(nn.Module):
         return made
 
     def value(self) -> Decomposition:
-        """What the layer stands for; `ArtefactError` where what is stored is no such layer."""
+        """Unpack the decomposition of the layer; `ArtefactError` where the stored tensors do not describe one."""
         how = self.shape.sparse
         if self.path in (SPLIT, TWO_FOUR):
             S = self._sparse_weight()
@@ -167,11 +185,11 @@ class SparseLowRankLinear(nn.Module):
         return Decomposition(S.detach(), U, V, signs)
 
     def use(self, compute: str) -> None:
-        """Compute by `compute` from the next call on.
+        """Set the way of computing from the next call on.
 
         Raises:
-            UnknownNameError: there is no such way.
-            UsageError: this layer or device has none.
+            UnknownNameError: there is no way called `compute`.
+            UsageError: this layer or device does not support it.
         """
         if compute not in COMPUTES:
             raise UnknownNameError("compute", compute, COMPUTES)
@@ -181,8 +199,9 @@ class SparseLowRankLinear(nn.Module):
         self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (..., d_in) -> (..., d_out)."""
         if self.path is None:
-            self._settle()
+            self._choose_path()
         if self.path == MERGED:
             return F.linear(x, self.weight, self.bias)
         if self.path == UNPACK and self.signs is not None:
@@ -193,7 +212,7 @@ class SparseLowRankLinear(nn.Module):
         return self._sum(x, unpack(self.weight, self.support, how) if self.path == UNPACK else self.weight)
 
     def _sum(self, x: Tensor, S: Tensor | None) -> Tensor:
-        """`S x + U (V x) + b`."""
+        """Compute `S x + U (V x) + b`; `S` None: it is zero."""
         if self.U is None or self.V is None:
             if S is not None:
                 return F.linear(x, S, self.bias)
@@ -203,23 +222,23 @@ class SparseLowRankLinear(nn.Module):
             return F.linear(F.linear(x, self.V), self.U, self.bias)
         return F.linear(x, S, self.bias) + F.linear(F.linear(x, self.V), self.U)
 
-    def _settle(self) -> None:
-        """Choose how to compute, and get ready for it."""
-        # What is moved here for one call is gone after it.
+    def _choose_path(self) -> None:
+        """Choose the way of computing, and make the weight that it needs."""
+        # Weights that are moved to the device for one call are dropped after it, also an unpacked one.
         if self.compute == UNPACK or _offloaded(self):
             self.path = UNPACK
             return
-        # Weights made in inference mode could never be cast or differentiated through.
+        # Weights made in inference mode can be neither cast nor differentiated through.
         with torch.inference_mode(False), torch.no_grad():
             choices = self._choices()
             chosen = next(iter(choices)) if len(choices) == 1 else self._measured(choices)
             self._hold(chosen, choices[chosen])
 
     def _choices(self) -> dict[str, Tensor | None]:
-        """The weight that each way to compute holds, the least memory first; None where it needs none."""
+        """Make the dense weight of each way of computing, the least memory first; None where it needs none."""
         value = self.value()
         if value.signs is not None:
-            # A product with signs has no thin form.
+            # `(U V) * signs` does not factor into two thin products.
             return {MERGED: value.dense().to(value.S.dtype)}
         if self.compute == TWO_FOUR:
             return {TWO_FOUR: _two_four(value.S)}
@@ -234,6 +253,7 @@ class SparseLowRankLinear(nn.Module):
         return choices
 
     def _measured(self, choices: dict[str, Tensor | None]) -> str:
+        """Return the fastest of the choices, timed once per process for layers of about one size."""
         how = self.shape.sparse
         # Layers of about one size share a measurement.
         key = (how.d_out, how.d_in, self.shape.rank.bit_length(), tuple(choices), self.weight.dtype, self.weight.device)
@@ -242,23 +262,25 @@ class SparseLowRankLinear(nn.Module):
         return _MEASURED[key]
 
     def _path(self, name: str, W: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return the function that computes in the way `name` with the weight `W`."""
         if name == MERGED:
             assert W is not None
             return lambda x: F.linear(x, W, self.bias)
         return lambda x: self._sum(x, W)
 
     def _hold(self, path: str, weight: Tensor | None) -> None:
+        """Replace the stored values by the weight of the chosen way of computing."""
         if path == MERGED:
             self.values = self.weight.detach()
         else:
-            # An unpacked S says itself where its values are.
+            # The positions of the values can be read off the unpacked S.
             self.support = None
         if weight is not None:
             self.weight = _parameter(weight)
         self.path = path
 
     def _pack(self) -> None:
-        """Hold what is stored, and nothing else."""
+        """Return to the stored tensors alone."""
         if self.path is None:
             return
         stored = self._stored()
@@ -266,11 +288,11 @@ class SparseLowRankLinear(nn.Module):
         self.path = None
 
     def _stored(self) -> dict[str, Tensor]:
-        """The tensors of the state dict, without their prefix."""
+        """Return the tensors of the state dict, without their prefix."""
         if self.path in (SPLIT, TWO_FOUR) and self.shape.sparse.form != EMPTY:
             S, how = self._sparse_weight(), self.shape.sparse
             if how.form in (BITMASK, COLUMNS) and int(torch.count_nonzero(S)) != how.values:
-                # A cast to a shorter type can make a value zero.
+                # A cast to a shorter dtype can round a value to zero.
                 self.shape = replace(self.shape, sparse=layout(S))
             weight, support = pack(S, self.shape.sparse)
         else:
@@ -279,17 +301,19 @@ class SparseLowRankLinear(nn.Module):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _sparse_weight(self) -> Tensor:
-        """`S` (d_out, d_in) of a layer that computes by it."""
+        """Return `S` (d_out, d_in) of a layer that computes with it unpacked."""
         if self.shape.sparse.form == EMPTY:
             return self.weight.detach().new_zeros(self.out_features, self.in_features)
         W = self.weight.detach()
         return W.to_dense() if self.path == TWO_FOUR else W
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the stored tensors instead of the weight that the layer computes with."""
         for name, tensor in self._stored().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def extra_repr(self) -> str:
+        """Describe the layer in the printed model."""
         how, path = self.shape.sparse, self.path or self.compute
         return f"{self.in_features}, {self.out_features}, S={how.form}, rank={self.shape.rank}, compute={path}"
 
@@ -298,25 +322,27 @@ _MEASURED: dict[tuple[object, ...], str] = {}
 
 
 def _two_four(S: Tensor) -> Tensor:
-    """`S` in the semi-structured layout of its device; `UsageError` where there is none."""
+    """Convert `S` to the semi-structured layout of its device; `UsageError` where there is none."""
     try:
         W = torch.sparse.to_sparse_semi_structured(S)
         F.linear(S.new_zeros(1, S.shape[1]), W)
         return W
-    # torch raises what its backends raise: of the device, the type, the sizes, the pattern, and builds without them.
+    # torch passes on the errors of its backends: for the device, the dtype, the sizes, the pattern, missing builds.
     except (RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise UsageError(
-            f"Compute two-four is not to be had for a {tuple(S.shape)} {S.dtype} layer on {S.device.type} ({reason}). "
+            f"Compute two-four is not available for a {tuple(S.shape)} {S.dtype} layer on {S.device.type} ({reason}). "
             "Use auto."
         ) from None
 
 
 def _offloaded(module: nn.Module) -> bool:
+    """Tell whether accelerate moves the module's weights to the device for each call."""
     hook = getattr(module, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]
     return any(getattr(each, "offload", False) for each in hooks)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
+    """Make a parameter without gradient."""
     return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Exports as ordinary models in memory, to be measured like any other."""
+"""Load exports as ordinary dense models, for evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def unpacked(loaded: LoadedModel) -> LoadedModel:
-    """The model with ordinary linear layers in place of packed ones, each the sum of its parts; itself without such."""
+    """Replace the packed layers of a model by dense ones; a model without packed layers is returned as it is.
+
+    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> loaded = load_model(reference_folder(), device="cpu")
+    >>> unpacked(loaded) is loaded
+    True
+    """
     from globalopt.export.quantizer import packed_layers
 
     model: Any = loaded.model
@@ -25,7 +31,11 @@ def unpacked(loaded: LoadedModel) -> LoadedModel:
 
 
 def is_adapter_export(source: str | Path) -> bool:
-    """Whether `source` is a folder of a sparse base and an adapter."""
+    """Tell whether `source` is a folder of a sparse base and an adapter.
+
+    >>> is_adapter_export("my-model")
+    False
+    """
     folder = Path(source).expanduser()
     return (folder / BASE / "config.json").is_file() and (folder / ADAPTER / "adapter_config.json").is_file()
 
@@ -33,11 +43,22 @@ def is_adapter_export(source: str | Path) -> bool:
 def load_adapter_export(
     folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Load base and adapter, merged.
+    """Load an export of format adapter, with the adapter merged into the base.
 
+    Args:
+        dtype, device, trust_remote_code: as for `load_model`.
     Raises:
         ArtefactError: the adapter is broken or does not fit the base, or the base cannot be read (`load_model`).
         UsageError: peft is not installed.
+
+    >>> from globalopt.export.adapter import export_adapter
+    >>> from globalopt.export.example import example_run
+    >>> export_adapter(example_run(), Path("exported"))
+    >>> import warnings
+    >>> with warnings.catch_warnings(action="ignore"):  # peft calls what transformers deprecates
+    ...     model = load_adapter_export(Path("exported"), device="cpu").model
+    >>> tuple(model.get_submodule("model.layers.0.mlp.up_proj").weight.shape)
+    (24, 16)
     """
     from globalopt.models.loading import load_model, quiet
 
@@ -50,7 +71,7 @@ def load_adapter_export(
         with quiet():
             merged: Any = PeftModel.from_pretrained(loaded.model, str(folder / ADAPTER), local_files_only=True)
             model = merged.merge_and_unload()
-    # peft raises anything on configs and files that are broken.
+    # peft raises errors of any kind for broken configs and files.
     except Exception as cause:
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise ArtefactError(f"The adapter in {folder} cannot be loaded ({reason}). Export the run again.") from cause

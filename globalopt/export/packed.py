@@ -1,14 +1,15 @@
 """Format packed: a checkpoint of the kept values alone, which transformers loads once `globalopt` is imported.
 
-Of a packed layer NAME the checkpoint holds, in place of its weight (see `packing` and `linear`):
+For a packed layer NAME the checkpoint holds, in place of its weight (see `packing` and `linear`):
 
     NAME.weight    (values,)    the values of S; 1-D, so that a loader that does not know the format stops at the shape
-    NAME.support   uint8        where they belong
+    NAME.support   uint8        their positions
     NAME.U, NAME.V              the factors, where there is rank
     NAME.signs     uint8        SLaB's plane, one bit per weight
 
-All values are in the saved type. A layer that packing does not make smaller stays as it was. `config.json` describes
-the layers under `quantization_config`; the header of every weight file seals tensors and configs (`seal`).
+All values are in the dtype of the run's model. A layer that packing does not make smaller stays dense. `config.json`
+describes the layers under `quantization_config`; the header of every weight file holds digests of tensors and configs
+(`seal`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
 def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the run's model packed to `folder`, with its tokenizer."""
+    """Export the model of a finished run packed to `folder`, with its tokenizer.
+
+    Raises:
+        ArtefactError: the run is missing, unfinished or broken, or `folder` holds something.
+
+    >>> from globalopt.export.example import example_run
+    >>> export_packed(example_run(), Path("exported"))
+    >>> len(read_json(Path("exported/config.json"))["quantization_config"]["layers"])
+    14
+    """
     check_out(folder)
     source = read_source(run, trust_remote_code)
     model = packed_model(source)
@@ -44,7 +54,13 @@ def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> N
 
 
 def packed_model(source: Source) -> PreTrainedModel:
-    """The run's model with packed layers; the one of `source` is used up."""
+    """Pack the layers of the model of `source`, which is changed in place and returned.
+
+    >>> from globalopt.export.example import example_run
+    >>> model = packed_model(read_source(example_run(Path("a run"))))
+    >>> type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__
+    'SparseLowRankLinear'
+    """
     model = source.loaded.model
     shapes: dict[str, Shape] = {}
     for spec, value in source.values():
@@ -56,7 +72,7 @@ def packed_model(source: Source) -> PreTrainedModel:
         made = SparseLowRankLinear.of(value, bias, isinstance(old, Conv1D), source.patterns[spec.name])
         model.set_submodule(spec.name, made)
         shapes[spec.name] = shape
-    # Of a lazy model only what was packed is in memory by now.
+    # Of a lazily loaded model only the packed layers are in memory by now.
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             path, _, leaf = name.rpartition(".")
@@ -70,17 +86,24 @@ def packed_model(source: Source) -> PreTrainedModel:
 
 
 def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", compute: str = AUTO) -> PreTrainedModel:
-    """Load a packed model from a folder, checked before anything of it is used; no code of its own is run.
+    """Load a packed model from a folder, after checking its files; code that comes with it is not run.
 
     `AutoModelForCausalLM.from_pretrained` after `import globalopt` loads the same, also from the hub and over several
-    devices; this one checks the configs before a model is made of them, and ends in one kind of error.
+    devices. This function checks the configs before it makes a model from them, and raises one kind of error for
+    everything that is wrong with the files.
 
     Args:
         dtype: "float32", "bfloat16", "float16", or "auto": as stored.
-        compute: see `SparseLowRankLinear`.
+        compute: the way of computing, see `SparseLowRankLinear`.
     Raises:
         ArtefactError: the folder is missing, incomplete or broken, no packed model, or changed since it was saved.
-        UsageError, UnknownNameError: there is no such dtype, device or way to compute.
+        UsageError, UnknownNameError: there is no such dtype, device or way of computing.
+
+    >>> from globalopt.export.example import example_run
+    >>> export_packed(example_run(Path("another run")), Path("packed"))
+    >>> model = load_packed(Path("packed"), device="cpu", compute="split")
+    >>> model(torch.arange(8)[None]).logits.shape
+    torch.Size([1, 8, 64])
     """
     folder = Path(folder)
     place = resolve_device(device)
@@ -103,7 +126,7 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
             )
     except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
         raise
-    # Whoever seals a checkpoint anew can put anything into its configs, and transformers raises anything.
+    # Configs can hold anything, as anybody can write a new seal, and transformers raises errors of any kind for them.
     except Exception as cause:
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise ArtefactError(f"{folder} cannot be loaded ({reason}). Fetch or export the model again.") from cause
@@ -117,7 +140,7 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a packed model; `ArtefactError` if there is none in the folder."""
+    """List the weight files of a packed model; `ArtefactError` if there is no packed model in the folder."""
     if not folder.is_dir():
         raise ArtefactError(f"There is no folder {folder}. Give the one that `globalopt export --format packed` wrote.")
     config = read_json(folder / seal.CONFIG)
@@ -132,6 +155,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
+    """List the weight files that the index names; `ArtefactError` if it is broken or names others than the folder's."""
     index = read_json(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):

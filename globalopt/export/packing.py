@@ -1,4 +1,4 @@
-"""A sparse matrix as few bytes, exactly: its values in row-major order, and where they belong.
+"""Pack sparse matrices without loss: the values in row-major order, and their positions (the support).
 
 form        values                      support (uint8)
 empty       one zero                    none
@@ -8,8 +8,8 @@ columns     the nonzeros                a 16-bit column per value, then d_out + 
 KEEP:OF     KEEP of every OF weights    ceil(log2 OF) bits per value: its position in its group
 
 Bits fill a byte from the lowest up; numbers of several bytes are little endian. A group of a pattern that has fewer
-nonzeros than it may is filled up with zeros, so that every row has as many values as every other: the layout that
-semi-structured kernels read.
+nonzeros than the pattern allows is padded with zeros, so that all rows have equally many values, as in the layout of
+semi-structured kernels.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ _LARGEST_GROUP = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix (d_out, d_in) is packed: the `form`, and how many `values` it has.
+    """Describe how a matrix (d_out, d_in) is packed: the `form`, and the number of stored `values`.
 
     Raises:
-        ArtefactError: no such matrix can be packed so; that is how a broken checkpoint shows.
+        ArtefactError: the numbers do not fit together, as in a broken checkpoint.
+
+    >>> Layout(d_out=8, d_in=16, form="2:4", values=64).support_bytes
+    16
+    >>> Layout(d_out=8, d_in=16, form="bitmask", values=10).bytes(per_value=2)
+    36
     """
 
     d_out: int
@@ -62,11 +67,12 @@ class Layout:
 
     @property
     def numel(self) -> int:
+        """Number of entries of the matrix."""
         return self.d_out * self.d_in
 
     @property
     def pattern(self) -> NM | None:
-        """The pattern that the form names; None of the other forms."""
+        """The N:M pattern that the form names; None for the other forms."""
         if self.form in (EMPTY, FULL, BITMASK, COLUMNS):
             return None
         try:
@@ -79,7 +85,7 @@ class Layout:
 
     @property
     def support_bytes(self) -> int:
-        """Length of the support."""
+        """Length of the support in bytes."""
         if self.form in (EMPTY, FULL):
             return 0
         if self.form == BITMASK:
@@ -90,12 +96,17 @@ class Layout:
         return math.ceil(self.values * _position_bits(self.pattern) / 8)
 
     def bytes(self, per_value: int) -> int:
-        """Bytes of values of `per_value` bytes and support together."""
+        """Count the bytes of the values, `per_value` each, and of the support."""
         return per_value * self.values + self.support_bytes
 
 
 def layout(S: Tensor, pattern: NM | None = None) -> Layout:
-    """The smallest layout of `S` (d_out, d_in); a pattern is kept where it costs no more than a bit per weight."""
+    """Choose the smallest layout of `S` (d_out, d_in); that of `pattern` where it takes at most one bit per weight.
+
+    >>> S = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 3.0, 4.0, 0.0]])
+    >>> layout(S).form, layout(S, NM(2, 4)).form
+    ('bitmask', '2:4')
+    """
     d_out, d_in = S.shape
     nnz = int(torch.count_nonzero(S))
     if nnz == 0:
@@ -109,7 +120,13 @@ def layout(S: Tensor, pattern: NM | None = None) -> Layout:
 
 
 def pack(S: Tensor, how: Layout) -> tuple[Tensor, Tensor | None]:
-    """`S` (d_out, d_in) as its values (how.values,) and support (how.support_bytes,) uint8."""
+    """Pack `S` (d_out, d_in) into its values (how.values,) and support (how.support_bytes,) uint8, or None.
+
+    >>> S = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 3.0, 4.0, 0.0]])
+    >>> values, support = pack(S, layout(S))
+    >>> values.tolist(), [f"{byte:08b}" for byte in support.tolist()]
+    ([1.0, 2.0, 3.0, 4.0], ['01101001'])
+    """
     if how.form == EMPTY:
         return S.new_zeros(1), None
     if how.form == FULL:
@@ -117,7 +134,7 @@ def pack(S: Tensor, how: Layout) -> tuple[Tensor, Tensor | None]:
     pattern = how.pattern
     if pattern is not None:
         groups = S.reshape(-1, pattern.of)
-        # The nonzeros of a group first, then its zeros; both in their order.
+        # The nonzeros of a group come first, then its zeros, both in their order.
         order = torch.sort((groups == 0).to(torch.uint8), dim=1, stable=True).indices[:, : pattern.keep]
         positions = order.sort(dim=1).values
         return groups.gather(1, positions).flatten(), _pack_numbers(positions.flatten(), _position_bits(pattern))
@@ -131,7 +148,12 @@ def pack(S: Tensor, how: Layout) -> tuple[Tensor, Tensor | None]:
 
 
 def unpack(values: Tensor, support: Tensor | None, how: Layout) -> Tensor:
-    """What `pack` was given; `ArtefactError` where the support is none of such a matrix."""
+    """Unpack the matrix (d_out, d_in) that was packed; `ArtefactError` where the support does not fit `how`.
+
+    >>> S = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 3.0, 4.0, 0.0]])
+    >>> torch.equal(unpack(*pack(S, layout(S)), layout(S)), S)
+    True
+    """
     length = 0 if support is None else len(support)
     if values.shape != (how.values,) or length != how.support_bytes:
         raise ArtefactError(
@@ -164,7 +186,11 @@ def unpack(values: Tensor, support: Tensor | None, how: Layout) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Bits (n,) of type bool as (ceil(n / 8),) uint8."""
+    """Pack bits (n,) of dtype bool into (ceil(n / 8),) uint8.
+
+    >>> pack_bits(torch.tensor([True, False, True])).tolist()
+    [5]
+    """
     padded = bits.new_zeros(8 * math.ceil(len(bits) / 8))
     padded[: len(bits)] = bits
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -172,7 +198,11 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """The first `n` bits of `packed` uint8, as (n,) bool; `ArtefactError` where a bit after them is set."""
+    """Unpack the first `n` bits of `packed` uint8 into (n,) bool; `ArtefactError` where a later bit is set.
+
+    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3).tolist()
+    [True, False, True]
+    """
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = ((packed[:, None] >> places) & 1).bool().flatten()
     if bool(bits[n:].any()):
@@ -181,29 +211,35 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 
 def _position_bits(pattern: NM) -> int:
+    """Count the bits of a position in a group."""
     return math.ceil(math.log2(pattern.of))
 
 
 def _pack_numbers(numbers: Tensor, width: int) -> Tensor:
+    """Pack numbers (n,) of `width` bits each into uint8."""
     places = torch.arange(width, device=numbers.device)
     return pack_bits(((numbers[:, None] >> places) & 1).bool().flatten())
 
 
 def _unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
+    """Unpack `n` numbers of `width` bits each."""
     bits = unpack_bits(packed, n * width).reshape(n, width)
     places = torch.arange(width, device=packed.device)
     return (bits.long() << places).sum(1)
 
 
 def _bytes_of(numbers: Tensor, width: int) -> Tensor:
+    """Convert numbers (n,) to (n width,) uint8, little endian."""
     places = 8 * torch.arange(width, device=numbers.device)
     return ((numbers[:, None] >> places) & 255).to(torch.uint8).flatten()
 
 
 def _from_bytes(packed: Tensor, width: int) -> Tensor:
+    """Convert (n width,) uint8, little endian, to numbers (n,)."""
     places = 8 * torch.arange(width, device=packed.device)
     return (packed.reshape(-1, width).long() << places).sum(1)
 
 
 def _whole(value: object, least: int) -> bool:
+    """Tell whether a value is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize

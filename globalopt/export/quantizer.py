@@ -1,6 +1,7 @@
-"""How transformers loads, saves and undoes a packed model: our config and quantizer, under its hooks.
+"""Load, save and dequantize packed models in transformers, as a quantization method with config and quantizer.
 
-Only the hooks before and after the loading of weights are used: the stored tensors have the names of the modules'.
+Only the hooks before and after the loading of weights are used, as the stored tensors have the names of the modules'
+parameters.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ _FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 
 class SparseLowRankConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed model.
+    """Hold the `quantization_config` of a packed model.
 
     Args:
         layers: `Shape.record()` of every packed layer, by its name.
         format_version: of the format.
     Raises:
         ArtefactError: it was written by another version, or describes no layers.
+
+    >>> record = {"d_out": 8, "d_in": 16, "form": "2:4", "values": 64, "rank": 2, "signs": False}
+    >>> SparseLowRankConfig({"model.layers.0.mlp.up_proj": record}).shapes()["model.layers.0.mlp.up_proj"].rank
+    2
     """
 
     def __init__(self, layers: Mapping[str, Any], format_version: int = VERSION, **other: Any) -> None:
@@ -45,19 +50,29 @@ class SparseLowRankConfig(QuantizationConfigMixin):
         self.layers = {str(name): dict(Shape.parse(record).record()) for name, record in layers.items()}
 
     def shapes(self) -> dict[str, Shape]:
-        """The layers' shapes, by name."""
+        """Return the shapes of the packed layers, by name."""
         return {name: Shape.parse(record) for name, record in self.layers.items()}
 
 
 class SparseLowRankQuantizer(HfQuantizer):
-    """Puts packed layers into a model before its weights are loaded."""
+    """Replace linear layers by packed ones before transformers loads the weights of a model.
 
-    requires_calibration = True  # transformers' word for: only models that come packed
+    >>> from pathlib import Path
+    >>> from transformers import AutoModelForCausalLM
+    >>> from globalopt.export.example import example_run
+    >>> from globalopt.export.packed import export_packed
+    >>> export_packed(example_run(), Path("exported"))
+    >>> model = AutoModelForCausalLM.from_pretrained("exported")
+    >>> type(model.hf_quantizer).__name__, len(list(packed_layers(model)))
+    ('SparseLowRankQuantizer', 14)
+    """
+
+    requires_calibration = True  # in transformers: a model cannot be packed on loading, only one that is can be loaded
 
     quantization_config: SparseLowRankConfig
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room for what the first call unpacks: at most the dense layer beside what is stored."""
+        """Leave room for the weights that the first call unpacks: at most the dense layer beside the packed one."""
         shapes = self.quantization_config.shapes().values()
         # At 16 bits a value; at 32 the packed share is larger, so this is on the safe side.
         packed = sum(shape.bytes(2) for shape in shapes)
@@ -66,6 +81,7 @@ class SparseLowRankQuantizer(HfQuantizer):
         return {place: int(size * share) if isinstance(size, int) else size for place, size in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Check the files, and replace linear layers by empty packed ones."""
         shapes = self.quantization_config.shapes()
         files = kwargs.get("checkpoint_files")
         if files:
@@ -81,6 +97,7 @@ class SparseLowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Check that every packed layer can be unpacked."""
         for name, layer in packed_layers(model):
             layer.requires_grad_(False)
             if layer.weight.device.type == "meta":
@@ -89,18 +106,20 @@ class SparseLowRankQuantizer(HfQuantizer):
                 layer.value()
             except (ArtefactError, ArithmeticError) as cause:
                 raise ArtefactError(f"Layer {name} of the packed model is broken: {cause}") from None
-            # Uncast, they are views of the file, and would keep all of it mapped.
+            # They are not cast, so that they are views of the file and would keep all of it mapped.
             for bits in ("support", "signs"):
                 if getattr(layer, bits) is not None:
                     setattr(layer, bits, getattr(layer, bits).clone())
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace packed layers by dense ones."""
         for name, layer in packed_layers(model):
             model.set_submodule(name, dense_layer(layer, dtype))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors to save, and the seal as metadata."""
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -110,34 +129,49 @@ class SparseLowRankQuantizer(HfQuantizer):
         for ignored in model._keys_to_ignore_on_save or ():
             tensors.pop(ignored, None)
         tensors = remove_tied_weights_from_state_dict(tensors, model)
-        # A cast since may have changed a shape.
+        # A cast since loading may have rounded values to zero, which changes a shape.
         self.quantization_config.layers = {name: layer.shape.record() for name, layer in packed_layers(model)}
-        # As save_pretrained is about to set them; they are sealed as they will be written.
+        # The seal holds digests of the configs as save_pretrained is about to write them.
         model.config.quantization_config = self.quantization_config
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
         return tensors, seal.seal(model, tensors, revert_weight_conversion(model, dict(tensors)))
 
     def is_serializable(self) -> bool:
+        """Tell transformers that packed models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Tell transformers that packed models cannot be trained."""
         return False
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, SparseLowRankLinear]]:
-    """The packed layers of a model, by name."""
+    """Iterate over the packed layers of a model, with their names.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> list(packed_layers(tiny_llama()))
+    []
+    """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)]
     return iter(found)
 
 
 def set_compute(model: nn.Module, compute: str) -> None:
-    """Compute every packed layer of `model` by `compute` (`SparseLowRankLinear`); "two-four" those with a 2:4 `S`.
+    """Set the way of computing (`SparseLowRankLinear`) of all packed layers; "two-four" only of those with a 2:4 `S`.
 
     Raises:
-        UnknownNameError: there is no such way.
-        UsageError: this device has none, or the model has no packed layer.
+        UnknownNameError: there is no way called `compute`.
+        UsageError: this device does not support it, or the model has no packed layer.
+
+    >>> from globalopt.export.linear import MERGED
+    >>> from globalopt.values.decomposition import Decomposition
+    >>> S = torch.eye(4)
+    >>> layer = SparseLowRankLinear.of(Decomposition(S, S[:, :1], S[:1]), bias=None)
+    >>> set_compute(nn.Sequential(layer), MERGED)
+    >>> layer.compute
+    'merged'
     """
     layers = [layer for _, layer in packed_layers(model)]
     if not layers:
@@ -148,7 +182,14 @@ def set_compute(model: nn.Module, compute: str) -> None:
 
 
 def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """The `nn.Linear` or `Conv1D` that a packed layer stands for."""
+    """Unpack a layer into an `nn.Linear`, or into a `Conv1D` where it replaces one.
+
+    >>> from globalopt.values.decomposition import Decomposition
+    >>> S = torch.eye(4)
+    >>> layer = SparseLowRankLinear.of(Decomposition(S, S[:, :0], S[:0]), bias=None)
+    >>> torch.equal(dense_layer(layer).weight, S)
+    True
+    """
     from transformers.pytorch_utils import Conv1D
 
     W = layer.value().dense().to(dtype or layer.weight.dtype)
@@ -161,13 +202,14 @@ def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) ->
 
 
 def _is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is GPT-2's `Conv1D`."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
 
 
 def _linear(model: nn.Module, name: str, shape: Shape) -> Any:
-    """The layer of the model as its config makes it; `ArtefactError` if it is none, or of another shape."""
+    """Find the linear layer `name` of an unpacked model; `ArtefactError` if there is none, or one of another shape."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -185,6 +227,7 @@ def _linear(model: nn.Module, name: str, shape: Shape) -> Any:
 
 
 def _check_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Check the dtypes and shapes of the stored tensors; `ArtefactError` naming the first that does not fit."""
     for name, shape in shapes.items():
         for part, size in shape.tensors().items():
             dtype, found = stored.get(f"{name}.{part}", ("nothing", ()))

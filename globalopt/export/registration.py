@@ -1,4 +1,4 @@
-"""Makes packed models known to transformers, now or as soon as it is imported; costs nothing until then."""
+"""Register the packed format with transformers, at once or as soon as transformers is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register config and quantizer with transformers; a second time changes nothing."""
+    """Register config and quantizer with transformers; a second call changes nothing.
+
+    Where transformers is not imported yet, it is left so: the registration follows when it is.
+
+    >>> register()
+    >>> from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    >>> AUTO_QUANTIZER_MAPPING["globalopt"].__name__
+    'SparseLowRankQuantizer'
+    """
     if _REGISTRY in sys.modules:
         _add(sys.modules[_REGISTRY])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
@@ -24,6 +32,7 @@ def register() -> None:
 
 
 def _add(registry: ModuleType) -> None:
+    """Add config and quantizer to the registry of transformers."""
     from globalopt.export import quantizer
 
     if quantizer.METHOD not in registry.AUTO_QUANTIZER_MAPPING:
@@ -32,11 +41,12 @@ def _add(registry: ModuleType) -> None:
 
 
 class _OnImport:
-    """Has the registry of transformers loaded as ever, and adds to it."""
+    """Find the registry of transformers on its import, and have it loaded by a loader that adds to it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find the registry of transformers; None for other modules."""
         if fullname != _REGISTRY:
             return None
         us: Any = self
@@ -49,16 +59,20 @@ class _OnImport:
 
 
 class _Adding:
+    """Load a module by another loader, then add to it."""
+
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module by the other loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module by the other loader, then add to it."""
         self._loader.exec_module(module)
         _add(module)
 
     def __getattr__(self, name: str) -> Any:
-        # What asks a loader for its source or its files means the real one.
+        # Requests for the source or the files of the module go to the real loader.
         return getattr(self._loader, name)

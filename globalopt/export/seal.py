@@ -1,7 +1,7 @@
-"""What makes a changed checkpoint show: a digest of every tensor and of both configs, in every weight file's header.
+"""Detect changed checkpoints by digests of every tensor and of both configs, in the header of every weight file.
 
-It protects against broken disks, cut-off transfers and careless edits. Who changes a checkpoint on purpose can seal it
-again: that what is loaded has the shapes it must have is checked beside.
+The digests, called a seal, protect against broken disks, cut-off transfers and careless edits, not against attackers,
+who can write a new seal: shapes and dtypes of tensors are checked beside it (`quantizer`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 def seal(model: PreTrainedModel, tensors: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata that seals a model's files.
+    """Make the seal of a model's files, as metadata for their headers.
 
     Args:
-        model: its configs are sealed as they will be written.
-        tensors: what will be written, by name; `renamed` the same under the names of the original checkpoint.
+        model: its configs are digested as they will be written.
+        tensors: the tensors that will be written, by name.
+        renamed: the same under the names of the original checkpoint.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> tensors = {"model.norm.weight": torch.ones(16)}
+    >>> sorted(json.loads(seal(tiny_llama(), tensors, tensors)["globalopt"]))
+    ['config', 'generation_config', 'tensors', 'version']
     """
     record = {
         "version": VERSION,
@@ -45,7 +51,17 @@ def seal(model: PreTrainedModel, tensors: Mapping[str, Tensor], renamed: Mapping
 
 
 def check_configs(files: Iterable[str | Path]) -> None:
-    """`ArtefactError` if a config beside the weight `files` is not the one they were saved with."""
+    """Check that the configs beside the weight `files` are those they were saved with; `ArtefactError` otherwise.
+
+    >>> from globalopt.export.example import example_run
+    >>> from globalopt.export.packed import export_packed
+    >>> export_packed(example_run(), Path("exported"))
+    >>> check_configs(["exported/model.safetensors"])
+    >>> _ = Path("exported/config.json").write_text("{}")
+    >>> check_configs(["exported/model.safetensors"])
+    Traceback (most recent call last):
+    globalopt.errors.ArtefactError: exported/config.json is not the file that was saved with these weights. ...
+    """
     paths = _safetensors(files)
     record = _record(paths)
     for name, key in ((CONFIG, "config"), (GENERATION_CONFIG, "generation_config")):
@@ -65,7 +81,15 @@ _CHECKED: ContextVar[tuple[list[Path], Sizes] | None] = ContextVar("checked", de
 
 @contextlib.contextmanager
 def checked(files: Iterable[str | Path]) -> Iterator[None]:
-    """Check configs and tensors of the weight `files`, which need not be read for it again while open."""
+    """Check configs and tensors of the weight `files`; within the context `check_tensors` does not read them again.
+
+    >>> from globalopt.export.example import example_run
+    >>> from globalopt.export.packed import export_packed
+    >>> export_packed(example_run(Path("another run")), Path("packed"))
+    >>> with checked(["packed/model.safetensors"]):
+    ...     len(check_tensors(["packed/model.safetensors"])) > 14
+    True
+    """
     paths = sorted(_safetensors(files))
     check_configs(paths)
     token = _CHECKED.set((paths, check_tensors(paths)))
@@ -76,11 +100,17 @@ def checked(files: Iterable[str | Path]) -> Iterator[None]:
 
 
 def check_tensors(files: Iterable[str | Path]) -> Sizes:
-    """Read every tensor of the weight `files`; type and shape by name.
+    """Read every tensor of the weight `files`, check its digest, and return dtypes and shapes by name.
 
     Raises:
         ArtefactError: a file is no safetensors or broken, a tensor is not the one that was saved, or one is missing or
             too many.
+
+    >>> from globalopt.export.example import example_run
+    >>> from globalopt.export.packed import export_packed
+    >>> export_packed(example_run(Path("third run")), Path("third"))
+    >>> check_tensors(["third/model.safetensors"])["model.norm.weight"]
+    ('torch.float32', (16,))
     """
     paths = sorted(_safetensors(files))
     already = _CHECKED.get()
@@ -108,6 +138,7 @@ def check_tensors(files: Iterable[str | Path]) -> Sizes:
 
 
 def _safetensors(files: Iterable[str | Path]) -> list[Path]:
+    """Check that the files are safetensors of one folder."""
     paths = [Path(file) for file in files]
     for path in paths:
         if path.suffix != ".safetensors":
@@ -120,7 +151,7 @@ def _safetensors(files: Iterable[str | Path]) -> list[Path]:
 
 
 def _record(files: list[Path]) -> dict[str, Any]:
-    """The seal, which every file must hold alike."""
+    """Read the seal; `ArtefactError` where the files hold none, or different ones."""
     texts = []
     for file in files:
         with _opened(file) as tensors:
@@ -140,6 +171,7 @@ def _record(files: list[Path]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; `ArtefactError` where it is missing or broken."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -147,13 +179,13 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ArtefactError(f"There is no weight file {file}. Fetch or export the model again.") from None
     except ArtefactError:
         raise
-    # Also what a header promises and torch has no type for.
+    # The errors also cover dtypes that a header names and torch does not have.
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as cause:
         raise ArtefactError(f"{file} is broken ({cause}). Fetch or export the model again.") from None
 
 
 def _digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's type, shape and bytes."""
+    """Compute the sha256 of a tensor's dtype, shape and bytes."""
     if tensor.device.type == "meta":
         raise ArtefactError("A model that is partly offloaded cannot be saved packed. Load it without offloading.")
     tensor = tensor.detach().cpu().contiguous()
@@ -164,10 +196,12 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _digest_json(value: Any) -> str:
+    """Compute the sha256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _generation_digest(model: PreTrainedModel) -> str | None:
+    """Compute the digest of the generation config as it will be written; None without one."""
     if not model.can_generate() or model.generation_config is None:
         return None
     text = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
@@ -175,6 +209,7 @@ def _generation_digest(model: PreTrainedModel) -> str | None:
 
 
 def _read_json(path: Path) -> Any:
+    """Read a JSON file."""
     from globalopt.runs.files import read_json
 
     return read_json(path)

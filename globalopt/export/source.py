@@ -1,4 +1,4 @@
-"""What every export reads: the layers of a finished run, and the model it saved."""
+"""Read the layers of a finished run and the model it saved, for exports."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ _ROUNDINGS = 4
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A finished run, with its saved model on the CPU in the type it is stored in; lazily where it does not fit.
+    """Hold a finished run, with its saved model on the CPU in its stored dtype; loaded lazily if it does not fit.
 
     Args:
         patterns: of `S`, by layer name; None for unstructured.
+
+    >>> from globalopt.export.example import example_run
+    >>> source = read_source(example_run())
+    >>> spec, value = next(source.values())
+    >>> spec.name, value.rank, source.dtype
+    ('model.layers.0.self_attn.q_proj', 1, torch.float32)
     """
 
     run: Run
@@ -37,13 +43,14 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that the model is stored in."""
         return self.loaded.checkpoint_dtype
 
     def values(self) -> Iterator[tuple[LayerSpec, Decomposition]]:
-        """Every layer with its decomposition in the saved type, in model order.
+        """Iterate over the layers with their decompositions in the stored dtype, in model order.
 
         Raises:
-            ArtefactError: a layer's artefact is missing, broken, or does not make up the weight of the saved model.
+            ArtefactError: a layer's artefact is missing, broken, or does not sum to the weight of the saved model.
         """
         for spec in self.layers.specs:
             value = self.run.layer(spec)
@@ -60,7 +67,7 @@ class Source:
             yield spec, Decomposition(S, U, V, value.signs)
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer of the saved model, also of a block that is not in memory."""
+        """Read a parameter or buffer of the saved model, also of a block that is not in memory."""
         lazy = self.layers.lazy
         if lazy is not None and lazy.has(name):
             return lazy.read(name)
@@ -69,6 +76,7 @@ class Source:
 
     @property
     def _precision(self) -> float:
+        """Largest difference between a saved weight and the sum of its parts, relative to the largest weight."""
         return _ROUNDINGS * torch.finfo(self.dtype).eps
 
 
@@ -77,14 +85,18 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
 
     Raises:
         ArtefactError: the folder holds no run, an unfinished one or a family of budgets, or its model is broken.
+
+    >>> from globalopt.export.example import example_run
+    >>> len(read_source(example_run(Path("another run"))).patterns)
+    14
     """
     run = Run.open(folder)
     summary = run.summary()
-    # Left to itself it would come in float32, for the CPU to compute with.
+    # The dtype "auto" would mean float32 on a CPU.
     stored = read_json(run.saved_model / "config.json").get("dtype")
     dtype = stored if stored in DTYPES else "auto"
     loaded = load_model(run.saved_model, dtype, "cpu", trust_remote_code)
-    # It is loaded with its cache off; what is exported is to be served.
+    # `load_model` turns the cache off; an exported model is to be served.
     loaded.model.config.use_cache = True
     layers = find_layers(loaded.model, allow_low_coverage=True)
     patterns = {layer.name: NM.parse(layer.pattern) if layer.pattern else None for layer in summary.layers}
@@ -96,6 +108,9 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
 
 
 def check_out(folder: Path) -> None:
-    """`ArtefactError` if an export cannot go to `folder`: there is something already."""
+    """Check that an export can be written to `folder`; `ArtefactError` if it exists and is not empty.
+
+    >>> check_out(Path("exported"))
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists and is not empty; choose another --out.")

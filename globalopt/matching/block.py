@@ -1,11 +1,11 @@
-"""Transformer matching: what a compressed block keeps is trained until the block answers as the dense one does.
+"""Transformer matching: train the parameters of a compressed block to reproduce the outputs of the dense block.
 
     minimise  mean over tokens of loss(f(x; kept) - y),   y = (1 - share) f_dense(x) + share f_dense(x_dense)
 
-over kept entries, factors and norms of one block, where `x` is what the compressed prefix really produces and `x_dense`
-what the dense model would. Source: 3BASiL, arXiv:2603.01376, section on transformer matching. Departures, all options:
-the norm that errors are measured in, steps relative to the size of what they change, an end that held-out windows
-decide, and supports that no step can leave (`globalopt.trainable`).
+over the kept entries, factors and norms of one block. `x` is the hidden state that the compressed blocks before it
+produce, `x_dense` the one that the dense blocks would. Source: 3BASiL, arXiv:2603.01376, section on transformer
+matching. Departures from it, all of them options: the norm of the error, steps relative to the size of the tensor they
+change, early stopping on held-out windows, and supports that no step can leave (`globalopt.matching.parameters`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from globalopt.values.metric import Gram
 
 
 class Loss(StrEnum):
-    """How the error `e` of a token's hidden state is measured, `y` being the state it should be.
+    """Choose the loss of a token with the error `e` (d,) of its hidden state and the target state `y` (d,).
 
-    `sum`: `|e|²`. `token`: `|e|² / |y|²`. `nats`: `eᵀ A e / 2`, `A` the output Gram of the block, so that a token costs
-    what the end loss minds. `both`: the mean of `token` and `nats`, each over what it is at the start: `A` is curvature
-    at no loss, and a state that it hardly feels may still be one that later blocks rely on.
+    `sum`: `|e|²`. `token`: `|e|² / |y|²`. `nats`: `eᵀ A e / 2` with the output Gram `A` (d, d) of the block: the
+    second-order estimate of the increase of the model's loss, in nats. `both`: the mean of `token` and `nats`, each
+    divided by its initial value. It guards against errors that `nats` does not see: `A` is the curvature at zero error,
+    and later blocks may rely on directions in which it is small.
+
+    >>> [loss.value for loss in Loss if loss.weighted]
+    ['nats', 'both']
     """
 
     SUM = "sum"
@@ -41,18 +45,24 @@ class Loss(StrEnum):
 
     @property
     def weighted(self) -> bool:
-        """Whether it reads `A`."""
+        """Tell whether the loss uses the output Gram `A`."""
         return self in (Loss.NATS, Loss.BOTH)
 
 
 @dataclass(frozen=True)
 class Matching(Training):
-    """How a block is matched.
+    """Set how a block is matched: the options of `Training`, and these.
 
     Args:
-        loss: see `Loss`.
-        damping: of `A`, as a share of its mean diagonal.
-        share: of the target that is the dense block's answer to dense inputs.
+        loss: the loss of a token.
+        damping: added to the diagonal of `A`, as a share of its mean diagonal.
+        share: weight in the target of the dense block's output on the inputs of the dense model, in [0, 1]; the rest is
+            its output on the inputs of the compressed model.
+    Raises:
+        UsageError: an option is out of its range.
+
+    >>> Matching.read({"preset": "tm", "epochs": "3"}).epochs
+    3
     """
 
     loss: Loss = Loss.NATS
@@ -67,7 +77,12 @@ class Matching(Training):
 
     @classmethod
     def read(cls, options: Mapping[str, str]) -> Matching:
-        """From texts by option; `preset` sets what the other options then change."""
+        """Parse options given as text; `preset` chooses the values of the options that are not given.
+
+        Raises:
+            UnknownNameError: there is no such preset or option.
+            UsageError: a value cannot be parsed, or is out of its range.
+        """
         given = dict(options)
         preset = given.pop("preset", "default")
         if preset not in PRESETS:
@@ -81,7 +96,7 @@ PRESETS = {
         epochs=19, rate=2e-5, floor=0.2, relative=False, held_out=0.0, patience=19, loss=Loss.SUM, windows=8
     ),
 }
-"""`tm`: as published; of its twenty epochs the first only evaluates."""
+"""`default`, and `tm` as published by 3BASiL; the first of its twenty epochs only evaluates, which leaves 19."""
 
 
 def match_block(
@@ -94,42 +109,64 @@ def match_block(
     outputs: Gram | None,
     seed: int,
 ) -> tuple[Trainable, Trained]:
-    """Train what block `index` keeps; the block itself is not changed.
+    """Train the kept parameters of block `index` to reproduce `targets`; the model is not changed.
 
     Args:
-        inputs: hidden states (b, t, d) that enter it, by batch.
-        targets: those that should leave it.
-        values: its layers as they were fitted.
-        outputs: `A` (d, d) of the hidden states behind the block, for `Loss.NATS`.
+        inputs: hidden states (b, t, d) that enter the block, by batch.
+        targets: hidden states (b, t, d) that should leave it, by batch.
+        values: the decompositions of its layers, by name.
+        outputs: output Gram `A` (d, d) of the block, for the losses that use it.
         seed: of the order of the batches.
+    Returns:
+        The trained parameters, and the losses before and after.
     Raises:
         NumericalError: a loss is not finite.
-        UsageError: there is no `outputs`, and the loss needs it.
+        UsageError: the loss needs `outputs`, and there are none.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama().requires_grad_(False))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)])
+    >>> inputs = [runner.first(i) for i in range(4)]
+    >>> dense = [runner.run(0, i, inputs[i]) for i in range(4)]
+    >>> pruned = {spec.name: layers.weight(spec.name) for spec in layers.of_block(0)}
+    >>> pruned = {name: W * (W.abs() > 0.02) for name, W in pruned.items()}
+    >>> values = {name: Decomposition(S, S[:, :0], S[:0]) for name, S in pruned.items()}
+    >>> trained, found = match_block(runner, 0, inputs, dense, values, Matching(loss=Loss.TOKEN), None, seed=0)
+    >>> found.after < 0.9 * found.before
+    True
     """
     layers = runner.layers
     root = f"{layers.blocks_path}.{index}"
     trainable = Trainable(layers, values, [root])
     device = layers.module(next(iter(values))).weight.device
-    norm = _Norm(options, outputs, device)
+    mean_loss = _MeanLoss(options, outputs, device)
 
-    def errors(i: int) -> tuple[Tensor, Tensor]:
+    def found_and_target(i: int) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
             found = runner.run(index, i, inputs[i], trainable.tensors(f"{root}."))
         batch = runner.batches[i]
         return batch.select(found), batch.select(targets[i]).to(found.device)
 
     def loss_of(i: int) -> Tensor:
-        return norm(*errors(i))
+        return mean_loss(*found_and_target(i))
 
     if options.loss is Loss.BOTH:
         with torch.no_grad():
-            norm.settle(errors(i) for i in range(len(runner)))
+            mean_loss.normalise(found_and_target(i) for i in range(len(runner)))
 
     return trainable, train(trainable, loss_of, len(runner), options, seed, f"block {index}")
 
 
-class _Norm:
-    """`mean over tokens of loss(found - wanted)`."""
+class _MeanLoss:
+    """Compute `mean over tokens of loss(found - target)`.
+
+    Args:
+        outputs: output Gram `A` (d, d), for the losses that use it.
+    Raises:
+        UsageError: the loss needs `outputs`, and there are none.
+    """
 
     def __init__(self, options: Matching, outputs: Gram | None, device: torch.device) -> None:
         self.loss = options.loss
@@ -141,24 +178,26 @@ class _Norm:
             # eᵀ A e / 2 as |Fᵀ e|²: one product, and never below zero.
             self.factor = (vectors * (values.clamp_min(0) / 2).sqrt()).float().to(device)
 
-    def settle(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Make one the mean of each error of `both` over `pairs` of what is found and wanted."""
+    def normalise(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Normalise each term of `both` by its initial mean, which is taken over `pairs` of found and target states."""
         sums = torch.stack([torch.stack([self._token(*pair), self._nats(*pair)]) for pair in pairs]).double().mean(0)
-        # Nothing is lost yet: then nothing is to be gained either.
+        # A term that is zero at the start cannot be lowered.
         self.units = tuple(1 / (2 * value) if value > 0 else 0.0 for value in sums.tolist())
 
-    def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def __call__(self, found: Tensor, target: Tensor) -> Tensor:
         if self.loss is Loss.NATS:
-            return self._nats(found, wanted)
+            return self._nats(found, target)
         if self.loss is Loss.TOKEN:
-            return self._token(found, wanted)
+            return self._token(found, target)
         if self.loss is Loss.BOTH:
-            return self.units[0] * self._token(found, wanted) + self.units[1] * self._nats(found, wanted)
-        return (found.float() - wanted.float()).square().sum(-1).mean()
+            return self.units[0] * self._token(found, target) + self.units[1] * self._nats(found, target)
+        return (found.float() - target.float()).square().sum(-1).mean()
 
-    def _nats(self, found: Tensor, wanted: Tensor) -> Tensor:
-        return ((found.float() - wanted.float()) @ self.factor).square().sum(-1).mean()
+    def _nats(self, found: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean of `eᵀ A e / 2`."""
+        return ((found.float() - target.float()) @ self.factor).square().sum(-1).mean()
 
-    def _token(self, found: Tensor, wanted: Tensor) -> Tensor:
-        wanted = wanted.float()
-        return ((found.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+    def _token(self, found: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean of `|e|² / |y|²`."""
+        target = target.float()
+        return ((found.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()

@@ -1,10 +1,10 @@
-"""Model matching: what a compressed model keeps is trained until the model predicts as the dense one does.
+"""Model matching: train the kept parameters of a whole model to reproduce the predictions of the dense model.
 
     minimise  mean over positions of KL(dense || compressed)
 
 on calibration text, over kept entries, factors and norms of the whole model, supports fixed. The dense predictions are
-kept as their most probable tokens with the rest as one symbol (`kernels.top_kl.Teacher`). Beyond the papers on
-sparse plus low-rank layers; it is plain distillation (arXiv:1503.02531) on what they leave.
+stored as their most probable tokens, with all other tokens as one (`kernels.top_kl.Teacher`). This is distillation
+(Hinton et al., arXiv:1503.02531) on fixed supports; no paper on sparse plus low-rank layers has this step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Distillation(Training):
-    """How a whole model is matched."""
+    """Set how a whole model is matched: the options of `Training` with other defaults.
+
+    >>> Distillation.read({"rate": "0.01"})
+    Distillation(epochs=6, rate=0.01, ... patience=3, ...)
+    """
 
     epochs: int = 6
     rate: float = 0.005
@@ -40,13 +44,20 @@ class Distillation(Training):
 
     @classmethod
     def read(cls, options: Mapping[str, str]) -> Distillation:
-        """From texts by option."""
+        """Parse options given as text; errors as for `Matching.read`."""
         return cls(**read_options(cls, "model matching", options))
 
 
 @torch.no_grad()
 def teachers(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Teacher]:
-    """Predictions of the dense `model` on every batch."""
+    """Compute the next-token distributions of the dense `model` on every batch, for `match_model`.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model, batch = tiny_llama(), Batch(torch.arange(24).reshape(2, 12))
+    >>> dense = teachers(model, [batch])
+    >>> dense[0].kl(model(batch.input_ids).logits[:, :-1]).abs().max().item() < 1e-5
+    True
+    """
     return [Teacher.of(_logits(model, batch, {})) for batch in batches]
 
 
@@ -60,14 +71,30 @@ def match_model(
     checkpoint: Path | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> tuple[Trainable, Trained]:
-    """Train what the layers keep; the model itself is not changed.
+    """Train the kept parameters of all layers to reproduce the predictions `dense`; the model is not changed.
 
     Memory: beside the model four times its kept parameters in float32, and the activations of one batch.
 
     Args:
-        dense: predictions by batch.
-        values: all layers as they were fitted or matched.
-        checkpoint: where to write after every epoch, and to go on from.
+        dense: next-token distributions of the dense model, by batch.
+        values: the decompositions of all layers, by name.
+        seed: of the order of the batches.
+        checkpoint: file that is written after every epoch, and resumed from if it exists.
+        advance: called after every epoch with its loss as text.
+    Returns:
+        The trained parameters, and the losses before and after.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama().requires_grad_(False))
+    >>> batches = [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)]
+    >>> dense = teachers(layers.model, batches)
+    >>> pruned = {spec.name: layers.weight(spec.name) for spec in layers.specs}
+    >>> pruned = {name: W * (W.abs() > 0.02) for name, W in pruned.items()}
+    >>> values = {name: Decomposition(S, S[:, :0], S[:0]) for name, S in pruned.items()}
+    >>> trained, found = match_model(layers, batches, dense, values, Distillation(rate=0.02), seed=0)
+    >>> found.after < 0.9 * found.before
+    True
     """
     trainable = Trainable(layers, values, [""])
     device = token_embedding(layers.model).weight.device
@@ -81,7 +108,11 @@ def match_model(
 
 
 def _logits(model: PreTrainedModel, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(b, t - 1, vocabulary) of the positions whose next token is in the window."""
+    """Compute the logits (b, t - 1, vocabulary) of the positions whose next token is in the window.
+
+    Args:
+        tensors: parameters that replace those of the model, by name.
+    """
     ids = batch.input_ids.to(token_embedding(model).weight.device)
     call = {"input_ids": ids, "use_cache": False}
     return functional_call(model, dict(tensors), (), call).logits[:, :-1]

@@ -1,8 +1,8 @@
-"""Compressed layers as parameters that can be trained without leaving their supports.
+"""Parametrise compressed layers so that training cannot leave their supports.
 
-The parameters are the kept entries of `S`, the factors `U`, `V`, and the weights of norms, all in float32; the weight
-of a layer is made from them anew in every forward pass. An entry outside of the support is no parameter, so that
-nothing has to be masked and no step can bring it back.
+The parameters are the kept entries of `S`, the factors `U`, `V`, and the weights and biases of norms, all in float32;
+the weight of a layer is made from them anew in every forward pass. An entry outside of the support is no parameter, so
+that nothing has to be masked and no step can bring it back.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from globalopt.values.decomposition import Decomposition
 
 
 class TrainableLayer:
-    """`W = S + U V` (or `S + (U V) * signs`) with `S` as its nonzero values.
+    """Parametrise `W = S + U V`, or `S + (U V) * signs`, by the nonzero values of `S` and the factors.
 
-    The factors are balanced first, `Uᵀ U = V Vᵀ`, as steps of equal relative size should move both alike.
+    The factors are balanced first, `Uᵀ U = V Vᵀ`, so that steps of equal relative size move both alike.
+
+    Args:
+        value: the decomposition to start from, in any dtype.
+        device: of the parameters.
+
+    >>> S, U, V = torch.eye(2), torch.tensor([[9.0], [0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> layer = TrainableLayer(Decomposition(S, U, V), torch.device("cpu"))
+    >>> layer.values.tolist(), [round(x, 3) for x in layer.U.abs().flatten().tolist()]
+    ([1.0, 1.0], [3.0, 0.0])
+    >>> layer.weight().round(decimals=3).tolist()
+    [[10.0, 0.0], [0.0, 1.0]]
     """
 
     def __init__(self, value: Decomposition, device: torch.device) -> None:
@@ -33,10 +44,11 @@ class TrainableLayer:
         self.signs = None if value.signs is None else value.signs.to(device)
 
     def parameters(self) -> list[nn.Parameter]:
+        """List the values, `U` and `V`, without empty ones."""
         return [part for part in (self.values, self.U, self.V) if part.numel()]
 
     def weight(self) -> Tensor:
-        """(d_out, d_in), differentiable in the parameters."""
+        """Compute the weight (d_out, d_in), differentiable in the parameters."""
         S = self.values.new_zeros(self.shape.numel()).scatter(0, self.support, self.values).view(self.shape)
         if not self.U.numel():
             return S
@@ -45,7 +57,7 @@ class TrainableLayer:
 
     @torch.no_grad()
     def value(self) -> Decomposition:
-        """The decomposition as it now is, in the dtype it came in."""
+        """Return the current decomposition on the CPU, in the dtype of the one it was made from."""
         S = self.values.new_zeros(self.shape.numel()).scatter(0, self.support, self.values).view(self.shape)
         U, V = self.U.detach(), self.V.detach()
         signs = None if self.signs is None else self.signs.cpu()
@@ -54,13 +66,26 @@ class TrainableLayer:
 
 
 class Trainable:
-    """Some layers of a model, and norms, as parameters to train."""
+    """Parametrise some layers of a model, and the norms beside them.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama())
+    >>> W = layers.weight("model.layers.0.mlp.up_proj")
+    >>> kept = {"model.layers.0.mlp.up_proj": Decomposition(W * (W > 0), W[:, :0], W[:0])}
+    >>> trainable = Trainable(layers, kept, ["model.layers.0"])
+    >>> list(trainable.norms)
+    ['model.layers.0.input_layernorm.weight', 'model.layers.0.post_attention_layernorm.weight']
+    >>> [round(unit, 3) for unit in trainable.units()[-2:]]
+    [1.0, 1.0]
+    """
 
     def __init__(self, layers: ModelLayers, values: Mapping[str, Decomposition], roots: Iterable[str]) -> None:
-        """
+        """Make the parameters.
+
         Args:
-            values: by layer.
-            roots: module paths; the norms below them are trained too.
+            values: decompositions of the layers, by name.
+            roots: module paths; the norms at or below them are trained too.
         """
         self._model = layers.model
         self._layers = layers
@@ -72,10 +97,29 @@ class Trainable:
         }
 
     def parameters(self) -> list[nn.Parameter]:
+        """List the parameters of all layers, then those of the norms."""
         return [part for layer in self.layers.values() for part in layer.parameters()] + list(self.norms.values())
 
+    @torch.no_grad()
+    def units(self) -> list[float]:
+        """Compute the unit of the steps of every parameter: its root mean square, in the order of `parameters`.
+
+        A parameter of a norm `y = w x + b` that is zero everywhere, such as the bias of a LayerNorm that was never
+        trained, has no size of its own and would never move. It gets the largest unit among the parameters of its norm:
+        `x` has a root mean square of 1, so that a step of `b` in units of `w` changes `y` as much as the same step of
+        `w`. Where all of them are zero the unit is 1, the size of `x`. Values of `S` are never zero, and factors that
+        are zero have no gradient.
+        """
+        norms = {name: _root_mean_square(norm) for name, norm in self.norms.items()}
+        of_norm: dict[str, float] = {}
+        for name, unit in norms.items():
+            module = name.rpartition(".")[0]
+            of_norm[module] = max(unit, of_norm.get(module, 0.0))
+        parts = [_root_mean_square(part) for layer in self.layers.values() for part in layer.parameters()]
+        return parts + [unit or of_norm[name.rpartition(".")[0]] or 1.0 for name, unit in norms.items()]
+
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """What the model computes with, by parameter name below `prefix`, in the model's own dtypes."""
+        """Compute the model's parameters from the trained ones, by name below `prefix`, in the model's dtypes."""
         made = {f"{name}.weight": self._layers.oriented(name, layer.weight()) for name, layer in self.layers.items()}
         made.update(self.norms)
         return {
@@ -85,10 +129,11 @@ class Trainable:
         }
 
     def values(self) -> dict[str, Decomposition]:
+        """Return the current decompositions of the layers, by name."""
         return {name: layer.value() for name, layer in self.layers.items()}
 
     def norm_values(self) -> dict[str, Tensor]:
-        """Weights of the norms by parameter name, in the model's dtypes."""
+        """Return the current parameters of the norms on the CPU, by name, in the model's dtypes."""
         return {
             name: norm.detach().to("cpu", self._model.get_parameter(name).dtype, copy=True)
             for name, norm in self.norms.items()
@@ -96,24 +141,38 @@ class Trainable:
 
     @torch.no_grad()
     def state(self) -> list[Tensor]:
-        """Copies of all parameters."""
+        """Copy all parameters, in the order of `parameters`."""
         return [parameter.detach().clone() for parameter in self.parameters()]
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
+        """Set all parameters to a copy that `state` made."""
         for parameter, kept in zip(self.parameters(), state, strict=True):
             parameter.copy_(kept)
 
 
 def norm_parameters(model: nn.Module, root: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the normalisations at or below module `root`, by name in the model."""
+    """Find the parameters of the norms at or below module `root`, by their names in the model.
+
+    A norm is a module whose class has "norm" in its name.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> [name for name, _ in norm_parameters(tiny_llama(blocks=1), "")]
+    ['model.layers.0.input_layernorm.weight', 'model.layers.0.post_attention_layernorm.weight', 'model.norm.weight']
+    """
     for path, module in model.get_submodule(root).named_modules():
         if "norm" in type(module).__name__.lower():
             for name, parameter in module.named_parameters(recurse=False):
                 yield ".".join(part for part in (root, path, name) if part), parameter
 
 
+def _root_mean_square(parameter: Tensor) -> float:
+    """Compute the root mean square of a parameter."""
+    return float(parameter.detach().square().mean().sqrt())
+
+
 def _balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Balance the factors of `U V`, `Uᵀ U = V Vᵀ`, by the SVD of the product, in float64 and without forming it."""
     if not U.numel():
         return U, V
     Qu, Ru = torch.linalg.qr(U.double())

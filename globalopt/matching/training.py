@@ -1,4 +1,4 @@
-"""Adam over what a compressed model keeps, ended by windows it is not trained on."""
+"""Train the kept parameters of a compressed model by Adam, with early stopping on held-out windows."""
 
 from __future__ import annotations
 
@@ -17,22 +17,30 @@ from globalopt.registry import at_least
 from globalopt.runs.files import read_tensors, write_tensors
 
 BACK_OFF = 0.3
-"""How much smaller steps become when an epoch was refused."""
+"""Factor on the step size after an epoch that did not lower the held-out loss."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How parameters are trained.
+    """Set how parameters are trained.
+
+    An epoch after which the loss on held-out windows is no lower than the best so far is refused: it is undone, with
+    Adam's moments, and the step size falls by `BACK_OFF`.
 
     Args:
         epochs: passes over the calibration windows at most.
-        rate: first step size of Adam; falls along half a cosine to `floor` of it, and by `BACK_OFF` with every epoch
-            that held-out windows refuse, which is taken back.
+        rate: first step size of Adam; it falls along half a cosine to `floor` of it.
         relative: steps are in units of the root mean square of the tensor they change, else absolute.
         held_out: share of the batches that is not trained on and decides which epoch is kept; 0 keeps the last.
-        patience: refused epochs in a row after which it ends.
+        patience: refused epochs in a row after which training ends.
         windows: calibration windows per step, at most as many as `--batch-size`.
         autocast: multiply in bfloat16; parameters stay in float32.
+    Raises:
+        UsageError: an option is out of its range.
+
+    >>> Training(epochs=0)
+    Traceback (most recent call last):
+    globalopt.errors.UsageError: Option epochs must be finite and at least 1; got 0.
     """
 
     epochs: int = 4
@@ -51,7 +59,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """Losses before and after, on held-out batches where there are any, else on all; epochs done, and the kept one."""
+    """Report a training.
+
+    Args:
+        before, after: mean losses, on held-out batches where there are any, else on all.
+        epochs: how many were done.
+        kept_epoch: the one whose parameters were kept; 0 is the start.
+
+    >>> Trained(before=0.5, after=0.2, epochs=4, kept_epoch=3).after
+    0.2
+    """
 
     before: float
     after: float
@@ -69,21 +86,34 @@ def train(
     checkpoint: Path | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> Trained:
-    """Minimise the mean of `loss_of(i)` over batches `i`; leaves the parameters of the best epoch.
+    """Minimise the mean of `loss_of(i)` over the batches `i`, and set the parameters to those of the best epoch.
 
     The start counts as epoch 0, so that the loss of held-out batches never rises. At least one batch is trained on.
 
     Args:
+        trainable: the parameters, which are changed in place.
+        loss_of: loss of a batch, differentiable in the parameters.
+        batches: how many there are.
+        seed: of the order of the batches.
         where: what is trained, for messages.
-        checkpoint: after every epoch all is written here, and a later call goes on from it to the same end.
-        advance: called after every epoch with its loss in words.
+        checkpoint: file that is written after every epoch; a later call resumes from it and ends with the same bits.
+        advance: called after every epoch with its loss as text.
     Raises:
+        ArtefactError: the checkpoint is of another training.
         NumericalError: a loss is not finite.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> trainable = Trainable(find_layers(tiny_llama()), {}, ["model.norm"])
+    >>> (norm,) = trainable.parameters()
+    >>> found = train(trainable, lambda i: (norm - 1.5).square().mean(), 8, Training(rate=0.1), seed=0, where="a norm")
+    >>> found.before, round(found.after, 2), found.kept_epoch
+    (0.25, 0.0, 4)
     """
     held = min(batches - 1, math.ceil(options.held_out * batches))
     judged = range(batches - held, batches) if held else range(batches)
     parameters = trainable.parameters()
-    units = [float(p.detach().square().mean().sqrt()) if options.relative else 1.0 for p in parameters]
+    units = trainable.units() if options.relative else [1.0] * len(parameters)
     adam = torch.optim.Adam([{"params": [p]} for p in parameters])
 
     def finite(loss: float) -> float:
@@ -102,7 +132,7 @@ def train(
     step = progress.epoch * (batches - held)
     while progress.epoch < options.epochs and progress.refused < options.patience:
         epoch = progress.epoch + 1
-        # A generator of its own for every epoch: an order does not depend on where a run was taken up again.
+        # A generator of its own for every epoch: its order does not depend on where a run was resumed.
         order = random.Random(f"{seed} {epoch}").sample(range(batches - held), batches - held)
         seen = []
         for i in order:
@@ -117,7 +147,7 @@ def train(
             seen.append(loss.detach().double())
             adam.step()
             step += 1
-        # Where every epoch is kept, what its steps saw says enough of all but the last.
+        # Where every epoch is kept, the mean loss of its steps is enough for all but the last.
         loss = judge() if held or epoch == options.epochs else finite(float(torch.stack(seen).mean()))
         progress.tell(epoch, loss, accept=not held or loss < progress.best)
         if checkpoint is not None:
@@ -128,9 +158,9 @@ def train(
 
 
 class _Progress:
-    """Where a training is: its parameters, Adam's moments, and the best parameters so far."""
+    """Hold the state of a training: its parameters, Adam's moments, and the best parameters so far."""
 
-    FACTS = ("epoch", "before", "best", "kept_epoch", "refused", "scale")
+    COUNTERS = ("epoch", "before", "best", "kept_epoch", "refused", "scale")
 
     def __init__(self, trainable: Trainable, adam: torch.optim.Adam) -> None:
         self._trainable = trainable
@@ -141,11 +171,15 @@ class _Progress:
         self.kept: list[Tensor] = []
 
     def start(self, loss: float) -> None:
+        """Keep the parameters at the start, with their loss, as epoch 0."""
         self.before = self.best = loss
         self.kept = self._trainable.state()
 
     def tell(self, epoch: int, loss: float, accept: bool) -> None:
-        """An epoch is over: keep what it came to, or take it back, Adam's moments too, and go on in smaller steps."""
+        """Accept the parameters of an epoch as the best, or undo it, reset Adam's moments and reduce the step size.
+
+        Moments of refused steps would lead the next ones the same way.
+        """
         self.epoch = epoch
         if accept:
             self.best, self.kept, self.kept_epoch, self.refused = loss, self._trainable.state(), epoch, 0
@@ -158,26 +192,27 @@ class _Progress:
             self.scale *= BACK_OFF
 
     def write(self, path: Path) -> None:
+        """Write the state as tensors, with the counters as metadata."""
         tensors = {}
         for k, (parameter, kept) in enumerate(zip(self._trainable.parameters(), self.kept, strict=True)):
             state = self._adam.state[parameter]
             parts = {"now": parameter, "kept": kept, "first": state["exp_avg"], "second": state["exp_avg_sq"]}
             tensors.update({f"{part}:{k}": tensor for part, tensor in parts.items()})
             tensors[f"step:{k}"] = state["step"]
-        write_tensors(path, tensors, {fact: getattr(self, fact) for fact in self.FACTS})
+        write_tensors(path, tensors, {name: getattr(self, name) for name in self.COUNTERS})
 
     @torch.no_grad()
     def read(self, path: Path) -> bool:
-        """Take up what was written, if anything was; `ArtefactError` if it is not of this training."""
+        """Restore a written state and return True; False if there is none, `ArtefactError` if it does not fit."""
         if not path.exists():
             return False
-        tensors, facts = read_tensors(path)
+        tensors, counters = read_tensors(path)
         count = len(self._trainable.parameters())
         wanted = {f"{part}:{k}" for part in ("now", "kept", "first", "second", "step") for k in range(count)}
-        if set(tensors) != wanted or not set(self.FACTS) <= facts.keys():
+        if set(tensors) != wanted or not set(self.COUNTERS) <= counters.keys():
             raise ArtefactError(f"{path} is of another training. Delete it and run the same command again.")
-        for fact in self.FACTS:
-            setattr(self, fact, facts[fact])
+        for name in self.COUNTERS:
+            setattr(self, name, counters[name])
         self.kept = []
         for k, parameter in enumerate(self._trainable.parameters()):
             parameter.copy_(tensors[f"now:{k}"])

@@ -76,19 +76,21 @@ def _plain(value: object) -> object:
 
 
 class ErrorUnit(StrEnum):
-    """Unit of predicted losses and layer errors.
+    """Name the unit of the predicted and actual errors of layers, as it stands in JSON files.
 
-    >>> ErrorUnit("nats per token").name
-    'NATS'
+    `NATS`: increase of the mean loss in nats per token, `tr(A E G Eᵀ) / 2` with the output Gram `A`. `OUTPUT_ERROR`:
+    `tr(E G Eᵀ)`, the squared error of the layer's output per token. `NOT_PREDICTED`: of budgets whose targets no search
+    predicted anything for.
+
+    >>> ErrorUnit("output error")
+    <ErrorUnit.OUTPUT_ERROR: 'output error'>
+    >>> f"3.1 {ErrorUnit.NATS}"
+    '3.1 nats per token'
     """
 
     NATS = "nats per token"
     OUTPUT_ERROR = "output error"
-
-
-NATS = ErrorUnit.NATS
-
-OUTPUT_ERROR = ErrorUnit.OUTPUT_ERROR
+    NOT_PREDICTED = "not predicted"
 
 
 @dataclass(frozen=True)
@@ -484,7 +486,7 @@ class Family:
     >>> point = FamilyPoint(2048, 0.04, None, None, 0.5, 2048, "0.5.json", 0.039, 0.025, uniform)
     >>> family = Family(
     ...     "globalopt family", "reference", "3basil", {}, seed=0, accounting="params", pattern="unstructured",
-    ...     total=4096, error_unit=NATS, candidates=None, windows=64, seqlen=128, left_out=(), stages=(), versions={},
+    ...     total=4096, error_unit=ErrorUnit.NATS, candidates=None, windows=64, seqlen=128, left_out=(), stages=(), versions={},
     ...     points=(point,),
     ... )
     >>> [point.limit / family.total for point in family.points]
@@ -499,7 +501,7 @@ class Family:
     accounting: str
     pattern: str
     total: int
-    error_unit: str
+    error_unit: ErrorUnit
     candidates: str | None
     windows: int
     seqlen: int
@@ -543,7 +545,7 @@ class Summary:
     >>> compressed = Metrics("test", 21.0, 3.045, 0.01, kl=0.05, kl_stderr=0.002, **window)
     >>> summary = Summary(
     ...     "globalopt search", "reference", "knapsack", "3basil", seed=0, accounting="params", asked=0.5, limit=2048,
-    ...     used=2048, total=4096, predicted=0.040, bound=0.039, error_unit=NATS, budget_unit=NATS, covered=4096,
+    ...     used=2048, total=4096, predicted=0.040, bound=0.039, error_unit=ErrorUnit.NATS, budget_unit=ErrorUnit.NATS, covered=4096,
     ...     block_params=4200, skipped={}, layers=(), dense=(dense,), compressed=(compressed,), stages=(), splits={},
     ... )
     >>> summary.used / summary.total, round(summary.compressed[0].perplexity / summary.dense[0].perplexity, 3)
@@ -562,8 +564,8 @@ class Summary:
     total: int
     predicted: float | None
     bound: float | None
-    error_unit: str
-    budget_unit: str
+    error_unit: ErrorUnit
+    budget_unit: ErrorUnit
     covered: int
     block_params: int
     skipped: Mapping[str, int]

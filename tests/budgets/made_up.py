@@ -9,6 +9,7 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile, LayerEntry
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
+from globalopt.values.results import ErrorUnit
 
 KINDS = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
@@ -68,7 +69,7 @@ def make(
         block_params=covered + 10,
         allocator="knapsack",
         seed=3,
-        error_unit="nats per token",
+        error_unit=ErrorUnit.NATS,
         predicted=0.25 * len(layers),
         bound=None,
         layers=entries,

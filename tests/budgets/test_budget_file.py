@@ -8,10 +8,11 @@ import pytest
 from allocators import get_allocator
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.errors import ArtefactError
-from globalopt.values.budget import Limits
+from globalopt.errors import ArtefactError, UsageError
+from globalopt.values.budget import Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
+from globalopt.values.results import ErrorUnit
 from tests.surfaces import problem
 
 PROBLEMS = {
@@ -27,7 +28,7 @@ PROBLEMS = {
 def made(at: Problem) -> BudgetFile:
     allocation = get_allocator("knapsack").allocate(at)
     total = sum(spec.numel for spec in at.specs)
-    return budget_file.make(allocation, at, "f" * 64, total, total + 10, at.budget.kept, "output error")
+    return budget_file.make(allocation, at, "f" * 64, total, total + 10, at.budget.kept, ErrorUnit.OUTPUT_ERROR)
 
 
 @pytest.fixture(params=PROBLEMS)
@@ -89,6 +90,32 @@ def test_every_field_is_needed(tmp_path, field):
     path.write_text(json.dumps(raw))
     with pytest.raises(ArtefactError, match=field):
         budget_file.read(path)
+
+
+@pytest.mark.parametrize("unit", ErrorUnit)
+def test_the_unit_of_errors_is_read_as_written_and_another_is_refused(tmp_path, unit):
+    path = tmp_path / "budget.json"
+    budget_file.write(path, made(problem(0.5)).model_copy(update={"error_unit": unit}))
+    raw = json.loads(path.read_text())
+    assert raw["error_unit"] == unit.value
+    assert budget_file.read(path).error_unit is unit
+    path.write_text(json.dumps({**raw, "error_unit": "bits"}))
+    with pytest.raises(ArtefactError, match="error_unit"):
+        budget_file.read(path)
+
+
+@pytest.mark.parametrize("patterned", [False, True])
+def test_a_plane_of_signs_is_refused_as_no_file_holds_one(patterned):
+    at = problem(0.5)
+    targets = {spec.name: Target(1, spec.numel // 4) for spec in at.specs}
+    first = at.specs[0]
+    half = NM(2, 4)
+    kept = Target(1, half.nnz(first), half, signs=True) if patterned else Target(1, 0, signs=True)
+    allocation = at.finish({**targets, first.name: kept}, "by hand")
+    with pytest.raises(UsageError, match=rf"Layer {first.name}: a budget file holds no plane of signs"):
+        budget_file.make(allocation, at, "f" * 64, 10, 10, 0.5, ErrorUnit.NATS)
+    with pytest.raises(ArtefactError, match=rf"Layer {first.name}: a budget file holds no plane of signs"):
+        budget_file.imported({**targets, first.name: kept}, made(at))
 
 
 @pytest.mark.parametrize(

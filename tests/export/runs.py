@@ -8,14 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from globalopt.export.example import write_finished_run
 from globalopt.models.layers import find_layers
-from globalopt.models.saving import save_dense
-from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
-from globalopt.runs.folder import Run
-from globalopt.runs.records import SolvedLayer
 from globalopt.values.decomposition import Decomposition
-from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.results import LayerResult, Summary
+from globalopt.values.layer import NM
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ALL = ("both", "sparse", "factors", "dense", "2:4", "zero", "few", "full")
@@ -27,17 +23,10 @@ def made_run(
     """A finished run of a tiny model of architecture `kind`, its layers decomposed as `kinds` say in turn."""
     model = tiny_model(kind)
     layers = find_layers(model, allow_low_coverage=True)
-    run = Run.start(folder, {"model": kind}, {})
-    results = []
-    for spec, how in zip(layers.specs, cycle(kinds), strict=False):
-        value = _in(decomposed(layers.weight(spec.name), how), dtype)
-        run.put(SOLVED_LAYER, spec, SolvedLayer(value, {}))
-        layers.set_weight(spec.name, value.dense())
-        results.append(_result(spec, value, how))
-    save_dense(model, tiny_tokenizer(), run.model_folder, dtype)
-    run.put(SUMMARY, None, _summary(tuple(results)))
-    run.close()
-    return folder
+    ways = dict(zip((spec.name for spec in layers.specs), cycle(kinds), strict=False))
+    values = {name: _in(decomposed(layers.weight(name), how), dtype) for name, how in ways.items()}
+    patterns = {name: NM(2, 4) for name, how in ways.items() if how == "2:4"}
+    return write_finished_run(folder, model, tiny_tokenizer(), values, patterns, dtype)
 
 
 def decomposed(W: Tensor, how: str, seed: int = 0) -> Decomposition:
@@ -69,53 +58,3 @@ def decomposed(W: Tensor, how: str, seed: int = 0) -> Decomposition:
 
 def _in(value: Decomposition, dtype: torch.dtype) -> Decomposition:
     return Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs)
-
-
-def _result(spec: LayerSpec, value: Decomposition, how: str) -> LayerResult:
-    return LayerResult(
-        name=spec.name,
-        block=spec.block,
-        kind=spec.kind,
-        d_out=spec.d_out,
-        d_in=spec.d_in,
-        rank=value.rank,
-        nnz=value.nnz,
-        pattern=str(NM(2, 4)) if how == "2:4" else None,
-        cost=value.nnz,
-        dense_cost=spec.numel,
-        predicted=None,
-        actual=0.0,
-        relative=0.0,
-        status="converged",
-        damping=0.0,
-        seconds=0.0,
-    )
-
-
-def _summary(layers: tuple[LayerResult, ...]) -> Summary:
-    used = sum(layer.cost for layer in layers)
-    total = sum(layer.dense_cost for layer in layers)
-    return Summary(
-        command="globalopt search",
-        model="tiny",
-        allocator="uniform",
-        solver="3basil",
-        seed=0,
-        accounting="params",
-        asked=0.5,
-        limit=used,
-        used=used,
-        total=total,
-        predicted=0.0,
-        bound=None,
-        error_unit="nats per token",
-        budget_unit="nats per token",
-        covered=total,
-        block_params=total,
-        skipped={},
-        layers=layers,
-        dense=(),
-        compressed=(),
-        stages=(),
-        splits={},
-    )

@@ -151,7 +151,7 @@ def test_unknown_and_impossible_ways_are_refused():
     with pytest.raises(UnknownNameError, match="did you mean 'split'"):
         layer.use("spilt")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="two-four is not to be had"):
+        with pytest.raises(UsageError, match="two-four is not available"):
             layer.use("two-four")
     assert set(COMPUTES) == {"auto", "split", "merged", "two-four", "unpack"}
 

@@ -30,12 +30,13 @@ def setting(
     tmp_path,
     solver="3basil",
     kind="llama",
+    model=None,
     target=None,
     matching: Matching | None = QUICK,
     dtype=torch.float32,
     name="run",
 ):
-    layers = find_layers(tiny_model(kind))
+    layers = find_layers(tiny_model(kind) if model is None else model)
     total = sum(spec.numel for spec in layers.specs)
     budget = Budget(total, total)
     made = get_solver(solver, {"steps": "20"} if solver == "3basil" else {})
@@ -102,6 +103,20 @@ def test_every_architecture_is_matched(tmp_path, kind):
     assert norms
     before = tiny_model(kind)
     assert all(not torch.equal(layers.model.get_parameter(n), before.get_parameter(n)) for n in norms)
+
+
+def test_norm_biases_that_are_zero_are_trained(tmp_path):
+    model = tiny_model("opt")
+    biases = [p for name, p in model.named_parameters() if "layer_norm" in name and name.endswith("bias")]
+    for bias in biases:
+        bias.zero_()
+    layers, runner, plan, run = setting(tmp_path, "wanda", model=model)
+    list(refine(runner, plan, run))
+    trained = [
+        layers.model.get_parameter(f"model.decoder.layers.0.{n}.bias")
+        for n in ("self_attn_layer_norm", "final_layer_norm")
+    ]
+    assert all(bias.count_nonzero() == bias.numel() for bias in trained)
 
 
 def test_a_pattern_is_kept(tmp_path):

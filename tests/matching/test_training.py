@@ -17,9 +17,7 @@ class Line(Trainable):
 
     def __init__(self) -> None:
         self.a, self.b = nn.Parameter(torch.tensor([0.2])), nn.Parameter(torch.tensor([3.0]))
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.a, self.b]
+        self.layers, self.norms = {}, {"slope.weight": self.a, "height.bias": self.b}
 
     def loss(self, i: int) -> Tensor:
         return (self.a * i + self.b - (2 * i + 1)).square().sum()
@@ -91,6 +89,36 @@ def test_a_refused_epoch_is_taken_back_and_the_next_takes_smaller_steps():
     # One step an epoch: 0.3 is too far and refused, 0.23 is nearer, 0.26 is refused again.
     assert starts == pytest.approx([0.2, 0.2, 0.23, 0.23], abs=1e-4)
     assert (found.kept_epoch, found.epochs) == (4, 4)
+
+
+def test_a_refused_epoch_leaves_no_moments_behind():
+    starts: list[float] = []
+    line = Line()
+
+    def loss(i: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return (line.a - 0.24).square().sum()
+        starts.append(float(line.a.detach()))
+        # The first step is steep and refused. Its moments would make the next, of a flat slope, two thirds as long.
+        return -line.a.sum() * (1.0 if len(starts) == 1 else 1e-3)
+
+    options = Training(epochs=3, rate=0.1, floor=1.0, relative=False, held_out=0.5, patience=9)
+    train(line, loss, 2, options, seed=0, where="a line")
+    assert starts == pytest.approx([0.2, 0.2, 0.23], abs=1e-4)
+
+
+def test_parameters_that_are_zero_are_trained_in_the_unit_of_their_norm():
+    line = Line()
+    line.norms = {"norm.weight": line.a, "norm.bias": line.b}
+    with torch.no_grad():
+        line.b.zero_()
+    assert line.units() == pytest.approx([0.2, 0.2])
+    train(line, lambda i: -(line.a + line.b).sum(), 1, Training(epochs=1, rate=0.1), seed=0, where="a line")
+    assert float(line.b.detach()) == pytest.approx(0.02, rel=1e-3)
+    with torch.no_grad():
+        line.a.zero_()
+        line.b.zero_()
+    assert line.units() == [1.0, 1.0]
 
 
 def test_without_held_out_batches_the_last_epoch_is_kept():

@@ -9,7 +9,8 @@ from rich.console import Console, RenderableType
 from globalopt.errors import UsageError
 from globalopt.values.results import Summary
 from reports import comparison
-from reports.comparison import differences
+from reports.comparison import measured_runs
+from reports.paired import incomparable
 from tests.reports.factory import make_metrics, make_search, make_searched, make_summary
 
 
@@ -71,9 +72,19 @@ def test_another_dense_model_is_refused_and_rounding_is_not() -> None:
     near = replace(dense, nll=dense.nll + 5e-4)
     far = replace(dense, nll=dense.nll + 0.1, perplexity=68.75)
     compressed = (make_metrics("test", 70.0, 0.05),)
-    assert differences([*runs, make_summary(dense=(near,), compressed=compressed)], "abc", "test") == ()
-    reasons = differences([*runs, make_summary(dense=(far,), compressed=compressed)], "abc", "test")
+    near_run, far_run = (make_summary(dense=(one,), compressed=compressed) for one in (near, far))
+    assert incomparable(measured_runs([*runs, near_run], "abc"), "test") == ()
+    reasons = incomparable(measured_runs([*runs, far_run], "abc"), "test")
     assert reasons == ("dense perplexity differs: 62.21 (a, b); 68.75 (c)",)
+
+
+def test_layers_of_other_names_are_another_model_also_where_their_sizes_agree() -> None:
+    renamed = replace(
+        make_summary(), layers=tuple(replace(la, name=f"other.{la.name}") for la in make_summary().layers)
+    )
+    (reason,) = incomparable(measured_runs([make_summary(), renamed], "ab"), "test")
+    assert reason.startswith("model differs in names or shapes of layers: 55 layers,")
+    assert reason.count("55 layers") == 2
 
 
 def test_a_run_without_the_split_is_said_and_shown_without_figures() -> None:

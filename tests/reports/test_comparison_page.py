@@ -81,7 +81,7 @@ def test_runs_that_do_not_compare_are_named_and_have_no_differences():
     other = replace(other, compressed=tuple(replace(m, text_sha256="f" * 64) for m in other.compressed))
     page = parsed([first, other])
     assert "Not comparable: text differs" in page.text
-    assert "searched: not compared, other text" in page.text
+    assert "searched: not compared, text differs" in page.text
     assert not [row for row in page.rows if len(row) == 9]
 
 

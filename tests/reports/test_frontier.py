@@ -8,31 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.results import ErrorUnit, Family
 from reports import formats, report_family
+from reports.example import FAMILY_KEPT
 from reports.frontier import frontier_figure, frontier_table
 from tests.command import contents
-
-KEPT = (0.1, 0.35, 0.6, 1.0)
-
-
-def make_point(kept: float, total: int = 7_000_000_000) -> FamilyPoint:
-    loss = 0.3 * (1 - kept) ** 3
-    uniform = Outcome(int(kept * total), 2 * loss, 1.5 * loss, 0.1 * loss)
-    return FamilyPoint(
-        int(kept * total), loss, 0.7 * loss, 0.05 * loss, kept, int(kept * total), f"budgets/{kept:g}.json",
-        0.9 * loss, 0.1 if loss else 0.0, uniform,
-    )  # fmt: skip
-
-
-def make_family(**changes) -> Family:
-    family = Family(
-        command="globalopt search --frontier", model="reference", solver="3basil", solver_options={}, seed=0,
-        accounting="params", pattern="unstructured", total=7_000_000_000, error_unit="nats per token",
-        candidates="fit", windows=128, seqlen=256, left_out=(), stages=(), versions={},
-        points=tuple(make_point(kept) for kept in KEPT),
-    )  # fmt: skip
-    return replace(family, **changes)
+from tests.reports.factory import make_family
 
 
 def without_measurements(**changes) -> Family:
@@ -55,14 +36,16 @@ def test_a_row_per_point_within_eighty_columns() -> None:
     assert next(line.split() for line in lines if line.startswith("0.35")) == [
         "0.35", "2.450G", "0.08239", "10", "%", "0.0577", "±0.0041", "0.1236", "±0.0082"
     ]  # fmt: skip
-    assert [line.split()[0] for line in lines if line.strip()[:1] in ("0", "1")] == [f"{kept:g}" for kept in KEPT]
+    assert [line.split()[0] for line in lines if line.strip()[:1] in ("0", "1")] == [
+        f"{kept:g}" for kept in FAMILY_KEPT
+    ]
     # No footnote was folded.
     assert [line.split(":")[0] for line in lines[-4:]][::2] == ["predicted", "measured"]
     assert "of candidates made from fits; nothing is refined" in lines[-1]
 
 
 def test_without_measurements_predictions_are_compared() -> None:
-    lines = shown(without_measurements(error_unit="output error", left_out=(0.1, 0.2), pattern="2:4"))
+    lines = shown(without_measurements(error_unit=ErrorUnit.OUTPUT_ERROR, left_out=(0.1, 0.2), pattern="2:4"))
     assert next(line.split() for line in lines if line.startswith("0.35"))[-1] == "0.1648"
     assert not any("measured" in line for line in lines)
     assert lines[-1] == "left out: 2 budgets that pattern 2:4 does not reach"
@@ -91,7 +74,7 @@ def test_the_curves_hold_the_values_and_the_dense_end_is_not_drawn() -> None:
 
 
 def test_units_that_differ_have_panels_of_their_own() -> None:
-    predicted, measured = frontier_figure(make_family(error_unit="output error", accounting="bytes")).axes
+    predicted, measured = frontier_figure(make_family(error_unit=ErrorUnit.OUTPUT_ERROR, accounting="bytes")).axes
     assert "output error" in predicted.get_ylabel()
     assert "nats per token" in measured.get_ylabel()
     assert "bytes" in measured.get_xlabel()
@@ -108,7 +91,7 @@ def test_the_report_of_a_family_is_a_table_and_a_picture(tmp_path: Path) -> None
     report_family(make_family(), tmp_path, console)
     assert contents(tmp_path) == before
     # Nothing but the dense model has no place on a log axis at all.
-    report_family(make_family(points=(make_point(1.0),)), tmp_path, console)
+    report_family(make_family(points=make_family().points[-1:]), tmp_path, console)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
+from globalopt.values.results import ErrorUnit
 from reports import figures, report
 from reports.formats import prefixed
 from reports.groups import Grid
@@ -76,7 +77,7 @@ def test_errors_are_points_on_log_axes_beside_their_heatmap() -> None:
 
 def test_without_predictions_only_the_heatmap_is_drawn() -> None:
     layers = tuple(replace(layer, predicted=None) for layer in make_layers())
-    figure = error_figure(make_summary(layers=layers, error_unit="output error"))
+    figure = error_figure(make_summary(layers=layers, error_unit=ErrorUnit.OUTPUT_ERROR))
     assert [len(axes.images) for axes in figure.axes[:1]] == [1]
     assert not any(axes.collections and axes.get_xscale() == "log" for axes in figure.axes[:1])
     assert "output error" in figure.axes[0].get_title(loc="left")

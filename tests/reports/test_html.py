@@ -18,9 +18,11 @@ from globalopt.values.results import Details, Samples, Summary
 from reports import report_family
 from reports.family_page import family_page
 from reports.html import Card, Cell, Column, Lines, Page, Picture, Section, Table, rendered, write_page
-from reports.run_page import layer_table, mean_change, run_page
+from reports.run_page import layer_table, run_page
+from reports.tables import mean_change
 from tests.reports.factory import (
     make_details,
+    make_family,
     make_layers,
     make_matching,
     make_samples,
@@ -28,7 +30,7 @@ from tests.reports.factory import (
     make_searched,
     make_summary,
 )
-from tests.reports.test_frontier import make_family, without_measurements
+from tests.reports.test_frontier import without_measurements
 
 EVIL = "<script>alert('x')</script> & so"
 

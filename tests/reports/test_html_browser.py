@@ -13,9 +13,8 @@ import pytest
 from rich.console import Console
 
 from reports import report, report_comparison, report_family
-from tests.reports.factory import make_details, make_matching, make_samples, make_search, make_searched
+from tests.reports.factory import make_details, make_family, make_matching, make_samples, make_search, make_searched
 from tests.reports.test_comparison_page import LABELS, runs
-from tests.reports.test_frontier import make_family
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

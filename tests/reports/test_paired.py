@@ -87,13 +87,13 @@ def dense(measured: Measured, metrics: Metrics) -> Measured:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (altered(run("b", 0.0), text_sha256="0" * 64), "other text"),
-        (altered(run("b", 0.0), seqlen=9), "windows of 9 tokens, not 512"),
+        (altered(run("b", 0.0), text_sha256="0" * 64), "text differs: 111111111111 (a); 000000000000 (b)"),
+        (altered(run("b", 0.0), seqlen=9), "window length differs: 512 (a); 9 (b)"),
         (altered(run("b", 0.0), windows=1), "a single window has no spread"),
-        (altered(run("b", 0.0), split="validation"), "b has no figures on test"),
-        (run("b", 0.0, accounting="bytes"), "budget in bytes, not params"),
-        (run("b", 0.0, layers=make_summary(blocks=2).layers), "its layers have other names or shapes"),
-        (dense(run("b", 0.0), make_metrics("test", 8.0, None)), "its perplexity is 8, not 7"),
+        (altered(run("b", 0.0), split="validation"), "no figures on test: b"),
+        (run("b", 0.0, accounting="bytes"), "accounting differs: params (a); bytes (b)"),
+        (run("b", 0.0, layers=make_summary(blocks=2).layers), "model differs in names or shapes of layers"),
+        (dense(run("b", 0.0), make_metrics("test", 8.0, None)), "dense perplexity differs: 7.000 (a); 8.000 (b)"),
     ],
 )
 def test_what_does_not_compare_has_a_reason_and_no_difference(other, says):

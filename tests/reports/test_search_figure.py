@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.lines import Line2D
 
-from globalopt.values.results import Search, Summary
+from globalopt.values.results import ErrorUnit, Search, Summary
 from reports.pictures import write_figures
 from reports.search_figure import search_figure
 from tests.reports.factory import make_search, make_searched, make_summary
@@ -63,7 +63,7 @@ def test_every_evaluation_is_a_dot_over_its_tokens_and_the_best_a_step() -> None
 
 
 def test_another_unit_has_no_diagonal() -> None:
-    left, _ = drawn(make_searched(make_search(), budget_unit="output error"))
+    left, _ = drawn(make_searched(make_search(), budget_unit=ErrorUnit.OUTPUT_ERROR))
     assert "equal" not in lines(left)
     assert "output error" in left.get_xlabel()
     assert "nats per token" in left.get_ylabel()

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
 from globalopt.values.decomposition import Status
-from globalopt.values.results import Evaluation, MatchResult, Outcome, Search
+from globalopt.values.results import ErrorUnit, Evaluation, MatchResult, Outcome, Search
 from reports import render
 from reports.groups import Grid, Group
 from reports.shaded_grid import kept_grid, span
@@ -66,7 +66,7 @@ def test_without_a_bound_there_is_no_certificate() -> None:
 
 
 def test_a_predicted_loss_has_the_unit_of_the_budget() -> None:
-    text = shown(budget(make_summary(error_unit="output error")))
+    text = shown(budget(make_summary(error_unit=ErrorUnit.OUTPUT_ERROR)))
     assert re.search(r"predicted loss .* nats per token", text)
 
 
@@ -97,7 +97,7 @@ def test_a_block_row_counts_the_layers_it_has() -> None:
 
 def test_errors_without_prediction_leave_the_column_out() -> None:
     layers = tuple(replace(layer, predicted=None) for layer in make_layers())
-    summary = make_summary(layers=layers, error_unit="output error")
+    summary = make_summary(layers=layers, error_unit=ErrorUnit.OUTPUT_ERROR)
     assert "predicted" not in shown(by_kind_table(summary))
     assert "predicted" in shown(by_kind_table(make_summary()))
     assert row(shown(layer_results(summary)), "0.self_attn.q_proj")[1] == "-"
@@ -290,7 +290,7 @@ def test_only_a_verbose_report_lists_the_layers() -> None:
 def test_an_ascii_terminal_gets_the_same_numbers() -> None:
     file = TextIOWrapper(BytesIO(), encoding="ascii")
     console = Console(file=file, width=80)
-    render(make_searched(make_search(), error_unit="output error"), console, verbose=True)
+    render(make_searched(make_search(), error_unit=ErrorUnit.OUTPUT_ERROR), console, verbose=True)
     file.flush()
     text = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert "62.44 +-0.81" in text

@@ -1,4 +1,4 @@
-"""What the formats share: reading numbers and names, and refusing what a format has no word for."""
+"""Checks that the formats share: of numbers, of names of layers, and of targets that a format cannot express."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from globalopt.errors import ArtefactError, UsageError
 
 
 def whole_number(text: str, where: str) -> int:
-    """A count as it is written; `ArtefactError` naming the place where it is none."""
+    """Parse a count; `ArtefactError` naming the place `where` the text is none.
+
+    >>> whole_number("128", "line 2, rank")
+    128
+    """
     # Beyond 18 digits it is no count of anything, and Python refuses to read thousands of them.
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise ArtefactError(f"{where}: '{text[:40]}' is no whole number of 0 or more.")
@@ -19,7 +23,11 @@ def whole_number(text: str, where: str) -> int:
 
 
 def parse_json(text: str) -> Any:
-    """JSON; `ArtefactError` where the text is none."""
+    """Parse JSON; `ArtefactError` where the text is none.
+
+    >>> parse_json('{"r": 8}')
+    {'r': 8}
+    """
     try:
         return json.loads(text)
     # ValueError: also a whole number of thousands of digits; RecursionError: brackets as deep.
@@ -28,7 +36,15 @@ def parse_json(text: str) -> Any:
 
 
 def refuse_rank(file: BudgetFile, what: str) -> None:
-    """`UsageError` where a layer has rank, which `what` cannot carry."""
+    """Check that no layer has rank; `UsageError` otherwise, as the format `what` cannot express it.
+
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.example import example_budget
+    >>> refuse_rank(without_rank(example_budget()), "EvoPress")
+    >>> refuse_rank(example_budget(), "EvoPress")
+    Traceback (most recent call last):
+    globalopt.errors.UsageError: 1 layers have a low-rank part (the first model.layers.0.mlp.up_proj, rank 1), ...
+    """
     ranked = [entry for entry in file.layers if entry.rank]
     if ranked:
         raise UsageError(
@@ -38,7 +54,11 @@ def refuse_rank(file: BudgetFile, what: str) -> None:
 
 
 def check_names(names: Iterable[str], like: BudgetFile) -> None:
-    """`ArtefactError` where the names are not those of the layers of `like`."""
+    """Check that `names` are the layers of `like`; `ArtefactError` otherwise.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> check_names(["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"], example_budget())
+    """
     named, known = set(names), {entry.name for entry in like.layers}
     if missing := known - named:
         raise ArtefactError(f"it does not say anything of {len(missing)} layers, such as {min(missing)}.")

@@ -1,7 +1,8 @@
 """Format evopress: a line `layer: level` per layer, as EvoPress's search over sparsities writes and loads it.
 
-A level counts steps of a fixed number of weights from one sparsity for all layers, `sparsity + level step / numel`;
-both belong to the database of pruned layers (`prune.py --sparsity --weights_diff`) and are not in the file.
+The sparsity of a layer is `sparsity + level step / numel`, with one `sparsity` and one `step`, a number of weights, for
+all layers. Both belong to the database of pruned layers (`prune.py --sparsity --weights_diff`) and are not in the file.
+Source: EvoPress, arXiv:2410.14649.
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ LEVELS = 8  # each way, which EvoPress makes unless told otherwise
 
 @dataclass(frozen=True)
 class EvoPress:
-    """Whole levels of `step` weights, level 0 at `sparsity`.
+    """Convert numbers of nonzeros to and from levels of `step` weights, with level 0 at `sparsity`.
 
     Args:
         sparsity: of level 0, in [0, 1); None: that of the whole budget, for writing only.
         step: weights per level.
+    Raises:
+        UsageError: `sparsity` or `step` is out of its range.
+
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.example import example_budget
+    >>> text, notes = EvoPress(sparsity=0.75, step=4).write(without_rank(example_budget()))
+    >>> print(text)
+    model.layers.0.mlp.up_proj: -2
+    model.layers.0.mlp.down_proj: -2
     """
 
     sparsity: float | None = None
@@ -38,7 +48,7 @@ class EvoPress:
             raise UsageError(f"--level-step is a number of weights, from 1 to 2^53; got {self.step}.")
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
-        """Levels rounded to the nearest; notes say what that costs, and what reads the file back."""
+        """Write the nearest level of every layer; notes tell the rounding, and the options that read the file back."""
         refuse_rank(file, "EvoPress")
         if patterned := [entry.name for entry in file.layers if entry.pattern]:
             raise UsageError(f"Layer {patterned[0]} has a pattern, which EvoPress cannot carry. Convert to csv.")
@@ -60,7 +70,7 @@ class EvoPress:
         return "\n".join(f"{name}: {level}" for name, level in levels.items()), tuple(notes)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """Lines in any order; rank is 0 everywhere."""
+        """Parse lines in any order; every rank is 0."""
         step = self._step()
         if self.sparsity is None:
             raise UsageError(
@@ -89,10 +99,12 @@ class EvoPress:
         return targets, ()
 
     def _step(self) -> int:
+        """Return the step; `UsageError` where none was given."""
         if self.step is None:
             raise UsageError("EvoPress's levels need --level-step, the weights per level (prune.py --weights_diff).")
         return self.step
 
 
 def _nnz(sparsity: float, step: int, level: int, numel: int) -> int:
+    """Compute the number of nonzeros at a level."""
     return round((1 - sparsity) * numel - level * step)

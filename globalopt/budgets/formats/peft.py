@@ -1,7 +1,7 @@
-"""Format peft: ranks as PEFT's `LoraConfig` reads them from `adapter_config.json`; it has no word for sparsity.
+"""Format peft: ranks as PEFT's `LoraConfig` reads them from `adapter_config.json`, which cannot express sparsity.
 
-A pattern is a regular expression that must match a layer's name from the start of one of its parts to the end, the
-first that does wins; `alpha / r` scales an adapter, so alpha is the rank everywhere.
+A key of `rank_pattern` is a regular expression that must match a layer's name from the start of one of its parts to the
+end; the first that matches is used. PEFT scales an adapter by `alpha / r`, so that alpha is written as the rank.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ from globalopt.values.budget import Target
 
 ALL_LINEAR = "all-linear"
 
-# They change which layers a pattern reaches, and other programs' defaults stand behind them.
+# They change the layers that a pattern matches, in ways that depend on PEFT's defaults.
 NOT_READ = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 
 
 @dataclass(frozen=True)
 class Peft:
-    """Ranks of the low-rank parts; the model under the adapter holds the sparse parts."""
+    """Convert ranks to and from a PEFT config; the sparse parts belong to the model under the adapter.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> text, notes = Peft().write(example_budget())
+    >>> json.loads(text)["rank_pattern"].values()
+    dict_values([1])
+    >>> targets, notes = Peft().read('{"r": 2, "target_modules": ["down_proj"]}', like=example_budget())
+    >>> {name: target.rank for name, target in targets.items()}
+    {'model.layers.0.mlp.up_proj': 0, 'model.layers.0.mlp.down_proj': 2}
+    """
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
-        """A config with one pattern per rank: PEFT tries every pattern on every layer, and `re` caches few."""
+        """Write a config with one pattern per rank: PEFT tries every pattern on every layer, and `re` caches few."""
         ranks = {entry.name: entry.rank for entry in file.layers if entry.rank}
         if not ranks:
             raise UsageError("No layer has a low-rank part; a PEFT config would be empty. Convert to csv.")
@@ -52,7 +61,7 @@ class Peft:
         return json.dumps(config, indent=1) + "\n", tuple(notes)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """A config, or a `rank_pattern` by itself; nonzeros and patterns are those of `like`."""
+        """Parse a config, or a `rank_pattern` by itself; nonzeros and N:M patterns are those of `like`."""
         raw = parse_json(text)
         if not isinstance(raw, dict):
             raise ArtefactError("it is no PEFT config: not an object.")
@@ -88,6 +97,7 @@ class Peft:
 
 
 def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:
+    """Parse a `rank_pattern`: by key, the compiled expression and the rank."""
     if not isinstance(raw, dict):
         raise ArtefactError("rank_pattern must map patterns to ranks.")
     patterns = {}
@@ -101,13 +111,14 @@ def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:
 
 
 def _rank(value: Any, where: str) -> int:
+    """Check a rank; `ArtefactError` naming the place `where` it is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ArtefactError(f"{where} is {str(value)[:40]!r}, no rank.")
     return value
 
 
 def _targeted(modules: Any, names: list[str]) -> set[str]:
-    """Names that `target_modules` reaches: by whole last parts from a list, by a regular expression from a string."""
+    """Find the layers that `target_modules` selects: a list by whole last parts of names, a string as an expression."""
     if modules == ALL_LINEAR:
         return set(names)
     if isinstance(modules, str):

@@ -1,7 +1,7 @@
 """Format sparsities: one sparsity per layer in model order, as llm-compressor's `SparseGPTModifier` takes them.
 
-Written with the names of the layers as `targets`: the modifier counts sparsities against them, and with
-`targets: Linear` it would also count `lm_head`.
+It is written with the names of the layers as `targets`, as the modifier assigns sparsities to them in order; with
+`targets: Linear` the order would include `lm_head`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,22 @@ TOLERANCE = 1e-6  # of a sparsity against its pattern's
 
 @dataclass(frozen=True)
 class Sparsities:
-    """Sparsity is `1 - nnz / (d_out d_in)`. `mask_structure` N:M zeroes N of M, where we keep N of M."""
+    """Convert numbers of nonzeros to and from sparsities, `1 - nnz / (d_out d_in)`.
+
+    `mask_structure` N:M means N zeros of M weights, where our pattern N:M keeps N of M.
+
+    >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.example import example_budget
+    >>> text, notes = Sparsities().write(without_rank(example_budget()))
+    >>> json.loads(text)["sparsity"]
+    [0.5, 0.5]
+    >>> targets, notes = Sparsities().read("[0.75, 0.25]", like=example_budget())
+    >>> [target.nnz for target in targets.values()]
+    [8, 24]
+    """
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
-        """`targets`, `sparsity` and `mask_structure` as JSON; the modifier's arguments."""
+        """Write the modifier's arguments `targets`, `sparsity` and `mask_structure` as JSON."""
         refuse_rank(file, "a list of sparsities")
         patterns = {entry.pattern for entry in file.layers}
         if len(patterns) > 1:
@@ -42,7 +54,7 @@ class Sparsities:
         return json.dumps(value, indent=1) + "\n", ()
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """A list by itself, or what `write` writes; one value per layer, per block, or one for all."""
+        """Parse a list by itself, or the object that `write` writes; one value per layer, per block, or one for all."""
         raw = parse_json(text)
         if not isinstance(raw, dict):
             raw = {"sparsity": raw}
@@ -70,6 +82,7 @@ class Sparsities:
 
 
 def _numbers(raw: Any) -> list[float]:
+    """Check one sparsity or a list of them; `ArtefactError` naming the first that is none."""
     values = raw if isinstance(raw, list) else [raw]
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -78,6 +91,7 @@ def _numbers(raw: Any) -> list[float]:
 
 
 def _pattern(mask: Any) -> NM | None:
+    """Parse `mask_structure`; None where it stands for no pattern."""
     zeros, colon, of = mask.partition(":") if isinstance(mask, str) else ("", "", "")
     if not (colon and zeros.isdecimal() and of.isdecimal() and len(mask) < 9):
         raise ArtefactError(f"mask_structure is {str(mask)[:40]!r}, not N:M such as 2:4, or {UNSTRUCTURED}.")
@@ -89,7 +103,7 @@ def _pattern(mask: Any) -> NM | None:
 
 
 def _order(targets: Any, like: BudgetFile) -> tuple[LayerEntry, ...]:
-    """The layers in the order of the list: that of `targets` where they are named."""
+    """Return the layers in the order of the sparsities: that of `targets`, or model order."""
     if targets is None:
         return like.layers
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -102,6 +116,7 @@ def _order(targets: Any, like: BudgetFile) -> tuple[LayerEntry, ...]:
 
 
 def _target(sparsity: float, entry: LayerEntry, pattern: NM | None) -> Target:
+    """Convert a sparsity into a target; `ArtefactError` where it is not that of the pattern."""
     spec = entry.spec
     if pattern is None:
         return Target(0, round((1 - sparsity) * spec.numel))

@@ -1,4 +1,4 @@
-"""Format csv: one row per layer, for spreadsheets and scripts; it carries every target exactly."""
+"""Format csv: one row per layer, for spreadsheets and scripts; it expresses every target exactly."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ from globalopt.values.layer import NM
 
 NEEDED = ("name", "rank", "nnz")
 SHAPE = ("block", "kind", "d_out", "d_in")
-# Written to be looked at: they follow from the others.
+# They follow from the others and are written for readers alone.
 DERIVED = ("cost", "kept", "density")
 COLUMNS = ("name", *SHAPE, "rank", "nnz", "pattern", *DERIVED)
 
 
 @dataclass(frozen=True)
 class Csv:
-    """Columns `COLUMNS`; `NEEDED` are read, `pattern` where it is there, shapes are checked, the rest is ignored."""
+    """Convert targets to and from a table with the columns `COLUMNS`.
+
+    Of a table that is read the columns `NEEDED` must be there; `pattern` is used and shapes are checked where they are
+    there, other known columns are ignored.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> text, notes = Csv().write(example_budget())
+    >>> text.splitlines()[1]
+    'model.layers.0.mlp.up_proj,0,up_proj,8,4,1,4,,16,0.500000,0.125000'
+    >>> targets, notes = Csv().read(text, like=example_budget())
+    >>> targets["model.layers.0.mlp.up_proj"].rank
+    1
+    """
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
-        """A header and a row per layer, in model order."""
+        """Write a header and a row per layer, in model order."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(COLUMNS)
@@ -36,7 +48,7 @@ class Csv:
         return text.getvalue(), ()
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """Rows in any order."""
+        """Parse rows in any order."""
         rows = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
         try:
             self._check_header(rows.fieldnames or ())
@@ -60,6 +72,7 @@ class Csv:
 
     @staticmethod
     def _check_header(names: Sequence[str]) -> None:
+        """Check the names of the columns."""
         if missing := [name for name in NEEDED if name not in names]:
             raise ArtefactError(
                 f"the first line lacks {', '.join(missing)}; columns are separated by commas and named "
@@ -70,6 +83,7 @@ class Csv:
 
     @staticmethod
     def _target(row: Mapping[str, str], entry: LayerEntry, where: str) -> Target:
+        """Parse the target of a row, after checking the row against the shape of its layer."""
         for name in SHAPE:
             if name in row and row[name] != str(getattr(entry, name)):
                 raise ArtefactError(
