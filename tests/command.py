@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from globalopt.cli import app
@@ -48,6 +50,20 @@ def results(folder: Path) -> dict[str, bytes]:
     """What must not depend on how a run came about: the budget, and the saved model."""
     found = contents(folder)
     return {name: found[name] for name in found if name == "budget.json" or name.startswith("model/")}
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: Any, what: Any, at: int) -> None:
+    """Interrupt the `at`-th call of a function of `owner` by name, or the `at`-th writing of a row of artefacts."""
+    calls = itertools.count(1)
+    name = what if isinstance(what, str) else "put"
+    function = getattr(owner, name)
+
+    def interrupting(*arguments: Any) -> Any:
+        if (name == what or what in arguments) and next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    patch.setattr(owner, name, interrupting)
 
 
 def no_partial_files(folder: Path) -> bool:

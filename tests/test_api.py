@@ -16,8 +16,9 @@ import globalopt
 from allocators import get_allocator
 from globalopt.budgets import budget_file
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
-from globalopt.pipeline.live import live_bench
+from globalopt.pipeline.live import live_session
 from globalopt.pipeline.options import TextOptions
+from globalopt.pipeline.reporter import Reporter
 from globalopt.protocols import Needs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
@@ -173,11 +174,11 @@ def test_methods_of_ones_own(place: tuple[Path, Path], model: PreTrainedModel) -
 def test_what_is_no_model_is_refused(place: tuple[Path, Path], model: PreTrainedModel) -> None:
     texts = TextOptions(nsamples=8, seqlen=16, eval_windows=2)
     with pytest.raises(UsageError, match=r"got a str"):
-        live_bench("model", tiny_tokenizer(), place[1], None, texts, 0, QuietProgress())  # pyright: ignore
+        live_session("model", tiny_tokenizer(), place[1], None, texts, 0, Reporter(QuietProgress()))  # pyright: ignore
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is not whole on one device"):
-        live_bench(empty, tiny_tokenizer(), place[1], None, texts, 0, QuietProgress())
+        live_session(empty, tiny_tokenizer(), place[1], None, texts, 0, Reporter(QuietProgress()))
 
 
 def test_public_names_are_there() -> None:

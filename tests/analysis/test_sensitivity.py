@@ -7,7 +7,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from globalopt.analysis.grid import Options
-from globalopt.analysis.sensitivity import backward_sweep
+from globalopt.analysis.sensitivity import Sketches, backward_sweep
 from globalopt.analysis.spans import compute_span
 from globalopt.analysis.surfaces import sketches
 from globalopt.models.layers import find_layers
@@ -33,7 +33,9 @@ def swept(layers, spans, options):
         inputs.append(visit.inputs)
         if visit.index + 1 == len(layers.blocks):
             inputs.append(visit.outputs())
-    found = backward_sweep(runner, inputs, layers.specs, lambda s: sketches(spans[s.name], options[s.name]), SEED)
+    found = backward_sweep(
+        runner, inputs, layers.specs, lambda s: Sketches(sketches(spans[s.name], options[s.name])), SEED
+    )
     return {sensitivity.spec.name: sensitivity for sensitivity in found}
 
 
@@ -88,7 +90,7 @@ def test_output_gram_is_the_second_moment_of_output_gradients():
     options = {s.name: Options.of(s, spans[s.name].max_rank) for s in layers.specs}
     found = swept(layers, spans, options)
     name = layers.specs[0].name
-    A = found[name].outputs
+    A = found[name].output_gram
     assert A.tokens == 24 + 20
     assert A.matrix.shape == (layers.specs[0].d_out,) * 2
     assert float(A.matrix.diagonal().min()) > 0

@@ -16,7 +16,8 @@ from globalopt.commands.console import INTERRUPTED
 from globalopt.models.identity import model_fingerprint
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder
-from globalopt.pipeline import finish, search
+from globalopt.pipeline import search
+from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
@@ -24,7 +25,7 @@ from globalopt.values.layer import NM
 from globalopt.values.problem import ErrorSurface, Problem
 from solvers import SOLVERS
 from solvers.oats import OATS
-from tests.command import WINDOWS, contents, done, no_partial_files, read, refused, results, run
+from tests.command import WINDOWS, contents, done, interrupt, no_partial_files, read, refused, results, run
 from tests.tiny_models import save_tiny
 
 
@@ -79,7 +80,7 @@ def test_list_names_every_method_and_its_options():
 def test_search_leaves_a_whole_run(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
         "manifest.json", "budget.json", "summary.json", "windows.json", "samples.json", "curves",
-        "grams", "spans", "profiles", "sensitivity", "search", "layers", "model",
+        "layers", "model",
     }  # fmt: skip
     assert no_partial_files(tiny_run)
     assert {path.name for path in (tiny_run / "model").iterdir()} >= {"config.json", "model.safetensors"}
@@ -107,7 +108,7 @@ def test_the_saved_model_is_the_sum_of_the_saved_factors(tiny_run):
 def test_a_second_run_computes_nothing(tiny_search, tiny_run, monkeypatch):
     before = contents(tiny_run)
     monkeypatch.setattr(search, "analyse", None)
-    monkeypatch.setattr(finish, "finish", None)
+    monkeypatch.setattr(search, "finish", None)
     again = done(*tiny_search, "--out", tiny_run, "--json")
     assert "is finished" in again.stderr
     assert json.loads(again.stdout) == read(tiny_run / "summary.json")
@@ -195,24 +196,10 @@ def test_fallbacks_have_an_exit_code_of_their_own(tiny_llama, tiny_text, tmp_pat
 # ------------------------------------------------------------------------------------------------- interruption
 
 
-class Interrupting:
-    """A function that is interrupted at its `at`-th call, and never again."""
-
-    def __init__(self, function, at: int) -> None:
-        self.function, self.left = function, at
-
-    def __call__(self, *arguments):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return self.function(*arguments)
-
-
 def interrupted(search, folder, monkeypatch, owner, name, at) -> None:
     """Check that an interrupted search says so in one line, and goes on when it is run again."""
     with monkeypatch.context() as patch:
-        patched = Interrupting(getattr(owner, name), at)
-        patch.setattr(owner, name, lambda *arguments: patched(*arguments))
+        interrupt(patch, owner, name, at)
         first = run(*search, "--out", folder, "-q")
     assert first.exit_code == INTERRUPTED
     assert first.stdout == ""
@@ -231,10 +218,10 @@ def test_interrupted_while_refining(tiny_search, tiny_run, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("write_span", 5), ("write_sensitivity", 3), ("write_layer", 14), ("write_summary", 1)]
+    ("row", "at"), [(SPAN, 5), (PREDICTION, 3), (SOLVED_LAYER, 14), (SUMMARY, 1)], ids=lambda row: ""
 )
-def test_interrupted_between_artefacts(tiny_search, tiny_run, tmp_path, monkeypatch, name, at):
-    interrupted(tiny_search, tmp_path / "run", monkeypatch, Run, name, at)
+def test_interrupted_between_artefacts(tiny_search, tiny_run, tmp_path, monkeypatch, row, at):
+    interrupted(tiny_search, tmp_path / "run", monkeypatch, Run, row, at)
     assert results(tmp_path / "run") == results(tiny_run)
 
 

@@ -58,9 +58,9 @@ def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Pat
     assert record["covered"] + sum(record["skipped"].values()) == record["parameters"]
     assert record["peak_bytes"] == sum(record["memory"].values())
     assert record["disk_bytes"] == sum(record["disk"].values())
-    folders = {"grams", "outputs", "spans", "fits", "sensitivity", "layers", "matched", "model"}
+    folders = {"grams", "labels", "probe labels", "spans", "anchors", "layers", "matched", "model"}
     assert set(record["disk"]) == folders
-    assert {"span", "fit", "price", "search", "refine", "match blocks", "evaluate"} <= set(record["seconds"])
+    assert {"span", "anchors", "predict", "search", "refine", "match blocks", "evaluate"} <= set(record["seconds"])
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert contents(tmp_path) == before
 
@@ -78,7 +78,7 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     method = ("--allocator", "knapsack", "--set", "preset=fast")
     record = json.loads(done(*words, *method, "--out", tmp_path / "run", "--dry-run", "--json").stdout)
     done(*words, *method, "--out", tmp_path / "run", "--quiet")
-    for folder in ("grams", "outputs", "fits", "layers", "matched", "model"):
+    for folder in ("grams", "labels", "anchors", "layers", "matched", "model"):
         written = sum(path.stat().st_size for path in (tmp_path / "run" / folder).glob("*.safetensors"))
         headers = 1000 * sum(1 for _ in (tmp_path / "run" / folder).iterdir())
         assert 0.5 * record["disk"][folder] < written < record["disk"][folder] + headers, folder
@@ -88,9 +88,9 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     again = json.loads(done(*words, "--solver", "wanda", "--match", "none").stdout)
     assert set(again["disk"]) == {"layers", "model"}
     assert set(again["seconds"]) == {"refine", "evaluate"}
-    assert "outputs" in json.loads(done(*words, "--solver", "hassle-free", "--match", "none").stdout)["disk"]
+    assert "labels" in json.loads(done(*words, "--solver", "hassle-free", "--match", "none").stdout)["disk"]
     matched = json.loads(done(*words, "--solver", "wanda", "--match", "model").stdout)
-    assert {"outputs", "match blocks", "match model"} <= set(matched["seconds"])
+    assert {"labels", "match blocks", "match model"} <= set(matched["seconds"])
     assert matched["disk"]["matched"] == 2 * matched["disk"]["layers"]
     assert contents(tmp_path) == before
     other = save_tiny(tmp_path / "other", "gpt2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +14,10 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.commands.console import INTERRUPTED
 from globalopt.objective.kl_to_dense import TargetObjective
 from globalopt.pipeline import family, session
+from globalopt.runs.artefacts import FAMILY, PREDICTION
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
-from tests.command import contents, done, no_partial_files, read, refused, run
+from tests.command import contents, done, interrupt, no_partial_files, read, refused, run
 
 BUDGETS = ("0.3", "0.5", "0.8")
 
@@ -115,7 +115,7 @@ def test_another_family_in_the_same_folder_is_refused(tiny_search, tiny_family, 
         assert "holds another run" in refused(1, *tiny_search, *options, *other, "--out", tiny_family)
     assert "different budgets" in refused(1, *tiny_search, "--budget", "0.3,0.5", "-q", "--out", tiny_family)
     assert "different family" in refused(1, *tiny_search, *options, "--out", tiny_run)
-    assert "different refining, search" in refused(1, *tiny_search, "--out", tiny_family, "-q")
+    assert "different family, refining, search" in refused(1, *tiny_search, "--out", tiny_family, "-q")
     assert "report it alone" in refused(1, "report", tiny_family, tiny_run)
 
 
@@ -128,25 +128,17 @@ def test_fresh_makes_another_family_in_its_place(tiny_search, tiny_family, tmp_p
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (Run, "write_sensitivity", 3),
+        (Run, PREDICTION, 3),
         (budget_file, "write", 2),
         (TargetObjective, "losses", 4),
-        (Run, "write_family", 1),
+        (Run, FAMILY, 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_interrupted_family_goes_on(tiny_search, tiny_family, tmp_path, monkeypatch, owner, name, at):
     command = (*tiny_search, "--budget", ",".join(BUDGETS), "--out", tmp_path / "family", "-q")
-    calls = itertools.count(1)
-    function = getattr(owner, name)
-
-    def interrupting(*arguments):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return function(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupting)
+        interrupt(patch, owner, name, at)
         assert run(*command).exit_code == INTERRUPTED
     assert not (tmp_path / "family" / "family.json").exists()
     asked = []
@@ -154,7 +146,7 @@ def test_an_interrupted_family_goes_on(tiny_search, tiny_family, tmp_path, monke
     monkeypatch.setattr(TargetObjective, "losses", lambda *arguments: asked.append(1) or losses(*arguments))
     done(*command)
     # Three nested and three uniform allocations; what was measured before is in the journal.
-    assert len(asked) == {"losses": 3, "write_family": 0}.get(name, 6)
+    assert len(asked) == {"losses": 3, FAMILY: 0}.get(name, 6)
     assert stable(tmp_path / "family") == stable(tiny_family)
 
 
@@ -220,11 +212,11 @@ def test_the_dense_weights_are_back_after_measuring(tiny_search, tmp_path, monke
     made = session.set_up
 
     def set_up(*arguments):
-        kept["bench"] = made(*arguments)
-        kept["before"] = {spec.name: kept["bench"].layers.weight(spec.name) for spec in kept["bench"].layers.specs}
-        return kept["bench"]
+        kept["session"] = made(*arguments)
+        kept["before"] = {spec.name: kept["session"].layers.weight(spec.name) for spec in kept["session"].layers.specs}
+        return kept["session"]
 
     monkeypatch.setattr(session, "set_up", set_up)
     done(*tiny_search, "--budget", "0.3,0.5", "--out", tmp_path / "family", "-q")
-    layers = kept["bench"].layers
+    layers = kept["session"].layers
     assert all(layers.weight(name).equal(weight) for name, weight in kept["before"].items())
