@@ -35,6 +35,7 @@ REQUIRED = (
     "typer",
     "pydantic",
     "psutil",
+    "filelock",
 )
 
 OPTIONAL = {

@@ -48,10 +48,10 @@ FOLDERS = ("report", "budgets", "model", "layers", "matched", "curves", WORK)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Keys whose values differ between two records; of nested records the inner keys."""
+    """Keys whose values differ between two records; of nested records the inner keys, but of methods their place."""
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
-        if isinstance(after, Mapping) and isinstance(before, Mapping):
+        if isinstance(after, Mapping) and isinstance(before, Mapping) and "class" not in after:
             yield from _differences(before, after)
         elif before != after:
             yield key
@@ -106,7 +106,7 @@ class Run(Workspace):
                 write_json(path, manifest)
             remove_abandoned(folder)
         except BaseException:
-            lock.release()
+            _unlock(folder, lock)
             raise
         run = cls(folder, manifest)
         run._lock = lock
@@ -129,10 +129,7 @@ class Run(Workspace):
     def close(self) -> None:
         """Let other processes write the run."""
         if self._lock is not None:
-            # While it is held: whoever waits for it sees that the file is gone, and takes a new one.
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()
-            self._lock.release()
+            _unlock(self.folder, self._lock)
             self._lock = None
 
     def __enter__(self) -> Run:
@@ -296,6 +293,14 @@ class Run(Workspace):
                 f"{self.folder} holds a family of budgets, no single run: report it alone, or refine one of its "
                 "budgets with globalopt compress --budget-file."
             )
+
+
+def _unlock(folder: Path, lock: FileLock) -> None:
+    """Release a lock and remove its file."""
+    # While it is held: whoever waits for it sees that the file is gone, and takes a new one.
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+    lock.release()
 
 
 def _another(folder: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> str:

@@ -486,7 +486,8 @@ class Family:
     >>> point = FamilyPoint(2048, 0.04, None, None, 0.5, 2048, "0.5.json", 0.039, 0.025, uniform)
     >>> family = Family(
     ...     "globalopt family", "reference", "3basil", {}, seed=0, accounting="params", pattern="unstructured",
-    ...     total=4096, error_unit=ErrorUnit.NATS, candidates=None, windows=64, seqlen=128, left_out=(), stages=(), versions={},
+    ...     total=4096, error_unit=ErrorUnit.NATS, candidates=None, windows=64, seqlen=128, left_out=(), stages=(),
+    ...     versions={},
     ...     points=(point,),
     ... )
     >>> [point.limit / family.total for point in family.points]
@@ -545,7 +546,8 @@ class Summary:
     >>> compressed = Metrics("test", 21.0, 3.045, 0.01, kl=0.05, kl_stderr=0.002, **window)
     >>> summary = Summary(
     ...     "globalopt search", "reference", "knapsack", "3basil", seed=0, accounting="params", asked=0.5, limit=2048,
-    ...     used=2048, total=4096, predicted=0.040, bound=0.039, error_unit=ErrorUnit.NATS, budget_unit=ErrorUnit.NATS, covered=4096,
+    ...     used=2048, total=4096, predicted=0.040, bound=0.039, error_unit=ErrorUnit.NATS,
+    ...     budget_unit=ErrorUnit.NATS, covered=4096,
     ...     block_params=4200, skipped={}, layers=(), dense=(dense,), compressed=(compressed,), stages=(), splits={},
     ... )
     >>> summary.used / summary.total, round(summary.compressed[0].perplexity / summary.dense[0].perplexity, 3)

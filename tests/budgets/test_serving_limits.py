@@ -17,7 +17,8 @@ from globalopt.errors import ArtefactError, BudgetError, UnknownNameError, Usage
 from globalopt.export.factors import read_factors
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import packed_layers
-from globalopt.pipeline.options import SearchOptions, check_feasible
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.plan import resolve
 from globalopt.runs.folder import Run
 from globalopt.values.budget import FREE, Budget, Limits, Target
 from globalopt.values.decomposition import follows
@@ -135,10 +136,10 @@ def test_what_cannot_be_is_refused_before_anything_is_computed():
     specs = (SPEC,)
     budget = Budget.fraction(0.4, specs)
     with pytest.raises(UsageError, match="No layer has room for rank 64"):
-        check_feasible(SearchOptions(0.4, serving_profile="adapter", rank_multiple=64), specs, budget)
+        resolve(SearchOptions(0.4, serving_profile="adapter", rank_multiple=64)).check_feasible(specs, budget)
     with pytest.raises(BudgetError, match=r"Raise --budget to at least 0\.5"):
-        check_feasible(SearchOptions(0.4, serving_profile="two-four", pattern="2:4"), specs, budget)
-    check_feasible(SearchOptions(0.4, serving_profile="factors", scaling="direct"), specs, budget)
+        resolve(SearchOptions(0.4, serving_profile="two-four", pattern="2:4")).check_feasible(specs, budget)
+    resolve(SearchOptions(0.4, serving_profile="factors", scaling="direct")).check_feasible(specs, budget)
 
 
 # ------------------------------------------------------------------------------------------------- the whole way

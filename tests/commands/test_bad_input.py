@@ -59,7 +59,7 @@ def moe(tmp_path_factory) -> Path:
         (["--span-scaling", "all"], USAGE, "output, direct; got 'all'"),
         (["--pricing", "free"], USAGE, "got 'free'"),
         (["--candidates", "fits"], USAGE, "auto, fit, span; got 'fits'"),
-        (["--candidates", "fit"], USAGE, "There are no fits to make candidates from"),
+        (["--candidates", "fit"], USAGE, "There are no anchor solutions to make candidates from"),
         (["--search-tokens", "0"], USAGE, "--search-tokens 0 is for a family"),
         (["--dtype", "float31"], USAGE, "did you mean 'float32'?"),
         (["--device", "gpu"], USAGE, "--device gpu"),
@@ -350,12 +350,16 @@ def test_runs_that_are_none_or_have_not_finished(tiny_run, tmp_path):
     assert "does not say" in refused(FAILED, "eval", folder, "-q")
 
 
-@pytest.mark.parametrize("part", ["layers", "sensitivity"])
+@pytest.mark.parametrize("part", ["layers", "predictions"])
 @pytest.mark.parametrize("damage", ["cut", "of another layer", "empty"])
 def test_broken_artefacts_are_named(tiny_search, tiny_run, tmp_path, part, damage):
-    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    folder = tmp_path / "run"
+    done(*tiny_search, "--out", folder, "-q")
     (folder / "summary.json").unlink()
-    first, last = sorted((folder / part).iterdir())[:: len(list((folder / part).iterdir())) - 1]
+    made = tmp_path / "globalopt-cache" / {"layers": "refinement/*/layers"}.get(part, f"{part}/*")
+    first, *_, last = sorted(made.parent.parent.glob(f"{'/'.join(made.parts[-2:])}/*.safetensors"))
+    if part == "predictions":
+        shutil.rmtree(tmp_path / "globalopt-cache" / "allocation")
     if damage == "cut":
         first.write_bytes(first.read_bytes()[:-9])
     elif damage == "empty":
@@ -378,7 +382,7 @@ def full_disk(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "grams", "spans", "sensitivity", "budget.json", "layers", "summary.json"]
+    "name", ["manifest.json", "grams", "spans", "predictions", "budget.json", "refinement", "summary.json"]
 )
 def test_a_disk_that_fills_up_at_a_rename(tiny_search, tiny_run, tmp_path, monkeypatch, name):
     folder = tmp_path / "run"
@@ -386,10 +390,10 @@ def test_a_disk_that_fills_up_at_a_rename(tiny_search, tiny_run, tmp_path, monke
     seen = []
 
     def replace(source, target):
-        path = Path(target).relative_to(folder)
+        path = Path(target).relative_to(tmp_path)
         seen.append(path)
         # Not the first file of its kind: some are there already when the disk is full.
-        if path.parts[0] == name and (path.name == name or sum(p.parts[0] == name for p in seen) > 3):
+        if path.parts[1] == name and (path.name == name or sum(p.parts[1] == name for p in seen) > 3):
             full_disk()
         rename(source, target)
 
@@ -414,6 +418,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(tiny_search, tiny_run, t
         patch.setattr(files, "save_file", cut_off)
         assert "No space left" in refused(FAILED, *tiny_search, "--out", folder, "-q")
     assert set(contents(folder)) == {"manifest.json"}
+    assert no_partial_files(tmp_path / "globalopt-cache")
     done(*tiny_search, "--out", folder, "-q")
     assert results(folder) == results(tiny_run)
 

@@ -229,7 +229,7 @@ def test_interrupted_with_a_model_in_half_precision(tiny_text, tmp_path, monkeyp
     # What later blocks see must be what was saved, not what was computed before it was rounded.
     model = save_tiny(tmp_path / "model", dtype=torch.bfloat16)
     options = ("--calibration", tiny_text, *WINDOWS, "--solver", "oats", "--set", "steps=5")
-    done("search", model, *options, "--out", tmp_path / "whole", "-q")
+    done("search", model, *options, "--out", tmp_path / "whole", "-q", "--no-cache")
     interrupted(("search", model, *options), tmp_path / "run", monkeypatch, OATS, "solve", 9)
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     assert saved(tmp_path / "run")["model.layers.0.mlp.up_proj"].S.dtype == torch.bfloat16
@@ -370,7 +370,7 @@ def test_a_process_reports_on_stdout_and_progresses_on_stderr(tiny_search, tiny_
     assert "Allocation by kind" in made.stdout
     assert made.stdout.isascii()
     steps = made.stderr.splitlines()
-    stages = ("load", "span", "price", "search", "refine", "save", "evaluate")
+    stages = ("load", "span", "predict", "search", "refine", "save", "evaluate")
     assert [line.split()[0] for line in steps if " done " in line] == list(stages)
     # Nothing of the libraries' own chatter.
     assert all(line.split()[0] in stages for line in steps)

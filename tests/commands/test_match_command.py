@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from globalopt.errors import UsageError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import load_model
-from globalopt.pipeline.options import RefineOptions
-from globalopt.runs.artefacts import SOLVED_LAYER
+from globalopt.pipeline.options import RefineOptions, SearchOptions
+from globalopt.pipeline.plan import resolve
+from globalopt.runs.artefacts import MATCHED_BLOCK, MATCHED_MODEL, SOLVED_LAYER
 from globalopt.runs.folder import Run
 from tests.command import WINDOWS, done, no_partial_files, read, refused, results, write_text
 from tests.tiny_models import save_tiny
@@ -61,7 +62,7 @@ def test_what_is_saved_is_what_was_matched(model, searched, tmp_path, match):
         assert torch.equal(value.S != 0, fitted.S != 0)
         assert value.nnz <= entry["nnz"] + entry["rank"] * (spec.d_out + spec.d_in)
     saved = load_file(folder / "model" / "model.safetensors")
-    norms = run.read_matched(run.matched_path(None if match == "model" else 1), [])[1]
+    norms = (run.get(MATCHED_MODEL, None) if match == "model" else run.get(MATCHED_BLOCK, 1)).norms
     assert norms
     assert all(torch.equal(saved[name], norm) for name, norm in norms.items())
     assert not run.training_path.exists()
@@ -112,9 +113,10 @@ def test_site_by_site(model, searched, tmp_path):
 
 def test_a_model_that_does_not_fit_is_not_matched_as_a_whole():
     lazy = cast("ModelLayers", SimpleNamespace(lazy=object()))
-    RefineOptions(match="block").check(lazy)
+    plans = {match: resolve(SearchOptions(0.5), RefineOptions(match=match)).refinement for match in ("block", "model")}
+    plans["block"].check(lazy)
     with pytest.raises(UsageError, match="Use --match block, or raise --max-memory"):
-        RefineOptions(match="model").check(lazy)
+        plans["model"].check(lazy)
 
 
 @pytest.mark.parametrize(

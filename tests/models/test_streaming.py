@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from globalopt.analysis.sensitivity import backward_sweep
+from globalopt.analysis.sensitivity import Sketches, backward_sweep
 from globalopt.errors import ArtefactError, GlobalOptError, NumericalError, UnsupportedModelError, UsageError
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.machine.memory import in_file
@@ -113,8 +113,8 @@ def test_a_walk_there_and_back_is_that_of_the_whole_model(
             for visit in walk_blocks(runner, "cpu"):
                 grams += [gram.matrix for gram in visit.grams().values()]
                 inputs += [visit.inputs, visit.outputs()] if visit.index == BLOCKS - 1 else [visit.inputs]
-            swept = backward_sweep(runner, inputs, layers.specs, lambda spec: (), 0)
-            answers.append([*grams, *(found.outputs.matrix for found in swept)])
+            swept = backward_sweep(runner, inputs, layers.specs, lambda spec: Sketches(), 0)
+            answers.append([*grams, *(found.output_gram.matrix for found in swept)])
     assert all(torch.equal(here, there) for here, there in zip(*answers, strict=True))
     # Files of hidden states have no names.
     assert list((tmp_path / "scratch").iterdir()) == []
