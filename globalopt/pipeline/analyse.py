@@ -50,13 +50,15 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     layers, device = session.layers, session.loaded.device
     analysis = LayerAnalysis(layers, run, plan.pattern, plan.limits, plan.weighted)
     unpredicted = run.missing(PREDICTION, layers.specs)
+    # Predictions from spans alone read no metrics, so they may have been made for a solver that has others.
+    if unpredicted or (plan.weighted and run.missing(METRIC_CHOICE, layers.specs)):
+        if plan.weighted or plan.scaling == "output":
+            seed = plan.seed ^ OTHER_LABELS
+            collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
+        if plan.weighted:
+            write_metric_choices(session, reporter, analysis, plan.probe)
     if not unpredicted:
         return analysis
-    if plan.weighted or plan.scaling == "output":
-        seed = plan.seed ^ OTHER_LABELS
-        collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
-    if plan.weighted:
-        write_metric_choices(session, reporter, analysis, plan.probe)
     runner = session.runner(run.folder)
     with reporter.stage("span", len(layers.specs), "layers") as advance:
         inputs = span_layers(runner, run, plan.scaling, plan.fisher, device, advance)
