@@ -2,7 +2,8 @@
 
 A cell is one compression in a run folder of its own. A finished cell is read back, an unfinished one goes on where it
 stopped, and a folder made from other options is refused (`globalopt.runs.folder.Run`). The cells of a benchmark share
-one cache (`globalopt.runs.cache.Cache`), and so the analysis of a seed.
+one cache (`globalopt.runs.cache.Cache`), and so the analysis of a seed; searches and their refinements are each cell's
+own, so that their times do not depend on the cells before.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from globalopt.pipeline.plan import SearchPlan, method_record
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import opened
 from globalopt.pipeline.session import Session
-from globalopt.runs.cache import FOLDER, Cache
+from globalopt.runs.artefacts import Stage
+from globalopt.runs.cache import FOLDER, Address, Cache
 from globalopt.runs.files import read_json, write_json
-from globalopt.runs.folder import Run
+from globalopt.runs.folder import WORK, Run
 from globalopt.values.budget import Target
 from globalopt.values.problem import Problem
 from globalopt.values.results import Metrics, Summary
@@ -52,6 +54,9 @@ WIDTH = 140
 
 OF_ALLOCATION = ("budget", "allocator", "allocator_options", "search_tokens")
 """Options of a search that an analysis does not read."""
+
+TIMED = (Stage.OBJECTIVE, *FINISHED)
+"""Stages that every search computes itself."""
 
 SEARCHES = ("allocate", "search")
 """Stages in which an allocator works."""
@@ -118,6 +123,18 @@ def cache_of(options: argparse.Namespace) -> Cache:
     return Cache(options.out / FOLDER)
 
 
+class SearchCache(Cache):
+    """The cache of one search: it shares all but the stages that are timed, and has those in its run folder."""
+
+    def __init__(self, shared: Cache, run: Path) -> None:
+        super().__init__(shared.folder)
+        self._own = Cache(run / WORK)
+
+    def path(self, address: Address) -> Path:
+        """The folder of an address."""
+        return self._own.path(address) if address.stage in TIMED else super().path(address)
+
+
 @dataclass(frozen=True, eq=False)
 class Analysed:
     """An analysed model.
@@ -137,7 +154,7 @@ class Analysed:
         return pipeline.pose(self.session, plan, self.run)
 
     def objective(self, plan: SearchPlan, problem: Problem) -> AbstractContextManager[SearchObjective]:
-        """The objective of that search; all searches on this analysis share its journal."""
+        """The objective of that search, with a journal in the shared cache."""
         return pipeline.true_loss(self.session, reporter(), plan, self.analysis, problem)
 
     def loss(self, plan: SearchPlan, targets: Mapping[str, Target]) -> float:
@@ -185,7 +202,7 @@ def analysis_tokens(session: Session, predicted: bool) -> int:
 def search(session: Session, plan: SearchPlan, folder: Path, command: str, cache: Cache) -> Summary:
     """One cell: a search whose analysis is computed if it is not in the cache."""
     with dense_after(session):
-        return pipeline.search(session, reporter(), plan, folder, command, cache)[0]
+        return pipeline.search(session, reporter(), plan, folder, command, SearchCache(cache, folder))[0]
 
 
 def selection_loss(analysed: Analysed, plan: SearchPlan, folder: Path) -> float:

@@ -61,16 +61,13 @@ def search_options(run: Run) -> SearchOptions:
 
 
 def cache_of(folder: Path) -> Cache:
-    """The cache of a run: in its folder, or the nearest one above it; if there is none, an empty one beside it."""
-    if (folder / WORK).is_dir():
-        return Cache(folder / WORK)
-    beside = Cache.beside(folder)
+    """The cache of a run: the nearest one above it, else the one in its folder."""
     above = (Cache(parent / FOLDER) for parent in folder.absolute().parents)
-    return next((cache for cache in (beside, *above) if cache.folder.is_dir()), beside)
+    return next((found for found in (Cache.beside(folder), *above) if found.folder.is_dir()), Cache(folder / WORK))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Optimality:
-    """Of one run; the losses are kept in the journal that all searches on its analysis share."""
+    """Of one run; the analysis is computed again if the cache does not hold it."""
     run, model, text = sessions.recorded(folder)
     search = search_options(run)
     session = sessions.set_up(model, text, search.seed, cells.reporter())

@@ -149,9 +149,9 @@ def table(made: Sequence[Cell], split: str) -> Stack:
         rows,
         f"means over {len({cell.seed for cell in made})} seeds, ±: standard deviation between them; "
         f"dense perplexity {formats.significant(dense)}; KL: nats per token",
-        f"ratio: of KL to {made[0].scaling} spans priced by {made[0].pricing}, seed by seed",
+        f"ratio: of KL to {made[0].scaling} spans with pricing {made[0].pricing}, seed by seed",
         "selection: KL on the selection text of candidates made as the row's own search would",
-        "on fits: the same of candidates made of the first fitted analysis, alike for all rows",
+        "on fits: the same of candidates made from the first anchor solutions, alike for all rows",
     )
 
 

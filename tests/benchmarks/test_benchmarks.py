@@ -94,6 +94,13 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
         assert found["knapsack"]["tokens"] == 8 * 4 * 16 + 7 * 14 * 4 * 16
         # Nine ramps on all of the selection text.
         assert found["depth-ramp@5000"]["tokens"] == found["knapsack"]["tokens"] + 9 * 3 * 16
+        # The analysis is shared; a search is not answered by what another cell has evaluated.
+        ramp = out / "seed0" / f"{budget:g}" / "depth-ramp-5000" / "work"
+        assert {path.name for path in ramp.iterdir()} <= {"objective", "allocation", "refinement", "model-matching"}
+        assert len(list((ramp / "objective").glob("*/journal.log"))) == 1
+    assert len(list((out / "globalopt-cache" / "predictions").iterdir())) == 1
+    assert len({cell["analysis_seconds"] for cell in cells}) == 1
+    assert cells[0]["analysis_seconds"] > 0
 
     monkeypatch.setattr(search, "finish", never)
     monkeypatch.setattr(analyse, "span_layers", never)
@@ -244,7 +251,10 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
     optimality = script("local_optimality")
     out = tmp_path / "out"
     command = [*runs, "--out", str(out), "--swaps", "6"]
-    assert optimality.main(command) == 0
+    with monkeypatch.context() as patched:
+        # The analysis is found in the cache of the benchmark.
+        patched.setattr(analyse, "span_layers", never)
+        assert optimality.main(command) == 0
     assert "Swaps that still improve" in capsys.readouterr().out
     result = json.loads((out / "local_optimality.json").read_text())
     measured = json.loads((cells / "allocation.json").read_text())["cells"]
