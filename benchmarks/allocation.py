@@ -4,8 +4,8 @@
     python benchmarks/allocation.py --out OUT --allocators knapsack bernoulli:samples=4 evolution@6500000
     python benchmarks/allocation.py --out OUT --model FOLDER --calibration TEXT
 
-An allocator that asks the model is run at every limit of `--tokens`, or at its own limit after `@`. Beside those of the
-package there is `knapsack@share:rank_share=X`, the knapsack with one rank share for all layers. Uniform is always
+An allocator that uses the objective is run at every limit of `--tokens`, or at its own limit after `@`. Beside those of
+the package there is `knapsack@share:rank_share=X`, the knapsack with one rank share for all layers. Uniform is always
 measured; ratios are to the best uniform contender by validation KL. Nothing is chosen on test. Every seed is analysed
 once, for all budgets and allocators.
 """
@@ -21,13 +21,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from allocator_contenders import TABLE, UNIFORM, Contender, check, told_apart
+from allocator_contenders import TABLE, UNIFORM, Contender, told_apart
 from allocators_figure import Point, allocators_figure
 from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.objective.of_run import CANDIDATES
 from globalopt.pipeline.options import MATCHES, RefineOptions, SearchOptions
+from globalopt.pipeline.plan import SearchPlan
 from globalopt.runs.files import write_json
 from globalopt.values.budget import ACCOUNTINGS
 from globalopt.values.results import Summary
@@ -175,7 +176,7 @@ def field(options: argparse.Namespace) -> list[Contender]:
     ]
 
 
-def asked(options: argparse.Namespace, budget: float, seed: int, contender: Contender) -> SearchOptions:
+def asked(options: argparse.Namespace, budget: float, seed: int, contender: Contender) -> SearchPlan:
     """The search of one cell."""
     search = SearchOptions(
         budget=budget,
@@ -186,7 +187,7 @@ def asked(options: argparse.Namespace, budget: float, seed: int, contender: Cont
         candidates=options.candidates,
         seed=seed,
     )
-    return contender.within(search)
+    return contender.plan(search, RefineOptions(match=options.match))
 
 
 def best_uniform(measured: Mapping[Contender, Summary]) -> dict[str, cells.Figures]:
@@ -200,25 +201,24 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     contenders = field(options)
     for budget in options.budgets:
         for contender in contenders:
-            check(asked(options, budget, 0, contender), contender)
+            asked(options, budget, 0, contender)
     total = len(options.seeds) * len(options.budgets) * len(contenders)
     done = 0
+    cache = cells.cache_of(options)
     made: list[Cell] = []
     for seed in options.seeds:
         folder: Path = options.out / f"seed{seed}"
-        bench = cells.set_up(options, seed)
-        analysis = cells.analysed(
-            bench, options.pattern, seed, folder / "analysis", options.solver, solver_options=dict(options.set)
-        )
+        session = cells.set_up(options, seed)
+        shared = asked(options, options.budgets[0], seed, contenders[0])
+        analysed = cells.analysed(session, shared, folder / "analysis", cache)
         for budget in options.budgets:
             measured: dict[Contender, Summary] = {}
             losses: dict[Contender, float] = {}
             for contender in contenders:
                 where = folder / f"{budget:g}" / cells.folder_name(contender.label)
-                search = asked(options, budget, seed, contender)
-                refining = RefineOptions(match=options.match)
-                measured[contender] = cells.search(bench, search, analysis, where, command, contender.make(), refining)
-                losses[contender] = cells.selection_loss(bench, search, where)
+                plan = asked(options, budget, seed, contender)
+                measured[contender] = cells.search(session, plan, where, command, cache)
+                losses[contender] = cells.selection_loss(analysed, plan, where)
                 done += 1
                 cells.say(done, total, f"seed {seed}  budget {budget:g}  {contender.label}", measured[contender])
             best = best_uniform(measured)
@@ -230,8 +230,8 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
                     summary,
                     cells.ratios(summary, best),
                     losses[contender],
-                    cells.analysis_tokens(bench, contender.priced),
-                    cells.analysis_seconds(analysis),
+                    cells.analysis_tokens(session, contender.predicted),
+                    analysed.seconds,
                 )
                 for contender, summary in measured.items()
             ]
@@ -273,7 +273,7 @@ def table(rows: Sequence[Row], split: str) -> Stack:
         f"dense perplexity {formats.significant(dense)}; KL: nats per token",
         f"every cell uses at least {min(cell.summary.used / cell.summary.limit for cell in made):.4%} of its budget",
         "tokens: forward tokens of the analysis an allocator needs and of its search; a backward token counts two",
-        "selection: KL on the selection text of the candidates that searches ask about",
+        "selection: KL on the selection text of the candidates that searches evaluate",
         "ratio: of KL to the best uniform by validation KL, seed by seed; below 1 the allocator is better",
         "in all: with the analysis that the cells of a seed share, refinement and evaluation",
     )
@@ -328,8 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME[:OPTION=VALUE,...][@TOKENS]",
         help=f"of {', '.join(TABLE)}; all if left out",
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000], help="limits of those that ask")
-    parser.add_argument("--candidates", default="auto", choices=CANDIDATES, help="what those that ask are answered on")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1_000_000], help="limits of those that use the objective"
+    )
+    parser.add_argument(
+        "--candidates", default="auto", choices=CANDIDATES, help="layers of the candidates that the objective evaluates"
+    )
     cells.add_solver(parser)
     parser.add_argument("--match", default="none", choices=MATCHES, help="train what is kept, as `search` does")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or KEEP:OF such as 2:4")

@@ -20,7 +20,8 @@ from allocators.uniform import Uniform
 from globalopt import registry
 from globalopt.analysis.grid import NNZ_LEVELS
 from globalopt.errors import UsageError
-from globalopt.pipeline.options import SearchOptions, check_options
+from globalopt.pipeline.options import RefineOptions, SearchOptions
+from globalopt.pipeline.plan import SearchPlan, resolve
 from globalopt.protocols import Allocator, Objective
 from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
@@ -52,7 +53,7 @@ class OneShare:
         """Return the knapsack's allocation of what is offered; the bound is of the same options."""
         offered = replace(problem, surfaces=tuple(self._offered(surface) for surface in problem.surfaces))
         found = Knapsack().allocate(offered)
-        # Between the options that are left the whole surface still knows the price.
+        # Between the options that are left, losses are still predicted by the whole surface.
         return problem.finish(spend(problem, found.targets), by=self.name, bound=found.bound)
 
     def _offered(self, surface: ErrorSurface) -> ErrorSurface:
@@ -86,7 +87,7 @@ class Disturbed:
     spread: float = 1.0
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the allocation, priced on the true surfaces."""
+        """Return the allocation, with the loss that the true surfaces predict."""
         draw = random.Random(f"{problem.seed} {self.number}")
         factors = {name: math.exp(draw.gauss(0, self.spread)) for name in sorted(spec.name for spec in problem.specs)}
         found = Knapsack(exact=False).allocate(problem.scaled(factors))
@@ -98,7 +99,11 @@ TABLE: Mapping[str, type[Allocator]] = {**ALLOCATORS, OneShare.name: OneShare, D
 
 @dataclass(frozen=True)
 class Contender:
-    """An allocator with options as typed; `limit` is what it may ask, None where it does not or where none was said."""
+    """An allocator with options as typed.
+
+    Args:
+        limit: tokens that it may spend on the objective; None where it uses none, or where no limit was given.
+    """
 
     allocator: str
     options: tuple[tuple[str, str], ...] = ()
@@ -129,8 +134,8 @@ class Contender:
         return self.make().uses_objective
 
     @property
-    def priced(self) -> bool:
-        """Whether it reads prices, for which gradients are needed; else Grams are enough, or the spans made of them."""
+    def predicted(self) -> bool:
+        """Whether it reads predicted losses, which need gradients; else Grams are enough, or the spans made of them."""
         heuristic = self.allocator in (UNIFORM, "owl", "alpha")
         return not heuristic and (self.allocator, dict(self.options).get("preset")) != ("bernoulli", "cap")
 
@@ -138,10 +143,12 @@ class Contender:
         """The allocator; `UsageError` for names, options and values that there are not."""
         return registry.build("allocator", TABLE, self.allocator, dict(self.options))
 
-    def within(self, search: SearchOptions) -> SearchOptions:
-        """`search` by this allocator, with its limit."""
+    def plan(self, search: SearchOptions, refining: RefineOptions | None = None) -> SearchPlan:
+        """Resolve `search` by this allocator, with its limit; `UsageError` or `UnknownNameError` for a bad option."""
         found = replace(search, allocator=self.allocator, allocator_options=dict(self.options))
-        return found if self.limit is None else replace(found, search_tokens=self.limit)
+        if self.limit is not None:
+            found = replace(found, search_tokens=self.limit)
+        return resolve(found, refining, self.make())
 
     def at(self, limits: Sequence[int]) -> list[Contender]:
         """It at each of `limits` where it uses the objective and has no limit of its own."""
@@ -150,12 +157,6 @@ class Contender:
         if self.limit:
             raise UsageError(f"Allocator '{self.allocator}' does not use the objective; leave out @{self.limit}.")
         return [self]
-
-
-def check(search: SearchOptions, contender: Contender) -> None:
-    """Raise what is wrong with the options before a model is loaded; `check_options` knows the package's names only."""
-    contender.make()
-    check_options(replace(search, allocator=UNIFORM, allocator_options={}))
 
 
 def told_apart(contenders: Sequence[Contender], solver: str, pattern: str) -> list[Contender]:

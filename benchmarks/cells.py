@@ -1,39 +1,47 @@
-"""What the benchmarks share: their options, one analysis for many cells, and a cell that leaves the model as it was.
+"""What the benchmarks share: their options, one cache for many cells, and a cell that leaves the model as it was.
 
 A cell is one compression in a run folder of its own. A finished cell is read back, an unfinished one goes on where it
-stopped, and a folder made from other options is refused (`globalopt.runs.folder.Run`).
+stopped, and a folder made from other options is refused (`globalopt.runs.folder.Run`). The cells of a benchmark share
+one cache (`globalopt.runs.cache.Cache`), and so the analysis of a seed; searches and their refinements are each cell's
+own, so that their times do not depend on the cells before.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
+from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS
 from globalopt.budgets import budget_file
 from globalopt.errors import GlobalOptError, UsageError
-from globalopt.machine.clock import StageClock
-from globalopt.pipeline import analyse, session
+from globalopt.objective.of_run import SearchObjective
+from globalopt.pipeline import analyse
 from globalopt.pipeline import search as pipeline
-from globalopt.pipeline.options import AS_FITTED, ModelOptions, RefineOptions, SearchOptions, TextOptions
-from globalopt.pipeline.session import Bench
-from globalopt.protocols import Allocator
+from globalopt.pipeline import session as sessions
+from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, objective_addresses
+from globalopt.pipeline.options import ModelOptions, TextOptions
+from globalopt.pipeline.plan import SearchPlan, method_record
+from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.reuse import opened
+from globalopt.pipeline.session import Session
+from globalopt.runs.artefacts import Stage
+from globalopt.runs.cache import FOLDER, Address, Cache
 from globalopt.runs.files import read_json, write_json
-from globalopt.runs.folder import Run
+from globalopt.runs.folder import WORK, Run
 from globalopt.values.budget import Target
-from globalopt.values.layer import NM
+from globalopt.values.problem import Problem
 from globalopt.values.results import Metrics, Summary
 from reports import formats, make_progress
 from reports.tables import divergence
@@ -44,8 +52,11 @@ err = Console(stderr=True)
 WIDTH = 140
 """Columns of tables that are not printed on a terminal."""
 
-ANALYSIS = ("profiles", "outputs", "weighing", "spans", "ratios", "fits", "measured", "sensitivity")
-"""Folders of an analysis; prices last, since a run that has them is taken to have been analysed."""
+OF_ALLOCATION = ("budget", "allocator", "allocator_options", "search_tokens")
+"""Options of a search that an analysis does not read."""
+
+TIMED = (Stage.OBJECTIVE, *FINISHED)
+"""Stages that every search computes itself."""
 
 SEARCHES = ("allocate", "search")
 """Stages in which an allocator works."""
@@ -91,127 +102,129 @@ def run_script(
     return 0
 
 
-def set_up(options: argparse.Namespace, seed: int) -> Bench:
-    """The bench of a seed: the model, dense, and its windows. Progress is shown on a terminal only."""
+def reporter() -> Reporter:
+    """A reporter whose clock is at zero; it shows stages on a terminal only."""
+    return Reporter(make_progress(err, quiet=not err.is_terminal))
+
+
+def set_up(options: argparse.Namespace, seed: int) -> Session:
+    """The session of a seed: the model, dense, and its windows."""
     text = TextOptions(
         calibration=options.calibration,
         nsamples=options.nsamples,
         seqlen=options.seqlen,
         eval_windows=options.eval_windows,
     )
-    progress = make_progress(err, quiet=not err.is_terminal)
-    return session.set_up(ModelOptions(model=options.model), text, seed, progress, StageClock())
+    return sessions.set_up(ModelOptions(model=options.model), text, seed, reporter())
 
 
-def analysed(
-    bench: Bench,
-    pattern: str,
-    seed: int,
-    folder: Path,
-    solver: str = "3basil",
-    pricing: str = SearchOptions.pricing,
-    scaling: str = SearchOptions.scaling,
-    solver_options: Mapping[str, str] | None = None,
-) -> Run:
-    """The finished analysis of a seed, which depends on neither budget nor allocator."""
-    options = SearchOptions(
-        budget=1.0,
-        pattern=pattern,
-        solver=solver,
-        solver_options=solver_options or {},
-        seed=seed,
-        pricing=pricing,
-        scaling=scaling,
-    )
-    run = Run.start(folder, {**bench.identity(seed), "analysis": options.words()}, bench.facts("analysis"))
-    timed = replace(bench, clock=StageClock())
-    analyse.analyse(timed, options, run, NM.parse(pattern))
-    if timed.clock.costs:
-        write_json(_seconds_path(run), sum(stage.seconds for stage in timed.clock.costs))
-    return run
+def cache_of(options: argparse.Namespace) -> Cache:
+    """The cache that all cells of a benchmark share."""
+    return Cache(options.out / FOLDER)
 
 
-def analysis_seconds(run: Run) -> float:
-    """Seconds the analysis took; after an interruption, those of its last part."""
-    return float(read_json(_seconds_path(run)))
+class SearchCache(Cache):
+    """The cache of one search: it shares all but the stages that are timed, and has those in its run folder."""
+
+    def __init__(self, shared: Cache, run: Path) -> None:
+        super().__init__(shared.folder)
+        self._own = Cache(run / WORK)
+
+    def path(self, address: Address) -> Path:
+        """The folder of an address."""
+        return self._own.path(address) if address.stage in TIMED else super().path(address)
 
 
-def analysis_tokens(bench: Bench, priced: bool) -> int:
+@dataclass(frozen=True, eq=False)
+class Analysed:
+    """An analysed model.
+
+    Args:
+        run: holds the addresses of the artefacts.
+        seconds: that the analysis took when it was computed; after an interruption, those of its last part.
+    """
+
+    session: Session
+    analysis: LayerAnalysis
+    run: Run
+    seconds: float
+
+    def problem(self, plan: SearchPlan) -> Problem:
+        """The allocation problem of a search on this analysis."""
+        return pipeline.pose(self.session, plan, self.run)
+
+    def objective(self, plan: SearchPlan, problem: Problem) -> AbstractContextManager[SearchObjective]:
+        """The objective of that search, with a journal in the shared cache."""
+        return pipeline.true_loss(self.session, reporter(), plan, self.analysis, problem)
+
+    def loss(self, plan: SearchPlan, targets: Mapping[str, Target]) -> float:
+        """KL of `targets` on the selection text, of the candidates that this search evaluates."""
+        with self.objective(plan, self.problem(plan)) as objective:
+            return float(objective.losses([targets], range(objective.chunks)).mean())
+
+
+def analysed(session: Session, plan: SearchPlan, folder: Path, cache: Cache) -> Analysed:
+    """Analyse the model for a search, or find that it was analysed; neither budget nor allocator is read.
+
+    Args:
+        folder: of the record of what was analysed, and how long it took; one of another analysis is refused.
+    """
+    identity = {
+        **session.identity(),
+        "analysis": {name: value for name, value in plan.words.items() if name not in OF_ALLOCATION},
+        "methods": {"solver": method_record(plan.analysis.solver), "probe": method_record(plan.analysis.probe)},
+        "algorithms": algorithms(stage for stage in VERSIONS if stage not in FINISHED),
+    }
+    path, timed = folder / "seconds.json", reporter()
+    with opened(session, folder, identity, "analysis", cache, fresh=False) as (run, at):
+        at(objective_addresses(session, plan))
+        analysis = analyse.analyse(session, timed, plan.analysis, run)
+        if timed.costs or not path.exists():
+            write_json(path, sum(stage.seconds for stage in timed.costs))
+    return Analysed(session, analysis, run, float(read_json(path)))
+
+
+def analysis_tokens(session: Session, predicted: bool) -> int:
     """What an analysis reads, in forward tokens: one walk over the calibration text for the Grams.
 
     Args:
-        priced: with the sweeps for output Grams and for prices, each a walk and a pass forward and backward (a backward
-            token counts as two), and every layer looked at twice to choose its metric and about five times for its
-            lowest options, on a few windows.
+        predicted: with the sweeps for output Grams and for predicted losses, each a walk and a pass forward and
+            backward (a backward token counts as two), and with every layer replaced alone twice to choose its metric
+            and about five times at its lowest options, on a few windows.
     """
-    windows = bench.splits.calibration.windows
-    if not priced:
+    windows = session.splits.calibration.windows
+    if not predicted:
         return windows.numel()
-    looks = 7 * len(bench.layers.specs) * min(len(windows), MEASURED_WINDOWS)
-    return 8 * windows.numel() + looks * windows.shape[1]
+    replaced = 7 * len(session.layers.specs) * min(len(windows), MEASURED_WINDOWS)
+    return 8 * windows.numel() + replaced * windows.shape[1]
 
 
-def _seconds_path(run: Run) -> Path:
-    return run.folder / "seconds.json"
+def search(session: Session, plan: SearchPlan, folder: Path, command: str, cache: Cache) -> Summary:
+    """One cell: a search whose analysis is computed if it is not in the cache."""
+    with dense_after(session):
+        return pipeline.search(session, reporter(), plan, folder, command, SearchCache(cache, folder))[0]
 
 
-def share_analysis(analysis: Run, run: Run, folders: Sequence[str] = ANALYSIS) -> None:
-    """Give a run the `folders` of artefacts of another, as links where the file system can."""
-    for name in folders:
-        for source in sorted((analysis.folder / name).glob("*")):
-            path = run.folder / name / source.name
-            if path.exists():
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, path)
-            except OSError:
-                shutil.copyfile(source, path)
-
-
-def search(
-    bench: Bench,
-    options: SearchOptions,
-    analysis: Run,
-    folder: Path,
-    command: str,
-    allocator: Allocator | None = None,
-    refining: RefineOptions = AS_FITTED,
-) -> Summary:
-    """`pipeline.search` of one cell on an analysis that is there already."""
-    run = Run.start(folder, pipeline.search_identity(bench, options, refining), bench.facts(command))
-    share_analysis(analysis, run)
-    with dense_after(bench) as fresh:
-        return pipeline.search(fresh, options, folder, command, allocator=allocator, refining=refining)[0]
-
-
-def selection_loss(bench: Bench, options: SearchOptions, folder: Path) -> float:
-    """KL of a finished cell's allocation on the selection text, of the candidates that a search asks about."""
+def selection_loss(analysed: Analysed, plan: SearchPlan, folder: Path) -> float:
+    """KL of a finished cell's allocation on the selection text, of the candidates that a search evaluates."""
     run = Run.open(folder)
-    summary = run.read_summary()
-    return loss_of(bench, options, run, targets_of(bench, run)) if summary.search is None else summary.search.loss
+    found = run.summary().search
+    return analysed.loss(plan, targets_of(analysed.session, run)) if found is None else found.loss
 
 
-def targets_of(bench: Bench, run: Run) -> Mapping[str, Target]:
-    """What the budget file of a run gives every layer of the bench's model."""
+def targets_of(session: Session, run: Run) -> Mapping[str, Target]:
+    """What the budget file of a run gives every layer of the session's model."""
     file = budget_file.read(run.budget_path)
-    return file.for_model(bench.fingerprint, bench.layers.specs, run.budget_path).targets
-
-
-def loss_of(bench: Bench, options: SearchOptions, run: Run, targets: Mapping[str, Target]) -> float:
-    """KL of `targets` on the selection text, of candidates made from the analysis in `run`; its journal remembers."""
-    problem = pipeline.pose(bench, options, run)
-    with pipeline.true_loss(replace(bench, clock=StageClock()), options, run, problem) as objective:
-        return float(objective.losses([targets], range(objective.chunks)).mean())
+    return file.for_model(session.fingerprint, session.layers.specs, run.budget_path).targets
 
 
 @contextlib.contextmanager
-def dense_after(bench: Bench) -> Iterator[Bench]:
-    """The bench with a clock of its own; its model, which refinement changes in place, is dense again afterwards."""
-    model = bench.loaded.model
+def dense_after(session: Session) -> Iterator[None]:
+    """The session's model, which refinement changes in place, is dense again after the body."""
+    model = session.loaded.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        yield replace(bench, clock=StageClock())
+        yield
     finally:
         model.load_state_dict(before)
 
@@ -247,7 +260,7 @@ def figures(summary: Summary) -> dict[str, Figures]:
 
 
 def seconds(summary: Summary, stages: Sequence[str] | None = None) -> float:
-    """Seconds of all `stages` of a cell, or of every one; the shared analysis is none of them."""
+    """Seconds of all `stages` of a cell, or of every one; an analysis that was there before is none of them."""
     return sum(stage.seconds for stage in summary.stages if stages is None or stage.name in stages)
 
 

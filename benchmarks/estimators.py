@@ -2,8 +2,8 @@
 
     python benchmarks/estimators.py --out OUT [--budget 0.3] [--seeds 0 1 2] [--updates 64] [--samples 8]
 
-The policy is `bernoulli`'s around the knapsack and does not move. Every update draws its samples and asks them on one
-random chunk of the selection text, as the search does; every estimator makes its gradient of them: with the moving
+The policy is `bernoulli`'s around the knapsack and does not move. Every update draws its samples and evaluates them on
+one random chunk of the selection text, as the search does; every estimator makes its gradient of them: with the moving
 average or leave-one-out as baseline, with and without the surrogate as control variate, and divided by the Fisher
 information or not. Baselines and slopes come from earlier updates alone, of which the first `--pilot` are not counted.
 """
@@ -14,13 +14,13 @@ import argparse
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cells
 import torch
-from allocator_contenders import Contender, check
+from allocator_contenders import Contender
 from rich.console import Group as Stack
 from torch import Tensor
 
@@ -29,10 +29,8 @@ from allocators._policy import Control, Policy, gradient_samples
 from allocators.bernoulli import FREE, Baseline, Bernoulli, History
 from allocators.knapsack import Knapsack
 from globalopt.errors import UsageError
-from globalopt.machine.clock import StageClock
 from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.options import SearchOptions
-from globalopt.pipeline.search import pose, true_loss
 from globalopt.runs.files import write_json
 from globalopt.values.problem import Problem
 from reports import formats
@@ -143,13 +141,12 @@ def measure(options: argparse.Namespace) -> list[Cell]:
     """All cells, in the order of seeds and estimators; the losses are in the journal of the seed's analysis."""
     made: list[Cell] = []
     for seed in options.seeds:
-        search = SearchOptions(budget=options.budget, pattern=options.pattern, seed=seed)
-        check(search, BERNOULLI)
-        bench = cells.set_up(options, seed)
+        plan = BERNOULLI.plan(SearchOptions(budget=options.budget, pattern=options.pattern, seed=seed))
+        session = cells.set_up(options, seed)
         folder: Path = options.out / f"seed{seed}"
-        analysis = cells.analysed(bench, options.pattern, seed, folder / "analysis")
-        problem = pose(bench, search, analysis)
-        with true_loss(replace(bench, clock=StageClock()), search, analysis, problem) as objective:
+        analysed = cells.analysed(session, plan, folder / "analysis", cells.cache_of(options))
+        problem = analysed.problem(plan)
+        with analysed.objective(plan, problem) as objective:
             gradients, fisher = estimates(problem, objective, options.updates, options.pilot, options.samples)
             tokens = objective.tokens
         found = spreads(gradients, fisher)

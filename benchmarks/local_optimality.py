@@ -22,15 +22,17 @@ from finished_cells import Cells
 from rich.console import Group as Stack
 from rich.text import Text
 
+from allocators import Uniform
 from allocators._moves import improving_share
 from globalopt.errors import ArtefactError
-from globalopt.machine.clock import StageClock
-from globalopt.pipeline import session
+from globalopt.pipeline import session as sessions
 from globalopt.pipeline.options import SearchOptions
-from globalopt.pipeline.search import pose, true_loss
+from globalopt.pipeline.plan import resolve
+from globalopt.runs.artefacts import SUMMARY
+from globalopt.runs.cache import FOLDER, Cache
 from globalopt.runs.files import write_json
-from globalopt.runs.folder import Run
-from reports import formats, make_progress
+from globalopt.runs.folder import WORK, Run
+from reports import formats
 from reports.tables import add_numbers, footed, report_table
 
 
@@ -50,7 +52,7 @@ class Optimality:
 def search_options(run: Run) -> SearchOptions:
     """What a finished search was asked for; `ArtefactError` if the run is none."""
     found = run.manifest["identity"].get("search")
-    if found is None or not run.summary_path.exists():
+    if found is None or not run.has(SUMMARY, None):
         raise ArtefactError(f"{run.folder} is no finished search; give the folder of one.")
     try:
         return SearchOptions(**found)
@@ -58,24 +60,30 @@ def search_options(run: Run) -> SearchOptions:
         raise ArtefactError(f"{run.folder} was made by another version ({cause}). Make it again.") from None
 
 
+def cache_of(folder: Path) -> Cache:
+    """The cache of a run: the nearest one above it, else the one in its folder."""
+    above = (Cache(parent / FOLDER) for parent in folder.absolute().parents)
+    return next((found for found in (Cache.beside(folder), *above) if found.folder.is_dir()), Cache(folder / WORK))
+
+
 def measure(folder: Path, options: argparse.Namespace) -> Optimality:
-    """Of one run; the losses are kept in a journal beside the result, not in the run's own."""
-    run, model, text = session.recorded(folder)
+    """Of one run; the analysis is computed again if the cache does not hold it."""
+    run, model, text = sessions.recorded(folder)
     search = search_options(run)
-    progress = make_progress(cells.err, quiet=not cells.err.is_terminal)
-    bench = session.set_up(model, text, search.seed, progress, StageClock())
-    identity = {**bench.identity(search.seed), "search": asdict(search), "run": run.manifest["fingerprint"]}
-    own = Run.start(options.out / "journals" / key(run), identity, bench.facts("local optimality"))
-    cells.share_analysis(run, own)
-    # One more than the swaps for the allocation itself, and one that the next question could cost.
-    windows = len(bench.splits.selection.windows) + text.batch_size
-    search = replace(search, search_tokens=(options.swaps + 2) * windows * bench.splits.selection.seqlen)
-    problem = pose(bench, search, own)
-    targets = cells.targets_of(bench, run)
-    with true_loss(bench, search, own, problem) as objective:
+    session = sessions.set_up(model, text, search.seed, cells.reporter())
+    # One more than the swaps for the allocation itself, and one that the next evaluation could cost.
+    windows = len(session.splits.selection.windows) + text.batch_size
+    search = replace(search, search_tokens=(options.swaps + 2) * windows * session.splits.selection.seqlen)
+    # The allocator that was used is not read, and may be one of a benchmark's own.
+    plan = resolve(search, allocator=Uniform())
+    cache = cache_of(folder) if options.cache is None else Cache(options.cache)
+    analysed = cells.analysed(session, plan, options.out / "analyses" / key(run), cache)
+    problem = analysed.problem(plan)
+    targets = cells.targets_of(session, run)
+    with analysed.objective(plan, problem) as objective:
         loss = float(objective.losses([targets], range(objective.chunks)).mean())
         found = improving_share(problem, objective, targets, options.swaps, random.Random(options.draw))
-    allocator = run.read_summary().allocator
+    allocator = run.summary().allocator
     return Optimality(allocator, search.budget, search.seed, loss, found.improving, found.tried, found.bound)
 
 
@@ -131,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished search")
     parser.add_argument("--out", type=Path, required=True, help="folder of results; the same command resumes")
     parser.add_argument("--swaps", type=int, default=100, help="random swaps per run (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="of the runs; the nearest one above each run if left out")
     parser.add_argument("--draw", type=int, default=0, help="seed of the swaps (%(default)s)")
     return cells.run_script(work, parser, arguments)
 

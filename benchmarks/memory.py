@@ -181,6 +181,8 @@ def main() -> None:
             options.max_memory,
             "--device",
             "cpu",
+            # Otherwise artefacts of an earlier run would be used again, also with --fresh.
+            "--no-cache",
             "--quiet",
         ),
         *(("--set", options.set) if options.set else ()),

@@ -1,4 +1,4 @@
-"""Which norm should a layer be fitted in? Held-out KL and perplexity of one solver at uniform budgets, several seeds.
+"""Which metric should a solver minimise? Held-out KL and perplexity of one solver at uniform budgets, several seeds.
 
     python benchmarks/metric.py --out OUT [--budgets 0.5 0.3 0.2 2:4@0.56] [--seeds 0 1 2] [--solver 3basil]
     python benchmarks/metric.py --out OUT --model FOLDER --calibration TEXT
@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.pipeline.options import SearchOptions, check_options
+from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.plan import SearchPlan, resolve
 from globalopt.protocols import Outputs
 from globalopt.runs.files import write_json
 from globalopt.values.results import Summary
@@ -67,10 +68,10 @@ class Cell:
         }
 
 
-def asked(budget: str, outputs: Outputs, options: argparse.Namespace, seed: int) -> SearchOptions:
+def asked(budget: str, outputs: Outputs, options: argparse.Namespace, seed: int) -> SearchPlan:
     """The uniform search of one cell; `budget` as typed."""
     pattern, at, kept = budget.rpartition("@")
-    return SearchOptions(
+    search = SearchOptions(
         budget=float(kept),
         pattern=pattern if at else "unstructured",
         allocator="uniform",
@@ -80,28 +81,26 @@ def asked(budget: str, outputs: Outputs, options: argparse.Namespace, seed: int)
         pricing="span",
         seed=seed,
     )
+    return resolve(search)
 
 
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, metrics."""
     for budget in options.budgets:
         for outputs in options.metrics:
-            check_options(asked(budget, outputs, options, 0))
+            asked(budget, outputs, options, 0)
     total = len(options.seeds) * len(options.budgets) * len(options.metrics)
     done = 0
+    cache = cells.cache_of(options)
     made: list[Cell] = []
     for seed in options.seeds:
         folder: Path = options.out / f"seed{seed}"
-        bench = cells.set_up(options, seed)
+        session = cells.set_up(options, seed)
         for budget in options.budgets:
-            pattern = asked(budget, BASELINE, options, seed).pattern
-            analysis = cells.analysed(
-                bench, pattern, seed, folder / f"analysis-{pattern.replace(':', 'of')}", options.solver, pricing="span"
-            )
             measured: dict[Outputs, Summary] = {}
             for outputs in options.metrics:
                 where = folder / budget.replace(":", "of") / outputs
-                measured[outputs] = cells.search(bench, asked(budget, outputs, options, seed), analysis, where, command)
+                measured[outputs] = cells.search(session, asked(budget, outputs, options, seed), where, command, cache)
                 done += 1
                 cells.say(done, total, f"seed {seed}  budget {budget}  {outputs}", measured[outputs])
             baseline = cells.figures(measured[options.metrics[0]])

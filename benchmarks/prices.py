@@ -1,11 +1,11 @@
-"""Do prices and candidates tell what a layer loses? The model is asked, with one layer at a time replaced.
+"""Do predicted losses and candidates agree with the true loss of a layer? One layer at a time is replaced.
 
     python benchmarks/prices.py --out OUT [--blocks 3 6] [--kept 0.2 0.3 0.4] [--shares 0 0.05 0.1 0.15 0.2 0.25 0.3]
     python benchmarks/prices.py --out OUT --model FOLDER --calibration TEXT
 
-Every layer of the blocks is fitted by the solver at every kept fraction and rank share, in the metric that a search
-chose for it. Beside the loss of the fit stands that of the candidate at the same target: what a search asks about
-without a fit. Both are KL to the dense model on selection windows, over the price of the target.
+Every layer of the blocks is solved by the solver at every kept fraction and rank share, in the metric that a search
+chose for it. Beside the loss of the solution stands that of the candidate at the same target, which a search evaluates
+in its place. Both are KL to the dense model on selection windows, over the predicted loss of the target.
 """
 
 from __future__ import annotations
@@ -22,27 +22,24 @@ from finished_cells import Cells
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.analysis.grid import Options
+from globalopt.analysis.anchors import read_gap
 from globalopt.errors import UsageError
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.objective.candidates import FittedLayer
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.options import SearchOptions
-from globalopt.pipeline.search import pose
-from globalopt.pipeline.session import Bench
+from globalopt.pipeline.plan import resolve
 from globalopt.protocols import Solver
+from globalopt.runs.artefacts import PREDICTION
 from globalopt.runs.files import write_json
-from globalopt.runs.folder import Run
 from globalopt.values.layer import LayerSpec
-from globalopt.values.metric import Metric
 from globalopt.values.problem import Problem
 from reports.tables import add_numbers, footed, report_table
-from solvers import get_solver
 
 
 @dataclass(frozen=True)
 class Point:
-    """A layer at one target: its price, and what the model loses by the fit and by the candidate, nats per token."""
+    """A layer at one target: its predicted loss, and those of the model with the solution and with the candidate."""
 
     layer: str
     kind: str
@@ -54,16 +51,19 @@ class Point:
 
 
 def points(
-    bench: Bench, problem: Problem, analysis: Run, solver: Solver, spec: LayerSpec, options: argparse.Namespace
+    analysed: cells.Analysed, problem: Problem, solver: Solver, spec: LayerSpec, options: argparse.Namespace
 ) -> list[Point]:
     """Those of one layer."""
+    session, analysis = analysed.session, analysed.analysis
     surface = next(surface for surface in problem.surfaces if surface.spec == spec)
-    layer = FittedLayer(surface, *analysis.read_fits(spec), analysis.read_overlap(spec))
-    grid = Options.of(spec, analysis.read_span(spec).max_rank)
-    weight = bench.layers.weight(spec.name)
-    state = solver.prepare(weight, Metric(analysis.read_gram(spec.site), analysis.chosen_outputs(spec)))
-    windows = bench.splits.selection.windows[: options.windows]
-    objective = ModelObjective(BlockRunner(bench.layers, [Batch(windows)]))
+    weight, grid = session.layers.weight(spec.name), analysis.options(spec)
+    residuals = analysis.residuals(spec, weight, read_gap(analysis))
+    overlap = analysed.run.get(PREDICTION, spec).overlap
+    assert overlap is not None, "anchor solutions were predicted too"
+    layer = FittedLayer(surface, residuals.rows, residuals.tensor, overlap)
+    state = solver.prepare(weight, analysis.metric(spec))
+    windows = session.splits.selection.windows[: options.windows]
+    objective = ModelObjective(BlockRunner(session.layers, [Batch(windows)]))
     found = []
     try:
         for kept in options.kept:
@@ -80,24 +80,22 @@ def points(
 def measure(options: argparse.Namespace) -> list[Point]:
     """All points, layer by layer; a layer that is finished is read back."""
     search = SearchOptions(budget=1.0, solver=options.solver, solver_options=dict(options.set), seed=options.seed)
-    solver = get_solver(options.solver, dict(options.set))
-    bench = cells.set_up(options, options.seed)
-    if unknown := sorted(set(options.blocks) - {spec.block for spec in bench.layers.specs}):
+    plan = resolve(search)
+    if not plan.analysis.anchors:
+        raise UsageError(f"Solver {options.solver} moves no weight it keeps, so there are no candidates; take another.")
+    session = cells.set_up(options, options.seed)
+    if unknown := sorted(set(options.blocks) - {spec.block for spec in session.layers.specs}):
         raise UsageError(f"The model has no block {', '.join(map(str, unknown))}.")
-    analysis = cells.analysed(
-        bench, "unstructured", options.seed, options.out / "analysis", options.solver, solver_options=dict(options.set)
-    )
-    if not all(analysis.fits_path(spec).exists() for spec in bench.layers.specs):
-        raise UsageError(f"Solver {solver.name} moves no weight it keeps, so nothing was fitted; take another.")
-    problem = pose(bench, search, analysis)
-    common = {"analysis": analysis.manifest["fingerprint"], "windows": options.windows}
+    analysed = cells.analysed(session, plan, options.out / "analysis", cells.cache_of(options))
+    problem = analysed.problem(plan)
+    common = {"analysis": analysed.run.manifest["fingerprint"], "windows": options.windows}
     store = Cells(options.out / "cells", {**common, "kept": options.kept, "shares": options.shares})
     made: list[Point] = []
-    for spec in bench.layers.specs:
+    for spec in session.layers.specs:
         if spec.block in options.blocks:
 
             def compute(spec: LayerSpec = spec) -> list[Point]:
-                return points(bench, problem, analysis, solver, spec, options)
+                return points(analysed, problem, plan.analysis.solver, spec, options)
 
             made += store.get(list[Point], spec.name, {}, compute)
             cells.err.print(spec.name, highlight=False)
@@ -105,7 +103,7 @@ def measure(options: argparse.Namespace) -> list[Point]:
 
 
 def mean(made: Sequence[Point], of: str) -> str:
-    """Geometric mean over the points of what is lost over the price, and the root mean square of its logarithm."""
+    """Geometric mean over the points of the true loss over the predicted one, and the root mean square of its log."""
     logs = [math.log(getattr(point, of) / point.price) for point in made if point.price > 0 and getattr(point, of) > 0]
     if not logs:
         return "-"
@@ -114,7 +112,7 @@ def mean(made: Sequence[Point], of: str) -> str:
 
 def table(made: Sequence[Point], options: argparse.Namespace) -> Stack:
     """By kind and by rank share."""
-    rows = report_table("Measured loss of one layer over its price")
+    rows = report_table("True loss of one layer over its predicted loss")
     rows.add_column("layers")
     add_numbers(rows, ("points", "fit", "candidate"))
     groups = [(kind, [p for p in made if p.kind == kind]) for kind in dict.fromkeys(p.kind for p in made)]
@@ -124,7 +122,7 @@ def table(made: Sequence[Point], options: argparse.Namespace) -> Stack:
     return footed(
         rows,
         f"geometric means, ±: root mean square of the logarithm; KL on {options.windows} selection windows",
-        f"fit: by {options.solver}; candidate: what a search asks about in its place",
+        f"fit: by {options.solver}; candidate: what a search evaluates in its place",
         f"kept {', '.join(f'{kept:g}' for kept in options.kept)}; blocks {', '.join(map(str, options.blocks))}",
     )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -29,17 +29,18 @@ from rich.console import Group as Stack
 from rich.text import Text
 from torch import Tensor
 
-from allocators import get_allocator
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.machine.clock import StageClock
 from globalopt.pipeline import compress
-from globalopt.pipeline.options import AS_FITTED, RefineOptions, SearchOptions, check_options
-from globalopt.pipeline.search import allocate, budget_of, pose, search_identity
-from globalopt.pipeline.session import Bench
+from globalopt.pipeline.addresses import search_addresses
+from globalopt.pipeline.options import AS_FITTED, RefineOptions, SearchOptions
+from globalopt.pipeline.plan import SearchPlan, resolve, resolve_refinement
+from globalopt.pipeline.reuse import opened
+from globalopt.pipeline.search import allocated, budget_of, search_identity
+from globalopt.pipeline.session import Session
 from globalopt.protocols import Solver
+from globalopt.runs.cache import Cache
 from globalopt.runs.files import write_json
-from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
@@ -87,7 +88,6 @@ class Rung:
     Args:
         baseline: label of the rung that ratios are to.
         searched: whether the budget is the allocator's, else the uniform one.
-        above: the rung whose layers this one only trains further.
     """
 
     label: str
@@ -95,7 +95,6 @@ class Rung:
     solver: Solver
     refining: RefineOptions = AS_FITTED
     searched: bool = False
-    above: str | None = None
 
 
 def ladder(names: Sequence[str], solvers: Sequence[str], options: dict[str, str]) -> list[Rung]:
@@ -108,7 +107,7 @@ def ladder(names: Sequence[str], solvers: Sequence[str], options: dict[str, str]
         Rung("solver", published, ours),
         Rung("allocation", published, ours, searched=True),
         Rung("matching", published, ours, BLOCK, searched=True),
-        Rung("model", published, ours, replace(BLOCK, match="model"), searched=True, above="matching"),
+        Rung("model", published, ours, replace(BLOCK, match="model"), searched=True),
     ]
     found = [rung for rung in known if rung.label in names]
     for name in solvers:
@@ -151,11 +150,11 @@ class Cell:
         }
 
 
-def asked(budget: str, seed: int, allocator: str, options: argparse.Namespace) -> SearchOptions:
+def asked(budget: str, seed: int, allocator: str, options: argparse.Namespace) -> SearchPlan:
     """How the budget of a cell is made; `budget` as typed."""
     pattern, at, kept = budget.rpartition("@")
     share = {} if at or allocator != "uniform" else {"rank_share": RANK_SHARE}
-    return SearchOptions(
+    search = SearchOptions(
         budget=float(kept),
         pattern=pattern if at else "unstructured",
         allocator=allocator,
@@ -165,78 +164,52 @@ def asked(budget: str, seed: int, allocator: str, options: argparse.Namespace) -
         search_tokens=options.tokens,
         seed=seed,
     )
+    return resolve(search)
 
 
-def allocated(bench: Bench, search: SearchOptions, analysis: Run, folder: Path) -> BudgetFile:
+def shared_budget(session: Session, plan: SearchPlan, folder: Path, command: str, cache: Cache) -> BudgetFile:
     """The budget of a search whose model is not refined; made once."""
-    identity = search_identity(bench, search, AS_FITTED)
-    run = Run.start(folder, identity, bench.facts("benchmark"))
-    if not run.budget_path.exists():
-        cells.share_analysis(analysis, run)
-        problem = pose(bench, search, run)
-        allocator = get_allocator(search.allocator, search.allocator_options)
-        timed = replace(bench, clock=StageClock())
-        allocation, _, _ = allocate(timed, search, run, problem, allocator)
-        budget_file.write(run.budget_path, budget_of(bench, search, problem, allocation))
-    return budget_file.read(run.budget_path)
+    with opened(session, folder, search_identity(session, plan), command, cache, fresh=False) as (run, at):
+        if not run.budget_path.exists():
+            at(search_addresses(session, plan))
+            problem, allocation, _ = allocated(session, cells.reporter(), plan, run)
+            budget_file.write(run.budget_path, budget_of(session, plan, problem, allocation))
+        return budget_file.read(run.budget_path)
 
 
-@dataclass
-class Place:
-    """Where the cells of one seed and budget are made, and the budget files they share."""
-
-    bench: Bench
-    analysis: Run
-    folder: Path
-    files: dict[bool, BudgetFile] = field(default_factory=dict)
-
-    def refined(self, rung: Rung, seed: int, options: dict[str, str], command: str) -> Summary:
-        file, folder = self.files[rung.searched], self.folder / cells.folder_name(rung.label)
-        words = rung.solver.name, options if rung.solver.name == "3basil" else {}
-        identity = compress.compress_identity(self.bench, file, *words, seed, "fisher", rung.refining)
-        run = Run.start(folder, identity, self.bench.facts(command))
-        cells.share_analysis(self.analysis, run, ("outputs", "weighing", "grams"))
-        if rung.above is not None and (below := self.folder / cells.folder_name(rung.above)).exists():
-            cells.share_analysis(Run.open(below), run, ("layers", "matched"))
-        with cells.dense_after(self.bench) as fresh:
-            return compress.compress(
-                fresh,
-                self.folder / "budget.json",
-                file,
-                *words,
-                seed,
-                folder,
-                command,
-                refining=rung.refining,
-                solver=rung.solver,
-            )[0]
+def refined(
+    session: Session, rung: Rung, seed: int, file: BudgetFile, folder: Path, command: str, cache: Cache
+) -> Summary:
+    """One cell. Layers and blocks that a rung has in common with one below are found in the cache."""
+    plan = resolve_refinement(rung.refining, rung.solver, fisher=True, seed=seed)
+    with cells.dense_after(session):
+        source = folder / "budget.json"
+        summary, _ = compress.compress(session, cells.reporter(), plan, source, file, folder, command, cache)
+        return summary
 
 
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, rungs."""
     rungs = ladder(options.rungs, options.solvers, dict(options.set))
-    for budget in options.budgets:
-        check_options(asked(budget, 0, options.allocator, options))
+    for typed in options.budgets:
+        asked(typed, 0, options.allocator, options)
     total = len(options.seeds) * len(options.budgets) * len(rungs)
+    cache = cells.cache_of(options)
     made: list[Cell] = []
     for seed in options.seeds:
-        bench = cells.set_up(options, seed)
-        for budget in options.budgets:
-            uniform = asked(budget, seed, "uniform", options)
-            pattern = uniform.pattern.replace(":", "of")
-            home: Path = options.out / f"seed{seed}"
-            analysis = cells.analysed(
-                bench, uniform.pattern, seed, home / f"analysis-{pattern}", solver_options=dict(options.set)
-            )
-            place = Place(bench, analysis, home / budget.replace(":", "of"))
+        session = cells.set_up(options, seed)
+        for typed in options.budgets:
+            folder: Path = options.out / f"seed{seed}" / typed.replace(":", "of")
+            files: dict[bool, BudgetFile] = {}
             for searched in sorted({rung.searched for rung in rungs}):
-                search = asked(budget, seed, options.allocator if searched else "uniform", options)
-                where = place.folder / f"budget-{search.allocator}"
-                place.files[searched] = allocated(bench, search, analysis, where)
+                allocator = options.allocator if searched else "uniform"
+                plan = asked(typed, seed, allocator, options)
+                files[searched] = shared_budget(session, plan, folder / f"budget-{allocator}", command, cache)
             for rung in rungs:
-                summary = place.refined(rung, seed, dict(options.set), command)
-                made.append(Cell(budget, seed, rung, summary))
-                cells.say(len(made), total, f"seed {seed}  budget {budget}  {rung.label}", summary)
+                where = folder / cells.folder_name(rung.label)
+                summary = refined(session, rung, seed, files[rung.searched], where, command, cache)
+                made.append(Cell(typed, seed, rung, summary))
+                cells.say(len(made), total, f"seed {seed}  budget {typed}  {rung.label}", summary)
     return made
 
 
@@ -300,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--solvers", nargs="*", default=[], choices=list(SOLVERS), help="also without and with matching"
     )
     parser.add_argument("--allocator", default="auto", help="of the rungs above `solver` (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=500_000, help="limit of an allocator that asks (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=500_000, help="limit of an allocator that uses the objective (%(default)s)"
+    )
     parser.add_argument(
         "--set", type=cells.option_pair, nargs="+", default=[], metavar="NAME=VALUE", help="options of 3basil"
     )

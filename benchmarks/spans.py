@@ -1,9 +1,10 @@
-"""Which spans and prices lead to the best budget and model? Every span scaling, priced by fits and as it is.
+"""Which spans and predictions lead to the best budget and model? Every scaling, with and without anchor solutions.
 
     python benchmarks/spans.py --out OUT [--budgets 0.5 0.3 0.2] [--seeds 0 1 2] [--span-scaling ...] [--pricing ...]
     python benchmarks/spans.py --out OUT --model FOLDER --calibration TEXT
 
-One allocator and one solver for all. The solver does not read the spans: they decide the prices, and so the budget.
+One allocator and one solver for all. The solver does not read the spans: they decide the predicted losses, and so the
+budget.
 Ratios are of KL to the first scaling and pricing that is given, seed by seed. Nothing is chosen on test.
 """
 
@@ -19,12 +20,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import cells
-from allocator_contenders import Contender, check
+from allocator_contenders import Contender
 from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.analysis.spans import SCALINGS
 from globalopt.pipeline.options import PRICINGS, SearchOptions
+from globalopt.pipeline.plan import SearchPlan
 from globalopt.runs.files import write_json
 from globalopt.runs.folder import Run
 from globalopt.values.results import Summary
@@ -63,7 +65,7 @@ class Cell:
         }
 
 
-def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, pricing: str) -> SearchOptions:
+def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, pricing: str) -> SearchPlan:
     """The search of one cell."""
     search = SearchOptions(
         budget=budget,
@@ -73,46 +75,41 @@ def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, p
         pricing=pricing,
         seed=seed,
     )
-    return options.allocator.within(search)
+    return options.allocator.plan(search)
 
 
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, scalings, pricings."""
     kinds = list(itertools.product(options.span_scaling, options.pricing))
     for budget in options.budgets:
-        check(asked(options, budget, 0, *kinds[0]), options.allocator)
+        asked(options, budget, 0, *kinds[0])
     total = len(options.seeds) * len(options.budgets) * len(kinds)
     done = 0
+    cache = cells.cache_of(options)
     made: list[Cell] = []
     for seed in options.seeds:
         folder: Path = options.out / f"seed{seed}"
-        bench = cells.set_up(options, seed)
+        session = cells.set_up(options, seed)
         analyses = {
             kind: cells.analysed(
-                bench,
-                "unstructured",
-                seed,
-                folder / f"analysis-{'-'.join(kind)}",
-                options.solver,
-                pricing=kind[1],
-                scaling=kind[0],
-                solver_options=dict(options.set),
+                session, asked(options, options.budgets[0], seed, *kind), folder / f"analysis-{'-'.join(kind)}", cache
             )
             for kind in kinds
         }
-        judge = next((kind for kind in kinds if has_fits(analyses[kind])), None)
+        # Predictions of a solver that moves no weight are the spans' own.
+        judge = next((kind for kind in kinds if asked(options, 1.0, seed, *kind).analysis.anchors), None)
         for budget in options.budgets:
             measured: dict[tuple[str, str], Summary] = {}
             losses: dict[tuple[str, str], tuple[float, float | None]] = {}
             for kind in kinds:
                 where = folder / f"{budget:g}" / "-".join(kind)
-                search = asked(options, budget, seed, *kind)
-                measured[kind] = cells.search(bench, search, analyses[kind], where, command, options.allocator.make())
+                plan = asked(options, budget, seed, *kind)
+                measured[kind] = cells.search(session, plan, where, command, cache)
                 fitted = None
                 if judge is not None:
-                    targets = cells.targets_of(bench, Run.open(where))
-                    fitted = cells.loss_of(bench, asked(options, budget, seed, *judge), analyses[judge], targets)
-                losses[kind] = cells.selection_loss(bench, search, where), fitted
+                    targets = cells.targets_of(session, Run.open(where))
+                    fitted = analyses[judge].loss(asked(options, budget, seed, *judge), targets)
+                losses[kind] = cells.selection_loss(analyses[kind], plan, where), fitted
                 done += 1
                 cells.say(done, total, f"seed {seed}  budget {budget:g}  {' '.join(kind)}", measured[kind])
             baseline = cells.figures(measured[kinds[0]])
@@ -121,11 +118,6 @@ def measure(options: argparse.Namespace, command: str) -> list[Cell]:
                 for kind, summary in measured.items()
             ]
     return made
-
-
-def has_fits(analysis: Run) -> bool:
-    """Whether the layers were fitted; prices of a solver that moves no weight are the spans' own."""
-    return (analysis.folder / "fits").is_dir()
 
 
 def table(made: Sequence[Cell], split: str) -> Stack:
@@ -157,9 +149,9 @@ def table(made: Sequence[Cell], split: str) -> Stack:
         rows,
         f"means over {len({cell.seed for cell in made})} seeds, ±: standard deviation between them; "
         f"dense perplexity {formats.significant(dense)}; KL: nats per token",
-        f"ratio: of KL to {made[0].scaling} spans priced by {made[0].pricing}, seed by seed",
+        f"ratio: of KL to {made[0].scaling} spans with pricing {made[0].pricing}, seed by seed",
         "selection: KL on the selection text of candidates made as the row's own search would",
-        "on fits: the same of candidates made of the first fitted analysis, alike for all rows",
+        "on fits: the same of candidates made from the first anchor solutions, alike for all rows",
     )
 
 

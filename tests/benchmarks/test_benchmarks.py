@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from allocators import Knapsack
 from globalopt.errors import UsageError
-from globalopt.pipeline import analyse, finish, search, session
+from globalopt.pipeline import analyse, compress, search, session
 from globalopt.pipeline.options import SearchOptions
+from globalopt.pipeline.plan import resolve
 from tests.surfaces import problem
 from tests.tiny_models import save_tiny
 
@@ -93,8 +94,15 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
         assert found["knapsack"]["tokens"] == 8 * 4 * 16 + 7 * 14 * 4 * 16
         # Nine ramps on all of the selection text.
         assert found["depth-ramp@5000"]["tokens"] == found["knapsack"]["tokens"] + 9 * 3 * 16
+        # The analysis is shared; a search is not answered by what another cell has evaluated.
+        ramp = out / "seed0" / f"{budget:g}" / "depth-ramp-5000" / "work"
+        assert {path.name for path in ramp.iterdir()} <= {"objective", "allocation", "refinement", "model-matching"}
+        assert len(list((ramp / "objective").glob("*/journal.log"))) == 1
+    assert len(list((out / "globalopt-cache" / "predictions").iterdir())) == 1
+    assert len({cell["analysis_seconds"] for cell in cells}) == 1
+    assert cells[0]["analysis_seconds"] > 0
 
-    monkeypatch.setattr(finish, "finish", never)
+    monkeypatch.setattr(search, "finish", never)
     monkeypatch.setattr(analyse, "span_layers", never)
     monkeypatch.setattr(search, "BlockRunner", never)
     assert allocation.main(command) == 0
@@ -112,7 +120,8 @@ def test_a_cell_is_what_search_finds_by_itself(tiny, tmp_path):
     assert cell["label"] == "depth-ramp@9000"
     options = cells.option_parser("").parse_args([*tiny, "--out", "unused"])
     asked = SearchOptions(budget=0.4, allocator="depth-ramp", solver_options={"steps": "2"}, seed=1, search_tokens=9000)
-    summary, _ = search.search(cells.set_up(options, 1), asked, tmp_path / "alone", "alone")
+    alone = tmp_path / "alone"
+    summary, _ = search.search(cells.set_up(options, 1), cells.reporter(), resolve(asked), alone, "alone")
     assert cell["validation"]["kl"] == pytest.approx(summary.compressed[0].kl, rel=1e-6)
     assert summary.search is not None
     assert cell["selection_loss"] == pytest.approx(summary.search.loss)
@@ -178,10 +187,28 @@ def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, c
         assert cell["fitted_loss"] != pytest.approx(cell["selection_loss"])
         assert cell["validation"]["ratio"] == pytest.approx(cell["validation"]["kl"] / first["validation"]["kl"])
 
-    monkeypatch.setattr(finish, "finish", never)
+    monkeypatch.setattr(search, "finish", never)
     monkeypatch.setattr(search, "BlockRunner", never)
     assert spans.main(command) == 0
     assert json.loads((out / "spans.json").read_text()) == result
+
+
+def test_metric_measures_every_metric_on_shared_predictions(tiny, tmp_path, monkeypatch, capsys):
+    metric = script("metric")
+    out = tmp_path / "out"
+    command = ["--out", str(out), *tiny, "--budgets", "0.4", "--seeds", "0", "--set", "steps=2"]
+    assert metric.main(command) == 0
+    assert "Metric, on test" in capsys.readouterr().out
+    cells = json.loads((out / "metric.json").read_text())["cells"]
+    assert [cell["outputs"] for cell in cells] == ["none", "rows", "full"]
+    assert cells[0]["validation"]["ratio"] == 1
+    # What a layer keeps is predicted from its span, in whichever metric it is solved.
+    assert len(list((out / "globalopt-cache" / "predictions").iterdir())) == 1
+    assert len({cell["layer_error"] for cell in cells}) > 1
+
+    monkeypatch.setattr(search, "finish", never)
+    assert metric.main(command) == 0
+    assert json.loads((out / "metric.json").read_text())["cells"] == cells
 
 
 def test_refine_climbs_its_ladder_and_reads_finished_cells_back(tiny, tmp_path, monkeypatch, capsys):
@@ -210,7 +237,8 @@ def test_refine_climbs_its_ladder_and_reads_finished_cells_back(tiny, tmp_path, 
         found = cell["splits"]["validation"]
         assert cell["splits"]["validation"]["gap"] == pytest.approx(found["perplexity"] - found["dense_perplexity"])
 
-    monkeypatch.setattr(finish, "finish", never)
+    monkeypatch.setattr(search, "allocate", never)
+    monkeypatch.setattr(compress, "finish", never)
     assert refine.main(command) == 0
     assert capsys.readouterr().out == printed
 
@@ -223,7 +251,10 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
     optimality = script("local_optimality")
     out = tmp_path / "out"
     command = [*runs, "--out", str(out), "--swaps", "6"]
-    assert optimality.main(command) == 0
+    with monkeypatch.context() as patched:
+        # The analysis is found in the cache of the benchmark.
+        patched.setattr(analyse, "span_layers", never)
+        assert optimality.main(command) == 0
     assert "Swaps that still improve" in capsys.readouterr().out
     result = json.loads((out / "local_optimality.json").read_text())
     measured = json.loads((cells / "allocation.json").read_text())["cells"]
@@ -306,7 +337,8 @@ def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeyp
     assert -1 <= result["spearman"]["test"]["wanda"] <= 1
 
     with monkeypatch.context() as patched:
-        patched.setattr(finish, "finish", never)
+        patched.setattr(search, "finish", never)
+        patched.setattr(compress, "finish", never)
         assert transfer.main(command) == 0
     assert json.loads((out / "transfer.json").read_text()) == result
 
