@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from globalopt.errors import ArtefactError
+from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
 from globalopt.values.layer import LayerSpec
@@ -73,7 +73,7 @@ class Key(Generic[K]):
 LAYER: Key[LayerSpec] = Key(
     lambda spec: spec.name, lambda spec: {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
 )
-NAME: Key[str] = Key(lambda name: name, lambda name: {})
+NAME: Key[str] = Key(lambda name: name, lambda name: {"name": name})
 SITE: Key[str] = Key(lambda site: site, lambda site: {"site": site})
 BLOCK: Key[int] = Key(lambda block: f"block.{block}", lambda block: {"block": block})
 
@@ -109,12 +109,12 @@ def tensors(
     """
 
     def write(path: Path, key: K, record: Mapping[str, Any], value: T) -> None:
-        parts, facts = encode(value)
-        write_tensors(path, parts, {**facts, **record})
+        encoded, facts = encode(value)
+        write_tensors(path, encoded, {**facts, **record})
 
     def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
         found, facts = read_tensors(path)
-        _check_key(path, facts, record)
+        facts = _without_key(path, facts, record)
         if missing := [*(set(parts) - found.keys()), *(set(metadata) - facts.keys())]:
             raise ArtefactError(f"{path} lacks {', '.join(sorted(missing))}. {AGAIN}")
         return _decoded(path, lambda: decode(key, found, facts))
@@ -129,10 +129,7 @@ def json(encode: Callable[[T], Mapping[str, Any]], decode: Callable[[K, Mapping[
         write_json(path, {**record, **encode(value)})
 
     def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ArtefactError(f"{path} is broken. {AGAIN}")
-        _check_key(path, found, record)
+        found = _without_key(path, read_json(path, AGAIN), record)
         return _decoded(path, lambda: decode(key, found))
 
     return Form(".json", write, read)
@@ -141,27 +138,35 @@ def json(encode: Callable[[T], Mapping[str, Any]], decode: Callable[[K, Mapping[
 def values(kind: type[T]) -> Form[Any, T]:
     """Make the form of a JSON file that holds a dataclass, or a tuple of them, as `asdict` writes it."""
 
-    def plain(value: Any) -> Any:
-        return [asdict(one) for one in value] if isinstance(value, tuple | list) else asdict(value)
+    def plain(value: Any, record: Mapping[str, Any]) -> Any:
+        # A list has no place for a key: of what is written as one there is one in a stage.
+        return [asdict(one) for one in value] if isinstance(value, tuple | list) else {**record, **asdict(value)}
 
     def write(path: Path, key: Any, record: Mapping[str, Any], value: T) -> None:
-        write_json(path, plain(value))
+        write_json(path, plain(value, record))
 
     def read(path: Path, key: Any, record: Mapping[str, Any]) -> T:
-        return validated(path, kind, read_json(path))
+        found = read_json(path, AGAIN)
+        return validated(path, kind, _without_key(path, found, record) if record else found)
 
     return Form(".json", write, read)
 
 
-def _check_key(path: Path, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+def _without_key(path: Path, found: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was `found` in `path` less its key; `ArtefactError` if it is no mapping, or of another key."""
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path} is broken. {AGAIN}")
     if (held := {name: found.get(name) for name in record}) != record:
         raise ArtefactError(f"{path} holds {held}, expected {dict(record)}. {AGAIN}")
+    return {name: value for name, value in found.items() if name not in record}
 
 
 def _decoded(path: Path, decode: Callable[[], T]) -> T:
     try:
         return decode()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except KeyError as cause:
+        raise ArtefactError(f"{path} lacks {cause.args[0]}. {AGAIN}") from None
+    except (TypeError, ValueError, IndexError, AttributeError, GlobalOptError):
         raise ArtefactError(f"{path} is broken. {AGAIN}") from None
 
 
@@ -172,7 +177,7 @@ def validated(path: Path, kind: type[T], found: Any) -> T:
     except ValidationError as cause:
         first = cause.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}.") from None
+        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}. {AGAIN}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the table

@@ -107,6 +107,8 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
     for i, value in enumerate(solutions.values):
         kept = value.S != 0
         tensors |= {f"values.{i}": value.S[kept], f"kept.{i}": pack_bits(kept), f"U.{i}": value.U, f"V.{i}": value.V}
+        if value.signs is not None:
+            tensors[f"signs.{i}"] = value.signs
     return tensors, {"anchors": [[encode_target(target) for target in row] for row in solutions.rows]}
 
 
@@ -117,7 +119,7 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
     for i in range(sum(len(row) for row in rows)):
         S = tensors[f"values.{i}"].new_zeros(spec.d_out, spec.d_in)
         S[unpack_bits(tensors[f"kept.{i}"], S.shape)] = tensors[f"values.{i}"]
-        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"]))
+        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"], tensors.get(f"signs.{i}")))
     return AnchorSolutions(rows, tuple(values))
 
 

@@ -52,22 +52,25 @@ def replacing(path: Path) -> Iterator[Path]:
         # safetensors wraps the system's error in its own; the text still names it.
         raise ArtefactError(f"Cannot write {path}: {cause}. Free space and run the same command again.") from cause
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a temporary file or folder, if it is there and can be removed."""
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def remove_abandoned(folder: Path) -> None:
     """Remove temporary files below `folder` that processes of this machine left behind when they were killed."""
     for temporary in folder.rglob(f".*{PARTIAL}"):
-        *_, machine, pid, _ = temporary.name.removesuffix(PARTIAL).rsplit(".", 3)
+        # A file of another program may end in the same way.
+        machine, pid, _ = ("", "", *temporary.name.removesuffix(PARTIAL).rsplit(".", 3))[-3:]
         if machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
 def _machine() -> str:
@@ -81,7 +84,7 @@ def _write_error(path: Path, cause: OSError) -> ArtefactError:
             f"Cannot write {path}: the disk is full. Free space and run the same command again; it goes on from the "
             "last finished artefact."
         )
-    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out.")
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out or --cache.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,8 +94,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON."""
+def read_json(path: Path, advice: str = "Make it again.") -> Any:
+    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON.
+
+    Args:
+        advice: how to repair a file that is not JSON, a sentence for the error.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,7 +107,7 @@ def read_json(path: Path) -> Any:
     # ValueError: also a whole number of thousands of digits; RecursionError: brackets as deep.
     except (ValueError, RecursionError) as cause:
         raise ArtefactError(
-            f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again."
+            f"{path} is not valid JSON ({cause}); it is truncated or not ours. {advice}"
         ) from None
     except OSError as cause:
         raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
