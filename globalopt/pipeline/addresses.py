@@ -232,7 +232,8 @@ def refinement_addresses(
     >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
     >>> found = Uniform().allocate(problem)
     >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, "output error")
-    >>> plan = resolve(SearchOptions(0.5))
+    >>> from globalopt.pipeline.options import RefineOptions
+    >>> plan = resolve(SearchOptions(0.5), RefineOptions(match="model"))
     >>> addresses = refinement_addresses(session, plan.refinement, file, search_addresses(session, plan))
     >>> addresses[Stage.MODEL_MATCHING].inputs["refinement"] == addresses[Stage.REFINEMENT].digest
     True
@@ -244,7 +245,8 @@ def refinement_addresses(
     record = plan.record()
     distillation = record.pop("distillation")
     inputs: dict[str, Any] = {
-        **data,
+        # Grams of its own, behind layers that were replaced, but made in the same way.
+        "grams": _grams(data).digest,
         **record,
         "budget": digest(budget_file.record(file)),
         "dtype": str(session.loaded.checkpoint_dtype),
@@ -253,8 +255,9 @@ def refinement_addresses(
         "match_labels": found[Stage.MATCH_LABELS].digest if plan.block_output_grams else None,
     }
     found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
-    matched = {"refinement": found[Stage.REFINEMENT].digest, "distillation": distillation}
-    found[Stage.MODEL_MATCHING] = _address(Stage.MODEL_MATCHING, matched)
+    if distillation is not None:
+        matched = {"refinement": found[Stage.REFINEMENT].digest, "distillation": distillation}
+        found[Stage.MODEL_MATCHING] = _address(Stage.MODEL_MATCHING, matched)
     return found
 
 

@@ -7,6 +7,7 @@ are kept for the record of the run only.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -313,7 +314,7 @@ def method_record(method: Solver | Allocator) -> dict[str, Any]:
     refused.
 
     Raises:
-        UsageError: the method is no dataclass, or a field is no number, text or truth value.
+        UsageError: the method is no dataclass, or a field is no finite number, text or truth value.
 
     >>> method_record(get_allocator("uniform"))["options"]
     {'rank_share': 0.1}
@@ -331,6 +332,8 @@ def method_record(method: Solver | Allocator) -> dict[str, Any]:
                 f"{kind.__name__}.{name} is a {type(value).__name__}; hyper-parameters are numbers, texts or truth "
                 "values, so that a run can record them."
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{kind.__name__}.{name} is {value}; hyper-parameters are finite.")
     found = {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "options": options,
