@@ -173,7 +173,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "search tokens": ({"search_tokens": 1000}, {Stage.ALLOCATION}),
     "candidates": ({"candidates": "span"}, {Stage.OBJECTIVE, Stage.ALLOCATION}),
     "solver": ({"solver": "hassle-free"}, {Stage.GAPS, *AFTER_GAPS}),
-    "solver preset": ({"solver_options": {"preset": "published"}}, {Stage.GAPS, *AFTER_GAPS}),
+    "solver preset": ({"solver_options": {"preset": "fast"}}, {Stage.GAPS, *AFTER_GAPS}),
     "solver options": ({"solver_options": {"steps": "7"}}, {Stage.GAPS, *AFTER_GAPS}),
     # The error that is minimised is also that of the probe solver.
     "outputs": ({"solver_options": {"outputs": "rows"}}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
@@ -236,14 +236,16 @@ def test_another_budget_moves_the_refinement_and_the_same_budget_of_another_sear
     assert changed(BASE, everything(planned(budget=0.4, search_tokens=7), budget(), session())) == {Stage.ALLOCATION}
 
 
+FROM_LABELS = {*REFINED, Stage.PROBE_LABELS, Stage.MATCH_LABELS} - {Stage.RESULT, Stage.GRAMS}
+
 COMPRESS_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
-    "model": ({"data": {"model": "x"}}, {*REFINED, Stage.PROBE_LABELS, Stage.MATCH_LABELS} - {Stage.RESULT}),
+    "model": ({"data": {"model": "x"}}, {Stage.GRAMS, *FROM_LABELS}),
     "calibration": (
         {"data": {"calibration": "x"}},
-        {*REFINED, Stage.PROBE_LABELS, Stage.MATCH_LABELS} - {Stage.RESULT},
+        {Stage.GRAMS, *FROM_LABELS},
     ),
     "selection": ({"data": {"selection": "x"}}, set()),
-    "seed": ({"seed": 1}, {*REFINED, Stage.PROBE_LABELS, Stage.MATCH_LABELS} - {Stage.RESULT, Stage.GRAMS}),
+    "seed": ({"seed": 1}, FROM_LABELS),
     "solver options": ({"solver_options": {"steps": "7"}}, {Stage.REFINEMENT, Stage.MODEL_MATCHING}),
     "budget": ({"file": budget(nnz=31)}, {Stage.REFINEMENT, Stage.MODEL_MATCHING}),
     "pattern": (
@@ -306,6 +308,8 @@ OTHERS: Mapping[tuple[str, type], Any] = {
     ("accounting", str): "bytes",
     ("scaling", str): "none",
     ("max_rank", type(None)): 4,
+    ("threshold", int): 7,
+    ("samples", int): 4,
 }
 
 
@@ -325,6 +329,10 @@ def parts(value: Any) -> bool:
     return True
 
 
+def named(value: Any) -> str:
+    return value if isinstance(value, str) else "other"
+
+
 ANALYSIS = planned().analysis
 REFINEMENT = planned().refinement
 
@@ -332,17 +340,13 @@ NO_INPUT = {"words", "profile"}
 """Fields of a plan that are read before anything is computed, or recorded alone."""
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), variants(ANALYSIS, parts), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("name", "other"), variants(ANALYSIS, parts), ids=named)
 def test_every_field_of_an_analysis_decides_the_predictions(name, other):
     one, two = (analysis_addresses(session(), plan)[Stage.PREDICTIONS] for plan in (ANALYSIS, other))
     assert one.digest != two.digest, name
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), variants(REFINEMENT, parts), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("name", "other"), variants(REFINEMENT, parts), ids=named)
 def test_every_field_of_a_refinement_decides_its_end(name, other):
     one, two = (
         refinement_addresses(session(), plan, budget(), search_addresses(session(), planned()))[Stage.MODEL_MATCHING]
@@ -354,7 +358,9 @@ def test_every_field_of_a_refinement_decides_its_end(name, other):
 @pytest.mark.parametrize("matching", ["matching", "distillation"])
 def test_to_leave_a_part_of_matching_out_is_another_refinement(matching):
     other = replace(REFINEMENT, **{matching: None})
-    assert changed(BASE, refinement_addresses(session(), other, budget(), BASE)) >= {Stage.MODEL_MATCHING}
+    assert changed(BASE, everything(replace(planned(), refinement=other), budget(), session())) >= {
+        Stage.MODEL_MATCHING
+    }
 
 
 def test_every_field_of_a_search_decides_its_allocation():

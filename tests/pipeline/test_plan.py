@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +58,7 @@ def module(
 def test_own_methods_are_told_apart_by_fields_and_source(tmp_path, monkeypatch):
     def record(module: ModuleType, **options: Any) -> dict[str, Any]:
         # `inspect` looks a class up in the module of its name.
-        monkeypatch.setitem(__import__("sys").modules, "mine", module)
+        monkeypatch.setitem(sys.modules, "mine", module)
         return method_record(module.Mine(**options))
 
     first = record(module(tmp_path, "first"))
@@ -71,7 +72,7 @@ def test_own_methods_are_told_apart_by_fields_and_source(tmp_path, monkeypatch):
 
 def test_a_class_derived_from_one_of_ours_has_its_version_too(tmp_path, monkeypatch):
     made = module(tmp_path, "derived", base="Uniform", imports="from allocators import Uniform")
-    monkeypatch.setitem(__import__("sys").modules, "mine", made)
+    monkeypatch.setitem(sys.modules, "mine", made)
     before = method_record(made.Mine())
     assert "source" in before
     monkeypatch.setattr("allocators.Uniform.version", 99)
