@@ -57,7 +57,21 @@ Addresses = Mapping[Stage, Address]
 
 
 def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Address]:
-    """Address the stages up to the predicted losses."""
+    """Address the stages up to the predicted losses. The budget is none of their inputs.
+
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> found = analysis_addresses(session, resolve(SearchOptions(0.5)).analysis)
+    >>> found == analysis_addresses(session, resolve(SearchOptions(0.3)).analysis)
+    True
+    >>> [stage.value for stage in found][:3]
+    ['grams', 'spectra', 'profiles']
+    """
     data = _data(session)
     method = _method(plan.probe, plan.pattern, plan.limits)
     grams = _grams(data)
@@ -100,7 +114,19 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
 
 
 def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
-    """Address the stages of a search up to its allocation; those of its refinement depend on what is found."""
+    """Address the stages of a search up to its allocation; those of its refinement depend on the budget it finds.
+
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> one, other = (search_addresses(session, resolve(SearchOptions(kept))) for kept in (0.5, 0.3))
+    >>> [stage.value for stage in one if one[stage] != other[stage]]
+    ['allocation']
+    """
     found = objective_addresses(session, plan)
     inputs = {
         "objective": found[Stage.OBJECTIVE].digest,
@@ -116,7 +142,19 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
 def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
     """Address the analysis, and the evaluations of the objective.
 
-    What an allocation loses depends on neither allocator nor budget, so all searches on one analysis share a journal.
+    The loss of an allocation depends on neither allocator nor budget, so all searches on one analysis share a journal.
+
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> one, other = (resolve(SearchOptions(0.5, candidates=word)) for word in ("fit", "span"))
+    >>> one, other = objective_addresses(session, one), objective_addresses(session, other)
+    >>> [stage.value for stage in one if one[stage] != other[stage]]
+    ['objective']
     """
     found = analysis_addresses(session, plan.analysis)
     inputs = {
@@ -132,7 +170,36 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
 def compress_addresses(
     session: Session, plan: RefinementPlan, file: BudgetFile, probe: Solver, pattern: NM | None
 ) -> dict[Stage, Address]:
-    """Address the stages of a refinement without a search: one sweep of labels for all that needs output Grams."""
+    """Address the stages of a refinement without a search: one sweep of labels for all that needs output Grams.
+
+    Args:
+        probe: cheap solver in which metrics are compared.
+        pattern: of every target of the budget, or None.
+
+    >>> from allocators import Uniform
+    >>> from globalopt.pipeline.options import RefineOptions
+    >>> from globalopt.pipeline.plan import probe_solver, resolve_refinement
+    >>> from globalopt.values.budget import Budget, Target
+    >>> from globalopt.values.problem import ErrorSurface, Problem
+    >>> from solvers import get_solver
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> specs = session.layers.specs
+    >>> surfaces = [ErrorSurface(spec, (Target.zero(), Target.dense(spec)), (1.0, 0.0)) for spec in specs]
+    >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
+    >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
+    >>> found = Uniform().allocate(problem)
+    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, "output error")
+    >>> plan = resolve_refinement(RefineOptions(), get_solver("wanda"), fisher=True, seed=0)
+    >>> addresses = compress_addresses(session, plan, file, probe_solver(plan.solver.outputs), pattern=None)
+    >>> addresses[Stage.GRAMS] == search_addresses(session, resolve(SearchOptions(0.5)))[Stage.GRAMS]
+    True
+    """
     data = _data(session)
     grams, labels = _grams(data), _labels(data, plan.seed)
     found = {Stage.GRAMS: grams, Stage.PROBE_LABELS: labels}
@@ -144,7 +211,33 @@ def compress_addresses(
 def refinement_addresses(
     session: Session, plan: RefinementPlan, file: BudgetFile, earlier: Addresses
 ) -> dict[Stage, Address]:
-    """Address the stages that follow a budget, beside the `earlier` ones."""
+    """Address the stages that follow a budget, beside the `earlier` ones.
+
+    Args:
+        earlier: addresses of the search that found the budget, or of a refinement without one.
+
+    >>> from allocators import Uniform
+    >>> from globalopt.values.budget import Budget, Target
+    >>> from globalopt.values.problem import ErrorSurface, Problem
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> specs = session.layers.specs
+    >>> surfaces = [ErrorSurface(spec, (Target.zero(), Target.dense(spec)), (1.0, 0.0)) for spec in specs]
+    >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
+    >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
+    >>> found = Uniform().allocate(problem)
+    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, "output error")
+    >>> from globalopt.pipeline.options import RefineOptions
+    >>> plan = resolve(SearchOptions(0.5), RefineOptions(match="model"))
+    >>> addresses = refinement_addresses(session, plan.refinement, file, search_addresses(session, plan))
+    >>> addresses[Stage.MODEL_MATCHING].inputs["refinement"] == addresses[Stage.REFINEMENT].digest
+    True
+    """
     data = _data(session)
     found = {**earlier, Stage.LABELS: _labels(data, plan.seed)}
     # The probe's labels gave output Grams of the blocks too, where they were sampled.
@@ -152,7 +245,8 @@ def refinement_addresses(
     record = plan.record()
     distillation = record.pop("distillation")
     inputs: dict[str, Any] = {
-        **data,
+        # Grams of its own, behind layers that were replaced, but made in the same way.
+        "grams": _grams(data).digest,
         **record,
         "budget": digest(budget_file.record(file)),
         "dtype": str(session.loaded.checkpoint_dtype),
@@ -161,8 +255,9 @@ def refinement_addresses(
         "match_labels": found[Stage.MATCH_LABELS].digest if plan.block_output_grams else None,
     }
     found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
-    matched = {"refinement": found[Stage.REFINEMENT].digest, "distillation": distillation}
-    found[Stage.MODEL_MATCHING] = _address(Stage.MODEL_MATCHING, matched)
+    if distillation is not None:
+        matched = {"refinement": found[Stage.REFINEMENT].digest, "distillation": distillation}
+        found[Stage.MODEL_MATCHING] = _address(Stage.MODEL_MATCHING, matched)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import span_layers, write_output_grams
@@ -11,6 +12,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS, write_metric_choices, write_single_layer_losses
 from globalopt.analysis.predictions import predict_by_fisher, predict_by_grams
 from globalopt.analysis.solver_gap import sampled
+from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.pipeline.plan import OTHER_LABELS, AnalysisPlan
 from globalopt.pipeline.reporter import Reporter
@@ -19,11 +21,15 @@ from globalopt.protocols import Solver
 from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,
+    CURVES,
     METRIC_CHOICE,
     OUTPUT_GRAM,
     PREDICTION,
+    PROFILE,
     SINGLE_LAYER_LOSSES,
     SOLVER_GAP,
+    SPAN,
+    Artefact,
     Stage,
 )
 from globalopt.runs.folder import Run
@@ -41,21 +47,28 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     """
     layers, device = session.layers, session.loaded.device
     analysis = LayerAnalysis(layers, run, plan.pattern, plan.limits, plan.weighted)
-    unpredicted = run.missing(PREDICTION, layers.specs)
-    if not unpredicted:
+    probed = plan.weighted or plan.scaling == "output"
+    if _complete(plan, run, layers, probed):
         return analysis
-    if plan.weighted or plan.scaling == "output":
+    unpredicted = run.missing(PREDICTION, layers.specs)
+    if plan.fisher:
+        # Output Grams come from the same sweep, and refinement reads them.
+        lacking = {*unpredicted, *run.missing(OUTPUT_GRAM, layers.specs)}
+        unpredicted = [spec for spec in layers.specs if spec in lacking]
+    if probed:
         seed = plan.seed ^ OTHER_LABELS
         collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
     if plan.weighted:
         choose_metrics(session, reporter, analysis, plan.probe)
     runner = session.runner(run.folder)
     with reporter.stage("span", len(layers.specs), "layers") as advance:
-        inputs = span_layers(runner, run, plan.scaling, plan.fisher, device, advance)
+        inputs = span_layers(runner, run, plan.scaling, plan.fisher and bool(unpredicted), device, advance)
     if plan.anchors:
         _solve_anchors(session, reporter, plan, analysis)
     if plan.single_layer_losses:
         _measure(session, reporter, analysis)
+    if not unpredicted:
+        return analysis
     with reporter.stage("predict", len(unpredicted), "layers") as advance:
         if plan.fisher:
             behind = partial(run.put, BLOCK_OUTPUT_GRAM.during(Stage.LABELS))
@@ -68,6 +81,23 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
             run.put(PREDICTION, spec, prediction)
             advance(spec.name)
     return analysis
+
+
+def _complete(plan: AnalysisPlan, run: Run, layers: ModelLayers, probed: bool) -> bool:
+    """Whether all is there that is read after the analysis. Of earlier stages alone some may have been pruned."""
+    specs = layers.specs
+    read: list[tuple[Artefact[Any, Any], Sequence[Any]]] = [
+        (PREDICTION, specs),
+        (PROFILE, specs),
+        (SPAN, specs),
+        (CURVES, [spec.name for spec in specs]),
+        (METRIC_CHOICE, specs if plan.weighted else ()),
+        (ANCHORS, specs if plan.anchors else ()),
+        (SOLVER_GAP, sampled(specs) if plan.anchors else ()),
+        (OUTPUT_GRAM, specs if plan.fisher else ()),
+        (BLOCK_OUTPUT_GRAM.during(Stage.PROBE_LABELS), range(len(layers.blocks)) if probed else ()),
+    ]
+    return not any(run.missing(artefact, keys) for artefact, keys in read)
 
 
 def collect_output_grams(

@@ -7,6 +7,7 @@ are kept for the record of the run only.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -30,6 +31,10 @@ from solvers import get_solver
 
 OTHER_LABELS = 2**31
 """Turns the seed of some labels into that of others."""
+
+
+NOT_OWN = ("solvers", "allocators", "globalopt", "abc", "builtins", "typing")
+"""Packages of base classes of solvers and allocators that are not of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +211,13 @@ class SearchPlan:
             Problem(surfaces, budget, pattern)
 
     def record(self) -> dict[str, Any]:
-        """As JSON, for the identity of a run: the typed words, and the methods that they resolve to."""
+        """As JSON, for the identity of a run: the typed words, and the methods that they resolve to.
+
+        Options of methods are recorded with these, so that a default that is typed is no other run.
+        """
+        words = {name: word for name, word in self.words.items() if name not in ("allocator_options", "solver_options")}
         return {
-            "search": dict(self.words),
+            "search": words,
             "refining": self.refinement.record(),
             "methods": {
                 "solver": method_record(self.analysis.solver),
@@ -300,11 +309,12 @@ def probe_solver(outputs: Outputs) -> Solver:
 def method_record(method: Solver | Allocator) -> dict[str, Any]:
     """Record a solver or an allocator as JSON: its class, its version and its hyper-parameters.
 
-    A class of the user's own has no version that we raise, so its source is hashed in its place. An object without
-    fields to record would be taken for any other of its class, and is refused.
+    A class of the user's own has no version that we raise, so the sources of it and of the classes of the user's that
+    it derives from are hashed too. An object without fields to record would be taken for any other of its class, and is
+    refused.
 
     Raises:
-        UsageError: the method is no dataclass, or a field is no number, text or truth value.
+        UsageError: the method is no dataclass, or a field is no finite number, text or truth value.
 
     >>> method_record(get_allocator("uniform"))["options"]
     {'rank_share': 0.1}
@@ -322,11 +332,18 @@ def method_record(method: Solver | Allocator) -> dict[str, Any]:
                 f"{kind.__name__}.{name} is a {type(value).__name__}; hyper-parameters are numbers, texts or truth "
                 "values, so that a run can record them."
             )
-    found = {"class": f"{kind.__module__}.{kind.__qualname__}", "options": options}
-    if kind.__module__.split(".")[0] in ("solvers", "allocators"):
-        return {**found, "version": kind.version}
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{kind.__name__}.{name} is {value}; hyper-parameters are finite.")
+    found = {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "options": options,
+        "version": getattr(kind, "version", None),
+    }
+    own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in NOT_OWN]
+    if not own:
+        return found
     try:
-        return {**found, "source": digest(inspect.getsource(kind))}
+        return {**found, "source": digest([inspect.getsource(base) for base in own])}
     except (OSError, TypeError):
         # Typed into an interpreter, which keeps no source.
         return found

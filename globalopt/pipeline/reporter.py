@@ -18,6 +18,14 @@ class Reporter:
     Args:
         progress: the display.
         clock: measures.
+
+    >>> from reports import QuietProgress
+    >>> reporter = Reporter(QuietProgress())
+    >>> with reporter.stage("refine", 2, "layers") as advance:
+    ...     advance("q_proj")
+    ...     advance("k_proj")
+    >>> [cost.name for cost in reporter.costs]
+    ['refine']
     """
 
     progress: Progress

@@ -39,6 +39,20 @@ def opened(
         cache: None keeps the artefacts in a folder of the run.
     Yields:
         the run, and a function that puts the artefacts of stages at their addresses.
+
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> from globalopt.pipeline.addresses import search_addresses
+    >>> from globalopt.runs.artefacts import Stage
+    >>> with opened(session, Path("half"), {"seed": 0}, "globalopt search", Cache(Path("cache")), False) as (run, at):
+    ...     at(search_addresses(session, resolve(SearchOptions(0.5))))
+    ...     run.stage_folder(Stage.SPANS).parent
+    PosixPath('cache/spans')
     """
     home = cache or Cache(folder / WORK)
     with Run.start(folder, identity, session.facts(command), fresh) as run, home.used():
@@ -50,7 +64,30 @@ def opened(
 
 
 def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addresses) -> None:
-    """Say which stages have all their artefacts already, and where these are."""
+    """Say which stages have all their artefacts already, and where these are.
+
+    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+    >>> from globalopt.pipeline.plan import resolve
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from globalopt.pipeline.session import set_up
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> from globalopt.runs.artefacts import Stage
+    >>> from globalopt.runs.cache import Address
+    >>> from globalopt.values.metric import Gram
+    >>> class Notes(QuietProgress):
+    ...     def note(self, text):
+    ...         print(text)
+    >>> import torch
+    >>> address = Address(Stage.GRAMS, 1, {"windows": "a"})
+    >>> with opened(session, Path("half"), {"seed": 0}, "globalopt search", Cache(Path("cache")), False) as (run, at):
+    ...     at({Stage.GRAMS: address})
+    ...     for spec in session.layers.specs:
+    ...         run.put(GRAM, spec.site, Gram(torch.eye(spec.d_in), 64))
+    ...     note_reused(session, Reporter(Notes()), run, {Stage.GRAMS: address})
+    Used again from cache: grams.
+    """
     found = [
         artefact.stage
         for artefact, keys in _complete(session.layers)

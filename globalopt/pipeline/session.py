@@ -131,7 +131,11 @@ class Session:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides results."""
+    """Return the versions of the packages that decide results.
+
+    >>> "torch" in versions()
+    True
+    """
     packages = ("globalopt", "torch", "transformers", "scipy", "numpy")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
@@ -142,6 +146,13 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
     Raises:
         UsageError: a model of the user's without a text of the user's.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
+
+    >>> from globalopt.pipeline.reporter import Reporter
+    >>> from reports import QuietProgress
+    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> session.splits.calibration.windows.shape
+    torch.Size([4, 16])
     """
     flush_denormals()
     with reporter.stage("load", 2, "steps") as advance:
@@ -166,7 +177,12 @@ def flush_denormals() -> None:
 
 
 def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
-    """The model that the options name, with its layers, all of it finite; see `load_model` for `tokens`."""
+    """Load the model that the options name, and find its layers; all of it is finite. See `load_model` for `tokens`.
+
+    >>> loaded, layers = load(ModelOptions())
+    >>> len(layers.blocks)
+    8
+    """
     loaded = load_from(options.model or str(reference_folder()), options, tokens)
     layers = find_layers(loaded.model, options.allow_low_coverage)
     check_finite(layers)
@@ -174,9 +190,12 @@ def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLaye
 
 
 def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrainedModel | None = None) -> LoadedModel:
-    """The model in `source`, loaded as the options say of theirs; lazily or whole as `like`, beside which it is.
+    """Load the model in `source` as the options say of theirs; lazily or whole as `like`, beside which it is.
 
     Packed and adapter exports become ordinary models of the same weights.
+
+    >>> load_from(str(reference_folder()), ModelOptions(dtype="bfloat16")).model.dtype
+    torch.bfloat16
     """
     if is_adapter_export(source):
         return load_adapter_export(Path(source), options.dtype, options.device, options.trust_remote_code)
@@ -188,7 +207,12 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
 
 
 def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
-    """How a text is cut for a model, as `make_splits` takes it."""
+    """Say how a text is cut for a model, as the arguments of `make_splits`.
+
+    >>> loaded = load_from(str(reference_folder()), ModelOptions())
+    >>> sizes(loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
+    4
+    """
     return {
         "nsamples": text.nsamples,
         "seqlen": text.seqlen,
@@ -212,12 +236,23 @@ def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: i
 
 
 def run_command() -> str:
-    """What was typed, with the program's own path reduced to its name."""
+    """Return the command line, with the program's own path reduced to its name.
+
+    >>> run_command().startswith("globalopt")
+    True
+    """
     return shlex.join(["globalopt", *sys.argv[1:]])
 
 
 def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
-    """A run with the model and text options it was made with; `ArtefactError` if the manifest lacks them."""
+    """Open a run, and read the model and text options it was made with; `ArtefactError` if the manifest lacks them.
+
+    >>> facts = {"model_options": {"model": "llama"}, "text_options": {"seqlen": 64}}
+    >>> Run.start(Path("half"), {"seed": 0}, facts).close()
+    >>> _, models, texts = recorded(Path("half"))
+    >>> models.model, texts.seqlen
+    ('llama', 64)
+    """
     run = Run.open(folder)
     facts = run.manifest.get("facts", {})
     try:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from globalopt.errors import ArtefactError
+from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
 from globalopt.values.layer import LayerSpec
@@ -33,6 +33,9 @@ class Stage(StrEnum):
 
     `PROBE_LABELS`, `LABELS` and `MATCH_LABELS` are one computation, the backward sweep for output Grams, with labels
     sampled under different seeds: for the probe solver, for predicted losses and refinement, and for matching.
+
+    >>> Stage("spans").name
+    'SPANS'
     """
 
     GRAMS = "grams"
@@ -64,6 +67,9 @@ class Key(Generic[K]):
     Args:
         name: of the file without its suffix.
         record: JSON-able; written into the artefact, and compared when it is read.
+
+    >>> LAYER.record(LayerSpec("up", 0, "in", "up", d_out=2, d_in=3))
+    {'name': 'up', 'd_out': 2, 'd_in': 3}
     """
 
     name: Callable[[K], str]
@@ -73,13 +79,17 @@ class Key(Generic[K]):
 LAYER: Key[LayerSpec] = Key(
     lambda spec: spec.name, lambda spec: {"name": spec.name, "d_out": spec.d_out, "d_in": spec.d_in}
 )
-NAME: Key[str] = Key(lambda name: name, lambda name: {})
+NAME: Key[str] = Key(lambda name: name, lambda name: {"name": name})
 SITE: Key[str] = Key(lambda site: site, lambda site: {"site": site})
 BLOCK: Key[int] = Key(lambda block: f"block.{block}", lambda block: {"block": block})
 
 
 def only(name: str) -> Key[None]:
-    """Make the key of an artefact that exists once: a file `name`."""
+    """Make the key of an artefact that exists once: a file `name`.
+
+    >>> only("summary").name(None)
+    'summary'
+    """
     return Key(lambda _: name, lambda _: {})
 
 
@@ -88,7 +98,11 @@ def only(name: str) -> Key[None]:
 
 @dataclass(frozen=True)
 class Form(Generic[K, T]):
-    """How a value is written as a file and read back; `write` and `read` get the key and its record."""
+    """How a value is written as a file and read back; `write` and `read` get the key and its record.
+
+    >>> SUMMARY.form.suffix
+    '.json'
+    """
 
     suffix: str
     write: Callable[[Path, K, Mapping[str, Any], T], None]
@@ -106,15 +120,21 @@ def tensors(
     Args:
         encode: value -> tensors and JSON-able metadata. decode: the way back.
         parts, metadata: names that must be there; an `ArtefactError` names those that are not.
+
+    >>> import torch
+    >>> form = tensors(lambda x: ({"x": x}, {}), lambda key, found, facts: found["x"], parts=("x",))
+    >>> form.write(Path("x.safetensors"), "up", {"name": "up"}, torch.ones(2))
+    >>> form.read(Path("x.safetensors"), "up", {"name": "up"})
+    tensor([1., 1.])
     """
 
     def write(path: Path, key: K, record: Mapping[str, Any], value: T) -> None:
-        parts, facts = encode(value)
-        write_tensors(path, parts, {**facts, **record})
+        encoded, facts = encode(value)
+        write_tensors(path, encoded, {**facts, **record})
 
     def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
         found, facts = read_tensors(path)
-        _check_key(path, facts, record)
+        facts = _without_key(path, facts, record)
         if missing := [*(set(parts) - found.keys()), *(set(metadata) - facts.keys())]:
             raise ArtefactError(f"{path} lacks {', '.join(sorted(missing))}. {AGAIN}")
         return _decoded(path, lambda: decode(key, found, facts))
@@ -123,56 +143,83 @@ def tensors(
 
 
 def json(encode: Callable[[T], Mapping[str, Any]], decode: Callable[[K, Mapping[str, Any]], T]) -> Form[K, T]:
-    """Make the form of a JSON file that holds a mapping."""
+    """Make the form of a JSON file that holds a mapping.
+
+    Args:
+        encode: value -> JSON-able mapping. decode: the way back; a `KeyError` of it names what is missing.
+
+    >>> form = json(lambda x: {"x": x}, lambda key, found: found["x"])
+    >>> form.write(Path("x.json"), "up", {"name": "up"}, 0.5)
+    >>> form.read(Path("x.json"), "down", {"name": "down"})
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.ArtefactError: x.json holds {'name': 'up'}, expected {'name': 'down'}. Delete it and ...
+    """
 
     def write(path: Path, key: K, record: Mapping[str, Any], value: T) -> None:
         write_json(path, {**record, **encode(value)})
 
     def read(path: Path, key: K, record: Mapping[str, Any]) -> T:
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ArtefactError(f"{path} is broken. {AGAIN}")
-        _check_key(path, found, record)
+        found = _without_key(path, read_json(path, AGAIN), record)
         return _decoded(path, lambda: decode(key, found))
 
     return Form(".json", write, read)
 
 
 def values(kind: type[T]) -> Form[Any, T]:
-    """Make the form of a JSON file that holds a dataclass, or a tuple of them, as `asdict` writes it."""
+    """Make the form of a JSON file that holds a dataclass, or a tuple of them, as `asdict` writes it.
 
-    def plain(value: Any) -> Any:
-        return [asdict(one) for one in value] if isinstance(value, tuple | list) else asdict(value)
+    >>> form = values(tuple[WindowLosses, ...])
+    >>> losses = (WindowLosses("test", "9f2c", nll=(3.2,), dense_nll=(3.1,), kl=(0.08,)),)
+    >>> form.write(Path("windows.json"), None, {}, losses)
+    >>> form.read(Path("windows.json"), None, {}) == losses
+    True
+    """
+
+    def plain(value: Any, record: Mapping[str, Any]) -> Any:
+        # A list has no place for a key: of what is written as one there is one in a stage.
+        return [asdict(one) for one in value] if isinstance(value, tuple | list) else {**record, **asdict(value)}
 
     def write(path: Path, key: Any, record: Mapping[str, Any], value: T) -> None:
-        write_json(path, plain(value))
+        write_json(path, plain(value, record))
 
     def read(path: Path, key: Any, record: Mapping[str, Any]) -> T:
-        return validated(path, kind, read_json(path))
+        found = read_json(path, AGAIN)
+        return validated(path, kind, _without_key(path, found, record) if record else found)
 
     return Form(".json", write, read)
 
 
-def _check_key(path: Path, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+def _without_key(path: Path, found: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was `found` in `path` less its key; `ArtefactError` if it is no mapping, or of another key."""
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path} is broken. {AGAIN}")
     if (held := {name: found.get(name) for name in record}) != record:
         raise ArtefactError(f"{path} holds {held}, expected {dict(record)}. {AGAIN}")
+    return {name: value for name, value in found.items() if name not in record}
 
 
 def _decoded(path: Path, decode: Callable[[], T]) -> T:
     try:
         return decode()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except KeyError as cause:
+        raise ArtefactError(f"{path} lacks {cause.args[0]}. {AGAIN}") from None
+    except (TypeError, ValueError, IndexError, AttributeError, GlobalOptError):
         raise ArtefactError(f"{path} is broken. {AGAIN}") from None
 
 
 def validated(path: Path, kind: type[T], found: Any) -> T:
-    """Return what was `found` in `path` as a `kind`; `ArtefactError` naming the first field that does not fit."""
+    """Return what was `found` in `path` as a `kind`; `ArtefactError` naming the first field that does not fit.
+
+    >>> validated(Path("x.json"), tuple[int, ...], [1, 2])
+    (1, 2)
+    """
     try:
         return TypeAdapter(kind).validate_python(found)
     except ValidationError as cause:
         first = cause.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}.") from None
+        raise ArtefactError(f"{path} does not fit: {where}: {first['msg']}. {AGAIN}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -187,6 +234,9 @@ class Artefact(Generic[K, T]):
         key: what tells artefacts of the kind apart.
         form: of the file.
         stage: that makes it.
+
+    >>> OUTPUT_GRAM.during(Stage.PROBE_LABELS).stage.value
+    'probe-labels'
     """
 
     folder: str
@@ -195,7 +245,7 @@ class Artefact(Generic[K, T]):
     stage: Stage
 
     def during(self, stage: Stage) -> Artefact[K, T]:
-        """The same kind of artefact, made in another stage."""
+        """Return the same kind of artefact, made in another stage."""
         return replace(self, stage=stage)
 
 

@@ -124,10 +124,11 @@ class Cache:
         found = []
         for stage in Stage:
             for record in (self.folder / stage).glob(f"*/{RECORD}"):
-                folder = record.parent
-                model = str(read_json(record).get("model", ""))
-                sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                found.append(Entry(folder, stage, model, sum(sizes), record.stat().st_mtime))
+                # Another process may delete entries meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    folder = record.parent
+                    sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    found.append(Entry(folder, stage, _model(record), sum(sizes), record.stat().st_mtime))
         return sorted(found, key=lambda entry: (list(Stage).index(entry.stage), entry.used))
 
     def prune(self, entries: Iterable[Entry]) -> None:
@@ -136,6 +137,8 @@ class Cache:
             raise ArtefactError(f"A run is using the cache {self.folder}. Wait until it has ended, or stop it first.")
         for entry in entries:
             try:
+                if not entry.folder.is_dir():
+                    continue
                 # The record first: a folder without one is no entry, and what is left of it is made again.
                 (entry.folder / RECORD).unlink(missing_ok=True)
                 shutil.rmtree(entry.folder)
@@ -169,6 +172,14 @@ class Cache:
                 return True
             path.unlink(missing_ok=True)
         return False
+
+
+def _model(record: Path) -> str:
+    """The name of the model in a record; empty where the record is broken, so that its folder can be pruned still."""
+    try:
+        return str(read_json(record)["model"])
+    except (ArtefactError, KeyError, TypeError):
+        return ""
 
 
 def older_than(entries: Iterable[Entry], seconds: float) -> list[Entry]:

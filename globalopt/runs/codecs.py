@@ -48,7 +48,11 @@ def decode_target(words: Sequence[Any]) -> Target:
 
 
 def encode_gram(gram: Gram) -> tuple[Tensors, Metadata]:
-    """Encode a Gram; see `decode_gram`."""
+    """Encode a Gram.
+
+    >>> encode_gram(Gram(torch.eye(2), 7))[1]
+    {'tokens': 7}
+    """
     return {"matrix": gram.matrix}, {"tokens": gram.tokens}
 
 
@@ -62,7 +66,13 @@ def decode_gram(key: Any, tensors: Tensors, metadata: Metadata) -> Gram:
 
 
 def encode_span(span: Span) -> tuple[Tensors, Metadata]:
-    """Encode a span."""
+    """Encode a span.
+
+    >>> one = torch.ones(2, 1)
+    >>> span = Span(one, torch.ones(1), one.mT, torch.eye(2), torch.ones(2), one, {"steps": 3.0})
+    >>> encode_span(span)[1]
+    {'stats': {'steps': 3.0}}
+    """
     return {
         "U": span.U,
         "s": span.s,
@@ -74,7 +84,13 @@ def encode_span(span: Span) -> tuple[Tensors, Metadata]:
 
 
 def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Span:
-    """Decode a span."""
+    """Decode a span.
+
+    >>> spec, one = LayerSpec("up", 0, "in", "up", 2, 2), torch.ones(2, 1)
+    >>> span = Span(one, torch.ones(1), one.mT, torch.eye(2), torch.ones(2), one)
+    >>> decode_span(spec, *encode_span(span)).max_rank
+    1
+    """
     return Span(**tensors, stats=metadata["stats"])
 
 
@@ -89,12 +105,23 @@ def parts_of(value: Decomposition) -> dict[str, Tensor]:
 
 
 def encode_layer(solved: SolvedLayer) -> tuple[Tensors, Metadata]:
-    """Encode a solved layer."""
+    """Encode a solved layer.
+
+    >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> encode_layer(SolvedLayer(kept, {"status": "converged"}))[1]
+    {'status': 'converged'}
+    """
     return parts_of(solved.value), solved.metadata
 
 
 def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SolvedLayer:
-    """Decode a solved layer."""
+    """Decode a solved layer.
+
+    >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> decode_layer(spec, *encode_layer(SolvedLayer(kept, {}))).value.nnz
+    2
+    """
     return SolvedLayer(Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), metadata)
 
 
@@ -102,22 +129,36 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
     """Encode anchor solutions: of each `S` its nonzero values and one bit per entry, and the factors.
 
     All in float32, so that the residuals `W - S - U V` are the same bits after reading as before writing.
+
+    >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> tensors, metadata = encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))
+    >>> tensors["values.0"], metadata["anchors"]
+    (tensor([1., 1.]), [[[0, 2, None]]])
     """
     tensors: dict[str, Tensor] = {}
     for i, value in enumerate(solutions.values):
         kept = value.S != 0
         tensors |= {f"values.{i}": value.S[kept], f"kept.{i}": pack_bits(kept), f"U.{i}": value.U, f"V.{i}": value.V}
+        if value.signs is not None:
+            tensors[f"signs.{i}"] = value.signs
     return tensors, {"anchors": [[encode_target(target) for target in row] for row in solutions.rows]}
 
 
 def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> AnchorSolutions:
-    """Decode anchor solutions."""
+    """Decode anchor solutions.
+
+    >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> decode_anchors(spec, *encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))).values[0].S
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
     rows = tuple(tuple(decode_target(words) for words in row) for row in metadata["anchors"])
     values = []
     for i in range(sum(len(row) for row in rows)):
         S = tensors[f"values.{i}"].new_zeros(spec.d_out, spec.d_in)
         S[unpack_bits(tensors[f"kept.{i}"], S.shape)] = tensors[f"values.{i}"]
-        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"]))
+        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"], tensors.get(f"signs.{i}")))
     return AnchorSolutions(rows, tuple(values))
 
 
@@ -146,7 +187,11 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def encode_choice(choice: MetricChoice) -> Metadata:
-    """Encode a choice of metric."""
+    """Encode a choice of metric.
+
+    >>> encode_choice(MetricChoice(plain=0.02, weighted=0.01))
+    {'plain': 0.02, 'weighted': 0.01}
+    """
     return asdict(choice)
 
 
@@ -169,12 +214,20 @@ def encode_numbers(numbers: Mapping[Target, float]) -> Metadata:
 
 
 def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
-    """Decode one number per target."""
+    """Decode one number per target.
+
+    >>> decode_numbers(LayerSpec("up", 0, "in", "up", 2, 2), {"by_target": [[1, 0, None, 0.5]]})
+    {Target(rank=1, nnz=0, pattern=None, signs=False): 0.5}
+    """
     return {decode_target(words[:-1]): float(words[-1]) for words in record["by_target"]}
 
 
 def encode_profile(profile: Profile) -> Metadata:
-    """Encode a profile; JSON has no whole numbers as keys."""
+    """Encode a profile; JSON has no whole numbers as keys.
+
+    >>> encode_profile(Profile({3: 0.02}, alpha=2.5))
+    {'outliers': {'3': 0.02}, 'alpha': 2.5}
+    """
     return {
         "outliers": {str(threshold): share for threshold, share in profile.outliers.items()},
         "alpha": profile.alpha,
@@ -182,19 +235,33 @@ def encode_profile(profile: Profile) -> Metadata:
 
 
 def decode_profile(spec: LayerSpec, record: Metadata) -> Profile:
-    """Decode a profile."""
+    """Decode a profile.
+
+    >>> decode_profile(LayerSpec("up", 0, "in", "up", 2, 2), {"outliers": {"3": 0.02}, "alpha": 2.5}).outliers
+    {3: 0.02}
+    """
     return Profile({int(m): float(share) for m, share in record["outliers"].items()}, float(record["alpha"]))
 
 
 def encode_prediction(prediction: Prediction) -> tuple[Tensors, Metadata]:
-    """Encode a prediction."""
+    """Encode a prediction.
+
+    >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> encode_prediction(Prediction(ErrorSurface(spec, (Target.zero(),), (0.5,)), None))
+    ({}, {'options': [[0, 0, None, 0.5]]})
+    """
     surface = prediction.surface
     options = [[*encode_target(t), error] for t, error in zip(surface.targets, surface.error, strict=True)]
     return {} if prediction.overlap is None else {"overlap": prediction.overlap}, {"options": options}
 
 
 def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Prediction:
-    """Decode a prediction."""
+    """Decode a prediction.
+
+    >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> decode_prediction(spec, {}, {"options": [[0, 0, None, 0.5]]}).surface.error
+    (0.5,)
+    """
     options = metadata["options"]
     surface = ErrorSurface(
         spec, tuple(decode_target(words[:-1]) for words in options), tuple(words[-1] for words in options)
@@ -203,7 +270,11 @@ def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> 
 
 
 def encode_allocated(allocated: Allocated) -> Metadata:
-    """Encode an allocation."""
+    """Encode an allocation.
+
+    >>> encode_allocated(Allocated({"up": Target(0, 2)}, None, None, Outcome(2, 0.1, None, None)))["targets"]
+    {'up': [0, 2, None]}
+    """
     return {
         "targets": {name: encode_target(target) for name, target in allocated.targets.items()},
         "bound": allocated.bound,
@@ -213,7 +284,12 @@ def encode_allocated(allocated: Allocated) -> Metadata:
 
 
 def decode_allocated(key: None, record: Metadata) -> Allocated:
-    """Decode an allocation."""
+    """Decode an allocation.
+
+    >>> allocated = Allocated({"up": Target(0, 2)}, None, None, Outcome(2, 0.1, None, None))
+    >>> decode_allocated(None, encode_allocated(allocated)) == allocated
+    True
+    """
     return Allocated(
         {name: decode_target(words) for name, words in record["targets"].items()},
         record["bound"],
@@ -223,7 +299,12 @@ def decode_allocated(key: None, record: Metadata) -> Allocated:
 
 
 def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
-    """Encode matched layers and norms, each tensor under `part:layer` or `norm:parameter`."""
+    """Encode matched layers and norms, each tensor under `part:layer` or `norm:parameter`.
+
+    >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> sorted(encode_matched(Matched({"up": kept}, {"norm.weight": torch.ones(2)}, {}))[0])
+    ['S:up', 'U:up', 'V:up', 'norm:norm.weight']
+    """
     tensors = {f"norm:{name}": norm for name, norm in matched.norms.items()}
     for name, value in matched.values.items():
         tensors.update({f"{part}:{name}": tensor for part, tensor in parts_of(value).items()})
@@ -231,7 +312,13 @@ def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
 
 
 def decode_matched(key: Any, tensors: Tensors, metadata: Metadata) -> Matched:
-    """Decode matched layers and norms."""
+    """Decode matched layers and norms.
+
+    >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> matched = Matched({"up": kept}, {"norm.weight": torch.ones(2)}, {"epochs": 3})
+    >>> decode_matched(0, *encode_matched(matched)).metadata
+    {'epochs': 3}
+    """
     values = {
         name: Decomposition(
             tensors[f"S:{name}"], tensors[f"U:{name}"], tensors[f"V:{name}"], tensors.get(f"signs:{name}")

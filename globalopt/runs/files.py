@@ -35,6 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Works for files and for folders (an existing folder is replaced). A full or read-only disk becomes an
     `ArtefactError` that says what to do.
+
+    >>> with replacing(Path("poem.txt")) as temporary:
+    ...     _ = temporary.write_text("whole")
+    ...     Path("poem.txt").exists()
+    False
+    >>> Path("poem.txt").read_text()
+    'whole'
     """
     # Of this process and this call alone: two writers of one path must not write into each other's file.
     temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
@@ -52,22 +59,32 @@ def replacing(path: Path) -> Iterator[Path]:
         # safetensors wraps the system's error in its own; the text still names it.
         raise ArtefactError(f"Cannot write {path}: {cause}. Free space and run the same command again.") from cause
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a temporary file or folder, if it is there and can be removed."""
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files below `folder` that processes of this machine left behind when they were killed."""
+    """Remove temporary files below `folder` that processes of this machine left behind when they were killed.
+
+    >>> with replacing(Path("note.txt")) as temporary:  # of a process that lives
+    ...     temporary.touch()
+    ...     remove_abandoned(Path("."))
+    ...     temporary.exists()
+    True
+    """
     for temporary in folder.rglob(f".*{PARTIAL}"):
-        *_, machine, pid, _ = temporary.name.removesuffix(PARTIAL).rsplit(".", 3)
+        # A file of another program may end in the same way.
+        machine, pid, _ = ("", "", *temporary.name.removesuffix(PARTIAL).rsplit(".", 3))[-3:]
         if machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
 def _machine() -> str:
@@ -81,39 +98,62 @@ def _write_error(path: Path, cause: OSError) -> ArtefactError:
             f"Cannot write {path}: the disk is full. Free space and run the same command again; it goes on from the "
             "last finished artefact."
         )
-    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out.")
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out or --cache.")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; the same value gives the same bytes."""
+    """Write `value` as indented JSON, atomically; the same value gives the same bytes.
+
+    >>> write_json(Path("one.json"), {"loss": 0.5})
+    >>> print(Path("one.json").read_text(), end="")
+    {
+     "loss": 0.5
+    }
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON."""
+def read_json(path: Path, advice: str = "Make it again.") -> Any:
+    """Read JSON; `ArtefactError` if the file is missing, unreadable or not JSON.
+
+    Args:
+        advice: how to repair a file that is not JSON, a sentence for the error.
+
+    >>> write_json(Path("one.json"), [1, None])
+    >>> read_json(Path("one.json"))
+    [1, None]
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"There is no file {path}.") from None
     # ValueError: also a whole number of thousands of digits; RecursionError: brackets as deep.
     except (ValueError, RecursionError) as cause:
-        raise ArtefactError(
-            f"{path} is not valid JSON ({cause}); it is truncated or not ours. Make it again."
-        ) from None
+        raise ArtefactError(f"{path} is not valid JSON ({cause}); it is truncated or not ours. {advice}") from None
     except OSError as cause:
         raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, atomically."""
+    """Write text as UTF-8, atomically.
+
+    >>> write_text(Path("page.html"), "<p>")
+    >>> read_text(Path("page.html"))
+    '<p>'
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 text, with or without a byte order mark; `ArtefactError` if it is missing or no text."""
+    """Read UTF-8 text, with or without a byte order mark; `ArtefactError` if it is missing or no text.
+
+    >>> _ = Path("words.txt").write_bytes(b"\\xef\\xbb\\xbfwords")
+    >>> read_text(Path("words.txt"))
+    'words'
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -125,7 +165,13 @@ def read_text(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and a JSON-able record of facts as one safetensors file, atomically."""
+    """Write tensors and a JSON-able record of facts as one safetensors file, atomically.
+
+    >>> import torch
+    >>> write_tensors(Path("gram.safetensors"), {"matrix": torch.eye(2)}, {"tokens": 7})
+    >>> read_facts(Path("gram.safetensors"))
+    {'tokens': 7}
+    """
     with replacing(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -135,13 +181,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken."""
+    """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken.
+
+    >>> import torch
+    >>> write_tensors(Path("gram.safetensors"), {"matrix": torch.eye(2)}, {"tokens": 7})
+    >>> tensors, facts = read_tensors(Path("gram.safetensors"))
+    >>> tensors["matrix"].shape, facts["tokens"]
+    (torch.Size([2, 2]), 7)
+    """
     with _opened(path) as (file, facts):
         return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of what `write_tensors` wrote, without its tensors; errors as in `read_tensors`."""
+    """Read the facts of what `write_tensors` wrote, without its tensors; errors as in `read_tensors`.
+
+    >>> import torch
+    >>> write_tensors(Path("gram.safetensors"), {"matrix": torch.eye(2)}, {"tokens": 7})
+    >>> read_facts(Path("gram.safetensors"))["tokens"]
+    7
+    """
     with _opened(path) as (_, facts):
         return facts
 
@@ -159,7 +218,14 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give a finished file a second name: a hard link where the file system has them, else a copy."""
+    """Give a finished file a second name: a hard link where the file system has them, else a copy.
+
+    >>> write_text(Path("one.txt"), "text")
+    >>> link_or_copy(Path("one.txt"), Path("other.txt"))
+    >>> Path("one.txt").unlink()
+    >>> read_text(Path("other.txt"))
+    'text'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         try:
@@ -169,5 +235,9 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON-able value, independent of key order."""
+    """Compute the sha256 of a JSON-able value, independent of key order.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,231 @@
+"""Files appear whole or not at all, and a broken one is told in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from globalopt.errors import ArtefactError
+from globalopt.runs.files import (
+    PARTIAL,
+    digest,
+    link_or_copy,
+    read_json,
+    read_tensors,
+    read_text,
+    remove_abandoned,
+    replacing,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("cause", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_what_was_there(tmp_path, cause):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise cause
+
+    with pytest.raises(cause):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert os.listdir(path) == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_system_errors_are_ours(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match="Choose a writable --out"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_json_round_trip_is_bytes_for_bytes(tmp_path):
+    value = {"b": [1, 0.1, None, True], "a": "ü"}
+    write_json(tmp_path / "1.json", value)
+    assert read_json(tmp_path / "1.json") == value
+    write_json(tmp_path / "2.json", read_json(tmp_path / "1.json"))
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 10**5, b"1" * 10**4])
+def test_what_is_no_json(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ArtefactError, match="not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_tensors_round_trip(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).mT, "b": torch.zeros(2, 0)}
+    write_tensors(path, tensors, {"n": 1})
+    found, facts = read_tensors(path)
+    assert facts == {"n": 1}
+    assert set(found) == {"a", "b"}
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_broken_tensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ArtefactError, match="There is no file"):
+        read_tensors(path)
+    write_tensors(path, {"a": torch.ones(3)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match="is broken"):
+        read_tensors(path)
+    save_file({"a": torch.ones(3)}, path, metadata={"facts": "{"})
+    with pytest.raises(ArtefactError, match="is broken"):
+        read_tensors(path)
+
+
+def test_digest_ignores_the_order_of_keys():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_what_to_do_with_broken_json_is_said_by_the_caller(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ArtefactError, match=r"x\.json is not valid JSON .* Delete it\."):
+        read_json(tmp_path / "x.json", "Delete it.")
+
+
+# ------------------------------------------------------------------------------------------------- leftovers
+
+
+def partial(name: str, machine: str, pid: int | str) -> str:
+    return f".{name}.{machine}.{pid}.0123abcd{PARTIAL}"
+
+
+def machine_of(tmp_path) -> str:
+    """How this machine is named in a temporary file."""
+    with replacing(tmp_path / "probe") as temporary:
+        temporary.touch()
+        found = temporary.name.removesuffix(PARTIAL).split(".")[-3]
+    (tmp_path / "probe").unlink()
+    return found
+
+
+def test_leftovers_of_killed_processes_of_this_machine_are_removed(tmp_path):
+    here = machine_of(tmp_path)
+    dead = next(pid for pid in range(2**22 - 1, 0, -1) if not psutil.pid_exists(pid))
+    left = [partial("x.json", here, dead), partial("model", here, dead)]
+    kept = [
+        partial("x.json", here, os.getpid()),
+        partial("x.json", "another0", dead),
+        partial("x.json", here, "noid"),
+        f".theirs{PARTIAL}",
+        f".a.b{PARTIAL}",
+        "x.json",
+    ]
+    inner = tmp_path / "deep"
+    inner.mkdir()
+    for name in (left[0], *kept):
+        (inner / name).touch()
+    (inner / left[1]).mkdir()
+    (inner / left[1] / "weights").touch()
+    remove_abandoned(tmp_path)
+    assert sorted(os.listdir(inner)) == sorted(kept)
+
+
+def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_removed(tmp_path):
+    write_json(tmp_path / "x.json", "old")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from globalopt.runs.files import replacing\n"
+        "with replacing(Path(sys.argv[1]) / 'x.json') as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
+    assert len(os.listdir(tmp_path)) == 2
+    remove_abandoned(tmp_path)
+    assert os.listdir(tmp_path) == ["x.json"]
+    assert read_json(tmp_path / "x.json") == "old"
+
+
+# ------------------------------------------------------------------------------------------------- two writers
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from globalopt.runs.files import read_tensors, write_json, read_json, write_tensors
+folder, tensor = Path(sys.argv[1]), torch.arange(5000.0)
+sys.stdin.readline()
+for round in range(150):
+    write_tensors(folder / "x.safetensors", {"x": tensor}, {"n": 1})
+    write_json(folder / "x.json", list(range(300)))
+    assert torch.equal(read_tensors(folder / "x.safetensors")[0]["x"], tensor)
+    assert read_json(folder / "x.json") == list(range(300))
+"""
+
+
+def test_two_processes_write_one_file_at_the_same_time(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    ended = [writer.communicate() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], ended
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------- second names
+
+
+def test_a_second_name_outlives_the_first(tmp_path):
+    write_text(tmp_path / "one", "text")
+    link_or_copy(tmp_path / "one", tmp_path / "deep" / "other")
+    # Once more: both names are of one file now, which leaves no temporary one.
+    link_or_copy(tmp_path / "one", tmp_path / "deep" / "other")
+    write_text(tmp_path / "one", "changed")
+    assert read_text(tmp_path / "deep" / "other") == "text"
+    assert os.listdir(tmp_path / "deep") == ["other"]
+
+
+def test_where_there_are_no_links_there_is_a_copy(tmp_path, monkeypatch):
+    def refuse(source, target) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_text(tmp_path / "one", "text")
+    link_or_copy(tmp_path / "one", tmp_path / "other")
+    assert read_text(tmp_path / "other") == "text"
