@@ -22,7 +22,7 @@ from globalopt.protocols import Objective
 from globalopt.registry import at_least
 from globalopt.values.problem import Allocation, Problem
 
-FREE = 512
+NO_LIMITS = 512
 """Samples per update of which only the predicted error is computed, for the gradient of its expectation."""
 
 COOLING = 20
@@ -141,7 +141,7 @@ class Bernoulli:
         best: list[Tensor] = []
         means: list[Tensor] = []
         for update in range(updates):
-            draws = policy.draw(samples + FREE * self.control_variate, generator)
+            draws = policy.draw(samples + NO_LIMITS * self.control_variate, generator)
             chunks = torch.randperm(len(trials.all_chunks), generator=generator)[: self.chunks or 1].tolist()
             drawn = draws.counts[:samples]
             try:

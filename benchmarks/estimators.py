@@ -26,7 +26,7 @@ from torch import Tensor
 
 from allocators._groups import Groups
 from allocators._policy import Control, Policy, gradient_samples
-from allocators.bernoulli import FREE, Baseline, Bernoulli, History
+from allocators.bernoulli import NO_LIMITS, Baseline, Bernoulli, History
 from allocators.knapsack import Knapsack
 from globalopt.errors import UsageError
 from globalopt.objective.of_run import SearchObjective
@@ -98,7 +98,7 @@ def estimates(
     found: dict[tuple[Baseline, bool], list[Tensor]] = {}
     fisher = torch.empty(0)
     for update in range(pilot + updates):
-        draws = policy.draw(samples + FREE, generator)
+        draws = policy.draw(samples + NO_LIMITS, generator)
         fisher = draws.variance
         chunk = int(torch.randint(objective.chunks, (), generator=generator))
         losses = objective.losses([groups.targets(counts) for counts in draws.counts[:samples]], [chunk]).mean(1)

@@ -39,6 +39,7 @@ from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.results import ErrorUnit
 from reports.tables import add_numbers, report_table
 
 INTERVAL = 0.1  # seconds between samples
@@ -88,7 +89,13 @@ def write_budget(path: Path, model: PreTrainedModel, kept: float, rank_share: fl
     allocation = problem.finish(targets, "uniform")
     coverage = layers.coverage
     file = budget_file.make(
-        allocation, problem, model_fingerprint(layers), coverage.covered, coverage.block_params, kept, "none"
+        allocation,
+        problem,
+        model_fingerprint(layers),
+        coverage.covered,
+        coverage.block_params,
+        kept,
+        ErrorUnit.NOT_PREDICTED,
     )
     budget_file.write(path, file)
     return layers

@@ -78,7 +78,7 @@ def asked(budget: str, outputs: Outputs, options: argparse.Namespace, seed: int)
         allocator_options={} if at else {"rank_share": RANK_SHARE},
         solver=options.solver,
         solver_options={**dict(options.set), "outputs": str(outputs)},
-        pricing="span",
+        predict_from="span",
         seed=seed,
     )
     return resolve(search)

@@ -22,10 +22,10 @@ from finished_cells import Cells
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.analysis.anchors import read_gap
+from globalopt.analysis.layer_analysis import read_gap
 from globalopt.errors import UsageError
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.objective.candidates import FittedLayer
+from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.options import SearchOptions
 from globalopt.pipeline.plan import resolve
@@ -60,7 +60,7 @@ def points(
     residuals = analysis.residuals(spec, weight, read_gap(analysis))
     overlap = analysed.run.get(PREDICTION, spec).overlap
     assert overlap is not None, "anchor solutions were predicted too"
-    layer = FittedLayer(surface, residuals.rows, residuals.tensor, overlap)
+    layer = AnchoredLayer(surface, residuals.rows, residuals.tensor, overlap)
     state = solver.prepare(weight, analysis.metric(spec))
     windows = session.splits.selection.windows[: options.windows]
     objective = ModelObjective(BlockRunner(session.layers, [Batch(windows)]))

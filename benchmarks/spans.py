@@ -1,11 +1,12 @@
 """Which spans and predictions lead to the best budget and model? Every scaling, with and without anchor solutions.
 
-    python benchmarks/spans.py --out OUT [--budgets 0.5 0.3 0.2] [--seeds 0 1 2] [--span-scaling ...] [--pricing ...]
+    python benchmarks/spans.py --out OUT [--budgets 0.5 0.3 0.2] [--seeds 0 1 2]
+        [--span-scaling ...] [--predict-from ...]
     python benchmarks/spans.py --out OUT --model FOLDER --calibration TEXT
 
 One allocator and one solver for all. The solver does not read the spans: they decide the predicted losses, and so the
 budget.
-Ratios are of KL to the first scaling and pricing that is given, seed by seed. Nothing is chosen on test.
+Ratios are of KL to the first scaling and basis of predictions that is given, seed by seed. Nothing is chosen on test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.analysis.spans import SCALINGS
-from globalopt.pipeline.options import PRICINGS, SearchOptions
+from globalopt.pipeline.options import PREDICT_FROM, SearchOptions
 from globalopt.pipeline.plan import SearchPlan
 from globalopt.runs.files import write_json
 from globalopt.runs.folder import Run
@@ -41,7 +42,7 @@ class Cell:
     budget: float
     seed: int
     scaling: str
-    pricing: str
+    predict_from: str
     summary: Summary
     ratios: Mapping[str, float | None]
     selection: float
@@ -55,7 +56,7 @@ class Cell:
             "budget": self.budget,
             "seed": self.seed,
             "scaling": self.scaling,
-            "pricing": self.pricing,
+            "predict_from": self.predict_from,
             "predicted": self.summary.predicted,
             "selection_loss": self.selection,
             "fitted_loss": self.fitted,
@@ -65,14 +66,14 @@ class Cell:
         }
 
 
-def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, pricing: str) -> SearchPlan:
+def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, predict_from: str) -> SearchPlan:
     """The search of one cell."""
     search = SearchOptions(
         budget=budget,
         solver=options.solver,
         solver_options=dict(options.set),
         scaling=scaling,
-        pricing=pricing,
+        predict_from=predict_from,
         seed=seed,
     )
     return options.allocator.plan(search)
@@ -80,7 +81,7 @@ def asked(options: argparse.Namespace, budget: float, seed: int, scaling: str, p
 
 def measure(options: argparse.Namespace, command: str) -> list[Cell]:
     """All cells, in the order of seeds, budgets, scalings, pricings."""
-    kinds = list(itertools.product(options.span_scaling, options.pricing))
+    kinds = list(itertools.product(options.span_scaling, options.predict_from))
     for budget in options.budgets:
         asked(options, budget, 0, *kinds[0])
     total = len(options.seeds) * len(options.budgets) * len(kinds)
@@ -125,18 +126,18 @@ def table(made: Sequence[Cell], split: str) -> Stack:
     rows = report_table(f"Spans, on {split}")
     add_numbers(rows, ("budget",))
     rows.add_column("scaling")
-    rows.add_column("pricing")
+    rows.add_column("predicted from")
     add_numbers(rows, ("KL to dense", "ratio", "perplexity", "predicted", "selection", "on fits"))
     groups: dict[tuple[float, str, str], list[Cell]] = {}
     for cell in made:
-        groups.setdefault((cell.budget, cell.scaling, cell.pricing), []).append(cell)
-    for (budget, scaling, pricing), group in groups.items():
+        groups.setdefault((cell.budget, cell.scaling, cell.predict_from), []).append(cell)
+    for (budget, scaling, predict_from), group in groups.items():
         kl = [cell.kl(split) for cell in group]
         fitted = cells.mean([cell.fitted for cell in group])
         rows.add_row(
             f"{budget:g}",
             Text(scaling),
-            Text(pricing),
+            Text(predict_from),
             formats.measured(fmean(kl), stdev(kl) if len(kl) > 1 else None),
             cells.shown(cells.mean([cell.ratios[split] for cell in group])),
             formats.significant(fmean(cells.figures(cell.summary)[split].compressed.perplexity for cell in group)),
@@ -149,7 +150,7 @@ def table(made: Sequence[Cell], split: str) -> Stack:
         rows,
         f"means over {len({cell.seed for cell in made})} seeds, ±: standard deviation between them; "
         f"dense perplexity {formats.significant(dense)}; KL: nats per token",
-        f"ratio: of KL to {made[0].scaling} spans with pricing {made[0].pricing}, seed by seed",
+        f"ratio: of KL to {made[0].scaling} spans, predicted from {made[0].predict_from}, seed by seed",
         "selection: KL on the selection text of candidates made as the row's own search would",
         "on fits: the same of candidates made from the first anchor solutions, alike for all rows",
     )
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3, 0.2], help="fractions kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--span-scaling", nargs="+", default=list(SCALINGS), choices=SCALINGS)
-    parser.add_argument("--pricing", nargs="+", default=["fit", "span"], choices=PRICINGS)
+    parser.add_argument("--predict-from", nargs="+", default=["anchors", "span"], choices=PREDICT_FROM)
     parser.add_argument("--allocator", type=Contender.parse, default=Contender("knapsack"))
     cells.add_solver(parser)
     return cells.run_script(work, parser, arguments)

@@ -30,7 +30,7 @@ from rich.text import Text
 
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UsageError
 from globalopt.pipeline import compress
 from globalopt.pipeline.options import RefineOptions, SearchOptions
@@ -184,7 +184,7 @@ def refuse_unfit(
         targets = file.for_model(session.fingerprint, session.layers.specs, path).targets
         for solver in solvers:
             for spec in session.layers.specs:
-                for_solver(targets[spec.name], spec, get_solver(solver), budget)
+                convert_target(targets[spec.name], spec, get_solver(solver), budget)
 
 
 def measure(options: argparse.Namespace, command: str) -> Found:

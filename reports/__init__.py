@@ -12,7 +12,7 @@ from rich.padding import Padding
 from globalopt.values.results import Details, Family, Summary, WindowLosses
 from reports.budgets import budget_diff, budget_file
 from reports.cache import cache_table
-from reports.comparison import comparison, held_against_first
+from reports.comparison import comparison, differences_to_first
 from reports.comparison_page import comparison_page
 from reports.family_page import family_page
 from reports.html import write_page
@@ -32,7 +32,7 @@ __all__ = [
     "budget_file",
     "cache_table",
     "comparison",
-    "held_against_first",
+    "differences_to_first",
     "make_progress",
     "metrics_table",
     "render",

@@ -60,7 +60,7 @@ def comparison(
     table = _rows(runs, split, sign)
     reasons = incomparable(runs, split)
     verdict = [Text("Not comparable", "bold red"), *(Text(f"  {reason}", "red") for reason in reasons)]
-    apart = apart_table(held_against_first(summaries, names, losses))
+    apart = difference_table(differences_to_first(summaries, names, losses))
     return Stack(table, *(verdict if reasons else ()), *([Text(), apart] if apart is not None else ()))
 
 
@@ -77,7 +77,7 @@ def measured_runs(
     return [Measured(*run) for run in zip(labels, summaries, known, strict=True)]
 
 
-def held_against_first(
+def differences_to_first(
     summaries: Sequence[Summary], labels: Sequence[str], losses: Sequence[tuple[WindowLosses, ...]] = ()
 ) -> list[Difference]:
     """Compare every run but the first with the first, on every split of the first.
@@ -85,7 +85,7 @@ def held_against_first(
     >>> from reports.example import example_losses, example_summary
     >>> runs = [example_summary(), example_summary()]
     >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
-    >>> [(one.split, one.verdict) for one in held_against_first(runs, ["found", "even"], losses)]
+    >>> [(one.split, one.verdict) for one in differences_to_first(runs, ["found", "even"], losses)]
     [('validation', 'worse'), ('test', 'worse')]
     """
     first, *others = measured_runs(summaries, labels, losses)
@@ -93,15 +93,15 @@ def held_against_first(
     return [difference(run, first, split) for run in others for split in splits]
 
 
-def apart_table(found: Sequence[Difference]) -> Stack | None:
+def difference_table(found: Sequence[Difference]) -> Stack | None:
     """Make the table of differences with their intervals, and reasons where there are none; None for no difference.
 
     >>> from rich.console import Console
     >>> from reports.example import example_losses, example_summary
     >>> runs = [example_summary(), example_summary()]
     >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
-    >>> found = held_against_first(runs, ["found", "even"], losses)
-    >>> Console(width=80, color_system=None).print(apart_table(found[-1:]))
+    >>> found = differences_to_first(runs, ["found", "even"], losses)
+    >>> Console(width=80, color_system=None).print(difference_table(found[-1:]))
     Against found (95 % confidence intervals)
     run   split           KL to dense        perplexity  by KL
     ──────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
 from reports import formats, tables
-from reports.comparison import TOKENS_NOTE, common_split, held_against_first, measured_runs, not_compared, not_paired
+from reports.comparison import TOKENS_NOTE, common_split, differences_to_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
 from reports.paired import CONFIDENCE, Difference, Interval, incomparable
@@ -43,7 +43,7 @@ def comparison_page(
     ('2 runs compared', ['Quality', 'Against a', 'Allocation', 'Cost', 'Reproduce'])
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
-    apart = held_against_first(summaries, labels, losses)
+    apart = differences_to_first(summaries, labels, losses)
     reasons = incomparable(measured_runs(summaries, labels), common_split(summaries))
     models = dict.fromkeys(tables.model_name(summary.model) for summary in summaries)
 

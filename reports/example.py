@@ -200,7 +200,7 @@ def example_search(wholes: int = 40, parts: int = 150, predicted: float = 0.0012
     values: dict[str, Any] = {
         "tokens": tokens,
         "limit": 1_000_000 if tokens < 1_000_000 else round(1.1 * tokens),
-        "candidates": "fit",
+        "candidates": "anchors",
         "top": 1024,
         "tail": 0.00424,
         "loss": best,
@@ -331,7 +331,7 @@ def example_family(**changed: Any) -> Family:
         "pattern": "unstructured",
         "total": 7_000_000_000,
         "error_unit": ErrorUnit.NATS,
-        "candidates": "fit",
+        "candidates": "anchors",
         "windows": 128,
         "seqlen": 256,
         "left_out": (),

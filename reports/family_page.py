@@ -67,7 +67,7 @@ def measured_note(family: Family) -> tuple[str, str]:
 
     >>> from reports.example import example_family
     >>> measured_note(example_family())[1]
-    'of candidates made from fits; nothing is refined'
+    'of candidates made from anchors; nothing is refined'
     """
     text = f"{formats.count(family.windows)} windows of {formats.count(family.seqlen)} tokens"
     return (

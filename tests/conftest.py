@@ -51,7 +51,7 @@ def tiny_search(tiny_llama, tiny_text) -> tuple[str, ...]:
         "oats",
         "--set",
         "steps=5",
-        "--pricing",
+        "--predict-from",
         "span",
         "--search-tokens",
         "2000",

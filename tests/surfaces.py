@@ -7,7 +7,7 @@ import random
 import torch
 
 from globalopt.analysis.spans import compute_span
-from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem, Profile
 from globalopt.values.span import Span
@@ -22,7 +22,7 @@ def surface(
     importance: float,
     rng: random.Random,
     pattern: NM | None = None,
-    limits: Limits = FREE,
+    limits: Limits = NO_LIMITS,
 ):
     """A grid of ranks and counts; the error falls with both, with a seeded ripple that makes it non-convex."""
     spec = LayerSpec(name, int(name.rsplit(".", 1)[-1]) // 4, name, "kind", d_out, d_in)
@@ -49,7 +49,7 @@ def problem(
     layers: int = 6,
     accounting: str = "params",
     pattern: NM | None = None,
-    limits: Limits = FREE,
+    limits: Limits = NO_LIMITS,
 ) -> Problem:
     """A problem of `layers` layers of mixed shapes whose importances differ by up to a hundredfold."""
     rng = random.Random(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from globalopt.values.budget import FREE, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import interpolate
 
@@ -44,7 +44,7 @@ class Options:
     bucket: int
 
     @classmethod
-    def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None, limits: Limits = FREE) -> Options:
+    def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> Options:
         """The default grid: dense and zero included for unstructured `S`; with a pattern only the rank is free.
 
         Without sparse parts there are ranks alone, and the dense layer. Options that cost more parameters than the

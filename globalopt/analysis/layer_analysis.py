@@ -12,7 +12,7 @@ from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Stage
 from globalopt.runs.workspace import Workspace
-from globalopt.values.budget import FREE, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 
@@ -68,7 +68,7 @@ class LayerAnalysis:
     layers: ModelLayers
     work: Workspace
     pattern: NM | None = None
-    limits: Limits = FREE
+    limits: Limits = NO_LIMITS
     weighted: bool = False
 
     def options(self, spec: LayerSpec) -> Options:

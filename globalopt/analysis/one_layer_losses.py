@@ -13,11 +13,11 @@ from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.protocols import Solver
 from globalopt.runs.artefacts import GRAM, METRIC_CHOICE, SINGLE_LAYER_LOSSES
 from globalopt.runs.records import MetricChoice
-from globalopt.values.budget import FREE, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 
-WEIGHED_KEPT = 0.2
+METRIC_KEPT = 0.2
 """Fraction kept at which a layer's error metric is chosen; losses that grow faster than the square show there."""
 
 MEASURED_WINDOWS = 4
@@ -39,13 +39,13 @@ def choose_metrics(
     grams: Iterable[tuple[LayerSpec, Gram, Gram]],
     solver: Solver,
     pattern: NM | None = None,
-    limits: Limits = FREE,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[tuple[LayerSpec, MetricChoice]]:
     """Compute the single-layer losses of solutions with and without the output Gram, layer by layer.
 
     The output Gram `A` is the curvature at no loss: an output to which the loss is almost insensitive may still matter
     much once it is far off, as where a gate feeds a channel that the model's norms depend on. So each layer is solved
-    in both metrics at `WEIGHED_KEPT`, and the loss of the model with this layer alone replaced decides. The model is
+    in both metrics at `METRIC_KEPT`, and the loss of the model with this layer alone replaced decides. The model is
     dense whenever a layer is taken from `grams` or a choice is yielded.
 
     Args:
@@ -126,8 +126,8 @@ def _losses(model: ModelObjective, spec: LayerSpec, weights: Sequence[Weight]) -
 def _probed_target(spec: LayerSpec, pattern: NM | None, limits: Limits) -> Target:
     """The target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed."""
     if not limits.sparse:
-        return Target(max(1, int(WEIGHED_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
-    return Target(0, pattern.nnz(spec) if pattern is not None else int(WEIGHED_KEPT * spec.numel), pattern)
+        return Target(max(1, int(METRIC_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
+    return Target(0, pattern.nnz(spec) if pattern is not None else int(METRIC_KEPT * spec.numel), pattern)
 
 
 def write_metric_choices(

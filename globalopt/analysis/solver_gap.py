@@ -21,7 +21,7 @@ from statistics import fmean
 from torch import Tensor
 
 from globalopt.analysis.grid import AnchorValues, Options
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UsageError
 from globalopt.protocols import Solver
 from globalopt.runs.records import AnchorSolutions
@@ -98,7 +98,7 @@ def measure_gap(
 
     Args:
         solutions: of the probe solver.
-        budget: what the solver lacks becomes what it has at no higher cost, as when it refines: see `for_solver`.
+        budget: what the solver lacks becomes what it has at no higher cost, as when it refines: see `convert_target`.
 
     >>> import torch
     >>> from globalopt.values.decomposition import Decomposition
@@ -114,7 +114,7 @@ def measure_gap(
     targets: dict[Target, Target] = {}
     for anchor in solutions.anchors:
         with contextlib.suppress(UsageError):
-            targets[anchor] = for_solver(anchor, spec, solver, budget)
+            targets[anchor] = convert_target(anchor, spec, solver, budget)
     least = LEAST * metric.error(weight)
     if least == 0:
         # A layer of zeros has no error by any solver.

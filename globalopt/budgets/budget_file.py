@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.runs.files import read_json, write_json
-from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit, LayerPlan
@@ -104,7 +104,7 @@ class BudgetFile(BaseModel):
     @property
     def served(self) -> Limits:
         """The serving limits of the search."""
-        return FREE if self.limits is None else Limits(**self.limits.model_dump())
+        return NO_LIMITS if self.limits is None else Limits(**self.limits.model_dump())
 
     @property
     def plans(self) -> tuple[LayerPlan, ...]:
@@ -224,14 +224,14 @@ def make(
             for surface in problem.surfaces
             for target in [allocation.targets[surface.spec.name]]
         ),
-        limits=None if problem.limits == FREE else LimitsEntry(**asdict(problem.limits)),
+        limits=None if problem.limits == NO_LIMITS else LimitsEntry(**asdict(problem.limits)),
     )
 
 
 def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
     """Record the target of a layer; `UsageError` where it has a plane of signs.
 
-    A file is for any solver: one that keeps a plane of signs gets it by `conversion.for_solver`, after reading.
+    A file is for any solver: one that keeps a plane of signs gets it by `conversion.convert_target`, after reading.
     """
     if target.signs:
         raise UsageError(

@@ -10,7 +10,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
 
 
-def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
+def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:
     """Convert a target into one that `solver` can meet, at no higher cost.
 
     For a solver without a low-rank part, rank becomes nonzeros; for one without a sparse part, nonzeros become rank. A
@@ -24,7 +24,7 @@ def for_solver(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) 
 
     >>> from solvers import get_solver
     >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 8, 4)
-    >>> converted = for_solver(Target(rank=1, nnz=4), spec, get_solver("wanda"), Budget(limit=16, total=32))
+    >>> converted = convert_target(Target(rank=1, nnz=4), spec, get_solver("wanda"), Budget(limit=16, total=32))
     >>> converted.rank, converted.nnz
     (0, 16)
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.protocols import Solver
-from globalopt.values.budget import FREE, Limits
+from globalopt.values.budget import NO_LIMITS, Limits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ServingProfile:
     """
 
     format: str
-    limits: Limits = FREE
+    limits: Limits = NO_LIMITS
     pattern: str | None = None
     sparse_part: bool = False
     low_rank_part: bool = False
@@ -88,7 +88,7 @@ def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
     if (place.sparse_part and not solver.sparse) or (place.low_rank_part and not solver.low_rank):
         part = "sparse" if place.sparse_part else "low-rank"
         raise UsageError(f"--serving-profile {profile} needs a solver with a {part} part; {solver.name} has none.")
-    if limits == FREE:
+    if limits == NO_LIMITS:
         return
     if solver.signs:
         raise UsageError(f"Solver {solver.name} keeps a plane of signs of rank 1, which is not within limits of rank.")

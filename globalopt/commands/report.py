@@ -49,7 +49,7 @@ def report(
         labels = [str(run) for run in runs]
         losses = [run.window_losses() for run in opened]
         if as_json:
-            apart = reports.held_against_first(summaries, labels, losses)
+            apart = reports.differences_to_first(summaries, labels, losses)
             found = [{"run": label, **asdict(summary)} for label, summary in zip(labels, summaries, strict=True)]
             print_json({"runs": found, "differences": [asdict(one) for one in apart]})
         elif len(opened) == 1:

@@ -100,18 +100,18 @@ def search(
             show_default="activation",
         ),
     ] = None,
-    pricing: Annotated[
+    predict_from: Annotated[
         str,
         typer.Option(
-            help="Basis of the predicted losses: fit (spans, and solutions at a few anchors of every layer) or span "
-            "(spans alone)."
+            help="Basis of the predicted losses: anchors (spans, and solutions at a few anchors of every layer) or "
+            "span (spans alone)."
         ),
-    ] = "fit",
+    ] = "anchors",
     candidates: Annotated[
         str,
         typer.Option(
-            help="Layers of the candidates whose true loss a search measures: fit (interpolated from the solutions at "
-            "the anchors), span (cut from the spans) or auto (fit where there are such solutions)."
+            help="Layers of the candidates whose true loss a search measures: anchors (interpolated from the "
+            "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions)."
         ),
     ] = "auto",
     search_tokens: Annotated[
@@ -174,7 +174,7 @@ def search(
             solver_options=pairs(solver_set, "--set"),
             sensitivity=sensitivity,
             **choices,
-            pricing=pricing,
+            predict_from=predict_from,
             candidates=candidates,
             search_tokens=search_tokens,
             seed=seed,

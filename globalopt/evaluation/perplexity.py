@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
-from globalopt.models.layers import walkable
+from globalopt.models.layers import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
 from globalopt.text.splits import Split
@@ -179,7 +179,7 @@ def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path 
     """Return a function from the number of a batch to its logits (n, T - 1, vocabulary), but for the last position."""
     if lazy_blocks(model) is None:
         return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
-    runner = BlockRunner(walkable(model), [Batch(windows) for windows in batches], scratch)
+    runner = BlockRunner(find_blocks(model), [Batch(windows) for windows in batches], scratch)
     hidden: list[Tensor] = []
     for visit in walk_blocks(runner):
         hidden = visit.outputs()

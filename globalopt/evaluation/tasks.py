@@ -60,7 +60,7 @@ class Tasks:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class TaskResults:
     """Hold the results of a model on tasks.
 
     Args:
@@ -68,7 +68,7 @@ class Answers:
         items: by task and metric, the value of every item, where values are numbers.
         cut: requests whose beginning was cut off to fit into the model's context.
 
-    >>> Answers(scores=(), items={"arc_easy": {"acc": (1.0, 0.0)}}, cut=0).items["arc_easy"]["acc"]
+    >>> TaskResults(scores=(), items={"arc_easy": {"acc": (1.0, 0.0)}}, cut=0).items["arc_easy"]["acc"]
     (1.0, 0.0)
     """
 
@@ -156,7 +156,7 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, progress: Progress) -> Answers:
+def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, progress: Progress) -> TaskResults:
     """Evaluate a model on all items of the tasks, or on the first `limit` of each.
 
     Standard errors are those of the mean over items; a perplexity's by the delta method.
@@ -194,7 +194,7 @@ def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, p
     for name in asked["tasks"]:
         items[name] = _item_values(found["samples"][name])
         scores.append(_task_score(name, tasks.files.get(name), found, items[name]))
-    return Answers(tuple(scores), items, model.cut)
+    return TaskResults(tuple(scores), items, model.cut)
 
 
 def _load(tasks: Tasks) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError
 
-FIRST_RUNG = 1e-6  # the first damping above zero that is tried
-LAST_RUNG = 1.0  # the largest damping: a larger one would outweigh the data
+LEAST_DAMPING = 1e-6  # the first damping above zero that is tried
+MOST_DAMPING = 1.0  # the largest damping: a larger one would outweigh the data
 
 
 class Damped(NamedTuple):
@@ -34,8 +34,8 @@ class Damped(NamedTuple):
 def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) -> Damped:
     """Factorise a damped Gram, `G + damping mean(diag G) I + diagonal_damping diag(G) = C Cᵀ`.
 
-    If the matrix is not positive definite, `damping` is raised by factors of ten, up to `LAST_RUNG`. The damping that
-    sufficed is returned, so that the caller can report it.
+    If the matrix is not positive definite, `damping` is raised by factors of ten, up to `MOST_DAMPING`. The damping
+    that sufficed is returned, so that the caller can report it.
 
     Args:
         G: (d, d) symmetric, not modified.
@@ -59,8 +59,8 @@ def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) ->
         solid = factor.diagonal().square() > resolution * matrix.diagonal()
         if int(info) == 0 and bool(solid.all()):
             return Damped(matrix, factor, rung)
-        following = max(10 * rung, FIRST_RUNG)
-        if following > LAST_RUNG:
+        following = max(10 * rung, LEAST_DAMPING)
+        if following > MOST_DAMPING:
             raise NumericalError(
                 f"The Gram is not positive definite at any damping from {damping:g} to {rung:g} of its mean diagonal "
                 f"{mean:.3g}; calibrate with more tokens, and check that the activations are not all zero."

@@ -17,8 +17,10 @@ from globalopt.kernels.norm import Norm, Side, ridge
 from globalopt.kernels.precision import fast_products
 from globalopt.values.decomposition import Trace
 
-BEND = 1.3  # exponent of the penalty's schedule
-RESTED = 0.015  # share of the support: if fewer entries would still change in the remaining steps, the iteration ends
+PENALTY_EXPONENT = 1.3  # exponent of the penalty's schedule
+SETTLED_SHARE = (
+    0.015  # share of the support: if fewer entries would still change in the remaining steps, the iteration ends
+)
 MOMENTUM = 0.7  # of L; from 0.8 on, some layers get worse and planted parts are not recovered, and at 1 it diverges
 EXACT_FROM = 0.7  # share of the steps after which counts are exact, and an accelerator's products in full precision
 
@@ -61,7 +63,7 @@ class Schedule:
     def penalty(self, step: int) -> float:
         """Compute the penalty of `step`, 0 <= step < steps."""
         share = self.begun + (1 - self.begun) * step / self.steps
-        return self.start * (self.end / self.start) ** (share**BEND)
+        return self.start * (self.end / self.start) ** (share**PENALTY_EXPONENT)
 
     def size(self, step: int) -> float:
         """Compute the share of the final count that `step` keeps, 0 <= step < steps."""
@@ -162,8 +164,8 @@ def ridge_admm(
     be rough: the next steps would change the support by more than an inexact threshold does.
 
     Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
-    `A`, count and rank. They end together: after all steps, or once counts are exact and less than the share `RESTED`
-    of their supports would change in the remaining steps at the rate of the last ones.
+    `A`, count and rank. They end together: after all steps, or once counts are exact and less than the share
+    `SETTLED_SHARE` of their supports would change in the remaining steps at the rate of the last ones.
 
     Args:
         W: (rows of all layers, d_in), not modified.
@@ -248,7 +250,7 @@ def ridge_admm(
             if schedule.size(step - 1) == 1:
                 moved = int((support != support_before).sum()) / max(1, int(support.sum()))
                 remaining = schedule.steps - step
-                at_rest = exact and remaining >= schedule.hold and moved * remaining <= RESTED * schedule.hold
+                at_rest = exact and remaining >= schedule.hold and moved * remaining <= SETTLED_SHARE * schedule.hold
             if trace_every and step >= traces[0][-1][0] + trace_every:
                 for part, norm, subspace, trace in zip(parts, norms, subspaces, traces, strict=True):
                     E = W[part.rows] - Z[part.rows]

@@ -83,7 +83,7 @@ def available(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return freed memory from the C library's allocator to the system.
 
     glibc keeps freed pieces between pieces in use: a walk over many blocks would end with as much memory as all blocks
@@ -91,7 +91,7 @@ def give_back() -> None:
 
     >>> pieces = [torch.ones(2**16) for _ in range(8)]
     >>> del pieces
-    >>> give_back()
+    >>> trim_memory()
     """
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:

@@ -49,12 +49,12 @@ class Distillation(Training):
 
 
 @torch.no_grad()
-def teachers(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Teacher]:
+def teacher_distributions(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Teacher]:
     """Compute the next-token distributions of the dense `model` on every batch, for `match_model`.
 
     >>> from globalopt.reference.tiny import tiny_llama
     >>> model, batch = tiny_llama(), Batch(torch.arange(24).reshape(2, 12))
-    >>> dense = teachers(model, [batch])
+    >>> dense = teacher_distributions(model, [batch])
     >>> dense[0].kl(model(batch.input_ids).logits[:, :-1]).abs().max().item() < 1e-5
     True
     """
@@ -88,7 +88,7 @@ def match_model(
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False))
     >>> batches = [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)]
-    >>> dense = teachers(layers.model, batches)
+    >>> dense = teacher_distributions(layers.model, batches)
     >>> pruned = {spec.name: layers.weight(spec.name) for spec in layers.specs}
     >>> pruned = {name: W * (W.abs() > 0.02) for name, W in pruned.items()}
     >>> values = {name: Decomposition(S, S[:, :0], S[:0]) for name, S in pruned.items()}

@@ -228,11 +228,11 @@ class _Originals(Mapping[str, Tensor]):
         return len(self._layers.specs)
 
 
-def walkable(model: PreTrainedModel) -> ModelLayers:
+def find_blocks(model: PreTrainedModel) -> ModelLayers:
     """Find the decoder blocks of a model without its layers: enough to walk it.
 
     >>> from globalopt.reference.tiny import tiny_llama
-    >>> layers = walkable(tiny_llama())
+    >>> layers = find_blocks(tiny_llama())
     >>> layers.blocks_path, len(layers.blocks), layers.specs
     ('model.layers', 2, ())
     """

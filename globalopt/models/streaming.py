@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from globalopt.errors import ArtefactError, NumericalError, UnsupportedModelError
-from globalopt.machine.memory import give_back
+from globalopt.machine.memory import trim_memory
 
 INDEX = "model.safetensors.index.json"
 """File that maps tensors to the files of a sharded checkpoint."""
@@ -253,7 +253,7 @@ class LazyBlocks:
             if not self._depth[index]:
                 for name, empty in self._empty[index].items():
                     _put(self._blocks[index], name, empty)
-                give_back()
+                trim_memory()
 
     def has(self, name: str) -> bool:
         """Tell whether `name` is a parameter of a block."""

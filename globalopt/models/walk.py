@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import Cache
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
-from globalopt.machine.memory import give_back, in_file
+from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
@@ -89,10 +89,10 @@ class BlockRunner:
 
     `logits(i, run(n-1, i, ... run(0, i, first(i))))` is the model's own forward pass on batch `i`.
 
-    >>> from globalopt.models.layers import walkable
+    >>> from globalopt.models.layers import find_blocks
     >>> from globalopt.reference.tiny import tiny_llama
     >>> model, batch = tiny_llama(), Batch(torch.tensor([[5, 6, 7, 8]]))
-    >>> runner = BlockRunner(walkable(model), [batch])
+    >>> runner = BlockRunner(find_blocks(model), [batch])
     >>> hidden = runner.run(1, 0, runner.run(0, 0, runner.first(0)))
     >>> torch.allclose(runner.logits(0, hidden), model(batch.input_ids).logits, atol=1e-5)
     True
@@ -299,7 +299,7 @@ class BlockVisit:
         # Each sum is freed when its Gram is made: with wide layers the sums are larger than the block.
         grams = {site: moments.pop(site).gram() for site in tuple(moments)}
         if self.layers.lazy is not None:
-            give_back()
+            trim_memory()
         return grams
 
     def outputs(self) -> list[Tensor]:

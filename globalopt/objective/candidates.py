@@ -1,9 +1,9 @@
 """Candidates for the weight of a layer at any target, made without a solver.
 
 A search evaluates thousands of allocations; solving each layer anew would cost more than the search. `span_weight` cuts
-the layer from its span. `FittedLayer` mixes the residuals of a few anchor solutions, scaled to the predicted loss: the
-residual of a solver that moves the weights it keeps is of another shape and size than the part that a span drops. Whole
-residuals are mixed, because their rows belong together: errors of a solution cancel between rows in the output Gram,
+the layer from its span. `AnchoredLayer` mixes the residuals of a few anchor solutions, scaled to the predicted loss:
+the residual of a solver that moves the weights it keeps is of another shape and size than the part that a span drops.
+Whole residuals are mixed, because their rows belong together: errors of a solution cancel between rows in the output Gram,
 and rows taken from several solutions cost many times what each of the solutions does.
 """
 
@@ -61,7 +61,7 @@ def span_weight(span: Span, kept: Target | Mask) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedLayer:
+class AnchoredLayer:
     """The anchor solutions of a layer, from whose residuals candidates at any target are mixed.
 
     Args:
@@ -76,7 +76,7 @@ class FittedLayer:
     >>> anchors = (Target(0, 4), Target(0, 12))
     >>> surface = ErrorSurface(spec, (Target.zero(), *anchors, Target(0, 16)), (4.0, 1.0, 0.25, 0.0))
     >>> residuals = torch.stack([torch.full((4, 4), 0.25), torch.full((4, 4), 0.125)])
-    >>> layer = FittedLayer(surface, (anchors,), residuals, torch.ones(2, 2, dtype=torch.float64))
+    >>> layer = AnchoredLayer(surface, (anchors,), residuals, torch.ones(2, 2, dtype=torch.float64))
     >>> W = torch.ones(4, 4)
     >>> float(layer.weight(W, Target(0, 4))[0, 0]), float(layer.weight(W, Target.zero())[0, 0])
     (0.75, 0.0)

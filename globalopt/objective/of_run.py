@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from globalopt.models.walk import BlockRunner
-from globalopt.objective.candidates import FittedLayer, span_weight
+from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective
 from globalopt.protocols import Candidate
@@ -20,9 +20,9 @@ from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import Search
 from globalopt.values.span import Mask
 
-CANDIDATES = ("auto", "fit", "span")
+CANDIDATES = ("auto", "anchors", "span")
 
-FITS_AT_ONCE = 2**31
+ANCHORS_AT_ONCE = 2**31
 """Bytes of anchor solutions and spans each that are held in memory; the rest is read again when it is needed."""
 
 
@@ -76,13 +76,13 @@ class SearchObjective(RecordedObjective):
         start: Callable[[], BlockRunner],
         selection: Selection,
         problem: Problem,
-        fitted: Callable[[ErrorSurface, Tensor], FittedLayer] | None,
+        fitted: Callable[[ErrorSurface, Tensor], AnchoredLayer] | None,
         limit: int,
         journal: Path | None,
         teacher: Path,
         advance: Callable[[str], None] = lambda detail: None,
     ) -> None:
-        self.candidates = "span" if fitted is None else "fit"
+        self.candidates = "span" if fitted is None else "anchors"
         self._start = start
         self._teacher = teacher
         self._surfaces = {surface.spec.name: surface for surface in problem.surfaces}
@@ -117,14 +117,14 @@ class SearchObjective(RecordedObjective):
 
     def _materialise(self, model: ModelObjective) -> Materialise:
         largest = max(spec.numel for spec in model.specs)
-        held = max(1, FITS_AT_ONCE // (16 * largest * (LAZY_SHARE if model.lazy else 1)))
+        held = max(1, ANCHORS_AT_ONCE // (16 * largest * (LAZY_SHARE if model.lazy else 1)))
         read_span = lru_cache(held)(self._span)
         if self._fitted is None:
             return lambda spec, kept: span_weight(read_span(spec.name), kept)
         fitted, surfaces = self._fitted, self._surfaces
 
         @lru_cache(held)
-        def layer(name: str) -> FittedLayer:
+        def layer(name: str) -> AnchoredLayer:
             return fitted(surfaces[name], model.dense(name))
 
         def weight(spec: LayerSpec, kept: Target | Mask) -> Tensor:

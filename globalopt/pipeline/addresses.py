@@ -151,7 +151,7 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
     >>> from reports import QuietProgress
     >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
     >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> one, other = (resolve(SearchOptions(0.5, candidates=word)) for word in ("fit", "span"))
+    >>> one, other = (resolve(SearchOptions(0.5, candidates=word)) for word in ("anchors", "span"))
     >>> one, other = objective_addresses(session, one), objective_addresses(session, other)
     >>> [stage.value for stage in one if one[stage] != other[stage]]
     ['objective']
@@ -177,6 +177,7 @@ def compress_addresses(
         pattern: of every target of the budget, or None.
 
     >>> from allocators import Uniform
+    >>> from globalopt.values.results import ErrorUnit
     >>> from globalopt.pipeline.options import RefineOptions
     >>> from globalopt.pipeline.plan import probe_solver, resolve_refinement
     >>> from globalopt.values.budget import Budget, Target
@@ -194,7 +195,7 @@ def compress_addresses(
     >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
     >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
     >>> found = Uniform().allocate(problem)
-    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, "output error")
+    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, ErrorUnit.OUTPUT_ERROR)
     >>> plan = resolve_refinement(RefineOptions(), get_solver("wanda"), fisher=True, seed=0)
     >>> addresses = compress_addresses(session, plan, file, probe_solver(plan.solver.outputs), pattern=None)
     >>> addresses[Stage.GRAMS] == search_addresses(session, resolve(SearchOptions(0.5)))[Stage.GRAMS]
@@ -217,6 +218,7 @@ def refinement_addresses(
         earlier: addresses of the search that found the budget, or of a refinement without one.
 
     >>> from allocators import Uniform
+    >>> from globalopt.values.results import ErrorUnit
     >>> from globalopt.values.budget import Budget, Target
     >>> from globalopt.values.problem import ErrorSurface, Problem
     >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
@@ -231,7 +233,7 @@ def refinement_addresses(
     >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
     >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
     >>> found = Uniform().allocate(problem)
-    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, "output error")
+    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, ErrorUnit.OUTPUT_ERROR)
     >>> from globalopt.pipeline.options import RefineOptions
     >>> plan = resolve(SearchOptions(0.5), RefineOptions(match="model"))
     >>> addresses = refinement_addresses(session, plan.refinement, file, search_addresses(session, plan))

@@ -8,7 +8,7 @@ from typing import Any
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
 from globalopt.pipeline.analyse import choose_metrics, collect_output_grams
 from globalopt.pipeline.finish import finish
@@ -45,7 +45,7 @@ def compress(
     allocation = file.for_model(session.fingerprint, session.layers.specs, source)
     plan.check(session.layers)
     for spec in session.layers.specs:
-        file.served.check(for_solver(allocation.targets[spec.name], spec, plan.solver, allocation.budget), spec)
+        file.served.check(convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget), spec)
     patterns = {target.pattern for target in allocation.targets.values()}
     pattern = patterns.pop() if len(patterns) == 1 else None
     probe = probe_solver(plan.solver.outputs)

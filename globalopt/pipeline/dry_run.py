@@ -34,7 +34,7 @@ from globalopt.models.layers import ModelLayers, find_layers, token_embedding
 from globalopt.models.loading import load_structure, reference_folder, resolve_device
 from globalopt.models.streaming import dtype_of
 from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
-from globalopt.objective.of_run import FITS_AT_ONCE
+from globalopt.objective.of_run import ANCHORS_AT_ONCE
 from globalopt.pipeline import timing
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
@@ -250,7 +250,7 @@ def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
     if not (job.searches or job.sweeps):
         return 0
     weights, part = sum(4 * spec.numel for spec in shape.specs), LAZY_SHARE if lazy else 1
-    fits = 2 * min(FITS_AT_ONCE // part, 4 * weights) if job.searches and job.search_tokens else 0
+    fits = 2 * min(ANCHORS_AT_ONCE // part, 4 * weights) if job.searches and job.search_tokens else 0
     return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
 

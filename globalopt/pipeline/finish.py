@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
-from globalopt.matching.model import Distillation, match_model, teachers
+from globalopt.matching.model import Distillation, match_model, teacher_distributions
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.plan import RefinementPlan
@@ -50,7 +50,7 @@ def finish(
         # No sweep for layers came before.
         collect_output_grams(session, reporter, run, Stage.MATCH_LABELS, (), plan.seed)
     targets = {
-        spec.name: for_solver(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
+        spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
         for spec in layers.specs
     }
     results = _refined(session, reporter, run, plan, file, targets)
@@ -161,7 +161,7 @@ def match_whole(
     if not run.has(MATCHED_MODEL, None):
         with reporter.stage("match", options.epochs, "epochs") as advance:
             batches = session.batches(session.splits.calibration, options.windows)
-            dense = teachers(session.dense(), batches)
+            dense = teacher_distributions(session.dense(), batches)
             values = {spec.name: run.layer(spec) for spec in layers.specs}
             started = time.perf_counter()
             trained, match = match_model(layers, batches, dense, values, options, seed, run.training_path, advance)

@@ -17,7 +17,7 @@ from globalopt.values.budget import Limits
 
 SENSITIVITIES = ("fisher", "none")
 
-PRICINGS = ("fit", "span")
+PREDICT_FROM = ("anchors", "span")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SearchOptions:
     sensitivity: str = "fisher"
     scaling: str = "activation"
     seed: int = 0
-    pricing: str = "fit"
+    predict_from: str = "anchors"
     candidates: str = "auto"
     search_tokens: int = 500_000
     serving_profile: str = "dense"
@@ -57,7 +57,7 @@ class SearchOptions:
         check_word("candidates", self.candidates, CANDIDATES)
         check_word("sensitivity", self.sensitivity, SENSITIVITIES)
         check_word("span-scaling", self.scaling, SCALINGS)
-        check_word("pricing", self.pricing, PRICINGS)
+        check_word("predict-from", self.predict_from, PREDICT_FROM)
 
     @property
     def limits(self) -> Limits:
@@ -68,7 +68,7 @@ class SearchOptions:
 def check_word(option: str, value: str, known: Sequence[str]) -> None:
     """Raise `UsageError` if the value of an option is none of those that are known.
 
-    >>> check_word("pricing", "fit", PRICINGS)
+    >>> check_word("predict-from", "anchors", PREDICT_FROM)
     """
     if value not in known:
         raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")

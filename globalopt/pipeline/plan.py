@@ -23,7 +23,7 @@ from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.protocols import Allocator, Needs, Outputs, Solver
 from globalopt.refine.blocks import Order
 from globalopt.runs.files import digest
-from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import ErrorUnit
@@ -166,7 +166,7 @@ class SearchPlan:
         analysis: how losses are predicted.
         allocator: chooses the targets.
         rule: the budget.
-        candidates: what stands for a target in the objective: "fit", "span", or "auto".
+        candidates: what stands for a target in the objective: "anchors", "span", or "auto".
         search_tokens: forward tokens that the allocator may spend on the objective.
         profile: the place where the model will be served.
         refinement: of the chosen targets.
@@ -246,11 +246,11 @@ def resolve(
     """
     solver = solver or get_solver(options.solver, options.solver_options)
     allocator = allocator or get_allocator(options.allocator, options.allocator_options)
-    anchors = options.pricing == "fit" and solver.needs is Needs.GRAM
-    if options.candidates == "fit" and not anchors:
+    anchors = options.predict_from == "anchors" and solver.needs is Needs.GRAM
+    if options.candidates == "anchors" and not anchors:
         raise UsageError(
             f"There are no anchor solutions to make candidates from: solver {solver.name} moves no weight it keeps, or "
-            "--pricing is span. Use --candidates span."
+            "--predict-from is span. Use --candidates span."
         )
     check_solver(options.serving_profile, options.limits, solver)
     rule = BudgetRule(options.budget, options.accounting).check()
@@ -355,4 +355,4 @@ def limits_record(limits: Limits) -> dict[str, Any] | None:
     >>> limits_record(Limits(rank_multiple=8))["rank_multiple"]
     8
     """
-    return None if limits == FREE else asdict(limits)
+    return None if limits == NO_LIMITS else asdict(limits)

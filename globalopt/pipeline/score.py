@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
-from globalopt.evaluation.tasks import Answers, Tasks, ask, lm_eval_version
+from globalopt.evaluation.tasks import TaskResults, Tasks, ask, lm_eval_version
 from globalopt.models.identity import weights_sha256
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import LoadedModel, reference_folder
@@ -117,7 +117,7 @@ def _evaluate(
 
 
 def _score(
-    name: str, loaded: LoadedModel, layers: ModelLayers, metrics: Sequence[Metrics], answers: Sequence[Answers]
+    name: str, loaded: LoadedModel, layers: ModelLayers, metrics: Sequence[Metrics], answers: Sequence[TaskResults]
 ) -> ModelScore:
     tasks = tuple(task for each in answers for task in each.scores)
     return ModelScore(
@@ -131,7 +131,7 @@ def _score(
     )
 
 
-def _changes(mine: Answers, theirs: Answers) -> dict[str, dict[str, Score]]:
+def _changes(mine: TaskResults, theirs: TaskResults) -> dict[str, dict[str, Score]]:
     """Differences of accuracies, item by item: errors of items both fail at cancel."""
     found: dict[str, dict[str, Score]] = {}
     for task, metrics in mine.items.items():

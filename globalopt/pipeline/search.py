@@ -14,7 +14,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.models.walk import BlockRunner
-from globalopt.objective.candidates import FittedLayer
+from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
@@ -168,11 +168,11 @@ def true_loss(
     assert isinstance(run, Run), "the analysis of a run"
     gap = read_gap(analysis)
 
-    def fitted(surface: ErrorSurface, weight: Tensor) -> FittedLayer:
+    def fitted(surface: ErrorSurface, weight: Tensor) -> AnchoredLayer:
         residuals = analysis.residuals(surface.spec, weight, gap)
         overlap = run.get(PREDICTION, surface.spec).overlap
         assert overlap is not None, "anchor solutions were predicted too"
-        return FittedLayer(surface, residuals.rows, residuals.tensor, overlap)
+        return AnchoredLayer(surface, residuals.rows, residuals.tensor, overlap)
 
     with reporter.stage(stage, most, "chunks") as advance:
         objective = SearchObjective(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import GlobalOptError, NumericalError
-from globalopt.machine.memory import give_back
+from globalopt.machine.memory import trim_memory
 from globalopt.matching.block import Matching, match_block
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
@@ -50,7 +50,7 @@ class Refinement:
     """Say how the layers of a model are refined.
 
     Args:
-        targets: by layer, as the solver can meet them (`budgets.conversion.for_solver`).
+        targets: by layer, as the solver can meet them (`budgets.conversion.convert_target`).
         dtype: of the saved weights.
         predicted: loss by layer, to be reported beside the actual one.
         output_grams: whether there are output Grams of the layers, so that errors are in nats per token.
@@ -142,7 +142,7 @@ def _solve(
             _solve_site(layers, here, gram, plan, run)
             if layers.lazy is not None:
                 # What a solver freed lies in pieces that the next site would not fit into.
-                give_back()
+                trim_memory()
         if plan.order is Order.SITE:
             for spec in visit.specs:
                 if spec.site == site:

@@ -169,7 +169,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
     >>> import torch
     >>> write_tensors(Path("gram.safetensors"), {"matrix": torch.eye(2)}, {"tokens": 7})
-    >>> read_facts(Path("gram.safetensors"))
+    >>> read_metadata(Path("gram.safetensors"))
     {'tokens': 7}
     """
     with replacing(path) as temporary:
@@ -193,12 +193,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Read the facts of what `write_tensors` wrote, without its tensors; errors as in `read_tensors`.
 
     >>> import torch
     >>> write_tensors(Path("gram.safetensors"), {"matrix": torch.eye(2)}, {"tokens": 7})
-    >>> read_facts(Path("gram.safetensors"))["tokens"]
+    >>> read_metadata(Path("gram.safetensors"))["tokens"]
     7
     """
     with _opened(path) as (_, facts):

@@ -28,7 +28,7 @@ from globalopt.runs.artefacts import (
     Stage,
     validated,
 )
-from globalopt.runs.files import digest, link_or_copy, read_facts, read_json, remove_abandoned, write_json
+from globalopt.runs.files import digest, link_or_copy, read_json, read_metadata, remove_abandoned, write_json
 from globalopt.runs.workspace import Workspace
 from globalopt.values.decomposition import Decomposition, Trace
 from globalopt.values.layer import LayerSpec
@@ -254,7 +254,7 @@ class Run(Workspace):
         found = []
         for block, artefact, key in places:
             if self.has(artefact, key):
-                facts = read_facts(self.path(artefact, key))
+                facts = read_metadata(self.path(artefact, key))
                 found.append(MatchResult(block, **{name: facts[name] for name in keys}))
         return tuple(found)
 
@@ -281,7 +281,7 @@ class Run(Workspace):
     def _trace(self, layer: str) -> Trace:
         """How the solver's objective fell, of a layer by its name; empty where that was not written down."""
         path = self.stage_folder(Stage.REFINEMENT) / SOLVED_LAYER.folder / f"{layer}{SOLVED_LAYER.form.suffix}"
-        return validated(path, Trace, read_facts(path).get("trace", ())) if path.exists() else ()
+        return validated(path, Trace, read_metadata(path).get("trace", ())) if path.exists() else ()
 
     def family(self) -> Family:
         """The finished family; `ArtefactError` if there is none or the file is broken."""

@@ -161,7 +161,7 @@ class Limits:
         return target
 
 
-FREE = Limits()
+NO_LIMITS = Limits()
 """No limits: every rank and every sparse part."""
 
 

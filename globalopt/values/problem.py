@@ -10,7 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from globalopt.errors import BudgetError, NumericalError, UsageError
-from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.span import Span
 
@@ -186,13 +186,13 @@ class Problem:
     pattern: NM | None = None
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=dict)
-    limits: Limits = FREE
+    limits: Limits = NO_LIMITS
     spans: Callable[[str], Span] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.surfaces:
             raise BudgetError("There is no layer to allocate to.")
-        if self.limits != FREE:
+        if self.limits != NO_LIMITS:
             for surface in self.surfaces:
                 for target in surface.targets:
                     self.limits.check(target, surface.spec)

@@ -397,14 +397,14 @@ class Search:
 
     Args:
         tokens, limit: forward tokens spent, and allowed.
-        candidates: how the layers of candidates were made: "fit" (from anchor solutions) or "span" (from spans).
+        candidates: how the layers of candidates were made: "anchors" (from anchor solutions) or "span" (from spans).
         top, tail: number of log probabilities of the dense model kept per position, and the mean probability of all
             other tokens.
         loss: loss of the chosen allocation on the whole selection text.
         evaluations: in the order they were made.
 
     >>> tried = (Evaluation(4096, 0.031, 8, True, 0.029), Evaluation(8192, 0.027, 8, True, 0.030))
-    >>> search = Search(8192, 500_000, "fit", top=1024, tail=0.01, loss=0.027, evaluations=tried)
+    >>> search = Search(8192, 500_000, "anchors", top=1024, tail=0.01, loss=0.027, evaluations=tried)
     >>> search.loss == min(evaluation.loss for evaluation in search.evaluations if evaluation.whole)
     True
     """
@@ -476,7 +476,8 @@ class Family:
         pattern: as text, "unstructured" or "2:4".
         total: cost of the dense layers, in the budget's unit.
         error_unit: unit of the predictions.
-        candidates: how the layers of measured candidates were made, "fit" or "span"; None where nothing was measured.
+        candidates: how the layers of measured candidates were made, "anchors" or "span"; None where nothing was
+            measured.
         windows, seqlen: of the selection text.
         left_out: fractions that were asked for but cannot be reached with the pattern.
         stages: cost of every stage.

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import milp
 
 from allocators import Knapsack, Uniform
-from globalopt.values.budget import FREE, Limits
+from globalopt.values.budget import NO_LIMITS, Limits
 from globalopt.values.layer import NM
 from tests.reference.knapsack import best_in_between, best_on_grid
 from tests.surfaces import problem
@@ -35,7 +35,7 @@ def test_optimal_among_all_between_the_options_and_proved_so(seed, kept, pattern
     assert found.gap < 4e-6
 
 
-@pytest.mark.parametrize("limits", [FREE, Limits(2), Limits(sparse=False)])
+@pytest.mark.parametrize("limits", [NO_LIMITS, Limits(2), Limits(sparse=False)])
 @pytest.mark.parametrize("seed", range(2))
 def test_bound_holds_in_bytes_and_within_limits(seed, limits):
     p = problem(0.5, seed=seed, accounting="bytes", limits=limits)

@@ -13,7 +13,7 @@ from globalopt.analysis.collect import span_layers
 from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sampled
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.runs.artefacts import GRAM
@@ -69,7 +69,7 @@ def test_gaps_are_ratios_of_errors(name):
     for anchor, fit in zip(anchors, by_probe, strict=True):
         if anchor not in found:
             continue
-        asked = for_solver(anchor, SPEC, solver, budget_of(SPEC))
+        asked = convert_target(anchor, SPEC, solver, budget_of(SPEC))
         if not solver.low_rank:
             assert asked == Target(0, anchor.params(SPEC))
         own = solver.solve(solver.prepare(weight, metric), asked).value.dense()

@@ -175,13 +175,13 @@ def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, c
     spans = script("spans")
     out = tmp_path / "out"
     command = ["--out", str(out), *tiny, "--budgets", "0.4", "--seeds", "0", "--set", "steps=2"]
-    command += ["--span-scaling", "activation", "direct", "--pricing", "fit", "span"]
+    command += ["--span-scaling", "activation", "direct", "--predict-from", "anchors", "span"]
     assert spans.main(command) == 0
     assert "Spans, on test" in capsys.readouterr().out
     result = json.loads((out / "spans.json").read_text())
-    kinds = [("activation", "fit"), ("activation", "span"), ("direct", "fit"), ("direct", "span")]
+    kinds = [("activation", "anchors"), ("activation", "span"), ("direct", "anchors"), ("direct", "span")]
     first, *others = result["cells"]
-    assert [(c["scaling"], c["pricing"]) for c in result["cells"]] == kinds
+    assert [(c["scaling"], c["predict_from"]) for c in result["cells"]] == kinds
     assert first["fitted_loss"] == pytest.approx(first["selection_loss"])
     for cell in others:
         assert cell["fitted_loss"] != pytest.approx(cell["selection_loss"])

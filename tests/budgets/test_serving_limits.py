@@ -20,7 +20,7 @@ from globalopt.export.quantizer import packed_layers
 from globalopt.pipeline.options import SearchOptions
 from globalopt.pipeline.plan import resolve
 from globalopt.runs.folder import Run
-from globalopt.values.budget import FREE, Budget, Limits, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
@@ -30,7 +30,7 @@ from tests.surfaces import problem
 from tests.tiny_models import tiny_ids, tiny_tokenizer
 
 SPEC = LayerSpec("layer.0", 0, "layer.0", "kind", 96, 192)
-QUICK = ("--pricing", "span", "--sensitivity", "none", "--match", "none", *WINDOWS)
+QUICK = ("--predict-from", "span", "--sensitivity", "none", "--match", "none", *WINDOWS)
 
 
 def test_limits():
@@ -77,7 +77,7 @@ def test_every_option_is_within_the_limits(pattern, limits):
 
 
 def test_no_limits_are_no_limits():
-    assert Options.of(SPEC, 96, None, FREE) == Options.of(SPEC, 96)
+    assert Options.of(SPEC, 96, None, NO_LIMITS) == Options.of(SPEC, 96)
     assert Options.of(SPEC, 96, NM(2, 4), Limits(1, 10**6)) == Options.of(SPEC, 96, NM(2, 4))
 
 
@@ -92,7 +92,7 @@ def test_a_problem_refuses_options_and_answers_outside_of_its_limits():
 def test_profiles_and_solvers():
     assert limits_of("adapter", None) == Limits(8, 512)
     assert limits_of("adapter", 16) == Limits(16, 512)
-    assert limits_of("dense", None) == limits_of("two-four", None) == FREE
+    assert limits_of("dense", None) == limits_of("two-four", None) == NO_LIMITS
     with pytest.raises(UnknownNameError, match="did you mean 'two-four'"):
         limits_of("two-for", None)
     able = {name: {profile for profile in PROFILES if _takes(profile, name)} for name in SOLVERS}
@@ -124,12 +124,6 @@ def test_options_that_contradict_a_profile_are_refused():
         given: Any = options
         with pytest.raises(UsageError, match=says):
             SearchOptions(0.5, **given)
-
-
-def test_a_run_without_a_place_to_be_served_is_named_as_ever():
-    assert not {"serving_profile", "rank_multiple"} & SearchOptions(0.5).words().keys()
-    assert SearchOptions(0.5, serving_profile="adapter").words()["serving_profile"] == "adapter"
-    assert SearchOptions(0.5, rank_multiple=1).words()["rank_multiple"] == 1
 
 
 def test_what_cannot_be_is_refused_before_anything_is_computed():
@@ -234,7 +228,7 @@ def test_factors_are_priced_by_fits_and_by_the_model(tiny_llama, tiny_text, tmp_
     done(*command, *options, "-q")
     summary = Run.open(tmp_path / "run").summary()
     assert summary.search is not None
-    assert summary.search.candidates == "fit"
+    assert summary.search.candidates == "anchors"
     assert all(layer.nnz in (0, layer.d_out * layer.d_in) for layer in summary.layers)
     assert "different rank_multiple" in refused(1, *command, *options, "--rank-multiple", 2, "-q")
 

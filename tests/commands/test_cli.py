@@ -23,6 +23,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM
 from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.results import ErrorUnit
 from solvers import SOLVERS
 from solvers.oats import OATS
 from tests.command import WINDOWS, contents, done, interrupt, no_partial_files, read, refused, results, run
@@ -145,9 +146,9 @@ def test_fresh_replaces_a_run_and_spares_other_files(tiny_search, tiny_run, tmp_
         ["--pattern", "2:4", "--budget", "0.6"],
         ["--pattern", "2:4", "--budget", "0.7", "--accounting", "bytes", "--sensitivity", "none"],
         ["--accounting", "bytes", "--allocator", "uniform", "--allocator-set", "rank_share=0.2"],
-        ["--sensitivity", "none", "--span-scaling", "none", "--pricing", "span", "--budget", "0.3"],
+        ["--sensitivity", "none", "--span-scaling", "none", "--predict-from", "span", "--budget", "0.3"],
         ["--solver", "3basil", "--set", "steps=30,output-damping=0.2", "--budget", "0.9"],
-        ["--solver", "magnitude", "--budget", "1", "--pricing", "span"],
+        ["--solver", "magnitude", "--budget", "1", "--predict-from", "span"],
     ],
     ids=" ".join,
 )
@@ -349,7 +350,7 @@ def test_the_reference_model_needs_neither_name_nor_text(tmp_path):
     allocation = ALLOCATORS["uniform"]().allocate(problem)
     coverage = layers.coverage
     file = budget_file.make(
-        allocation, problem, model_fingerprint(layers), coverage.covered, coverage.block_params, 0.5, "output error"
+        allocation, problem, model_fingerprint(layers), coverage.covered, coverage.block_params, 0.5, ErrorUnit.NATS
     )
     budget_file.write(tmp_path / "budget.json", file)
     options = ("--solver", "magnitude", *WINDOWS, "--out", tmp_path / "run")

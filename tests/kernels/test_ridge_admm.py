@@ -73,7 +73,7 @@ def literal(W, norm, rank, nnz, schedule, start=None):
             step += 1
         if schedule.size(step - 1) == 1:
             moved, left = float((support != seen).sum() / support.sum()), schedule.steps - step
-            rests = exact and left >= schedule.hold and moved * left / schedule.hold <= kernel.RESTED
+            rests = exact and left >= schedule.hold and moved * left / schedule.hold <= kernel.SETTLED_SHARE
     return Z, L if U is None else torch.linalg.solve(half, U @ U.mT @ half @ (W - Z)), step
 
 

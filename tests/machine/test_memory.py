@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from globalopt.errors import UsageError
-from globalopt.machine.memory import available, give_back, parse_size, resident, size_text
+from globalopt.machine.memory import available, parse_size, resident, size_text, trim_memory
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_was_freed_is_given_back() -> None:
     pieces = [torch.ones(2**16) for _ in range(400)]
     kept = pieces[::2]
     del pieces
-    give_back()
+    trim_memory()
     assert all(bool(piece.all()) for piece in kept)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.matching.block import Loss, Matching, match_block
 from globalopt.models.layers import find_layers
@@ -41,7 +41,7 @@ def setting(
     budget = Budget(total, total)
     made = get_solver(solver, {"steps": "20"} if solver == "3basil" else {})
     asked = {spec: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
-    targets = {spec.name: for_solver(asked[spec], spec, made, budget) for spec in layers.specs}
+    targets = {spec.name: convert_target(asked[spec], spec, made, budget) for spec in layers.specs}
     plan = Refinement(targets, made, budget, dtype, dict.fromkeys(targets), matching=matching)
     runner = BlockRunner(layers, [Batch(tiny_ids(4, 12, seed=seed)) for seed in range(4)])
     run = Run.start(tmp_path / name, {"n": 1}, {})

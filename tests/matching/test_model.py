@@ -5,7 +5,7 @@ import torch
 
 from globalopt.errors import UnknownNameError
 from globalopt.kernels.top_kl import Teacher
-from globalopt.matching.model import Distillation, match_model, teachers
+from globalopt.matching.model import Distillation, match_model, teacher_distributions
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch
 from globalopt.values.decomposition import Decomposition
@@ -18,7 +18,7 @@ def compressed(kind: str = "llama", keep: float = 0.4):
     """A model with a part of every layer's entries, its decompositions, batches, and what the dense model says."""
     layers = find_layers(tiny_model(kind))
     batches = [Batch(tiny_ids(4, 12, seed=seed)) for seed in range(4)]
-    dense = teachers(layers.model, batches)
+    dense = teacher_distributions(layers.model, batches)
     values = {}
     for spec in layers.specs:
         W = layers.weight(spec.name)
@@ -70,7 +70,7 @@ def test_the_last_norm_is_trained_too():
 def test_the_dense_model_has_nothing_to_learn():
     layers = find_layers(tiny_model("llama"))
     batches = [Batch(tiny_ids(2, 8, seed=seed)) for seed in range(2)]
-    dense = teachers(layers.model, batches)
+    dense = teacher_distributions(layers.model, batches)
     assert isinstance(dense[0], Teacher)
     values = {}
     for spec in layers.specs:

@@ -27,7 +27,7 @@ def opened(folder, text):
 def test_search_compresses_it(kind, tmp_path):
     model = save_tiny(tmp_path / "model", kind)
     made = opened(model, write_text(tmp_path / "text.txt"))
-    options = SearchOptions(budget=0.5, solver="sparsegpt", pricing="span")
+    options = SearchOptions(budget=0.5, solver="sparsegpt", predict_from="span")
     summary, run = search.search(made, Reporter(QuietProgress()), resolve(options), tmp_path / "run", "test")
     assert 0.999 * summary.limit <= summary.used <= summary.limit
     assert summary.compressed[0].kl

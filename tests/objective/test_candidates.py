@@ -10,7 +10,7 @@ from torch import Tensor
 
 from globalopt.analysis.grid import Options
 from globalopt.analysis.spans import compute_span
-from globalopt.objective.candidates import FittedLayer, span_weight, take
+from globalopt.objective.candidates import AnchoredLayer, span_weight, take
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import ErrorSurface
@@ -38,7 +38,7 @@ def price(residual: Tensor) -> float:
     return float(products(residual[None])[0, 0])
 
 
-def fitted(pattern: NM | None = None) -> FittedLayer:
+def fitted(pattern: NM | None = None) -> AnchoredLayer:
     """Residuals whose errors in the norm are the surface's at the anchors, small as their rows cancel in it."""
     options = Options.of(SPEC, SPEC.max_rank, pattern)
     errors = [(1 - t.params(SPEC) / SPEC.numel) ** 2 * 0.98**t.rank for t in options.targets]
@@ -52,7 +52,7 @@ def fitted(pattern: NM | None = None) -> FittedLayer:
         residuals.append(E * (surface.predict(anchor) / price(E)) ** 0.5)
     lost = torch.stack(residuals).float()
     norms = products(lost).diagonal().sqrt()
-    return FittedLayer(surface, options.anchors, lost, products(lost) / norms / norms[:, None])
+    return AnchoredLayer(surface, options.anchors, lost, products(lost) / norms / norms[:, None])
 
 
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)])

@@ -183,12 +183,12 @@ def test_of_a_loss_that_two_have_evaluated_all_take_the_first(tmp_path):
 def test_other_candidates_and_other_text_are_not_the_same_losses(tmp_path):
     p = problem(0.5)
     targets = random_targets(p, 0)
-    recorded(p, tmp_path / "study.log", kind="fit")[0].losses([targets], [0])
+    recorded(p, tmp_path / "study.log", kind="anchors")[0].losses([targets], [0])
     other, ask = recorded(p, tmp_path / "study.log", kind="span")
     other.losses([targets], [0])
     assert ask.count == 1
     ask = Asked(p)
-    shorter = RecordedObjective(ask, Selection((4,) * 6, 9), p, 10**6, tmp_path / "study.log", kind="fit")
+    shorter = RecordedObjective(ask, Selection((4,) * 6, 9), p, 10**6, tmp_path / "study.log", kind="anchors")
     shorter.losses([targets], [0])
     assert ask.count == 1
 

@@ -13,7 +13,7 @@ from globalopt.analysis.spans import compute_span
 from globalopt.errors import UsageError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.walk import Batch, BlockRunner
-from globalopt.objective.candidates import FittedLayer, span_weight
+from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import Selection
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.objective.of_run import SearchObjective
@@ -38,12 +38,12 @@ def posed(layers: ModelLayers, kept: float) -> Problem:
     return Problem(tuple(surfaces), Budget.fraction(kept, layers.specs), spans=spans.__getitem__)
 
 
-def fitted(surface: ErrorSurface) -> FittedLayer:
+def fitted(surface: ErrorSurface) -> AnchoredLayer:
     """Residuals that drop a part of every entry of a weight of ones."""
     spec = surface.spec
     anchors = tuple(Target(0, spec.numel * step // 4) for step in (1, 2, 3))
     residuals = torch.stack([torch.full((spec.d_out, spec.d_in), 0.1 * (3 - i)) for i in range(3)])
-    return FittedLayer(surface, (anchors,), residuals, torch.ones(3, 3, dtype=torch.float64))
+    return AnchoredLayer(surface, (anchors,), residuals, torch.ones(3, 3, dtype=torch.float64))
 
 
 class Prepared:
@@ -87,7 +87,7 @@ def test_losses_are_those_of_the_candidates(layers, tmp_path, fits):
     }
     model = ModelObjective(BlockRunner(layers, batches()))
     assert torch.equal(losses, model.losses_of([weights], [0, 1]))
-    assert found.candidates == ("span" if fits is None else "fit")
+    assert found.candidates == ("span" if fits is None else "anchors")
     assert found.facts(0.5).top == model.top
 
 

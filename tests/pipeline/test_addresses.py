@@ -31,9 +31,10 @@ from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, res
 from globalopt.protocols import Outputs, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
-from globalopt.values.budget import FREE, Budget, Target
+from globalopt.values.budget import NO_LIMITS, Budget, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.results import ErrorUnit
 from solvers import SOLVERS, get_solver
 
 SPECS = tuple(LayerSpec(name, 0, "in", name, 8, 8) for name in ("up", "gate"))
@@ -57,7 +58,9 @@ def budget(nnz: int = 32, pattern: NM | None = None) -> BudgetFile:
     targets = {spec.name: Target(0, nnz, pattern) for spec in SPECS}
     surfaces = tuple(ErrorSurface(spec, (targets[spec.name],), (0.1,)) for spec in SPECS)
     problem = Problem(surfaces, Budget.fraction(1.0, SPECS), pattern)
-    return budget_file.make(problem.finish(targets, "hand"), problem, "fingerprint", 128, 128, 1.0, "output error")
+    return budget_file.make(
+        problem.finish(targets, "hand"), problem, "fingerprint", 128, 128, 1.0, ErrorUnit.OUTPUT_ERROR
+    )
 
 
 def everything(plan: SearchPlan, file: BudgetFile, data: Any) -> dict[Stage, Address]:
@@ -187,7 +190,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "serving profile": ({"serving_profile": "adapter"}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
     "span scaling": ({"scaling": "none"}, {Stage.SPANS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
     "span scaling by outputs": ({"scaling": "output"}, {Stage.SPANS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "pricing": ({"pricing": "span"}, {Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
+    "predict_from": ({"predict_from": "span"}, {Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
     "sensitivity": (
         {"sensitivity": "none"},
         {Stage.PROBE_LABELS, Stage.METRICS, Stage.ANCHORS, Stage.GAPS, Stage.LABELS, *AFTER_GAPS},
@@ -385,12 +388,12 @@ def test_every_field_of_a_search_decides_its_allocation():
 
 
 def test_limits_decide_the_predictions_field_by_field():
-    assert ANALYSIS.limits == FREE
+    assert ANALYSIS.limits == NO_LIMITS
     digests = {
         analysis_addresses(session(), replace(ANALYSIS, limits=limits))[Stage.PREDICTIONS].digest
-        for _, limits in (("", FREE), *variants(FREE))
+        for _, limits in (("", NO_LIMITS), *variants(NO_LIMITS))
     }
-    assert len(digests) == len(fields(FREE)) + 1
+    assert len(digests) == len(fields(NO_LIMITS)) + 1
 
 
 METHODS = [*SOLVERS.values(), *ALLOCATORS.values()]

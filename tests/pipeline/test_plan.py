@@ -17,7 +17,7 @@ from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import limits_record, method_record, probe_solver, resolve, resolve_refinement
 from globalopt.protocols import Outputs
 from globalopt.runs.files import digest
-from globalopt.values.budget import FREE, Limits
+from globalopt.values.budget import NO_LIMITS, Limits
 from solvers import SOLVERS, get_solver
 
 SOURCE = """
@@ -119,7 +119,7 @@ def test_an_own_method_is_refused_before_anything_is_computed():
 
 
 def test_limits_are_recorded_where_there_are_some():
-    assert limits_record(FREE) is None
+    assert limits_record(NO_LIMITS) is None
     assert limits_record(Limits(sparse=False)) == {"rank_multiple": 1, "max_rank": None, "sparse": False}
 
 
@@ -135,7 +135,7 @@ def test_a_record_is_json_and_of_no_other_plan(name, fisher):
     others = [
         SearchOptions(0.4, solver=name, sensitivity=options.sensitivity),
         SearchOptions(0.5, solver=name, sensitivity=options.sensitivity, seed=1),
-        SearchOptions(0.5, solver=name, sensitivity=options.sensitivity, pricing="span"),
+        SearchOptions(0.5, solver=name, sensitivity=options.sensitivity, predict_from="span"),
         SearchOptions(0.5, solver=name, sensitivity=options.sensitivity, allocator="uniform"),
     ]
     records = [record, *(resolve(other, RefineOptions(match="block")).record() for other in others)]

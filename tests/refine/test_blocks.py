@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from globalopt.budgets.conversion import for_solver
+from globalopt.budgets.conversion import convert_target
 from globalopt.errors import NumericalError, UsageError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import load_model
@@ -35,7 +35,7 @@ SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 24, 16)
 @pytest.mark.parametrize("target", [Target(1, 0), Target(3, 40), Target(2, 200), Target(1, 340)])
 def test_rank_becomes_as_many_nonzeros_as_it_costs(accounting, target):
     budget = Budget(10**6, 10**6, accounting)
-    folded = for_solver(target, SPEC, get_solver("wanda"), budget)
+    folded = convert_target(target, SPEC, get_solver("wanda"), budget)
     assert folded.rank == 0
     assert target.nnz < folded.nnz < SPEC.numel
     limit = budget.cost(target, SPEC)
@@ -47,21 +47,21 @@ def test_rank_becomes_as_many_nonzeros_as_it_costs(accounting, target):
 def test_targets_that_need_no_change():
     budget = Budget(10**6, 10**6)
     ranked = Target(2, 192, NM(2, 4))
-    assert for_solver(ranked, SPEC, get_solver("oats"), budget) is ranked
-    assert for_solver(Target(0, 7), SPEC, get_solver("wanda"), budget) == Target(0, 7)
-    assert for_solver(Target(5, 0), SPEC, get_solver("svd"), budget) == Target(5, 0)
+    assert convert_target(ranked, SPEC, get_solver("oats"), budget) is ranked
+    assert convert_target(Target(0, 7), SPEC, get_solver("wanda"), budget) == Target(0, 7)
+    assert convert_target(Target(5, 0), SPEC, get_solver("svd"), budget) == Target(5, 0)
 
 
 def test_rank_beside_a_pattern_cannot_become_nonzeros():
     with pytest.raises(UsageError, match=r"block\.0\.up"):
-        for_solver(Target(2, 192, NM(2, 4)), SPEC, get_solver("wanda"), Budget(10**6, 10**6))
+        convert_target(Target(2, 192, NM(2, 4)), SPEC, get_solver("wanda"), Budget(10**6, 10**6))
 
 
 @pytest.mark.parametrize("accounting", ["params", "bytes"])
 @pytest.mark.parametrize("target", [Target(2, 20), Target(0, 100), Target(5, 0), Target(3, 300)])
 def test_a_sign_plane_is_paid_for_with_rank_and_nonzeros(accounting, target):
     budget = Budget(10**6, 10**6, accounting)
-    signed = for_solver(target, SPEC, get_solver("slab"), budget)
+    signed = convert_target(target, SPEC, get_solver("slab"), budget)
     assert (signed.rank, signed.signs, signed.pattern) == (1, True, None)
     limit = budget.cost(target, SPEC)
     assert budget.cost(signed, SPEC) <= limit
@@ -71,24 +71,24 @@ def test_a_sign_plane_is_paid_for_with_rank_and_nonzeros(accounting, target):
 
 def test_a_sign_plane_beside_a_pattern():
     budget, slab = Budget(10**6, 10**6), get_solver("slab")
-    signed = for_solver(Target(2, 192, NM(2, 4)), SPEC, slab, budget)
+    signed = convert_target(Target(2, 192, NM(2, 4)), SPEC, slab, budget)
     assert signed == Target(1, 192, NM(2, 4), signs=True)
-    assert for_solver(signed, SPEC, slab, budget) is signed
+    assert convert_target(signed, SPEC, slab, budget) is signed
     with pytest.raises(UsageError, match=r"256 params or more for layer block\.0\.up; its target costs 192"):
-        for_solver(Target(0, 192, NM(2, 4)), SPEC, slab, budget)
+        convert_target(Target(0, 192, NM(2, 4)), SPEC, slab, budget)
 
 
 def test_a_sign_plane_that_costs_more_than_the_target():
     with pytest.raises(UsageError, match=r"64 params or more for layer block\.0\.up; its target costs 63"):
-        for_solver(Target(1, 23), SPEC, get_solver("slab"), Budget(10**6, 10**6))
-    assert for_solver(Target(1, 24), SPEC, get_solver("slab"), Budget(10**6, 10**6)) == Target(1, 0, signs=True)
+        convert_target(Target(1, 23), SPEC, get_solver("slab"), Budget(10**6, 10**6))
+    assert convert_target(Target(1, 24), SPEC, get_solver("slab"), Budget(10**6, 10**6)) == Target(1, 0, signs=True)
 
 
 @pytest.mark.parametrize("accounting", ["params", "bytes"])
 @pytest.mark.parametrize("target", [Target(3, 40), Target(0, 100), Target(2, 192, NM(2, 4))])
 def test_nonzeros_become_as_much_rank_as_they_cost(accounting, target):
     budget = Budget(10**6, 10**6, accounting)
-    folded = for_solver(target, SPEC, get_solver("svd"), budget)
+    folded = convert_target(target, SPEC, get_solver("svd"), budget)
     assert folded == Target(folded.rank, 0)
     limit = budget.cost(target, SPEC)
     assert budget.cost(folded, SPEC) <= limit < budget.cost(replace(folded, rank=folded.rank + 1), SPEC)
@@ -96,17 +96,17 @@ def test_nonzeros_become_as_much_rank_as_they_cost(accounting, target):
 
 def test_nonzeros_too_few_for_a_rank_are_refused():
     with pytest.raises(UsageError, match=rf"20 nonzeros of layer {SPEC.name} do not buy"):
-        for_solver(Target(0, 20), SPEC, get_solver("svd"), Budget(10**6, 10**6))
+        convert_target(Target(0, 20), SPEC, get_solver("svd"), Budget(10**6, 10**6))
 
 
 def test_rank_ends_at_the_smaller_side():
-    assert for_solver(Target(16, 300), SPEC, get_solver("svd"), Budget(10**6, 10**6)) == Target(16, 0)
+    assert convert_target(Target(16, 300), SPEC, get_solver("svd"), Budget(10**6, 10**6)) == Target(16, 0)
 
 
 @pytest.mark.parametrize("name", ["wanda", "svd", "slab"])
 @pytest.mark.parametrize("target", [Target.dense(SPEC), Target.zero()])
 def test_a_layer_kept_or_dropped_whole_stays_so(name, target):
-    assert for_solver(target, SPEC, get_solver(name), Budget(10**6, 10**6)) is target
+    assert convert_target(target, SPEC, get_solver(name), Budget(10**6, 10**6)) is target
 
 
 def test_what_is_stored_must_keep_its_target():
@@ -129,7 +129,7 @@ def setting(
     total = sum(spec.numel for spec in layers.specs)
     budget = Budget(total, total)
     asked = {spec: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
-    targets = {spec.name: for_solver(asked[spec], spec, solver, budget) for spec in layers.specs}
+    targets = {spec.name: convert_target(asked[spec], spec, solver, budget) for spec in layers.specs}
     plan = Refinement(targets, solver, budget, dtype, dict.fromkeys(targets))
     runner = BlockRunner(layers, [Batch(tiny_ids(4, 12)), Batch(tiny_ids(4, 12, seed=1))])
     run = Run.start(tmp_path / "run", {"n": 1}, {})
@@ -283,7 +283,7 @@ def test_memory_is_given_back_after_every_site_of_a_model_that_is_never_whole(tm
     def given_back() -> None:
         saved_before.append(sum(run.path(SOLVED_LAYER, spec).exists() for spec in layers.specs))
 
-    monkeypatch.setattr("globalopt.refine.blocks.give_back", given_back)
+    monkeypatch.setattr("globalopt.refine.blocks.trim_memory", given_back)
     list(refine(runner, plan, run))
     sites = by_site(layers)
     ends = [sum(map(len, sites[: i + 1])) for i in range(len(sites))]

@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from globalopt.values.results import Metrics, Summary, WindowLosses
-from reports.comparison import apart_table, comparison, held_against_first
+from reports.comparison import comparison, difference_table, differences_to_first
 from reports.paired import Measured, difference
 from tests.reports.factory import make_metrics, make_summary
 
@@ -129,8 +129,8 @@ def test_a_perplexity_beyond_all_floats_is_left_out():
 
 
 def test_one_run_alone_is_held_against_nothing():
-    assert held_against_first([make_summary()], ["a"]) == []
-    assert apart_table([]) is None
+    assert differences_to_first([make_summary()], ["a"]) == []
+    assert difference_table([]) is None
 
 
 def test_equal_runs_differ_by_exactly_nothing():

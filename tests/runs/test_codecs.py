@@ -24,8 +24,8 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.problem import ErrorSurface, Profile
 from globalopt.values.results import (
-    NATS,
     Curve,
+    ErrorUnit,
     Evaluation,
     Family,
     FamilyPoint,
@@ -73,7 +73,7 @@ METRICS = Metrics("test", 3.5, 1.25, THIRD, 0.01, None, 4, 16, 60, "ab12", "floa
 ROWS = ((Target(0, 16), Target(0, 8)), (Target(1, 4),))
 SURFACE = ErrorSurface(SPEC, (Target(0, 16, NM(2, 4)), Target(1, 16, NM(2, 4), signs=True)), (THIRD, 0.0))
 OUTCOME = Outcome(used=24, predicted=THIRD, measured=0.25, stderr=None)
-SEARCH = Search(640, 2000, "fit", 64, 1e-5, THIRD, (Evaluation(320, THIRD, 4, False, 0.5),))
+SEARCH = Search(640, 2000, "anchors", 64, 1e-5, THIRD, (Evaluation(320, THIRD, 4, False, 0.5),))
 LAYER = LayerResult(
     "block.0.up", 0, "up", 4, 8, 1, 16, "2:4", 28, 32, None, THIRD, 0.05, "converged", 0.01, 0.5, bytes=40
 )
@@ -90,7 +90,7 @@ SUMMARY = Summary(
     total=32,
     predicted=THIRD,
     bound=None,
-    error_unit=NATS.value,
+    error_unit=ErrorUnit.NATS,
     covered=32,
     block_params=40,
     skipped={"norms": 8},
@@ -100,7 +100,7 @@ SUMMARY = Summary(
     stages=(StageCost("load", 0.5, 100),),
     splits={"test": {"windows": 4}},
     versions={"torch": "2"},
-    budget_unit=NATS.value,
+    budget_unit=ErrorUnit.NATS,
     notes=("a note",),
     search=SEARCH,
     uniform=OUTCOME,
@@ -118,7 +118,7 @@ FAMILY = Family(
     accounting="params",
     pattern="unstructured",
     total=32,
-    error_unit=NATS.value,
+    error_unit=ErrorUnit.NATS,
     candidates=None,
     windows=4,
     seqlen=16,

@@ -69,7 +69,7 @@ def test_the_largest_entries_grow_to_the_count_within_the_pattern(runs, target):
 @pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
 def test_patterns_are_searched_in_planes_as_in_the_columns_own_order(weighted, monkeypatch):
     """A stack of two patterns is solved in the columns' own order, each of them alone in planes."""
-    monkeypatch.setattr(ridge_admm, "RESTED", -1.0)  # alone one might end before the other
+    monkeypatch.setattr(ridge_admm, "SETTLED_SHARE", -1.0)  # alone one might end before the other
     W, norm = problem((8, 24), weighted)
     patterns = [NM(2, 4), NM(1, 4)]
     targets = [Target(2, 96, patterns[0]), Target(1, 48, patterns[1])]
