@@ -3,8 +3,8 @@
 A search evaluates thousands of allocations; solving each layer anew would cost more than the search. `span_weight` cuts
 the layer from its span. `AnchoredLayer` mixes the residuals of a few anchor solutions, scaled to the predicted loss:
 the residual of a solver that moves the weights it keeps is of another shape and size than the part that a span drops.
-Whole residuals are mixed, because their rows belong together: errors of a solution cancel between rows in the output Gram,
-and rows taken from several solutions cost many times what each of the solutions does.
+Whole residuals are mixed, because their rows belong together: errors of a solution cancel between rows in the output
+Gram, and rows taken from several solutions cost many times what each of the solutions does.
 """
 
 from __future__ import annotations
