@@ -34,7 +34,7 @@ from globalopt.values.budget import ACCOUNTINGS
 from globalopt.values.results import Summary
 from reports import formats
 from reports.figures import save
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 UNIFORMS = ("uniform:rank_share=0", "uniform:rank_share=0.1")
 FIELD = (

@@ -44,7 +44,7 @@ from globalopt.values.budget import Target
 from globalopt.values.problem import Problem
 from globalopt.values.results import Metrics, Summary
 from reports import formats, make_progress
-from reports.tables import divergence
+from reports.quality_tables import divergence
 from solvers import SOLVERS
 
 err = Console(stderr=True)

@@ -18,7 +18,7 @@ from globalopt.errors import UsageError
 from globalopt.values.budget import BYTES_PER_VALUE, Budget, Target
 from globalopt.values.layer import LayerSpec
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from globalopt.pipeline.options import SearchOptions
 from globalopt.runs.files import write_json
 from globalopt.values.problem import Problem
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 BERNOULLI = Contender(Bernoulli.name)
 

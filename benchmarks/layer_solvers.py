@@ -35,7 +35,7 @@ from rich.text import Text
 from globalopt.errors import UsageError
 from globalopt.runs.files import write_json
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from globalopt.runs.cache import FOLDER, Cache
 from globalopt.runs.files import write_json
 from globalopt.runs.folder import WORK, Run
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 
 @dataclass(frozen=True)

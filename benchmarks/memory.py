@@ -40,7 +40,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import ErrorUnit
-from reports.tables import add_numbers, report_table
+from reports.table_style import add_numbers, report_table
 
 INTERVAL = 0.1  # seconds between samples
 STORED = torch.bfloat16

@@ -29,7 +29,7 @@ from globalopt.protocols import Outputs
 from globalopt.runs.files import write_json
 from globalopt.values.results import Summary
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 RANK_SHARE = "0.1"
 BASELINE = Outputs.NONE

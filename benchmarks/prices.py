@@ -34,7 +34,7 @@ from globalopt.runs.artefacts import PREDICTION
 from globalopt.runs.files import write_json
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
 from globalopt.values.results import Summary
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 from solvers import SOLVERS, get_solver
 
 RANK_SHARE = "0.1"

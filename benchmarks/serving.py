@@ -41,7 +41,7 @@ from globalopt.export.quantizer import packed_layers
 from globalopt.machine.clock import StageClock
 from globalopt.models.loading import quiet
 from globalopt.runs.files import digest, write_json
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 CONTENDERS = ("dense", "adapter", "packed auto", "packed split", "packed merged", "packed unpack")
 WARM_TOKENS = 4

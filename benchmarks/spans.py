@@ -32,7 +32,7 @@ from globalopt.runs.files import write_json
 from globalopt.runs.folder import Run
 from globalopt.values.results import Summary
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 
 @dataclass(frozen=True)

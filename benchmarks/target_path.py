@@ -18,7 +18,7 @@ from rich.text import Text
 from globalopt.errors import UsageError
 from globalopt.values.decomposition import Solution
 from reports import formats
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 
 KEPT = (0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 

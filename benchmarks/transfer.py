@@ -42,7 +42,7 @@ from globalopt.values.budget import ACCOUNTINGS, Budget
 from globalopt.values.results import Summary
 from reports import formats
 from reports.surrogate import rank_correlation
-from reports.tables import add_numbers, footed, report_table
+from reports.table_style import add_numbers, footed, report_table
 from solvers import SOLVERS, get_solver
 
 BASELINE = "uniform:rank_share=0.1"

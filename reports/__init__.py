@@ -17,8 +17,9 @@ from reports.comparison_page import comparison_page
 from reports.family_page import family_page
 from reports.html import write_page
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
+from reports.quality_tables import metrics_table
 from reports.run_page import run_page
-from reports.tables import metrics_table, render
+from reports.tables import render
 from reports.tasks import render_scores
 
 PAGE, COMPARISON_PAGE = "report.html", "comparison.html"

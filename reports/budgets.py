@@ -12,8 +12,10 @@ from globalopt.budgets.diff import BudgetDiff, Move
 from globalopt.values.results import LayerPlan
 from reports import formats
 from reports.groups import by_kind
+from reports.layer_tables import group_table
 from reports.shaded_grid import change_grid, kept_grid
-from reports.tables import add_numbers, common_prefix, facts, footed, group_table, prediction, report_table, unit_name
+from reports.table_style import add_numbers, common_prefix, facts, footed, report_table, unit_name
+from reports.tables import prediction
 
 
 def budget_file(file: BudgetFile) -> Stack:

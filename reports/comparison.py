@@ -11,8 +11,9 @@ from globalopt.errors import UsageError
 from globalopt.values.results import Metrics, Summary, WindowLosses
 from reports import formats
 from reports.paired import CONFIDENCE, Difference, Interval, Measured, difference, incomparable
+from reports.quality_tables import divergence, perplexity
 from reports.shaded_grid import WIDTH
-from reports.tables import GAP, add_numbers, divergence, footed, perplexity, report_table
+from reports.table_style import GAP, add_numbers, footed, report_table
 
 TOKENS_NOTE = "tokens: forward tokens that the search spent"
 

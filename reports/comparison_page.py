@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
-from reports import formats, tables
+from reports import formats, quality_tables, table_style, tables
 from reports.comparison import TOKENS_NOTE, common_split, differences_to_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
 from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
@@ -45,7 +45,7 @@ def comparison_page(
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
     apart = differences_to_first(summaries, labels, losses)
     reasons = incomparable(measured_runs(summaries, labels), common_split(summaries))
-    models = dict.fromkeys(tables.model_name(summary.model) for summary in summaries)
+    models = dict.fromkeys(table_style.model_name(summary.model) for summary in summaries)
 
     def picture(name: str) -> list[Part]:
         return [drawn[name]] if name in drawn else []
@@ -81,7 +81,7 @@ def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[
     ]
     if found:
         _, label, metrics = min(found, key=lambda one: one[0])
-        value, sign, error = tables.divergence(metrics).partition(" ±")
+        value, sign, error = quality_tables.divergence(metrics).partition(" ±")
         shown.append(Card("Lowest KL", value, f"{label}, nats per token, {split}", sign.strip() + error))
     judged = [one.verdict for one in apart if one.split == split and one.kl is not None]
     if judged:

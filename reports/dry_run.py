@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from globalopt.values.results import DryRun
 from reports import formats
-from reports.tables import add_numbers, footed, model_name, report_table
+from reports.table_style import add_numbers, footed, model_name, report_table
 
 
 def dry_run_table(plan: DryRun) -> RenderableType:

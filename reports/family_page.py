@@ -8,7 +8,7 @@ from globalopt.values.results import Family, FamilyPoint, Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
 from reports.run_page import MISSING, columns, stage_table
-from reports.tables import model_name, unit_name
+from reports.table_style import model_name, unit_name
 
 
 def family_page(family: Family, picture: Path) -> Page:

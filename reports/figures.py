@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 
 from globalopt.runs.files import replacing
 from globalopt.values.results import ErrorUnit, Summary
-from reports.tables import unit_name
+from reports.table_style import unit_name
 
 DPI = 150
 

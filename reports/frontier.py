@@ -13,7 +13,7 @@ from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats
 from reports.family_page import measured_note
 from reports.figures import COLOURS, error_unit, plain, save, titled_figure
-from reports.tables import add_numbers, footed, report_table, unit_name
+from reports.table_style import add_numbers, footed, report_table, unit_name
 
 NESTED, UNIFORM = COLOURS[0], COLOURS[3]
 

@@ -18,7 +18,7 @@ from reports import formats
 from reports.figures import COLOURS, MARKERS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain
 from reports.groups import Grid
 from reports.shaded_grid import span
-from reports.tables import unit_name
+from reports.table_style import unit_name
 
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
 LABELLED = 24  # most blocks that are all named on an axis

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from globalopt.values.decomposition import Status
 from globalopt.values.results import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
-from reports import formats, tables
+from reports import formats, quality_tables, table_style, tables
 from reports.groups import Group, by_block, by_kind
 from reports.html import (
     Card,
@@ -58,8 +58,8 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
     'the bundled reference model, 50 % kept'
     """
     drawn = {path.stem: Picture.read(path, *CAPTIONS[path.stem]) for path in pictures}
-    model = tables.model_name(summary.model)
-    unit = tables.unit_name(summary.accounting)
+    model = table_style.model_name(summary.model)
+    unit = table_style.unit_name(summary.accounting)
 
     def picture(name: str) -> list[Part]:
         return [drawn[name]] if name in drawn else []
@@ -107,14 +107,16 @@ def cards(summary: Summary) -> list[Card]:
     if summary.compressed:
         first, *others = zip(summary.dense, summary.compressed, strict=True)
         dense, compressed = first
-        rest = "".join(f"; {other.split} {tables.divergence(other)}" for _, other in others)
+        rest = "".join(f"; {other.split} {quality_tables.divergence(other)}" for _, other in others)
         shown.append(
-            _measured_card("KL to dense", tables.divergence(compressed), f"nats per token, {compressed.split}{rest}")
+            _measured_card(
+                "KL to dense", quality_tables.divergence(compressed), f"nats per token, {compressed.split}{rest}"
+            )
         )
         change = formats.change(dense.perplexity, compressed.perplexity)
-        against = f"dense {tables.perplexity(dense)}, {change}, {compressed.split}"
-        shown.append(_measured_card("Perplexity", tables.perplexity(compressed), against))
-    unit = tables.unit_name(summary.accounting)
+        against = f"dense {quality_tables.perplexity(dense)}, {change}, {compressed.split}"
+        shown.append(_measured_card("Perplexity", quality_tables.perplexity(compressed), against))
+    unit = table_style.unit_name(summary.accounting)
     of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
     shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
     if summary.predicted is not None:
@@ -163,7 +165,7 @@ def _quality(summary: Summary) -> Part:
         for dense, compressed in zip(summary.dense, summary.compressed, strict=True)
     ]
     heads = columns("split'", "perplexity, dense", "perplexity, compressed", "change", "KL to dense, nats per token")
-    notes = ["± standard error over windows", *map(tables.windows_line, summary.compressed)]
+    notes = ["± standard error over windows", *map(quality_tables.windows_line, summary.compressed)]
     return Table("On text that nothing was chosen on", heads, rows, notes=notes)
 
 
@@ -176,13 +178,13 @@ def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
     ['60.00 ±0.78', '63.00 ±0.82', '+5.0 %', '0.003000 ±0.000075']
     """
     change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
-    kl = Cell(tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)
-    return [*(Cell(tables.perplexity(of), of.perplexity) for of in (dense, compressed)), change, kl]
+    kl = Cell(quality_tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)
+    return [*(Cell(quality_tables.perplexity(of), of.perplexity) for of in (dense, compressed)), change, kl]
 
 
 def _groups(summary: Summary) -> list[Part]:
     """Make the tables of layers pooled by kind and by block."""
-    unit = tables.errors_unit(summary)
+    unit = table_style.errors_unit(summary)
     whole = Group.pool("all", summary.layers)
     found: list[Part] = []
     for title, label, groups in (
@@ -239,7 +241,9 @@ def layer_table(summary: Summary) -> Table:
     heads += columns("kept", "cost", "density", "rank share", "predicted", "actual", "relative")
     heads += columns("status'", "damping", "time")
     rows = [_layer(n, layer, patterns) for n, layer in enumerate(summary.layers, 1)]
-    notes = (f"cost: {tables.unit_name(summary.accounting)}; predicted, actual: {tables.errors_unit(summary)}",)
+    notes = (
+        f"cost: {table_style.unit_name(summary.accounting)}; predicted, actual: {table_style.errors_unit(summary)}",
+    )
     return Table("Layer by layer", heads, rows, notes=notes, tall=True)
 
 

@@ -1,4 +1,4 @@
-"""Show the report of one run as terminal tables, which fit 80 columns and read the same without colour."""
+"""Lay out a run: its budget, search, quality, layers, matching, stages and origin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.padding import Padding
@@ -16,26 +15,21 @@ from rich.text import Text
 
 from globalopt.values.decomposition import Status
 from globalopt.values.results import (
-    ErrorUnit,
     Evaluation,
-    LayerPlan,
-    LayerResult,
     MatchResult,
-    Metrics,
     Search,
     StageCost,
     Summary,
 )
 from reports import formats
-from reports.groups import Group, by_block, by_kind
+from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
+from reports.quality_tables import quality
 from reports.shaded_grid import kept_grid
 from reports.size import size_facts
 from reports.surrogate import FEWEST, Surrogate, chosen, whole
-
-GAP = 2  # spaces between columns
+from reports.table_style import _some_names, add_numbers, facts, footed, model_name, report_table, unit_name
 
 # Rules below the header and above a total, no other lines.
-_RULES = box.Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")
 
 
 def render(summary: Summary, console: Console, verbose: bool = False) -> None:
@@ -84,15 +78,6 @@ def heading(summary: Summary) -> Text:
         f"dense {unit_name(summary.accounting)}, seed {summary.seed}",
         overflow="fold",
     )
-
-
-def model_name(model: str) -> str:
-    """Name a model as reports do.
-
-    >>> model_name("reference")
-    'the bundled reference model'
-    """
-    return "the bundled reference model" if model == "reference" else model
 
 
 def budget(summary: Summary) -> Table:
@@ -230,182 +215,6 @@ def _agreement(surrogate: Surrogate) -> list[tuple[str, str]]:
     return [*rows, ("", "among allocations that the search picked, no sample of all")]
 
 
-def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    """Make a table of labels and values.
-
-    >>> Console(width=80, color_system=None).print(facts("Size", [("of the layers", "45 %")]))
-    Size
-    of the layers  45 %
-    """
-    table = report_table(title, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in rows:
-        table.add_row(label, Text(value))
-    return table
-
-
-def quality(summary: Summary, sign: str = "±") -> Stack:
-    """Make the table of dense and compressed perplexity and KL per split, with standard errors over windows.
-
-    The standard error of a perplexity is `perplexity * stderr(nll)`. `sign` is put before every standard error.
-
-    >>> from reports.example import example_summary
-    >>> Console(width=80, color_system=None).print(quality(example_summary()))
-    Quality (± standard error over windows)
-                      dense   compressed                KL to dense,
-    split        perplexity   perplexity  change      nats per token
-    ────────────────────────────────────────────────────────────────
-    validation  60.87 ±0.79  61.02 ±0.79  +0.2 %  0.002910 ±0.000073
-    test        62.21 ±0.81  62.44 ±0.81  +0.4 %  0.003020 ±0.000076
-    validation: 64 windows of 512 tokens, 32,704 predicted, float32, text 22222222
-    test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111
-    """
-    if not summary.compressed:
-        return Stack(Text("Quality: not evaluated", "bold"))
-    lines = [windows_line(m) for m in summary.compressed]
-    table = report_table(f"Quality ({sign} standard error over windows)")
-    table.add_column("\nsplit")
-    add_numbers(table, ("dense\nperplexity", "compressed\nperplexity", "\nchange", "KL to dense,\nnats per token"))
-    for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
-        table.add_row(
-            Text(compressed.split),
-            perplexity(dense, sign),
-            perplexity(compressed, sign),
-            formats.change(dense.perplexity, compressed.perplexity),
-            divergence(compressed, sign),
-        )
-    return footed(table, *lines)
-
-
-def metrics_table(metrics: Sequence[Metrics], sign: str = "±") -> Stack:
-    """Make the table of perplexity, and KL where it was measured, of one model per split.
-
-    >>> from reports.example import example_metrics
-    >>> Console(width=80, color_system=None).print(metrics_table([example_metrics("test", 62.4, 0.003)]))
-    Quality (± standard error over
-    windows)
-                              KL to dense,
-    split   perplexity      nats per token
-    ──────────────────────────────────────
-    test   62.40 ±0.81  0.003000 ±0.000075
-    test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111
-    """
-    table = report_table(f"Quality ({sign} standard error over windows)")
-    table.add_column("\nsplit")
-    add_numbers(table, ("\nperplexity", "KL to dense,\nnats per token"))
-    for m in metrics:
-        table.add_row(Text(m.split), perplexity(m, sign), "-" if m.kl is None else divergence(m, sign))
-    return footed(table, *(windows_line(m) for m in metrics))
-
-
-def windows_line(m: Metrics) -> str:
-    """Write a line on the windows and the text of metrics.
-
-    >>> from reports.example import example_metrics
-    >>> windows_line(example_metrics("test", 62.4, 0.003))
-    'test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111'
-    """
-    return (
-        f"{m.split}: {formats.count(m.windows)} windows of {formats.count(m.seqlen)} tokens, "
-        f"{formats.count(m.tokens)} predicted, {m.dtype}, text {m.text_sha256[:8]}"
-    )
-
-
-def perplexity(metrics: Metrics, sign: str = "±") -> str:
-    """Format the perplexity with its standard error, by the delta method from that of the mean loss.
-
-    >>> from reports.example import example_metrics
-    >>> perplexity(example_metrics("test", 62.4, 0.003))
-    '62.40 ±0.81'
-    """
-    return formats.measured(metrics.perplexity, metrics.perplexity * metrics.nll_stderr, sign)
-
-
-def divergence(metrics: Metrics, sign: str = "±") -> str:
-    """Format the KL to the dense model with its standard error, in nats per token; "-" for the dense model itself.
-
-    >>> from reports.example import example_metrics
-    >>> divergence(example_metrics("test", 62.4, 0.003))
-    '0.003000 ±0.000075'
-    """
-    return "-" if metrics.kl is None else formats.measured(metrics.kl, metrics.kl_stderr, sign)
-
-
-def by_kind_table(summary: Summary) -> Stack:
-    """Make the table of targets and errors pooled by kind of layer (`Group`), with a total row.
-
-    >>> from reports.example import example_summary
-    >>> Console(width=80, color_system=None).print(by_kind_table(example_summary()))
-    Allocation by kind
-                                              mean   rank  predicted    actual ...
-    kind       layers   kept  density         rank  share      error     error ...
-    ...
-    """
-    return group_table("Allocation by kind", "kind", by_kind(summary.layers), summary.layers, errors_unit(summary))
-
-
-def by_block_table(summary: Summary) -> Stack:
-    """Make the table of targets and errors pooled by block (`Group`), with a total row.
-
-    >>> from reports.example import example_summary
-    >>> Console(width=80, color_system=None).print(by_block_table(example_summary()))
-    Allocation by block
-    ...
-    rank, relative: size-weighted means
-    """
-    return group_table("Allocation by block", "block", by_block(summary.layers), summary.layers, errors_unit(summary))
-
-
-def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
-    """Make a table of pooled layers, with a row for all of them; errors are in `unit`.
-
-    >>> from globalopt.budgets.example import example_budget
-    >>> plans = example_budget().plans
-    >>> shown = group_table("By kind", "kind", by_kind(plans), plans, "nats per token")
-    >>> Console(width=80, color_system=None).print(shown)
-    By kind
-                                       mean   rank
-    kind       layers   kept  density  rank  share
-    ──────────────────────────────────────────────
-    up_proj         1  0.500    0.125   1.0  0.750
-    down_proj       1  0.500    0.500   0.0  0.000
-    ──────────────────────────────────────────────
-    all             2  0.500    0.312   0.5  0.375
-    rank: size-weighted means
-    """
-    rows = [*groups, Group.pool("all", layers)]
-    errors: dict[str, list[float]] = {}
-    # Columns with a missing value are left out: predictions in another unit, layers that are not refined yet.
-    for name in ("predicted", "actual", "relative"):
-        values = [getattr(row, name) for row in rows]
-        if None not in values:
-            errors[name] = values
-    table = report_table(title)
-    table.add_column(f"\n{label}", overflow="fold")
-    add_numbers(table, ("\nlayers", "\nkept", "\ndensity", "mean\nrank", "rank\nshare"))
-    add_numbers(table, [f"{name}\nerror" for name in errors])
-    cells = list(zip(*map(formats.aligned, errors.values()), strict=True)) or [()] * len(rows)
-    for row, texts in zip(rows, cells, strict=True):
-        last = row is rows[-1]
-        if last:
-            table.add_section()
-        table.add_row(
-            Text(row.label),
-            str(row.layers),
-            f"{row.kept:.3f}",
-            f"{row.density:.3f}",
-            f"{row.rank:.1f}",
-            f"{row.rank_share:.3f}",
-            *texts,
-            style="bold" if last else "",
-        )
-    summed = [name for name in errors if name != "relative"]
-    means = ["rank", *(["relative"] if "relative" in errors else [])]
-    parts = [f"{', '.join(summed)}: sums in {unit}"] if summed else []
-    return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
-
-
 MATCHING_NOTE = "loss: on held-out calibration windows where there are any; kept: the epoch that was kept"
 
 
@@ -482,63 +291,6 @@ def stages(summary: Summary) -> Table:
     return table
 
 
-def layer_allocation(summary: Summary) -> Table:
-    """Make the table of the targets of all layers: shape, rank, nonzeros, pattern, cost and dense cost.
-
-    >>> from reports.example import example_summary
-    >>> layer_allocation(example_summary()).row_count
-    14
-    """
-    patterns = any(layer.pattern for layer in summary.layers)
-    table = report_table(f"Layers: allocation (cost in {unit_name(summary.accounting)})", gap=1)
-    table.add_column("\nblock", justify="right")
-    table.add_column("\nkind", overflow="fold")
-    add_numbers(table, ("d_out x\nd_in", "\nrank", "\nnnz", *(["\nN:M"] if patterns else []), "\ncost"))
-    add_numbers(table, ("dense\ncost", "\nkept", "\ndensity", "rank\nshare"))
-    for layer in summary.layers:
-        table.add_row(
-            str(layer.block),
-            Text(layer.kind),
-            f"{layer.d_out}x{layer.d_in}",
-            str(layer.rank),
-            formats.compact(layer.nnz),
-            *([layer.pattern or "-"] if patterns else []),
-            formats.compact(layer.cost),
-            formats.compact(layer.dense_cost),
-            f"{layer.kept:.3f}",
-            f"{layer.density:.3f}",
-            f"{layer.rank_share:.3f}",
-        )
-    return table
-
-
-def layer_results(summary: Summary) -> Stack:
-    """Make the table of the results of all layers: errors, status of the solver, damping and time.
-
-    >>> from reports.example import example_summary
-    >>> layer_results(example_summary()).renderables[0].row_count
-    14
-    """
-    prefix = common_prefix([layer.name for layer in summary.layers])
-    under = f"names under {prefix}; " if prefix else ""
-    table = report_table("Layers: result")
-    table.add_column("\nlayer", overflow="fold")
-    add_numbers(table, ("predicted\nerror", "actual\nerror", "relative\nerror"))
-    table.add_column("\nstatus", no_wrap=True)
-    add_numbers(table, ("\ndamping", "\ntime"))
-    for layer in summary.layers:
-        table.add_row(
-            Text(layer.name.removeprefix(prefix)),
-            "-" if layer.predicted is None else formats.scientific(layer.predicted),
-            formats.scientific(layer.actual),
-            formats.scientific(layer.relative),
-            Text(layer.status, "" if Status(layer.status) is Status.CONVERGED else "red"),
-            f"{layer.damping:g}",
-            formats.duration(layer.seconds),
-        )
-    return footed(table, f"{under}predicted, actual error: {errors_unit(summary)}")
-
-
 def notes(summary: Summary) -> Stack | None:
     """List the run's notes and, per status other than converged, its layers with advice; None where there are none.
 
@@ -594,83 +346,3 @@ def _fact(key: str, value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > 2:
         return f"{len(value)} {key}"
     return f"{key} {value}"
-
-
-def _some_names(layers: Sequence[LayerResult]) -> str:
-    """List the names of up to three layers, and count the others."""
-    shown = ", ".join(layer.name for layer in layers[:3])
-    return f"{shown} and {len(layers) - 3} more" if len(layers) > 3 else shown
-
-
-def common_prefix(names: Sequence[str]) -> str:
-    """Find the dotted path that all names share; empty for one name alone.
-
-    >>> common_prefix(["model.layers.0.q", "model.layers.1.q"])
-    'model.layers.'
-    """
-    first, *others = (name.split(".")[:-1] for name in names)
-    shared = []
-    for i, part in enumerate(first if others else ()):
-        if any(other[i : i + 1] != [part] for other in others):
-            break
-        shared.append(f"{part}.")
-    return "".join(shared)
-
-
-def errors_unit(summary: Summary) -> str:
-    """Return the unit of the layers' errors in plain text.
-
-    >>> from reports.example import example_summary
-    >>> errors_unit(example_summary(error_unit=ErrorUnit.OUTPUT_ERROR))
-    'tr(E G E^T)'
-    """
-    return "tr(E G E^T)" if summary.error_unit == ErrorUnit.OUTPUT_ERROR else summary.error_unit
-
-
-def unit_name(accounting: str) -> str:
-    """Name the unit of an accounting.
-
-    >>> unit_name("params")
-    'parameters'
-    """
-    return "parameters" if accounting == "params" else accounting
-
-
-def report_table(title: str, show_header: bool = True, gap: int = GAP) -> Table:
-    """Make an empty table in the style of all reports, with `gap` spaces between its columns.
-
-    >>> report_table("Size").title.plain
-    'Size'
-    """
-    return Table(
-        title=Text(title, "bold"),
-        title_justify="left",
-        show_header=show_header,
-        header_style="dim",
-        box=_RULES,
-        show_edge=False,
-        pad_edge=False,
-        # The box's blank divider is the last space of the gap.
-        padding=(0, gap - 1, 0, 0),
-    )
-
-
-def add_numbers(table: Table, headers: Sequence[str]) -> None:
-    """Add right-aligned columns that never break a number.
-
-    >>> table = report_table("Size")
-    >>> add_numbers(table, ("rank", "kept"))
-    >>> [column.justify for column in table.columns]
-    ['right', 'right']
-    """
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-
-
-def footed(table: Table, *lines: str) -> Stack:
-    """Put footnotes, which may be wider than the table, below it.
-
-    >>> len(footed(report_table("Size"), "kept: of the dense size").renderables)
-    2
-    """
-    return Stack(table, *(Text(line, "dim") for line in lines))

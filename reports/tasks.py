@@ -13,7 +13,8 @@ from rich.text import Text
 from globalopt.values.results import Metrics
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard
 from reports import formats
-from reports.tables import add_numbers, footed, metrics_table, perplexity, report_table
+from reports.quality_tables import metrics_table, perplexity
+from reports.table_style import add_numbers, footed, report_table
 
 LARGE = 1e5
 """Least perplexity that is shown with an exponent."""

@@ -12,19 +12,10 @@ from globalopt.values.decomposition import Status
 from globalopt.values.results import ErrorUnit, Evaluation, MatchResult, Outcome, Search
 from reports import render
 from reports.groups import Grid, Group
+from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
+from reports.quality_tables import quality
 from reports.shaded_grid import kept_grid, span
-from reports.tables import (
-    budget,
-    by_block_table,
-    by_kind_table,
-    layer_allocation,
-    layer_results,
-    notes,
-    provenance,
-    quality,
-    searched,
-    stages,
-)
+from reports.tables import budget, notes, provenance, searched, stages
 from tests.reports.factory import make_layers, make_metrics, make_search, make_searched, make_summary
 
 
