@@ -21,7 +21,7 @@ from globalopt.errors import ArtefactError
 from globalopt.models.identity import model_sha256, tokenizer_sha256
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
-from globalopt.pipeline import addresses, compress, family, plan, search
+from globalopt.pipeline import addresses, compress, family, finish, plan, search
 from globalopt.pipeline import session as sessions
 from globalopt.pipeline.options import ModelOptions, RefineOptions, SearchOptions, TextOptions
 from globalopt.pipeline.plan import resolve, resolve_refinement
@@ -31,7 +31,7 @@ from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.workspace import Workspace
-from globalopt.values.results import Summary
+from globalopt.values.results import Samples, Summary
 from solvers import get_solver
 from tests.command import results
 from tests.tiny_models import KINDS, save_tiny, tiny_tokenizer
@@ -47,8 +47,8 @@ LAYERS = 14
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_probes() -> Iterator[None]:
-    """Probe solutions of a few steps: how good they are is of no matter here."""
+def quick_stages() -> Iterator[None]:
+    """Probe solutions of a few steps, and no samples: how good they are is of no matter here."""
 
     def quick(outputs: object) -> Solver:
         return get_solver("3basil", {"steps": "4", "outputs": str(outputs)})
@@ -56,6 +56,7 @@ def quick_probes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "probe_solver", quick)
         patch.setattr(compress, "probe_solver", quick)
+        patch.setattr(finish, "write_samples", lambda *_: Samples("validation", 0, 0, (), "left out"))
         yield
 
 
@@ -92,7 +93,7 @@ class Done:
     def figures(self) -> dict[str, Any]:
         """The summary without what a clock or a place decides, and the files that must not depend on these."""
         summary = asdict(self.summary)
-        for name in ("command", "stages", "model"):
+        for name in ("command", "stages", "model", "splits"):
             del summary[name]
         for layer in summary["layers"]:
             del layer["seconds"]
@@ -192,7 +193,8 @@ def test_a_first_search_computes_every_stage_once(base, place, tmp_path):
 
 
 def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path):
-    again = place.search(tmp_path / "again", cache)
+    moved = Place(shutil.copytree(place.model, tmp_path / "moved"), shutil.copy(place.text, tmp_path / "text.txt"))
+    again = moved.search(tmp_path / "again", cache)
     assert again.made == {}
     assert again.analysed == set()
     # Seconds of a layer are of the solver that found it.
@@ -201,12 +203,11 @@ def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path)
     assert note.startswith(f"Used again from {cache}: grams, labels, metrics, spans, anchors, solver-gaps, ")
 
 
-AFTER_GAPS = {Stage.GAPS: 7, Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, Stage.LABELS: 0}
 FOUND = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
 
 CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], set[str]]] = {
     "budget": (replace(SEARCH, budget=0.4), None, FOUND, set()),
-    "allocator": (replace(SEARCH, allocator="knapsack"), None, FOUND, set()),
+    "allocator": (replace(SEARCH, allocator="owl"), None, FOUND, set()),
     "allocator options": (replace(SEARCH, allocator_options={"rank_share": "0.3"}), None, FOUND, set()),
     "matching": (SEARCH, RefineOptions(match="block"), {Stage.REFINEMENT: LAYERS + 2}, set()),
     "solver preset": (
@@ -239,12 +240,20 @@ def test_only_what_differs_is_computed_and_the_bytes_are_those_of_a_fresh_run(ba
 
 
 def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, place, cache, tmp_path):
-    options = replace(SEARCH, allocator="evolution", search_tokens=1500, budget=0.5)
-    other = replace(options, budget=0.45)
-    place.search(tmp_path / "one", cache, options)
-    found = place.search(tmp_path / "other", cache, other)
-    assert found.made == {**FOUND, Stage.OBJECTIVE: 0} or found.made == FOUND
-    assert found.figures() == place.search(tmp_path / "alone", None, other).figures()
+    options = replace(SEARCH, allocator="evolution", search_tokens=600)
+    place.search(tmp_path / "one", cache, replace(options, budget=0.45))
+    journal = next(cache.glob("objective/*/journal.log"))
+    before = journal.stat().st_size
+    found = place.search(tmp_path / "other", cache, options)
+    assert found.made == FOUND
+    alone = place.search(tmp_path / "alone", None, options)
+    assert found.figures() == alone.figures()
+    assert alone.summary.search is not None
+    assert alone.summary.search.tokens > 0
+    # Another seed of the allocator's alone, so to say: what was evaluated is evaluated no more.
+    added = journal.stat().st_size - before
+    place.search(tmp_path / "third", cache, replace(options, search_tokens=599))
+    assert journal.stat().st_size - before - added < added
 
 
 def test_another_text_or_seed_shares_nothing(base, place, cache, tmp_path):
@@ -383,7 +392,6 @@ def test_a_persistent_buffer_decides_the_hash(qwen):
 CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-3,
     "hidden_act": "gelu",
-    "sliding_window": 4,
     "use_sliding_window": True,
     "attention_dropout": 0.5,
     "max_position_embeddings": 64,
@@ -477,7 +485,6 @@ def test_an_edited_model_is_another_run_and_nothing_of_it_is_in_the_cache(base, 
     # Elsewhere, and unchanged: the same run.
     same = other.search(folder, cache)
     assert same.notes == [f"{folder} is finished; nothing was computed again."]
-    assert other.search(tmp_path / "again", cache).made == {}
     EDITS[edit](other.model)
     with pytest.raises(ArtefactError, match=r"holds another run \(different model\)"):
         other.search(folder, cache)
