@@ -208,7 +208,6 @@ FOUND = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
 CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], set[str]]] = {
     "budget": (replace(SEARCH, budget=0.4), None, FOUND, set()),
     "allocator": (replace(SEARCH, allocator="owl"), None, FOUND, set()),
-    "allocator options": (replace(SEARCH, allocator_options={"rank_share": "0.3"}), None, FOUND, set()),
     "matching": (SEARCH, RefineOptions(match="block"), {Stage.REFINEMENT: LAYERS + 2}, set()),
     "solver preset": (
         replace(SEARCH, solver_options={"steps": "4"}),
@@ -240,20 +239,20 @@ def test_only_what_differs_is_computed_and_the_bytes_are_those_of_a_fresh_run(ba
 
 
 def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, place, cache, tmp_path):
-    options = replace(SEARCH, allocator="evolution", search_tokens=600)
+    options = replace(SEARCH, allocator="depth-ramp", search_tokens=600)
     place.search(tmp_path / "one", cache, replace(options, budget=0.45))
     journal = next(cache.glob("objective/*/journal.log"))
-    before = journal.stat().st_size
     found = place.search(tmp_path / "other", cache, options)
     assert found.made == FOUND
     alone = place.search(tmp_path / "alone", None, options)
     assert found.figures() == alone.figures()
     assert alone.summary.search is not None
     assert alone.summary.search.tokens > 0
-    # Another seed of the allocator's alone, so to say: what was evaluated is evaluated no more.
-    added = journal.stat().st_size - before
-    place.search(tmp_path / "third", cache, replace(options, search_tokens=599))
-    assert journal.stat().st_size - before - added < added
+    # Nothing is evaluated twice: with fewer tokens the search tries the first of the same candidates.
+    before = journal.read_bytes()
+    place.search(tmp_path / "third", cache, replace(options, search_tokens=400))
+    assert set(journal.read_bytes().splitlines()) >= set(before.splitlines())
+    assert b"losses" not in journal.read_bytes()[len(before) :]
 
 
 def test_another_text_or_seed_shares_nothing(base, place, cache, tmp_path):
@@ -306,7 +305,6 @@ MADE_AGAIN: dict[Stage, dict[Stage, int]] = {
     Stage.PROFILES: {Stage.PROFILES: LAYERS, Stage.ALLOCATION: 1},
     Stage.SPECTRA: {Stage.SPECTRA: LAYERS},
     Stage.LOSSES: {Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, Stage.LABELS: LAYERS + 2, Stage.ALLOCATION: 1},
-    Stage.ALLOCATION: {Stage.ALLOCATION: 1},
     Stage.REFINEMENT: {Stage.REFINEMENT: LAYERS},
 }
 
@@ -328,10 +326,13 @@ def test_a_run_of_an_earlier_version_is_refused_in_its_folder(base, place, cache
 
 # ------------------------------------------------------------------------------------------------- pruning
 
-PRUNED = [stage for stage in Stage if stage not in (Stage.PROBE_LABELS, Stage.MATCH_LABELS, Stage.MODEL_MATCHING)]
+PRUNED = (
+    Stage.GRAMS, Stage.PROFILES, Stage.METRICS, Stage.SPANS, Stage.ANCHORS, Stage.LABELS, Stage.PREDICTIONS, None,
+)  # fmt: skip
+"""Stages of which something is read after they are done; None: all."""
 
 
-@pytest.mark.parametrize("stage", [*PRUNED[:-1], None], ids=str)
+@pytest.mark.parametrize("stage", PRUNED, ids=str)
 def test_where_a_stage_was_pruned_a_later_search_still_ends_right(base, place, cache, tmp_path, stage, pruned_search):
     found = Cache(cache)
     found.prune([entry for entry in found.entries() if stage in (None, entry.stage)])
@@ -472,7 +473,6 @@ def edit_tokenizer(folder: Path) -> None:
 
 EDITS: dict[str, Callable[[Path], None]] = {
     "head": edit_tensor("lm_head.weight"),
-    "norm": edit_tensor("model.layers.0.input_layernorm.weight"),
     "config": edit_config,
     "tokenizer": edit_tokenizer,
 }
