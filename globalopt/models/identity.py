@@ -119,8 +119,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _computed_dtype(layers: ModelLayers, tensor: Tensor) -> torch.dtype:
     """The type that a tensor outside of the blocks is used in."""
     lazy = layers.lazy
-    stored = lazy is not None and isinstance(tensor, nn.Parameter) and tensor.dtype == lazy.precision.stored
-    return lazy.precision.computed if stored else tensor.dtype
+    if lazy is not None and isinstance(tensor, nn.Parameter) and tensor.dtype == lazy.precision.stored:
+        return lazy.precision.computed
+    return tensor.dtype
 
 
 CHUNK = 2**24

@@ -41,6 +41,12 @@ def place(shared: Path, tmp_path: Path) -> Path:
     return shutil.copytree(shared, tmp_path / "place")
 
 
+def used_before(folder: Path, seconds: float) -> None:
+    """Make an entry that was used so many seconds ago."""
+    then = time.time() - seconds
+    os.utime(folder / RECORD, (then, then))
+
+
 def stages(cache: Path) -> set[str]:
     return {entry.stage.value for entry in Cache(cache).entries()}
 
@@ -95,7 +101,7 @@ def test_list_names_an_age_of_days_and_a_long_model_on_one_line(place, monkeypat
     entry = Cache(place / FOLDER).entries()[0]
     record = read(entry.folder / RECORD)
     (entry.folder / RECORD).write_text(json.dumps({**record, "model": "some-org/" + "long-name-" * 10}))
-    os.utime(entry.folder / RECORD, (time.time() - 30 * 86400,) * 2)
+    used_before(entry.folder, 30 * 86400)
     shown = done("cache", "list", "--cache", place / FOLDER, "--older-than", "7d").stdout.splitlines()
     (line,) = [line for line in shown if line.startswith("grams")]
     assert "long-name" in line
@@ -131,7 +137,7 @@ def test_prune_takes_a_stage_and_an_age(place):
     assert stages(cache) == before - {"spans"}
     assert "Deleted 0 entries" in done("cache", "prune", "--cache", cache, "--older-than", "1h").stdout
     entry = Cache(cache).entries()[0]
-    os.utime(entry.folder / RECORD, (time.time() - 7200,) * 2)
+    used_before(entry.folder, 7200)
     assert "Deleted 1 entries" in done("cache", "prune", "--cache", cache, "--older-than", "1.5h").stdout
     assert stages(cache) == before - {"spans", entry.stage.value}
     assert "Deleted 7 entries" in done("cache", "prune", "--cache", cache).stdout

@@ -281,6 +281,7 @@ def test_a_pruned_artefact_is_made_again_at_the_same_place(cache):
 
 def test_what_is_not_used_is_older_than(cache):
     write_json(cache.path(ADDRESS) / RECORD, {"model": "m"})
-    os.utime(cache.path(ADDRESS) / RECORD, (time.time() - 100,) * 2)
+    then = time.time() - 100
+    os.utime(cache.path(ADDRESS) / RECORD, (then, then))
     assert len(older_than(cache.entries(), 99)) == 1
     assert older_than(cache.entries(), 200) == []
