@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,6 +142,30 @@ def test_prune_is_refused_while_a_run_holds_the_cache(cache):
     cache.prune(cache.entries())
     assert cache.entries() == []
     assert list((cache.folder / RUNNING).iterdir()) == []
+
+
+def test_a_run_that_begins_while_others_prune_waits_for_them(cache, monkeypatch):
+    folder = cache.open(ADDRESS, "m")
+    beginning = []
+    rmtree = shutil.rmtree
+
+    def slow(path: Path) -> None:
+        script = HOLDER.replace("with Cache", "print('ready', flush=True)\nwith Cache")
+        command = [sys.executable, "-c", script, str(cache.folder)]
+        run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        beginning.append(run)
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        assert not list((cache.folder / RUNNING).glob("*.lock"))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    cache.prune(cache.entries())
+    (run,) = beginning
+    assert not folder.exists()
+    assert run.stdout.readline() == "held\n"
+    run.communicate("\n")
 
 
 def test_a_run_that_fails_holds_the_cache_no_longer(cache):
