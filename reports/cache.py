@@ -30,7 +30,8 @@ def cache_table(folder: Path, entries: Sequence[Entry]) -> Table:
     table.add_column("stage", footer=f"{len(entries)} entries", no_wrap=True)
     table.add_column("size", justify="right", footer=total, no_wrap=True)
     table.add_column("last used", justify="right", no_wrap=True)
-    table.add_column("model", no_wrap=True, overflow="ellipsis")
+    # The one column that gives way on a narrow terminal: a name without spaces is cut, not folded.
+    table.add_column("model", overflow="ellipsis")
     table.add_column("folder", style="dim", no_wrap=True)
     for entry in entries:
         age = f"{formats.duration(max(0.0, time.time() - entry.used))} ago"

@@ -72,7 +72,7 @@ def measured_note(family: Family) -> tuple[str, str]:
     text = f"{formats.count(family.windows)} windows of {formats.count(family.seqlen)} tokens"
     return (
         f"measured: nats per token on the selection text, {text},",
-        f"of candidates made from {family.candidates}s; nothing is refined",
+        f"of candidates made from {family.candidates}; nothing is refined",
     )
 
 

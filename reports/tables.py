@@ -190,7 +190,7 @@ def search_facts(summary: Summary, search: Search) -> list[tuple[str, str]]:
     measured = f"{formats.count(len(evaluations))} on the whole selection text"
     return [
         ("tokens", f"{formats.count(search.tokens)} spent of {formats.count(search.limit)}"),
-        ("candidates", f"made of {search.candidates}s"),
+        ("candidates", f"made of {search.candidates}"),
         ("measured", measured + (f", {formats.count(parts)} on parts of it" if parts else "")),
         ("first", found(first)),
         ("best", "the first" if best == first else found(best)),

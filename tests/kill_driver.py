@@ -3,8 +3,9 @@
     python -m tests.kill_driver HOW TIMES SEED FOLDER REPORT ARGUMENT...
 
 HOW is `kill` (SIGKILL), `interrupt` (SIGINT) or `disk` (every write of an artefact fails from a random one on). A child
-that finishes before it is stopped ends a round, and the next round starts in another folder. REPORT gets, as JSON, the
-folders of all finished rounds and how every stopped child ended. Children are forked from a process that has imported
+that finishes before it is stopped ends a round, and the next round starts in another folder, with a cache of its own:
+nothing of one round is found by another. REPORT gets, as JSON, the folders of all finished rounds and how every stopped
+child ended. Children are forked from a process that has imported
 everything already, so that random moments fall into the work and not into imports.
 """
 
@@ -69,12 +70,13 @@ def drive(how: str, times: int, seed: int, folder: Path, arguments: list[str]) -
     said = folder / "said.txt"
 
     def command(name: str) -> list[str]:
-        return [*arguments, "--out", str(folder / name)]
+        return [*arguments, "--out", str(folder / name), "--cache", str(folder / f"{name}-cache")]
 
     started = time.monotonic()
     assert ended(child(command("whole"), said, None)) == 0, said.read_text()
     seconds = time.monotonic() - started
-    writes = sum(1 for path in (folder / "whole").rglob("*") if path.is_file())
+    # Results that are links into the cache were written once, and their links as often.
+    writes = sum(1 for name in ("whole", "whole-cache") for path in (folder / name).rglob("*") if path.is_file())
 
     rounds, stops = [], []
     name = "round0"

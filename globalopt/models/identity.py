@@ -63,7 +63,8 @@ IGNORED = ("_name_or_path", "transformers_version")
 def model_sha256(layers: ModelLayers, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash everything that a forward pass on a text uses: parameters, buffers, configuration, tokenizer.
 
-    Blocks that are not in memory are read one at a time. Parameters that share storage are hashed under one name.
+    Blocks that are not in memory are read one at a time. Parameters that share storage are hashed under one name. All
+    are hashed in the type that the model computes in: a lazily loaded model holds its embeddings in that of the file.
 
     Returns:
         sha256, hexadecimal.
@@ -85,11 +86,11 @@ def model_sha256(layers: ModelLayers, tokenizer: PreTrainedTokenizerBase) -> str
     inside = {id(tensor) for block in layers.blocks for tensor in _tensors(block).values()}
     for name, tensor in _tensors(layers.model).items():
         if id(tensor) not in inside:
-            _update(hashed, name, tensor)
+            _update(hashed, name, tensor, _computed_dtype(layers, tensor))
     for index, block in enumerate(layers.blocks):
         with layers.resident(index):
             for name, tensor in _tensors(block).items():
-                _update(hashed, f"{index}.{name}", tensor)
+                _update(hashed, f"{index}.{name}", tensor, tensor.dtype)
     return hashed.hexdigest()
 
 
@@ -115,7 +116,20 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _update(hashed: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Add a tensor's name, type, shape and bytes."""
-    hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+def _computed_dtype(layers: ModelLayers, tensor: Tensor) -> torch.dtype:
+    """The type that a tensor outside of the blocks is used in."""
+    lazy = layers.lazy
+    if lazy is not None and isinstance(tensor, nn.Parameter) and tensor.dtype == lazy.precision.stored:
+        return lazy.precision.computed
+    return tensor.dtype
+
+
+CHUNK = 2**24
+"""Entries that are converted at once."""
+
+
+def _update(hashed: hashlib._Hash, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Add a tensor's name, shape, and the type and bytes that it has as `dtype`."""
+    hashed.update(f"{name} {dtype} {tuple(tensor.shape)}".encode())
+    for part in tensor.detach().flatten().split(CHUNK):
+        hashed.update(part.to(dtype).cpu().view(torch.uint8).numpy().data)

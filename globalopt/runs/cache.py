@@ -33,6 +33,7 @@ VARIABLE = "GLOBALOPT_CACHE"
 
 RECORD = "stage.json"
 RUNNING = "running"
+GATE = "gate"
 
 
 @dataclass(frozen=True)
@@ -133,22 +134,39 @@ class Cache:
 
     def prune(self, entries: Iterable[Entry]) -> None:
         """Delete entries; `ArtefactError` while a run is using the cache, or if they cannot be deleted."""
-        if self._in_use():
-            raise ArtefactError(f"A run is using the cache {self.folder}. Wait until it has ended, or stop it first.")
-        for entry in entries:
-            try:
-                if not entry.folder.is_dir():
-                    continue
-                # The record first: a folder without one is no entry, and what is left of it is made again.
-                (entry.folder / RECORD).unlink(missing_ok=True)
-                shutil.rmtree(entry.folder)
-            except OSError as cause:
-                raise ArtefactError(f"Cannot delete {entry.folder}: {cause.strerror or cause}.") from None
+        if not self.folder.is_dir():
+            return
+        with self._alone():
+            if self._in_use():
+                raise ArtefactError(
+                    f"A run is using the cache {self.folder}. Wait until it has ended, or stop it first."
+                )
+            for entry in entries:
+                try:
+                    if entry.folder.is_dir():
+                        # The record first: a folder without one is no entry, and what is left of it is made again.
+                        (entry.folder / RECORD).unlink(missing_ok=True)
+                        shutil.rmtree(entry.folder)
+                except OSError as cause:
+                    raise ArtefactError(f"Cannot delete {entry.folder}: {cause.strerror or cause}.") from None
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
         """Keep others from pruning the cache while the body runs; a process that is killed no longer does."""
         path = self.folder / RUNNING / f"{os.getpid()}-{secrets.token_hex(4)}.lock"
+        with self._alone():
+            lock = FileLock(path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no run begin and no one prune while the body runs: a run that begins meanwhile waits."""
+        path = self.folder / RUNNING / GATE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path)
@@ -160,6 +178,7 @@ class Cache:
         try:
             yield
         finally:
+            # While it is held: whoever waits for it sees that the file is gone, and takes a new one.
             path.unlink(missing_ok=True)
             lock.release()
 

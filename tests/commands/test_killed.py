@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from globalopt.runs.cache import Cache
 from tests.command import WINDOWS, no_partial_files, read, results, write_text
 from tests.tiny_models import save_tiny
 
@@ -50,6 +51,9 @@ def test_a_run_that_is_stopped_at_random_ends_with_the_same_bytes(tmp_path, how,
     for name in found["rounds"]:
         assert results(work / name) == expected, name
         assert no_partial_files(work / name)
+        assert no_partial_files(work / f"{name}-cache")
+        # Whoever was killed holds the cache no longer.
+        Cache(work / f"{name}-cache").prune([])
     for stop in found["stops"]:
         if how == "interrupt":
             assert "Run the same command again" in stop["said"]

@@ -180,7 +180,7 @@ def test_a_search_says_what_it_spent_asked_and_found() -> None:
     search = make_search(evaluations=evaluations, tokens=3100, limit=5000, loss=0.003)
     text = shown_search(search)
     assert "tokens 3,100 spent of 5,000" in text
-    assert "candidates made of fits" in text
+    assert "candidates made of anchors" in text
     assert "measured 3 on the whole selection text, 1 on parts of it" in text
     assert "first 0.004000 nats per token, after 1,000 tokens" in text
     assert "best 0.003000 nats per token, -25.0 %, after 2,100 tokens" in text

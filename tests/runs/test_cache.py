@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,30 @@ def test_prune_is_refused_while_a_run_holds_the_cache(cache):
     assert list((cache.folder / RUNNING).iterdir()) == []
 
 
+def test_a_run_that_begins_while_others_prune_waits_for_them(cache, monkeypatch):
+    folder = cache.open(ADDRESS, "m")
+    beginning = []
+    rmtree = shutil.rmtree
+
+    def slow(path: Path) -> None:
+        script = HOLDER.replace("with Cache", "print('ready', flush=True)\nwith Cache")
+        command = [sys.executable, "-c", script, str(cache.folder)]
+        run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        beginning.append(run)
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        assert not list((cache.folder / RUNNING).glob("*.lock"))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    cache.prune(cache.entries())
+    (run,) = beginning
+    assert not folder.exists()
+    assert run.stdout.readline() == "held\n"
+    run.communicate("\n")
+
+
 def test_a_run_that_fails_holds_the_cache_no_longer(cache):
     def fail() -> None:
         with cache.used():
@@ -193,7 +218,7 @@ from globalopt.values.metric import Gram
 cache, gram = Cache(Path(sys.argv[1])), Gram(torch.eye(40), 7)
 print("ready", flush=True)
 sys.stdin.readline()
-for n in range(60):
+for n in range(30):
     with cache.used():
         work = Workspace(Path("unused"), {Stage.GRAMS: cache.open(Address(Stage.GRAMS, 1, {"n": n}), "m")})
         work.put(GRAM, "site", gram)
@@ -217,7 +242,7 @@ def test_two_processes_write_one_artefact_at_the_same_time(cache):
     said = [one.communicate() for one in both]
     assert [one.returncode for one in both] == [0, 0], said
     assert no_partial_files(cache.folder)
-    assert len(cache.entries()) == 60
+    assert len(cache.entries()) == 30
     assert all(sorted(os.listdir(entry.folder)) == ["site.safetensors", RECORD] for entry in cache.entries())
     assert list((cache.folder / RUNNING).iterdir()) == []
 
@@ -281,6 +306,7 @@ def test_a_pruned_artefact_is_made_again_at_the_same_place(cache):
 
 def test_what_is_not_used_is_older_than(cache):
     write_json(cache.path(ADDRESS) / RECORD, {"model": "m"})
-    os.utime(cache.path(ADDRESS) / RECORD, (time.time() - 100, time.time() - 100))
+    then = time.time() - 100
+    os.utime(cache.path(ADDRESS) / RECORD, (then, then))
     assert len(older_than(cache.entries(), 99)) == 1
     assert older_than(cache.entries(), 200) == []

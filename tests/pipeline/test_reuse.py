@@ -1,0 +1,501 @@
+"""Runs use what earlier runs have computed of the same, nothing of what differs, and end with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from globalopt.budgets import budget_file
+from globalopt.errors import ArtefactError
+from globalopt.models.identity import model_sha256, tokenizer_sha256
+from globalopt.models.layers import find_layers
+from globalopt.models.loading import load_model
+from globalopt.pipeline import addresses, compress, family, finish, plan, search
+from globalopt.pipeline import session as sessions
+from globalopt.pipeline.options import ModelOptions, RefineOptions, SearchOptions, TextOptions
+from globalopt.pipeline.plan import resolve, resolve_refinement
+from globalopt.pipeline.reporter import Reporter
+from globalopt.protocols import Solver
+from globalopt.runs.artefacts import Stage
+from globalopt.runs.cache import Cache
+from globalopt.runs.folder import Run
+from globalopt.runs.workspace import Workspace
+from globalopt.values.results import Samples, Summary
+from solvers import get_solver
+from tests.command import results
+from tests.tiny_models import KINDS, save_tiny, tiny_tokenizer
+
+TEXT = TextOptions(nsamples=8, seqlen=16, eval_windows=2)
+
+SEARCH = SearchOptions(0.5, solver="3basil", solver_options={"steps": "3"}, allocator="uniform")
+
+ANALYSIS = {"labels", "metric", "span", "anchors", "gap", "measure", "predict"}
+"""Names under which the stages of the analysis are reported."""
+
+LAYERS = 14
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_stages() -> Iterator[None]:
+    """Probe solutions of a few steps, and no samples: how good they are is of no matter here."""
+
+    def quick(outputs: object) -> Solver:
+        return get_solver("3basil", {"steps": "4", "outputs": str(outputs)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "probe_solver", quick)
+        patch.setattr(compress, "probe_solver", quick)
+        patch.setattr(finish, "write_samples", lambda *_: Samples("validation", 0, 0, (), "left out"))
+        yield
+
+
+class Recording:
+    """A display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+        self.stages.append(name)
+        yield lambda detail: None
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run, the stages that were entered, and how many artefacts of each were made."""
+
+    run: Run
+    summary: Summary
+    stages: list[str]
+    notes: list[str]
+    made: Mapping[Stage, int]
+
+    @property
+    def analysed(self) -> set[str]:
+        return ANALYSIS & set(self.stages)
+
+    def figures(self) -> dict[str, Any]:
+        """The summary without what a clock or a place decides, and the files that must not depend on these."""
+        summary = asdict(self.summary)
+        for name in ("command", "stages", "model", "splits"):
+            del summary[name]
+        for layer in summary["layers"]:
+            del layer["seconds"]
+        for match in summary["matching"]:
+            del match["seconds"]
+        return {"summary": summary, **results(self.run.folder)}
+
+
+class Place:
+    """A model folder and a text, searched with quick options."""
+
+    def __init__(self, model: Path, text: Path) -> None:
+        self.model, self.text = model, text
+
+    def session(self, progress: Recording, seed: int = 0, **texts: Any) -> sessions.Session:
+        options = replace(TEXT, calibration=str(self.text), **texts)
+        return sessions.set_up(ModelOptions(str(self.model)), options, seed, Reporter(progress))
+
+    def search(
+        self,
+        out: Path,
+        cache: Path | None,
+        options: SearchOptions = SEARCH,
+        refining: RefineOptions | None = None,
+        fresh: bool = False,
+        **texts: Any,
+    ) -> Done:
+        progress = Recording()
+        session = self.session(progress, options.seed, **texts)
+        resolved = resolve(options, refining)
+        shared = None if cache is None else Cache(cache)
+        with counted() as made:
+            summary, run = search.search(session, Reporter(progress), resolved, out, "x", shared, fresh)
+        return Done(run, summary, progress.stages, progress.notes, made)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[Stage]]:
+    """Count the artefacts that are written, by stage."""
+    made: Counter[Stage] = Counter()
+    put = Workspace.put
+
+    def counting(self: Workspace, artefact: Any, key: Any, value: Any) -> None:
+        if artefact.stage is not Stage.RESULT:
+            made[artefact.stage] += 1
+        put(self, artefact, key, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "put", counting)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Path, tiny_text: Path) -> Place:
+    return Place(tiny_llama, tiny_text)
+
+
+@pytest.fixture(scope="module")
+def base(place: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """A finished search, and the cache it has left; neither is to be changed."""
+    folder = tmp_path_factory.mktemp("base")
+    return place.search(folder / "base", folder / "cache"), folder / "cache"
+
+
+@pytest.fixture
+def cache(base: tuple[Done, Path], tmp_path: Path) -> Path:
+    """A copy of the cache of that search."""
+    return shutil.copytree(base[1], tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------- reuse
+
+
+def test_a_first_search_computes_every_stage_once(base, place, tmp_path):
+    first, _ = base
+    assert first.made == {
+        Stage.GRAMS: 8,
+        Stage.SPECTRA: LAYERS,
+        Stage.PROFILES: LAYERS,
+        Stage.PROBE_LABELS: LAYERS + 2,
+        Stage.METRICS: LAYERS,
+        Stage.SPANS: LAYERS,
+        Stage.ANCHORS: LAYERS,
+        Stage.GAPS: 7,
+        Stage.LOSSES: LAYERS,
+        Stage.LABELS: LAYERS + 2,
+        Stage.PREDICTIONS: LAYERS,
+        Stage.ALLOCATION: 1,
+        Stage.REFINEMENT: LAYERS,
+    }
+    assert first.notes == []
+    # The cache changes nothing.
+    alone = place.search(tmp_path / "alone", None)
+    assert alone.made == first.made
+    assert alone.figures() == first.figures()
+    assert not (first.run.folder / "work").exists()
+
+
+def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path):
+    moved = Place(shutil.copytree(place.model, tmp_path / "moved"), shutil.copy(place.text, tmp_path / "text.txt"))
+    again = moved.search(tmp_path / "again", cache)
+    assert again.made == {}
+    assert again.analysed == set()
+    # Seconds of a layer are of the solver that found it.
+    assert again.figures() == base[0].figures()
+    (note,) = again.notes
+    assert note.startswith(f"Used again from {cache}: grams, labels, metrics, spans, anchors, solver-gaps, ")
+
+
+FOUND = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
+
+CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], set[str]]] = {
+    "budget": (replace(SEARCH, budget=0.4), None, FOUND, set()),
+    "allocator": (replace(SEARCH, allocator="owl"), None, FOUND, set()),
+    "matching": (SEARCH, RefineOptions(match="block"), {Stage.REFINEMENT: LAYERS + 2}, set()),
+    "solver preset": (
+        replace(SEARCH, solver_options={"steps": "4"}),
+        None,
+        {Stage.GAPS: 7, Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, **FOUND},
+        {"gap", "measure", "span", "predict"},
+    ),
+    "pattern": (
+        replace(SEARCH, pattern="2:4", budget=0.7),
+        None,
+        {stage: LAYERS for stage in (Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)} | {Stage.GAPS: 7, **FOUND},
+        {"metric", "span", "anchors", "gap", "predict"},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_differs_is_computed_and_the_bytes_are_those_of_a_fresh_run(base, place, cache, tmp_path, change):
+    options, refining, made, entered = CHANGES[change]
+    # Into the same folder with `fresh`: what the earlier run in it was does not matter.
+    folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
+    found = place.search(folder, cache, options, refining, fresh=True)
+    if Stage.PREDICTIONS in made:
+        # The same sweep gives predictions and output Grams; those that are there already are written again.
+        assert found.made.pop(Stage.LABELS) == LAYERS + 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert found.made == made
+    assert found.analysed == entered
+    assert found.figures() == place.search(tmp_path / "alone", None, options, refining).figures()
+
+
+def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, place, cache, tmp_path):
+    options = replace(SEARCH, allocator="depth-ramp", search_tokens=600)
+    place.search(tmp_path / "one", cache, replace(options, budget=0.45))
+    journal = next(cache.glob("objective/*/journal.log"))
+    found = place.search(tmp_path / "other", cache, options)
+    assert found.made == FOUND
+    alone = place.search(tmp_path / "alone", None, options)
+    assert found.figures() == alone.figures()
+    assert alone.summary.search is not None
+    assert alone.summary.search.tokens > 0
+    # Nothing is evaluated twice: with fewer tokens the search tries the first of the same candidates.
+    before = journal.read_bytes()
+    place.search(tmp_path / "third", cache, replace(options, search_tokens=400))
+    assert set(journal.read_bytes().splitlines()) >= set(before.splitlines())
+    assert b"losses" not in journal.read_bytes()[len(before) :]
+
+
+def test_another_text_or_seed_shares_nothing(base, place, cache, tmp_path):
+    for i, (options, texts) in enumerate(
+        [(replace(SEARCH, seed=1), {}), (SEARCH, {"nsamples": 7}), (SEARCH, {"batch_size": 4})]
+    ):
+        session = place.session(Recording(), options.seed, **texts)
+        before = addresses.search_addresses(place.session(Recording()), resolve(SEARCH))
+        after = addresses.search_addresses(session, resolve(options))
+        assert [stage for stage in before if before[stage].digest == after[stage].digest] == [], i
+    found = place.search(tmp_path / "run", cache, replace(SEARCH, seed=1))
+    assert found.made == base[0].made
+    # More windows to evaluate on are no other analysis.
+    session = place.session(Recording(), eval_windows=3)
+    after = addresses.analysis_addresses(session, resolve(SEARCH).analysis)
+    assert after == addresses.analysis_addresses(place.session(Recording()), resolve(SEARCH).analysis)
+
+
+def test_compress_uses_the_grams_of_a_search(base, place, cache, tmp_path):
+    file = budget_file.read(base[0].run.budget_path)
+    resolved = resolve_refinement(RefineOptions(), get_solver("3basil", {"steps": "3"}), True, seed=0)
+    arguments = (resolved, base[0].run.budget_path, file)
+    folders = {"shared": Cache(cache), "alone": None}
+    made: dict[str, Mapping[Stage, int]] = {}
+    for name, shared in folders.items():
+        progress = Recording()
+        session = place.session(progress)
+        with counted() as made[name]:
+            compress.compress(session, Reporter(progress), *arguments, tmp_path / name, "x", shared)
+    # The output Grams of the same seed too, but metrics by other labels than those of the search.
+    assert made["shared"] == {Stage.METRICS: LAYERS, Stage.REFINEMENT: LAYERS}
+    assert made["alone"] == {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, **made["shared"]}
+    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+
+
+def test_a_family_uses_the_analysis_of_a_search(base, place, cache, tmp_path):
+    progress = Recording()
+    session = place.session(progress)
+    options = replace(SEARCH, allocator="knapsack", search_tokens=0)
+    with counted() as made:
+        family.family(session, Reporter(progress), resolve(options), [0.4, 0.6], tmp_path / "f", "x", Cache(cache))
+    assert made == {}
+    assert (tmp_path / "f" / "curves").is_dir()
+
+
+# ------------------------------------------------------------------------------------------------- versions
+
+MADE_AGAIN: dict[Stage, dict[Stage, int]] = {
+    # The allocation reads profiles, and is the same, so that its refinement is too.
+    Stage.PROFILES: {Stage.PROFILES: LAYERS, Stage.ALLOCATION: 1},
+    Stage.SPECTRA: {Stage.SPECTRA: LAYERS},
+    Stage.LOSSES: {Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, Stage.LABELS: LAYERS + 2, Stage.ALLOCATION: 1},
+    Stage.REFINEMENT: {Stage.REFINEMENT: LAYERS},
+}
+
+
+@pytest.mark.parametrize("stage", MADE_AGAIN, ids=str)
+def test_a_new_version_computes_its_stage_and_the_followers_alone(base, place, cache, tmp_path, monkeypatch, stage):
+    monkeypatch.setitem(addresses.VERSIONS, stage, addresses.VERSIONS[stage] + 1)  # pyright: ignore[reportArgumentType]
+    found = place.search(tmp_path / "run", cache)
+    assert found.made == MADE_AGAIN[stage]
+    assert found.figures() == base[0].figures()
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_its_folder(base, place, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(addresses.VERSIONS, Stage.SPANS, 99)  # pyright: ignore[reportArgumentType]
+    folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
+    with pytest.raises(ArtefactError, match=r"holds a run of an earlier version \(of spans\)"):
+        place.search(folder, cache)
+
+
+# ------------------------------------------------------------------------------------------------- pruning
+
+PRUNED = (
+    Stage.GRAMS, Stage.PROFILES, Stage.METRICS, Stage.SPANS, Stage.ANCHORS, Stage.LABELS, Stage.PREDICTIONS, None,
+)  # fmt: skip
+"""Stages of which something is read after they are done; None: all."""
+
+
+@pytest.mark.parametrize("stage", PRUNED, ids=str)
+def test_where_a_stage_was_pruned_a_later_search_still_ends_right(base, place, cache, tmp_path, stage, pruned_search):
+    found = Cache(cache)
+    found.prune([entry for entry in found.entries() if stage in (None, entry.stage)])
+    options, refining, expected = pruned_search
+    assert place.search(tmp_path / "run", cache, options, refining).figures() == expected
+
+
+@pytest.fixture(scope="module")
+def pruned_search(place, tmp_path_factory) -> tuple[SearchOptions, RefineOptions, dict[str, Any]]:
+    """A search with another budget, with matching that reads output Grams of blocks, and what it finds."""
+    options, refining = replace(SEARCH, budget=0.45), RefineOptions(match="block", match_options={"epochs": "1"})
+    alone = place.search(tmp_path_factory.mktemp("alone") / "run", None, options, refining)
+    return options, refining, alone.figures()
+
+
+# ------------------------------------------------------------------------------------------------- identity
+
+
+def digest_of(folder: Path, **options: Any) -> str:
+    loaded = load_model(folder, device="cpu", **options)
+    return model_sha256(find_layers(loaded.model, allow_low_coverage=True), loaded.tokenizer)
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    """A model with biases, with norms inside of attention and without tied weights."""
+    return save_tiny(tmp_path / "qwen", "qwen2")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "qwen3", "opt"])
+def test_every_tensor_of_a_model_decides_its_hash(tmp_path, kind):
+    loaded = load_model(save_tiny(tmp_path / kind, kind), device="cpu")
+    layers = find_layers(loaded.model, allow_low_coverage=True)
+    before = model_sha256(layers, loaded.tokenizer)
+    tensors = {**dict(loaded.model.named_parameters()), **dict(loaded.model.named_buffers())}
+    assert len(tensors) > 20
+    tokens = tokenizer_sha256(loaded.tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("globalopt.models.identity.tokenizer_sha256", lambda tokenizer: tokens)
+        for name, tensor in tensors.items():
+            flat = tensor.view(-1)
+            held = flat[-1].clone()
+            flat[-1] = held + 1 if tensor.is_floating_point() else 1 - held.to(tensor.dtype)
+            assert model_sha256(layers, loaded.tokenizer) != before, name
+            flat[-1] = held
+        assert model_sha256(layers, loaded.tokenizer) == before
+
+
+def test_a_persistent_buffer_decides_the_hash(qwen):
+    loaded = load_model(qwen, device="cpu")
+    layers = find_layers(loaded.model)
+    layers.blocks[1].register_buffer("offset", torch.zeros(3))
+    before = model_sha256(layers, loaded.tokenizer)
+    layers.blocks[1].get_buffer("offset")[1] = 1
+    assert model_sha256(layers, loaded.tokenizer) != before
+
+
+CONFIG: dict[str, Any] = {
+    "rms_norm_eps": 1e-3,
+    "hidden_act": "gelu",
+    "use_sliding_window": True,
+    "attention_dropout": 0.5,
+    "max_position_embeddings": 64,
+    "bos_token_id": 5,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+}
+
+
+@pytest.mark.parametrize("field", CONFIG)
+def test_the_configuration_decides_the_hash(qwen, field):
+    before = digest_of(qwen)
+    config = json.loads((qwen / "config.json").read_text())
+    assert config.get(field) != CONFIG[field]
+    (qwen / "config.json").write_text(json.dumps({**config, field: CONFIG[field]}))
+    assert digest_of(qwen) != before
+
+
+def test_who_wrote_a_configuration_does_not(qwen):
+    before = digest_of(qwen)
+    config = json.loads((qwen / "config.json").read_text())
+    (qwen / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "_name_or_path": "x"}))
+    assert digest_of(qwen) == before
+
+
+def test_every_entry_of_a_tokenizer_decides_the_hash(qwen):
+    before = digest_of(qwen)
+    path = qwen / "tokenizer.json"
+    whole = path.read_text()
+    edited = json.loads(whole)
+    entries = edited["model"]["vocab"]
+    entries["a"], entries["b"] = entries["b"], entries["a"]
+    path.write_text(json.dumps(edited))
+    assert digest_of(qwen) != before
+    path.write_text(whole)
+    assert digest_of(qwen) == before
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "</s>"
+    tokenizer.save_pretrained(qwen)
+    assert digest_of(qwen) != before
+
+
+def test_the_place_of_a_model_does_not_decide_its_hash(qwen, tmp_path, monkeypatch):
+    before = digest_of(qwen)
+    assert digest_of(shutil.copytree(qwen, tmp_path / "copied")) == before
+    assert digest_of(qwen.rename(tmp_path / "moved")) == before
+    monkeypatch.chdir(tmp_path)
+    assert digest_of(Path("moved")) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lazily_loaded_model_has_the_hash_of_the_whole(tmp_path, kind):
+    folder = save_tiny(tmp_path / kind, kind, dtype=torch.bfloat16)
+    for dtype in ("float32", "bfloat16"):
+        assert digest_of(folder, dtype=dtype, lazily=True) == digest_of(folder, dtype=dtype, lazily=False)
+    # In another type it computes other numbers.
+    assert digest_of(folder, dtype="float32") != digest_of(folder, dtype="bfloat16")
+
+
+def edit_tensor(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[7] += 0.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def edit_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+
+
+def edit_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    # A character that is not in the text: the windows stay as they are.
+    path.write_text(path.read_text().replace('"Q"', '"ß"'))
+
+
+EDITS: dict[str, Callable[[Path], None]] = {
+    "head": edit_tensor("lm_head.weight"),
+    "config": edit_config,
+    "tokenizer": edit_tokenizer,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_another_run_and_nothing_of_it_is_in_the_cache(base, place, cache, tmp_path, edit):
+    other = Place(shutil.copytree(place.model, tmp_path / "model"), place.text)
+    folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
+    # Elsewhere, and unchanged: the same run.
+    same = other.search(folder, cache)
+    assert same.notes == [f"{folder} is finished; nothing was computed again."]
+    EDITS[edit](other.model)
+    with pytest.raises(ArtefactError, match=r"holds another run \(different model\)"):
+        other.search(folder, cache)
+    assert other.search(tmp_path / "other", cache).made == base[0].made
+
+
+def test_a_model_in_memory_is_hashed_before_it_is_changed(place, tmp_path):
+    progress = Recording()
+    session = place.session(progress)
+    before = digest_of(place.model)
+    search.search(session, Reporter(progress), resolve(SEARCH), tmp_path / "run", "x", None)
+    assert isinstance(session.loaded.model, PreTrainedModel)
+    assert session.model_digest == before
+    assert model_sha256(session.layers, session.loaded.tokenizer) != before
