@@ -171,7 +171,7 @@ def test_a_bad_option_is_refused_before_the_model_is_loaded(tiny, tmp_path, monk
     assert "exact" in capsys.readouterr().err
 
 
-def test_spans_measures_every_scaling_and_pricing(tiny, tmp_path, monkeypatch, capsys):
+def test_spans_measures_every_scaling_and_basis(tiny, tmp_path, monkeypatch, capsys):
     spans = script("spans")
     out = tmp_path / "out"
     command = ["--out", str(out), *tiny, "--budgets", "0.4", "--seeds", "0", "--set", "steps=2"]

@@ -41,7 +41,7 @@ def test_a_row_per_point_within_eighty_columns() -> None:
     ]
     # No footnote was folded.
     assert [line.split(":")[0] for line in lines[-4:]][::2] == ["predicted", "measured"]
-    assert "of candidates made from fits; nothing is refined" in lines[-1]
+    assert "of candidates made from anchors; nothing is refined" in lines[-1]
 
 
 def test_without_measurements_predictions_are_compared() -> None:
