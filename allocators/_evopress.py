@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from allocators._moves import LayerMoves, layers_of, settled
+from allocators._moves import LayerMoves, layers_of, spend_rest
 from allocators._trials import Trials
 from globalopt.protocols import Candidate
 from globalopt.values.budget import BYTES_PER_VALUE, Target
@@ -58,7 +58,7 @@ class Database:
     def targets(self, levels: Levels) -> dict[str, Target]:
         """Return the allocation of `levels`, with the rest that rounding leaves in bytes or under a pattern spent."""
         found = {name: self.levels[name][level] for name, level in levels.items()}
-        return settled(self.problem, self.layers, found)
+        return spend_rest(self.problem, self.layers, found)
 
     def mutate(self, levels: Levels, rng: random.Random) -> Levels:
         """A copy in which some random layers give up a level, and as many others take one."""

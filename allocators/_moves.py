@@ -51,7 +51,7 @@ def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str
     """
     layers = layers_of(problem)
     moved = layers[name].traded(targets[name], ranks, _slack(problem, targets))
-    return None if moved is None else settled(problem, layers, {**targets, name: moved})
+    return None if moved is None else spend_rest(problem, layers, {**targets, name: moved})
 
 
 def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
@@ -74,7 +74,7 @@ def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Ran
     if not trades:
         return None
     name, moved, _ = rng.choice(trades)
-    return settled(problem, layers, {**targets, name: moved})
+    return spend_rest(problem, layers, {**targets, name: moved})
 
 
 def guided(
@@ -115,7 +115,7 @@ def guided(
     swaps, all_trades = math.fsum(paired.values()), math.fsum(traded)
     if rng.random() * (swaps + all_trades) < all_trades:
         ((name, moved, _),) = rng.choices(trades, traded)
-        return settled(problem, layers, {**targets, name: moved})
+        return spend_rest(problem, layers, {**targets, name: moved})
     if swaps <= 0:
         return None
     (taker,) = rng.choices(list(paired), list(paired.values()))
@@ -284,7 +284,7 @@ def _slack(problem: Problem, targets: Targets) -> int:
     return problem.budget.limit - problem.used(targets)
 
 
-def settled(problem: Problem, layers: Mapping[str, LayerMoves], targets: dict[str, Target]) -> dict[str, Target]:
+def spend_rest(problem: Problem, layers: Mapping[str, LayerMoves], targets: dict[str, Target]) -> dict[str, Target]:
     """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
     while (slack := _slack(problem, targets)) > 0:
         grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
@@ -310,7 +310,7 @@ def _swap(
         grown = take.grown(targets[taker], freed)
         if grown != targets[taker]:
             left = freed + take.cost(targets[taker]) - take.cost(grown)
-            moved = settled(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
+            moved = spend_rest(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
             return None if moved == targets else moved
     return None
 

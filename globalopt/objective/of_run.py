@@ -66,7 +66,7 @@ class SearchObjective(RecordedObjective):
     >>> losses = objective.losses([candidate], chunks=[0])
     >>> losses.shape, objective.tokens, objective.candidates
     (torch.Size([1, 3]), 48, 'span')
-    >>> objective.facts(loss=float(losses.mean())).tokens
+    >>> objective.search_record(loss=float(losses.mean())).tokens
     48
     >>> objective.close()
     """
@@ -96,7 +96,7 @@ class SearchObjective(RecordedObjective):
         if self._model is not None:
             self._model.close()
 
-    def facts(self, loss: float) -> Search:
+    def search_record(self, loss: float) -> Search:
         """Return the metadata of the search and the tokens it spent; `loss` is that of the chosen allocation."""
         if not self._teacher.exists():
             self._prepared()

@@ -55,7 +55,7 @@ def opened(
     PosixPath('cache/spans')
     """
     home = cache or Cache(folder / WORK)
-    with Run.start(folder, identity, session.facts(command), fresh) as run, home.used():
+    with Run.start(folder, identity, session.metadata(command), fresh) as run, home.used():
 
         def at(addresses: Addresses) -> None:
             run.folders.update({stage: home.open(address, session.name) for stage, address in addresses.items()})

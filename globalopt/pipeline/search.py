@@ -95,9 +95,9 @@ def allocate(
     with true_loss(session, reporter, plan, analysis, problem) as objective:
         allocation = plan.allocator.allocate(problem, objective)
         loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
-        facts = objective.facts(loss)
+        searched = objective.search_record(loss)
         # Afterwards: it is none of the search's evaluations, and not paid from its tokens.
-        return Allocated(allocation.targets, allocation.bound, facts, outcome(flat, objective))
+        return Allocated(allocation.targets, allocation.bound, searched, outcome(flat, objective))
 
 
 def outcome(allocation: Allocation, objective: SearchObjective | None = None) -> Outcome:

@@ -118,7 +118,7 @@ class Session:
             "batch_size": self.text_options.batch_size,
         }
 
-    def facts(self, command: str) -> dict[str, Any]:
+    def metadata(self, command: str) -> dict[str, Any]:
         """What is recorded beside the identity: how to make the same run, or evaluate it, again."""
         return {
             "command": command,

@@ -88,7 +88,7 @@ def test_losses_are_those_of_the_candidates(layers, tmp_path, fits):
     model = ModelObjective(BlockRunner(layers, batches()))
     assert torch.equal(losses, model.losses_of([weights], [0, 1]))
     assert found.candidates == ("span" if fits is None else "anchors")
-    assert found.facts(0.5).top == model.top
+    assert found.search_record(0.5).top == model.top
 
 
 def test_masks_are_cut_from_the_span_whatever_the_candidates(layers, tmp_path):
@@ -109,7 +109,7 @@ def test_another_budget_is_answered_by_the_same_journal(layers, tmp_path):
     assert start.count == 1
     again = objective(start, second, tmp_path)
     assert torch.equal(again.losses([half(first)], [0, 1]), losses)
-    assert again.facts(0.5).tokens == WINDOWS * TOKENS
+    assert again.search_record(0.5).tokens == WINDOWS * TOKENS
     assert start.count == 1
     # Candidates of another kind are others, although their targets are the same.
     objective(start, second, tmp_path, fitted).losses([half(first)], [0, 1])
@@ -124,7 +124,7 @@ def test_the_metadata_of_the_predictions_are_made_again_where_they_are_lost(laye
     again = objective(start, problem, tmp_path)
     again.losses([half(problem)], [0])
     assert start.count == 0
-    assert again.facts(0.5).top > 0
+    assert again.search_record(0.5).top > 0
     assert start.count == 1
 
 
