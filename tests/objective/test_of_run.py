@@ -38,7 +38,7 @@ def posed(layers: ModelLayers, kept: float) -> Problem:
     return Problem(tuple(surfaces), Budget.fraction(kept, layers.specs), spans=spans.__getitem__)
 
 
-def fitted(surface: ErrorSurface) -> AnchoredLayer:
+def fitted(surface: ErrorSurface, weight: Tensor) -> AnchoredLayer:
     """Residuals that drop a part of every entry of a weight of ones."""
     spec = surface.spec
     anchors = tuple(Target(0, spec.numel * step // 4) for step in (1, 2, 3))
@@ -82,7 +82,7 @@ def test_losses_are_those_of_the_candidates(layers, tmp_path, fits):
     weights = {
         name: span_weight(problem.span(name), target)
         if fits is None
-        else fitted(surfaces[name]).weight(layers.weight(name), target)
+        else fitted(surfaces[name], layers.weight(name)).weight(layers.weight(name), target)
         for name, target in half(problem).items()
     }
     model = ModelObjective(BlockRunner(layers, batches()))
