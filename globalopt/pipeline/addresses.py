@@ -168,14 +168,12 @@ def compress_addresses(
         probe: cheap solver with which the error metrics of a layer are compared.
         pattern: the N:M pattern of every target of the budget, or None.
 
+    >>> from globalopt.pipeline.example import example_budget, example_plan, example_refinement, example_session
     >>> from globalopt.pipeline.plan import probe_solver
-    >>> from globalopt.pipeline.example import example_budget, example_plan, example_session
-    >>> session = example_session()
-    >>> file = example_budget(session)
-    >>> plan = example_plan()
-    >>> probe = probe_solver(plan.refinement.solver.outputs)
-    >>> addresses = compress_addresses(session, plan.refinement, file, probe, pattern=None)
-    >>> addresses[Stage.GRAMS] == search_addresses(session, plan)[Stage.GRAMS]
+    >>> session, plan = example_session(), example_refinement()
+    >>> probe = probe_solver(plan.solver.outputs)
+    >>> addresses = compress_addresses(session, plan, example_budget(session), probe, pattern=None)
+    >>> addresses[Stage.GRAMS] == search_addresses(session, example_plan())[Stage.GRAMS]
     True
     """
     data = _data(session)

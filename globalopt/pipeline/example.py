@@ -15,7 +15,7 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.pipeline.live import live_session
 from globalopt.pipeline.options import RefineOptions, SearchOptions, TextOptions
-from globalopt.pipeline.plan import SearchPlan, resolve
+from globalopt.pipeline.plan import RefinementPlan, SearchPlan, resolve, resolve_refinement
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session
 from globalopt.reference.tiny import tiny_llama
@@ -23,6 +23,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import ErrorUnit
 from reports import QuietProgress
+from solvers import get_solver
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz.,"
 """The tokens, one character each, of `example_tokenizer`."""
@@ -95,6 +96,15 @@ def example_plan(budget: float = 0.5, refining: RefineOptions | None = None, **o
     (0.3, 'uniform', 'wanda')
     """
     return resolve(SearchOptions(budget, **{"allocator": "uniform", "solver": "wanda", **options}), refining)
+
+
+def example_refinement(solver: str = "wanda") -> RefinementPlan:
+    """Resolve the plan of a refinement by a named solver, without matching.
+
+    >>> example_refinement("sparsegpt").matching is None
+    True
+    """
+    return resolve_refinement(RefineOptions(), get_solver(solver), fisher=True, seed=0)
 
 
 def example_budget(session: Session, kept: float = 0.5) -> BudgetFile:
