@@ -52,7 +52,7 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> session = example_session()
-    >>> with Run.start(Path("run"), {}, {}) as run:
+    >>> with Run.start(Path("analysed"), {}, {}) as run:
     ...     _ = analyse(session, example_reporter(), example_plan().analysis, run)
     ...     surface = run.get(PREDICTION, session.layers.specs[0]).surface
     >>> [(target.nnz, error > 0) for target, error in zip(surface.targets, surface.error)][:2]
@@ -127,7 +127,7 @@ def collect_output_grams(
     >>> from globalopt.pipeline.example import example_reporter, example_session
     >>> session = example_session()
     >>> spec = session.layers.specs[0]
-    >>> with Run.start(Path("run"), {}, {}) as run:
+    >>> with Run.start(Path("labels"), {}, {}) as run:
     ...     collect_output_grams(session, example_reporter(), run, Stage.LABELS, [spec], seed=0)
     ...     run.get(OUTPUT_GRAM, spec).matrix.shape
     torch.Size([16, 16])
@@ -151,7 +151,7 @@ def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis
     >>> from solvers import get_solver
     >>> session, reporter = example_session(), example_reporter()
     >>> specs = session.layers.specs
-    >>> with Run.start(Path("run"), {}, {}) as run:
+    >>> with Run.start(Path("metrics"), {}, {}) as run:
     ...     collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, specs, seed=0)
     ...     analysis = LayerAnalysis(session.layers, run, weighted=True)
     ...     choose_metrics(session, reporter, analysis, get_solver("3basil", {"steps": "2", "outputs": "rows"}))

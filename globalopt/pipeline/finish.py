@@ -179,14 +179,14 @@ def match_whole(
     Args:
         run: with the refined layers.
         targets: by layer.
-        seed: of the order of the windows.
+        seed: of the training.
 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_budget, example_refinement, example_reporter, example_session
     >>> session, reporter = example_session(), example_reporter()
     >>> file = example_budget(session)
     >>> targets = dict(file.allocation.targets)
-    >>> with Run.start(Path("run"), {}, {}) as run:
+    >>> with Run.start(Path("matched"), {}, {}) as run:
     ...     _ = finish(session, reporter, run, example_refinement(), file, "globalopt compress")
     ...     match_whole(session, reporter, run, Distillation(epochs=1), targets, seed=0)
     ...     run.get(MATCHED_MODEL, None).values[session.layers.specs[0].name].nnz
