@@ -1,8 +1,9 @@
 """Estimate the parameters, coverage, memory, disk space and time of a run before it is started.
 
 No weights are loaded and nothing is written: the estimate uses the model's config (its layers are found with zeros for
-weights) and two timings on this machine, of a matrix product and of the solver on one small layer. With T calibration tokens, L blocks, hidden
-size h, b bytes per value computed with, vocabulary V, and P parameters of which P_out lie outside the blocks:
+weights) and two timings on this machine, of a matrix product and of the solver on one small layer. With T calibration
+tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which P_out lie outside
+the blocks:
 
     peak    = this process now + weights + hidden states + the largest of the stages
     weights = 3 b P if the model fits in memory (the changed model, the original, the saved one); else b times the

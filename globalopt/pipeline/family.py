@@ -166,7 +166,7 @@ def family_identity(session: Session, plan: SearchPlan, budgets: Sequence[float]
 def _reached(
     plan: SearchPlan, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
 ) -> Mapping[float, Budget]:
-    """Return the budgets by fraction, ascending; those below the pattern's cost are left out, or raise `BudgetError`."""
+    """Return the budgets by fraction, ascending; leave out, or refuse, those too small for the pattern."""
     reached = {}
     for kept in sorted(budgets):
         budget = replace(plan.rule, kept=kept).of(specs)

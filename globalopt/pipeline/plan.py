@@ -98,7 +98,7 @@ class AnalysisPlan:
 
     @property
     def single_layer_losses(self) -> bool:
-        """Tell whether single-layer losses are computed for small anchors; targets with a pattern keep more than these."""
+        """Tell whether single-layer losses of small anchors are computed; a pattern keeps more than these anchors."""
         return self.anchors and self.fisher and self.pattern is None
 
     @property
