@@ -38,7 +38,7 @@ class Residuals:
 
     @property
     def anchors(self) -> tuple[Target, ...]:
-        """The anchors of all rows, one after the other."""
+        """List the anchors of all rows, one after the other."""
         return tuple(anchor for row in self.rows for anchor in row)
 
     def at(self, anchor: Target) -> Tensor:

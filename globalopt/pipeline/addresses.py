@@ -236,6 +236,7 @@ def algorithms(stages: Iterable[Stage] = tuple(VERSIONS)) -> dict[str, int]:
 
 
 def _address(stage: Stage, inputs: Mapping[str, Any]) -> Address:
+    """Make the address of a stage from its inputs and the version of its algorithm."""
     return Address(stage, VERSIONS[stage], inputs)
 
 
@@ -258,17 +259,21 @@ def _method(probe: Solver, pattern: NM | None, limits: Limits) -> dict[str, Any]
 
 
 def _grams(data: Mapping[str, Any]) -> Address:
+    """Compute the address of the input Grams."""
     return _address(Stage.GRAMS, data)
 
 
 def _metrics(grams: Address, labels: Address, method: Mapping[str, Any]) -> Address:
+    """Compute the address of the choices of error metrics."""
     inputs = {"grams": grams.digest, "labels": labels.digest, **method}
     return _address(Stage.METRICS, inputs)
 
 
 def _labels(data: Mapping[str, Any], seed: int) -> Address:
+    """Compute the address of the output Grams of labels sampled with a seed."""
     return _address(Stage.LABELS, {**data, "seed": seed})
 
 
 def _digest(found: Addresses, stage: Stage) -> str | None:
+    """Return the hash of a stage's address, or None if the job does not have the stage."""
     return found[stage].digest if stage in found else None

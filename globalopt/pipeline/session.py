@@ -223,8 +223,8 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
 def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
     """Return the arguments of `make_splits` for a model: number, length and seed of windows.
 
-    >>> loaded = load_from(str(reference_folder()), ModelOptions())
-    >>> sizes(loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
+    >>> from globalopt.pipeline.example import example_session
+    >>> sizes(example_session().loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
     4
     """
     return {
