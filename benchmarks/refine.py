@@ -33,7 +33,7 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.pipeline import compress
 from globalopt.pipeline.addresses import search_addresses
-from globalopt.pipeline.options import AS_FITTED, RefineOptions, SearchOptions
+from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, resolve, resolve_refinement
 from globalopt.pipeline.reuse import opened
 from globalopt.pipeline.search import allocated, budget_of, search_identity
@@ -93,7 +93,7 @@ class Rung:
     label: str
     baseline: str
     solver: Solver
-    refining: RefineOptions = AS_FITTED
+    refining: RefineOptions = RefineOptions()
     searched: bool = False
 
 

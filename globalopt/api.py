@@ -1,4 +1,4 @@
-"""Search and compress from Python, on a model that is in memory: `globalopt.search`, `globalopt.compress`."""
+"""Search and compress a model that is in memory, from Python: `globalopt.search`, `globalopt.compress`."""
 
 from __future__ import annotations
 
@@ -33,19 +33,28 @@ from reports import make_progress, render
 from solvers import get_solver
 
 MATCH_BLOCKS = RefineOptions(match="block")
+"""Refinement with block matching, the default."""
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A compressed model, and how it came about.
+    """Hold a compressed model, its layers, its budget and its evaluation.
 
     Args:
-        model: an ordinary model whose layers are the sums of their parts, in the type and on the device of the dense
-            one.
-        layers: the parts of every compressed layer, by name, as saved.
-        budget: what `compress` takes again, and what `budget_file.write` makes a file of.
-        summary: what was measured.
-        folder: the run folder, which every command reads; None where none was asked for.
+        model: an ordinary model whose weights are the dense sums of the parts, in the type and on the device of the
+            dense model.
+        layers: sparse part and factors of every compressed layer, by name, as saved.
+        budget: the targets of all layers; `compress` accepts it, and `budget_file.write` saves it.
+        summary: perplexities, KL divergences, and errors and costs of layers.
+        folder: the run folder, which every command reads; None if `out` was not given.
+
+    >>> from globalopt.pipeline.example import example_text, example_tokenizer
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> sizes = {"nsamples": 4, "seqlen": 16, "eval_windows": 2, "progress": False}
+    >>> method = {"solver": "wanda", "allocator": "uniform", "refining": RefineOptions()}
+    >>> found = search(tiny_llama(), example_tokenizer(), example_text(), budget=0.25, **method, **sizes)
+    >>> sum(layer.nnz for layer in found.layers.values()), found.allocation.used
+    (1088, 1088)
     """
 
     model: PreTrainedModel
@@ -56,11 +65,11 @@ class Compressed:
 
     @property
     def allocation(self) -> Allocation:
-        """The target of every layer."""
+        """Return the target of every layer."""
         return self.budget.allocation
 
     def show(self, verbose: bool = False) -> None:
-        """Print what the commands print after a run."""
+        """Print the tables that the commands print after a run."""
         render(self.summary, Console(), verbose)
 
 
@@ -92,25 +101,35 @@ def search(
     cache: bool | str | Path = True,
     progress: bool | Progress = True,
 ) -> Compressed:
-    """Span, allocate, refine and evaluate: what `globalopt search` does, on a copy of `model`, which is not changed.
+    """Search an allocation for a copy of `model`, and compress the copy to it, as `globalopt search` does.
 
     Args:
-        model: a causal language model of transformers, whole on one device.
-        text: to calibrate and search on: documents as strings, or a file, a folder or a hub data set by name.
+        model: a causal language model of transformers, on one device; it is not changed.
+        text: text of calibration and search: documents as strings, or the name of a file, a folder or a hub data set.
         budget: fraction kept of the compressible layers, in (0, 1].
         eval_text: the test split; without it a part of `text` is held out.
-        allocator: by name, with `allocator_options`, or one of your own: a frozen dataclass, whose fields and source
-            tell runs apart.
-        solver: by name, with `solver_options`.
+        allocator: a name, with `allocator_options`, or an object of your own: a frozen dataclass, whose fields and
+            source are recorded so that runs can be told apart.
+        solver: a name, with `solver_options`.
         accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, nsamples, seqlen, eval_windows,
             batch_size, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; `RefineOptions()` matches nothing.
-        out: run folder, in which a run that was stopped goes on; without it nothing stays on the disk.
+        out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
-        cache: of artefacts that runs share: True is beside `out`, False shares nothing, a path is a folder.
-        progress: on stderr, or to a display of your own.
+        cache: artefacts that runs share: True is a folder beside `out`, False shares nothing, a path is a folder.
+        progress: True shows progress on stderr, False shows nothing; or a display of your own.
     Raises:
-        GlobalOptError: one of its kinds, saying what was wrong and what to do.
+        GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
+
+    >>> from globalopt.pipeline.example import example_text, example_tokenizer
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> sizes = {"nsamples": 4, "seqlen": 16, "eval_windows": 2, "progress": False}
+    >>> method = {"solver": "sparsegpt", "allocator": "knapsack", "refining": RefineOptions()}
+    >>> found = search(tiny_llama(), example_tokenizer(), example_text(), budget=0.5, **method, **sizes)
+    >>> found.summary.used / found.summary.total, found.summary.solver
+    (0.5, 'sparsegpt')
+    >>> found.model.generate(**example_tokenizer()("a", return_tensors="pt"), max_new_tokens=3).shape
+    torch.Size([1, 4])
     """
     own = None if isinstance(allocator, str) else allocator
     options = SearchOptions(
@@ -157,15 +176,26 @@ def compress(
     cache: bool | str | Path = True,
     progress: bool | Progress = True,
 ) -> Compressed:
-    """Refine a found budget: what `globalopt compress` does, on a copy of `model`, which is not changed.
+    """Compress a copy of `model` to an existing budget, as `globalopt compress` does.
 
     Args:
-        budget: a budget file, or what `search` returned as `Compressed.budget`.
-        solver: by name, with `solver_options`, or one of your own: a frozen dataclass, whose fields and source tell
-            runs apart.
-        the others: as of `search`.
+        budget: path of a budget file, or `Compressed.budget` as `search` returns it.
+        solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
+            are recorded so that runs can be told apart.
+        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, seed,
+            out, fresh, cache, progress: as in `search`.
     Raises:
-        GlobalOptError: one of its kinds, saying what was wrong and what to do.
+        GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
+
+    >>> from globalopt.pipeline.example import example_text, example_tokenizer
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model, tokenizer, text = tiny_llama(), example_tokenizer(), example_text()
+    >>> sizes = {"nsamples": 4, "seqlen": 16, "eval_windows": 2, "progress": False}
+    >>> method = {"solver": "wanda", "refining": RefineOptions()}
+    >>> first = search(model, tokenizer, text, budget=0.5, allocator="uniform", **method, **sizes)
+    >>> again = compress(model, tokenizer, text, first.budget, **method, **sizes)
+    >>> again.summary.used == first.summary.used
+    True
     """
     source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
     file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
@@ -183,18 +213,19 @@ def compress(
 
 
 def _cache(folder: Path, wanted: bool | str | Path) -> Cache | None:
-    """The cache of artefacts: beside the run folder, in a folder of its own, or None for the run's own."""
+    """Open the artefact cache: beside the run folder or in a given one; None is a folder of the run."""
     if isinstance(wanted, bool):
         return Cache.beside(folder) if wanted else None
     return Cache(Path(wanted))
 
 
 def _texts(options: Mapping[str, Any] | None) -> dict[str, str]:
-    """Options as the tables take them: the texts that the command line would be given."""
+    """Convert option values to text, as the command line gives them to solvers and allocators."""
     return {name: str(value) for name, value in (options or {}).items()}
 
 
 def _progress(wanted: bool | Progress) -> Progress:
+    """Return the display: on stderr, none, or the caller's."""
     if isinstance(wanted, bool):
         return make_progress(Console(stderr=True), quiet=not wanted)
     return wanted
@@ -202,7 +233,7 @@ def _progress(wanted: bool | Progress) -> Progress:
 
 @contextlib.contextmanager
 def _folder(out: str | Path | None) -> Iterator[Path]:
-    """The run folder, or one that is gone afterwards."""
+    """Yield the run folder, or a temporary one."""
     if out is not None:
         yield Path(out)
         return
@@ -211,7 +242,7 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
 
 
 def _compressed(session: Session, summary: Summary, run: Run, out: str | Path | None) -> Compressed:
-    """What a finished run holds, in memory."""
+    """Load the results of a finished run into memory."""
     stored = str(session.loaded.checkpoint_dtype).removeprefix("torch.")
     model = load_model(run.model_folder, stored, str(session.loaded.device), lazily=False).model
     model.config.name_or_path = session.name if out is None else str(run.model_folder)

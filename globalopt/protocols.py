@@ -132,11 +132,11 @@ Candidate = Mapping[str, Target | Mask]
 
 
 class Objective(Protocol):
-    """The loss of a model whose layers are replaced: all that an allocator may evaluate on the model.
+    """Evaluate the loss of a model whose layers are replaced by candidates; the only access of allocators to the model.
 
-    A loss is the mean over a window of KL(dense || candidate) in nats per token, on text that nothing was fitted to.
-    Windows come in `chunks`; candidates that are evaluated on the same chunks can be compared window by window.
-    Evaluating the same candidate on the same chunk again costs nothing.
+    A loss is the mean over a window of KL(dense || candidate) in nats per token, on the selection text, which is not
+    the text of calibration. Windows are grouped in chunks; candidates that are evaluated on the same chunks can be
+    compared window by window. Evaluating the same candidate on the same chunk again costs nothing.
 
     >>> from allocators.example import ExampleObjective, example_problem  # an objective that needs no model
     >>> problem = example_problem()
@@ -150,31 +150,37 @@ class Objective(Protocol):
 
     @property
     def chunks(self) -> int:
-        """The number of chunks of windows."""
+        """Return the number of chunks."""
         ...
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of the largest chunk: the most that evaluating one candidate on one chunk costs."""
+        """Return the tokens of the largest chunk, the most that evaluating one candidate on one chunk costs."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Tokens spent so far, one for each token of a chunk and each candidate."""
+        """Return the tokens spent so far, one per token of a chunk and per candidate."""
         ...
 
     @property
     def limit(self) -> int:
-        """Tokens that may be spent in all; an allocator stops before it would spend more."""
+        """Return the tokens that may be spent in all; an allocator stops before it would spend more."""
         ...
 
     def losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
-        """Compute the losses: (candidates, windows of the chunks) float64, windows in the order of `chunks`."""
+        """Compute the losses of candidates on chunks, in nats per token.
+
+        Returns:
+            (candidates, windows of the chunks) float64, windows in the order of `chunks`.
+        """
         ...
 
 
 class Allocator(Protocol):
-    """Chooses one target per layer of a problem, within its budget. A frozen dataclass of hyper-parameters.
+    """Choose one target per layer of a problem, within its budget.
+
+    An allocator is a frozen dataclass whose fields are its hyper-parameters.
 
     >>> from dataclasses import dataclass
     >>> from allocators.example import example_problem
@@ -194,7 +200,7 @@ class Allocator(Protocol):
     """
 
     name: ClassVar[str]
-    """As in the table of allocators and in budget files."""
+    """The name by which it is chosen, and which budget files record."""
 
     paper: ClassVar[str]
     """The source, "arXiv:..." or "doi:...", or empty."""
@@ -212,12 +218,26 @@ class Allocator(Protocol):
 
 
 class Progress(Protocol):
-    """Where a long stage says how far it is; the command line shows it live or as log lines."""
+    """Display the progress of long stages; the command line shows it live or as log lines.
+
+    >>> import contextlib
+    >>> class Printed:
+    ...     @contextlib.contextmanager
+    ...     def stage(self, name, total, unit):
+    ...         yield lambda detail: print(f"{name}: {detail}, one of {total} {unit}")
+    ...
+    ...     def note(self, text):
+    ...         print(text)
+    >>> display: Progress = Printed()
+    >>> with display.stage("refine", 2, "layers") as advance:
+    ...     advance("q_proj")
+    refine: q_proj, one of 2 layers
+    """
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[str], None]]:
         """Open a stage of `total` units; calling the returned function with a detail advances it by one."""
         ...
 
     def note(self, text: str) -> None:
-        """Say one line that stays."""
+        """Show one line that stays on the display."""
         ...

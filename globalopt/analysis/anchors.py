@@ -1,4 +1,4 @@
-"""Solve every layer at its anchors with the probe solver, and a few layers with the real one beside it."""
+"""Solve every layer at its anchors with the probe solver, and a few layers with the solver of the refinement too."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def solve_anchors(
 ) -> None:
     """Solve the layers `specs` at their anchors, one path of targets per layer, and write the solutions.
 
+    Args:
+        analysis: with the Grams and spans of these layers.
+        probe: the probe solver.
+        advance: called with the name of each layer that is done.
+
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import span_layers
     >>> from globalopt.models.layers import find_layers
@@ -41,8 +46,9 @@ def solve_anchors(
     >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
     >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
     >>> solve_anchors(analysis, layers.specs[:1], get_solver("3basil", {"steps": "5"}))
-    >>> len(analysis.work.get(ANCHORS, layers.specs[0]).anchors)
-    8
+    >>> found = analysis.work.get(ANCHORS, layers.specs[0])
+    >>> [(value.rank, value.nnz) for value in found.values]
+    [(0, 20), (0, 51), (0, 102), (0, 179), (1, 147)]
     """
     for spec in specs:
         rows = analysis.options(spec).anchors
@@ -59,12 +65,34 @@ def compare_solvers(
     budget: Budget,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Solve the layers `specs` at their anchors with the real solver too, and write the solver gaps.
+    """Solve the layers `specs` at their anchors with the solver of the refinement too, and write the solver gaps.
 
     Args:
         analysis: with the anchor solutions of these layers.
         specs: one layer of every kind; see `sampled`.
-        budget: of the model; what the solver lacks is converted at its cost.
+        solver: solver of the refinement.
+        budget: gives the cost at which parts that the solver lacks are converted into others.
+        advance: called with the name of each layer that is done.
+    Raises:
+        GlobalOptError: what the solver raises, with the name of the layer.
+
+    >>> import torch
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> from solvers import get_solver
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> analysis, first = LayerAnalysis(layers, Workspace(Path("gaps"))), layers.specs[:1]
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    >>> solve_anchors(analysis, first, get_solver("3basil", {"steps": "20"}))
+    >>> compare_solvers(analysis, first, get_solver("wanda"), Budget.fraction(1.0, layers.specs))
+    >>> gaps = analysis.work.get(SOLVER_GAP, first[0])  # Wanda moves no weight that it keeps
+    >>> all(gap > 1 for gap in gaps.values())
+    True
     """
     for spec in specs:
         weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)

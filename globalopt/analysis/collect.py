@@ -35,13 +35,18 @@ def span_layers(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> list[list[Tensor]]:
-    """Write the Gram of every site, and the span, spectra and profile of every layer, where they are not there yet.
+    """Compute the Gram of every site, and the span, spectra and profile of every layer, where they are missing.
 
     Args:
-        scaling: of the spans; `output` reads output Grams that are there already (`write_output_grams`).
+        runner: of the dense model, on the calibration text.
+        work: where they are written.
+        scaling: of the spans; `output` needs the output Grams that `write_output_grams` writes.
+        keep_inputs: whether hidden states are returned.
+        device: where a block is moved for its turn; None leaves it.
+        advance: called with the name of each layer that is done.
     Returns:
-        With `keep_inputs`: hidden states per block and batch, and once more behind the last block, what
-        `backward_sweep` starts from. Else nothing is held.
+        With `keep_inputs`: hidden states per block and batch, and once more after the last block, for
+        `backward_sweep`. Otherwise an empty list.
 
     >>> from pathlib import Path
     >>> from globalopt.models.layers import find_layers
@@ -77,7 +82,7 @@ def span_layers(
 
 
 def _grams(visit: BlockVisit, work: Workspace) -> dict[str, Gram]:
-    """The Grams of a block's sites: read where all are there, else collected and written."""
+    """Read the Grams of a block's sites, or compute and write them where some are missing."""
     sites = list(dict.fromkeys(spec.site for spec in visit.specs))
     if not work.missing(GRAM, sites):
         return {site: work.get(GRAM, site) for site in sites}
@@ -88,7 +93,7 @@ def _grams(visit: BlockVisit, work: Workspace) -> dict[str, Gram]:
 
 
 def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:
-    """What goes into a block, batch by batch; of the last one also what comes out."""
+    """Return the input hidden states of a block by batch, and for the last block its outputs too."""
     last = visit.index + 1 == len(layers.blocks)
     return [visit.inputs, visit.outputs()] if last else [visit.inputs]
 
@@ -102,11 +107,16 @@ def write_output_grams(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Write the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep.
+    """Compute the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep, and write them.
+
+    `A` is the second moment, per token, of the gradients of `log p(y)` at the outputs, with labels `y` sampled from
+    the model's own predictions.
 
     Args:
-        stage: in which the output Grams are kept.
+        stage: the stage that they belong to.
         seed: of the labels.
+        device: where a block is moved for its turn; None leaves it.
+        advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
     >>> from globalopt.models.layers import find_layers

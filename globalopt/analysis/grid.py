@@ -1,4 +1,4 @@
-"""The grid of (rank, nonzeros) options of a layer, and the anchors among them that are fitted."""
+"""List the (rank, nonzeros) options of a layer, and the anchors: the targets at which it is solved in the analysis."""
 
 from __future__ import annotations
 
@@ -19,23 +19,32 @@ PATTERN_LEVELS = 24
 """Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
 
 ANCHOR_KEPT = (0.08, 0.2, 0.4, 0.7)
+"""Fractions kept by the anchors of a layer."""
 
 ANCHOR_SHARES = (0.0, 0.25)
-"""Kept fractions and rank shares at which a layer is really fitted to calibrate its surface."""
+"""Shares of rank in what the anchors of a layer keep."""
 
 LEAST_KEPT = 0.05
+"""Smallest fraction kept of an option for which anchor solutions still set the level of predictions."""
 
 LARGEST_SHARE = 0.3
-"""Where the calibration still holds; of what lies outside, only the dense and the zero option are offered."""
+"""Largest share of rank of such an option. Beyond these limits only the dense and the zero option are offered."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The `(rank, nnz)` grid of one layer, grouped by rank.
+    """Hold the `(rank, nnz)` options of one layer, grouped by rank.
 
     Args:
+        pattern: N:M pattern of `S`, or None.
         rows: per rank, the nonzero counts offered with it, ascending.
         bucket: the spacing of the counts.
+
+    >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
+    >>> [(rank, len(counts)) for rank, counts in options.rows]
+    [(0, 62), (1, 57), (2, 50), (3, 44), (5, 30), (8, 10)]
+    >>> [(target.rank, target.nnz) for target in options.anchors[1]]
+    [(1, 691), (3, 1254), (5, 2227)]
     """
 
     spec: LayerSpec
@@ -45,20 +54,21 @@ class Options:
 
     @classmethod
     def of(cls, spec: LayerSpec, max_rank: int, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> Options:
-        """The default grid: dense and zero included for unstructured `S`; with a pattern only the rank is free.
+        """Make the default options of a layer.
 
-        Without sparse parts there are ranks alone, and the dense layer. Options that cost more parameters than the
-        dense layer are left out.
+        For unstructured `S` they include the dense and the zero option. With a pattern only the rank varies. Without
+        sparse parts there are ranks alone, and the dense layer. Options that cost more parameters than the dense layer
+        are left out.
 
         Args:
-            max_rank: the largest rank the span offers.
+            max_rank: the largest rank of the span.
             limits: every option is within them.
         """
         per_rank = spec.d_out + spec.d_in
         bucket = -(-spec.numel // NNZ_LEVELS)
         if pattern is not None or not limits.sparse:
             nnz = pattern.nnz(spec) if pattern is not None else 0
-            # What costs as much as the dense layer is no option beside it.
+            # An option that costs as much as the dense layer is never better than it.
             most = limits.floor(min(max_rank, (spec.numel - (nnz or 1)) // per_rank))
             ranks = sorted({limits.floor(round(most * i / PATTERN_LEVELS)) for i in range(PATTERN_LEVELS + 1)})
             if pattern is None:
@@ -72,16 +82,17 @@ class Options:
 
     @property
     def factors(self) -> bool:
-        """Whether ranks alone are offered."""
+        """Tell whether all options but the dense and the zero one are ranks without nonzeros."""
         return self.pattern is None and not any(count % self.spec.numel for _, row in self.rows for count in row)
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """List all options, row by row."""
         return tuple(Target(rank, nnz, self.pattern) for rank, counts in self.rows for nnz in counts)
 
     @property
     def anchors(self) -> tuple[tuple[Target, ...], ...]:
-        """Targets worth a real fit, in rows of equal rank share, ascending in what they keep."""
+        """List the targets at which the layer is solved, in rows of equal rank share, ascending in what they keep."""
         if self.pattern is not None:
             ranks = [rank for rank, _ in self.rows]
             picked = sorted({ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)})
@@ -98,7 +109,7 @@ class Options:
         return tuple(rows)
 
     def sharing(self, kept: float, share: float) -> Target:
-        """The target that keeps a fraction `kept`, of it `share` as rank, as far as a whole rank on offer allows."""
+        """Return the target that keeps a fraction `kept`, of it `share` as rank, rounded down to an offered rank."""
         per_rank = self.spec.d_out + self.spec.d_in
         rank = min(self.rows[-1][0], int(share * kept * self.spec.numel / per_rank))
         return Target(rank, int(kept * self.spec.numel) - rank * per_rank)
@@ -106,19 +117,24 @@ class Options:
 
 @dataclass(frozen=True)
 class AnchorValues:
-    """Values known at the anchors of a layer: linear in the kept fraction along a row, in the rank share between rows.
+    """Interpolate values that are known at the anchors of a layer.
 
-    Outside of them they are constant.
+    The interpolation is linear in the kept fraction along a row and in the rank share between rows, and constant
+    outside of them.
 
     Args:
         rows: per row, ascending, its rank share, the kept fractions and the values there.
+
+    >>> values = AnchorValues(((0.0, (0.2, 0.4), (1.0, 2.0)),))
+    >>> round(values.at(Target(0, 30), LayerSpec("up", 0, "in", "up", 10, 10)), 3)
+    1.5
     """
 
     rows: tuple[tuple[float, tuple[float, ...], tuple[float, ...]], ...]
 
     @classmethod
     def of(cls, options: Options, values: Mapping[Target, float]) -> AnchorValues:
-        """From values by anchor; anchors without one are left out."""
+        """Make it from values by anchor; anchors without a value are left out."""
         spec, rows = options.spec, []
         for row in options.anchors:
             known = [anchor for anchor in row if anchor in values]
@@ -129,13 +145,14 @@ class AnchorValues:
         return cls(tuple(rows))
 
     def at(self, target: Target, spec: LayerSpec) -> float:
-        """The value at any target of a layer, of this one or another; there must be a row."""
+        """Interpolate the value at a target of this or another layer; there must be a row."""
         kept = target.params(spec) / spec.numel
         values = [interpolate(xs, ys, kept) for _, xs, ys in self.rows]
         return interpolate([share for share, _, _ in self.rows], values, target.rank_share(spec))
 
 
 def _offered(target: Target, spec: LayerSpec) -> bool:
+    """Tell whether a target is an option of a layer with unstructured `S`."""
     params = target.params(spec)
     if target in (Target.dense(spec), Target.zero()):
         return True

@@ -1,4 +1,4 @@
-"""What every stage of the analysis reads of a layer: its options, the metric it is solved in, its anchor residuals."""
+"""Read the analysis of a layer from artefacts: its options, its error metric, the residuals of its anchor solutions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 
 PROBE_OUTPUT_GRAM = OUTPUT_GRAM.during(Stage.PROBE_LABELS)
-"""The output Gram in which probe solutions are found: of other labels than those that predict their losses."""
+"""The output Gram of the metric of probe solutions, from other labels than those that predict their losses."""
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """Hold `W - S - L` of the anchor solutions of one layer, scaled to what the real solver is expected to leave.
+    """Hold `W - S - L` of the anchor solutions of one layer, scaled by the root of the solver gap.
 
     Args:
         rows: the anchors, in rows of equal rank share.
@@ -38,11 +38,11 @@ class Residuals:
 
     @property
     def anchors(self) -> tuple[Target, ...]:
-        """The anchors of all rows, one after the other."""
+        """List the anchors of all rows, one after the other."""
         return tuple(anchor for row in self.rows for anchor in row)
 
     def at(self, anchor: Target) -> Tensor:
-        """(d_out, d_in) float32 of one anchor."""
+        """Return the residual of one anchor, (d_out, d_in) float32."""
         return self.tensor[self.anchors.index(anchor)].float()
 
 
@@ -52,10 +52,10 @@ class LayerAnalysis:
 
     Args:
         layers: of the dense model.
-        work: artefacts.
-        pattern: of `S`, or None.
+        work: folder of the artefacts.
+        pattern: N:M pattern of `S`, or None.
         limits: every option of a layer is within them.
-        weighted: whether layers are solved in their output Grams too, where `METRIC_CHOICE` prefers that.
+        weighted: whether the error metric of a layer has its output Gram where `METRIC_CHOICE` says so.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
@@ -72,30 +72,30 @@ class LayerAnalysis:
     weighted: bool = False
 
     def options(self, spec: LayerSpec) -> Options:
-        """The grid of options of a layer."""
+        """List the options of a layer."""
         return Options.of(spec, self.work.get(SPAN, spec).max_rank, self.pattern, self.limits)
 
     def output_gram(self, spec: LayerSpec) -> Gram | None:
-        """The output Gram that the layer is solved in, or None where its input Gram alone is better."""
+        """Read the output Gram of a layer's error metric, or None where the metric has the input Gram alone."""
         if not self.weighted or not self.work.get(METRIC_CHOICE, spec).uses_output_gram:
             return None
         return self.work.get(PROBE_OUTPUT_GRAM, spec)
 
     def metric(self, spec: LayerSpec) -> Metric:
-        """The metric that the layer is solved in, on the layer's device."""
+        """Read the error metric in which a layer is solved, on the layer's device."""
         device, outputs = self.layers.device_of(spec.block), self.output_gram(spec)
         return Metric(self.work.get(GRAM, spec.site).to(device), outputs and outputs.to(device))
 
     def solved_anchors(self, spec: LayerSpec) -> bool:
-        """Whether there are anchor solutions of the layer."""
+        """Tell whether there are anchor solutions of the layer."""
         return self.work.has(ANCHORS, spec)
 
     def residuals(self, spec: LayerSpec, weight: Tensor, gap: SolverGap = NO_GAP) -> Residuals:
-        """The residuals of a layer's anchor solutions.
+        """Compute the residuals of a layer's anchor solutions.
 
         Args:
             weight: (d_out, d_in) float32, the dense weight.
-            gap: errors are multiplied by it, so residuals by its root.
+            gap: errors, which are quadratic, are multiplied by it, so residuals are multiplied by its root.
         """
         solutions = self.work.get(ANCHORS, spec)
         found = weight.new_empty(len(solutions.values), *weight.shape, dtype=torch.bfloat16)
@@ -106,7 +106,7 @@ class LayerAnalysis:
 
 
 def read_gap(analysis: LayerAnalysis) -> SolverGap:
-    """Read the solver gap of the sampled layers; there is none where no solvers were compared.
+    """Read the solver gaps of the sampled layers; `NO_GAP` where no solvers were compared.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama

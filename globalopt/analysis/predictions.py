@@ -1,4 +1,4 @@
-"""Predict the loss of every option of every layer: from gradients, or from Grams alone, with what was measured."""
+"""Predict the loss of every option of every layer, from gradients or from input Grams alone."""
 
 from __future__ import annotations
 
@@ -31,17 +31,37 @@ def predict_by_fisher(
     device: torch.device | None = None,
     behind: Callable[[int, Gram], None] = lambda block, output_gram: None,
 ) -> Iterator[tuple[LayerSpec, Prediction, Gram]]:
-    """Predict losses in nats per token by the block-diagonal Fisher, and collect output Grams, last block first.
+    """Predict losses in nats per token by the block-diagonal Fisher, and compute output Grams, last block first.
 
-    Where there are anchor solutions they set the level of the predictions, and single-layer losses, where these were
-    measured, set it in their place; otherwise the errors of the span stay as they are.
+    The level of the predictions comes from single-layer losses where these were computed, else from the predicted
+    losses of anchor solutions where there are any, else from the errors of the span.
 
     Args:
+        analysis: with Grams, spans and, where they were computed, anchor solutions, gaps and single-layer losses.
+        runner: of the dense model, on the calibration text.
         inputs: hidden states, as `span_layers` returns them.
         specs: the layers to predict.
-        seed: of the labels. Anchor solutions in output Grams should be of other labels: a solution that minimises an
-            error in the gradients of some labels looks too good when the same labels predict its loss.
+        seed: of the labels. Output Grams of the anchor solutions' metric should be of other labels: a solution that
+            minimises an error in the gradients of some labels looks too good when the same labels predict its loss.
+        device: where a block is moved for its turn; None leaves it.
         behind: called per block with the output Gram of the hidden states that leave it.
+    Yields:
+        A layer, its prediction, and its output Gram.
+
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> analysis = LayerAnalysis(layers, Workspace(Path("work")))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> inputs = span_layers(runner, analysis.work, "activation", keep_inputs=True)
+    >>> ((spec, found, output_gram),) = predict_by_fisher(analysis, runner, inputs, layers.specs[:1], seed=0)
+    >>> loss = found.surface.predict
+    >>> loss(Target.dense(spec)) < loss(Target(0, 128)) < loss(Target.zero())
+    True
     """
     gap = read_gap(analysis)
 
@@ -58,7 +78,7 @@ def predict_by_fisher(
 
 
 def _predicted(analysis: LayerAnalysis, found: LayerSensitivity) -> Prediction:
-    """The prediction of one layer: its sensitivity, with single-layer losses in place of what they measure."""
+    """Predict one layer from its sensitivity; single-layer losses replace predicted ones where they were computed."""
     spec, options = found.spec, analysis.options(found.spec)
     weight = analysis.layers.weight(spec.name)
     gram = analysis.work.get(GRAM, spec.site).to(weight.device)
@@ -74,7 +94,29 @@ def _predicted(analysis: LayerAnalysis, found: LayerSensitivity) -> Prediction:
 def predict_by_grams(
     analysis: LayerAnalysis, specs: Sequence[LayerSpec]
 ) -> Iterator[tuple[LayerSpec, Prediction, None]]:
-    """Predict output errors `tr(E G Eᵀ)`, without a backward pass."""
+    """Predict output errors `tr(E G Eᵀ)`, without a backward pass.
+
+    Args:
+        analysis: with Grams, spans and, where they were computed, anchor solutions and gaps.
+        specs: the layers to predict.
+    Yields:
+        A layer, its prediction, and None in place of an output Gram.
+
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> analysis = LayerAnalysis(layers, Workspace(Path("grams")))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    >>> ((spec, found, _),) = predict_by_grams(analysis, layers.specs[:1])
+    >>> error = found.surface.predict
+    >>> error(Target.dense(spec)) < error(Target(0, 128)) < error(Target.zero())
+    True
+    """
     gap = read_gap(analysis)
     for spec in specs:
         weight = analysis.layers.weight(spec.name)
@@ -87,7 +129,7 @@ def predict_by_grams(
 
 
 def _in_metric(residuals: Residuals, metric: Metric) -> tuple[list[float], Tensor]:
-    """Errors of residuals, and their cosines, in a metric without output Gram."""
+    """Compute the errors of residuals, and their cosines, in a metric without output Gram."""
     E = residuals.tensor.float()
     products = ((E @ metric.inputs.matrix).flatten(1) @ E.flatten(1).mT).cpu().double()
     return [metric.error(residual) for residual in E], _cosines(products)

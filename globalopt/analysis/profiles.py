@@ -1,4 +1,4 @@
-"""What one-shot allocators read off a layer: its outliers among its block's weights, and the tail of its spectrum."""
+"""Compute the profile of a layer for one-shot allocators: its share of outliers, and its spectrum's tail exponent."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from globalopt.values.metric import Gram
 from globalopt.values.problem import OUTLIER_THRESHOLDS, Profile
 
 NO_TAIL = 6.0
-"""Exponent of a block without any spectrum to fit: the theory behind alpha sees no learned correlation above it."""
+"""Exponent of a block without any tail: in the theory of alpha, weights above it have no learned correlations."""
 
 BINS = 100
+"""Bins of the histogram of log eigenvalues whose fullest one is the peak of their density."""
 
 WINDOW = (0.95, 1.5)
+"""Multiples of the peak between which the smallest eigenvalue of the tail is chosen."""
 
 VERSION = 1
 """Raised whenever profiles change."""
 
 
 def profile_block(weights: Mapping[str, Tensor], grams: Mapping[str, Gram]) -> dict[str, Profile]:
-    """Profile every layer of one block.
+    """Compute the outlier shares and the tail exponent of every layer of one block.
 
     The outliers of a layer above M are its entries with `A_ij > M mean(A)`, where `A_ij = |w_ij| ||x_j||` and the mean
     is over all entries of all layers of the block (OWL, arXiv:2310.05175); OWL's score of the block is the mean of its
     layers' shares, weighted by their sizes. `alpha` is `tail_exponent`.
 
     A layer of zeros, or with dead inputs only, has no outliers. A layer without a tail (`tail_exponent` is None) takes
-    the mean alpha of the block's other layers, so that it does not move the block's mean; a block of such layers
-    `NO_TAIL`.
+    the mean alpha of the block's other layers, so that it does not move the block's mean; in a block without any tail,
+    all layers take `NO_TAIL`.
 
     Args:
         weights: (d_out, d_in) of all layers of the block, by layer name, any float dtype.
@@ -40,6 +42,12 @@ def profile_block(weights: Mapping[str, Tensor], grams: Mapping[str, Gram]) -> d
     Raises:
         UsageError: the two do not name the same layers.
         NumericalError: a weight is not finite.
+
+    >>> W = torch.ones(10, 10)
+    >>> W[0, 0] = 20.0
+    >>> found = profile_block({"up": W}, {"up": Gram(torch.eye(10), 64)})
+    >>> found["up"].outliers
+    {3: 0.01, 5: 0.01, 7: 0.01, 10: 0.01}
     """
     if weights.keys() != grams.keys():
         odd = ", ".join(sorted(weights.keys() ^ grams.keys()))
@@ -61,17 +69,18 @@ def profile_block(weights: Mapping[str, Tensor], grams: Mapping[str, Gram]) -> d
 
 
 def _effect(weight: Tensor, gram: Gram) -> Tensor:
-    """(d_out, d_in) `|w_ij| ||x_j||`, up to the number of tokens."""
+    """Compute `|w_ij| ||x_j||` (d_out, d_in), up to a factor that depends on the number of tokens alone."""
     return weight.float().abs() * gram.norms.to(weight.device)
 
 
 def _outliers(weight: Tensor, gram: Gram, mean: float) -> dict[int, float]:
+    """Compute the share of entries whose effect exceeds each multiple of the block's mean."""
     effect = _effect(weight, gram)
     return {M: int((effect > M * mean).count_nonzero()) / weight.numel() for M in OUTLIER_THRESHOLDS}
 
 
 def tail_exponent(weight: Tensor) -> float | None:
-    """Hill estimate of the power-law exponent of the upper eigenvalues of `Wᵀ W`.
+    """Estimate the power-law exponent of the upper eigenvalues of `Wᵀ W` by Hill's estimator.
 
         alpha = 1 + k / sum_{i = n-k+1..n} log(lambda_i / lambda_min),   lambda_min = lambda_{n-k+1}
 
@@ -87,6 +96,10 @@ def tail_exponent(weight: Tensor) -> float | None:
         weight: (d_out, d_in), finite.
     Returns:
         alpha, or None where there is no tail: fewer than two positive eigenvalues, or all equal above the peak.
+
+    >>> singular = torch.arange(1, 101).double() ** -0.5  # eigenvalues 1 / i: exponent 2
+    >>> round(tail_exponent(torch.diag(singular)), 1)
+    2.0
     """
     W = weight.double()
     W = W if W.shape[0] <= W.shape[1] else W.mT
@@ -106,12 +119,12 @@ def tail_exponent(weight: Tensor) -> float | None:
 
 
 def _flat(logs: Tensor) -> bool:
-    """Whether eigenvalues of these ascending logarithms are all equal, to one part in a million."""
+    """Tell whether eigenvalues with these ascending logarithms are all equal, to one part in a million."""
     return float(logs[-1] - logs[0]) < 1e-6
 
 
 def _fit_tail(logs: Tensor) -> tuple[float, float]:
-    """(Kolmogorov-Smirnov distance, alpha) of the power law above the first of these ascending log eigenvalues."""
+    """Fit a power law to ascending log eigenvalues above the first: its Kolmogorov-Smirnov distance, and alpha."""
     above = logs - logs[0]
     slope = len(logs) / float(above.sum())
     below = torch.arange(len(logs), dtype=logs.dtype) / len(logs)

@@ -2,12 +2,13 @@
 
 With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) = 1/2 dᵀ F d + O(|d|³)` and
 `F = E[grad log p(y) grad log p(y)ᵀ]`. For an option c of a layer that changes its weight by `D(c)`, and the gradient
-`G_n` of `sum over tokens log p(y)` of sequence n,
+`G_n` with respect to the weight of `sum over tokens log p(y)` of sequence n with `T_n` tokens,
 
     error(c) = sum_n <G_n, D(c)>² / (2 sum_n T_n)      nats per token
 
-estimates the loss of that option alone without bias (block Fisher; cross terms between layers are left out). It takes
-one inner product per sequence and option, and the options of a layer share their sums (`kernels.sketch`).
+is an unbiased estimate of the second-order loss of that option alone (block Fisher; cross terms between layers are left
+out). It takes one inner product per sequence and option, and the options of a layer share their sums
+(`kernels.sketch`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from globalopt.values.metric import Gram
 
 @dataclass(frozen=True, eq=False)
 class Sketches:
-    """Hold what is projected onto the gradients of a layer; nothing leaves it at its output Gram.
+    """Hold the weight changes of a layer whose inner products with the gradients are computed.
+
+    Without any, only the output Gram of the layer is.
 
     Args:
-        options: what the options of the layer drop.
-        anchors: residuals of its anchor solutions.
+        options: the parts of the weight that the layer's options drop; see `surfaces.sketches`.
+        anchors: residuals of its anchor solutions, or None.
 
     >>> Sketches(options=[DenseSketch(torch.ones(3, 2, 2))]).options[0].project(torch.ones(1, 2, 2))
     tensor([[4., 4., 4.]], dtype=torch.float64)
@@ -44,12 +47,12 @@ class Sketches:
 
 @dataclass(frozen=True, eq=False)
 class LayerSensitivity:
-    """Hold what a backward sweep found of one layer.
+    """Hold the output Gram of one layer and the predicted losses of its options, from a backward sweep.
 
     Args:
-        output_gram: `A`.
-        error: predicted nats per token of every option.
-        anchor_error: the same of every anchor solution.
+        output_gram: `A`, the second moment per token of the gradients at the layer's output.
+        error: predicted loss of every option, in nats per token.
+        anchor_error: predicted loss of every anchor solution, in nats per token.
         products: (anchors, anchors) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)`, with `anchor_error` on
             the diagonal; None without anchor solutions.
 
@@ -74,17 +77,15 @@ def backward_sweep(
     device: torch.device | None = None,
     behind: Callable[[int, Gram], None] = lambda block, outputs: None,
 ) -> Iterator[LayerSensitivity]:
-    """Sweep backward over the blocks, each recomputed with gradients, and yield what its layers' gradients say.
+    """Sweep backward over the blocks, recompute each with gradients, and yield the sensitivity of its layers.
 
-    Weights get no gradient of their own.
-
-    Memory: one block and its sketches, the stored inputs, and one gradient per sequence position.
+    Weight gradients are not computed as such; a layer's inputs and output gradients suffice. Memory is needed for one
+    block and its sketches, the stored inputs, and one gradient per sequence position.
 
     Args:
         runner: runs blocks and the model's tail on its batches.
-        inputs: hidden states per block and batch, then once more for the last block's output
-            (`blocks + 1` rows).
-        specs: the layers whose gradients are wanted.
+        inputs: hidden states per block and batch, then once more for the last block's output (`blocks + 1` rows).
+        specs: the layers whose sensitivities are computed.
         sketches_of: called once per layer, when its block is reached.
         seed: of the sampled labels.
         device: where a block is moved for its turn; None leaves it.
@@ -123,7 +124,7 @@ def backward_sweep(
                     torch.autograd.backward(output, upstream[i])
                     if hidden.grad is None:
                         raise NumericalError(
-                            f"Block {index} passes no gradient to its input; its layers have no price."
+                            f"Block {index} passes no gradient to its input; the loss of its layers cannot be predicted. Use --sensitivity none."
                         )
                     upstream[i] = hidden.grad
             finally:
@@ -134,7 +135,7 @@ def backward_sweep(
 
 
 def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of `sum over tokens log p(y)` at the last block's output, `y` sampled from p."""
+    """Compute the gradient of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p."""
     batch = runner.batches[i]
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
@@ -148,6 +149,7 @@ def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torc
 
 
 def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
+    """Compute the second moment per token of the gradients of hidden states."""
     rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
     total = sum((g.mT @ g for g in rows), torch.zeros(()))
     tokens = sum(batch.tokens for batch in runner.batches)
@@ -155,7 +157,7 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
 
 
 class _Tap:
-    """Collect the gradients at one linear layer: the sum of `g gᵀ`, and per sequence the products with its sketches."""
+    """Sum over the gradients at one linear layer: `g gᵀ` of tokens, and squared inner products of sequences."""
 
     def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
         self.spec = spec
@@ -167,10 +169,12 @@ class _Tap:
         self.second: Tensor | None = None
 
     def listen(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Register a hook on the gradient at the output of a forward pass."""
         x = args[0].detach()
         output.register_hook(lambda gradient: self._take(x, gradient))
 
     def _take(self, x: Tensor, gradient: Tensor) -> None:
+        """Add the gradients of one batch with inputs `x`."""
         g = gradient.float().reshape(self.sequences, -1, self.spec.d_out)
         if not bool(torch.isfinite(g).all()):
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
@@ -187,6 +191,7 @@ class _Tap:
                 self.products = _plus(self.products, projected.mT @ projected)
 
     def finish(self, tokens: int) -> LayerSensitivity:
+        """Divide the sums by the number of tokens of all batches."""
         if self.second is None:
             raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
         error, anchor_error = (
@@ -198,4 +203,5 @@ class _Tap:
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add to a total that may not have begun."""
     return part if total is None else total + part

@@ -1,13 +1,13 @@
-"""The solver gap: error of the real solver over error of the probe solver, measured on a few layers for all.
+"""Measure the solver gap on a few layers: error of the solver of the refinement over error of the probe solver.
 
-The probe solver is not equally quick to find everything: a support takes it a few steps, a low-rank part beside many
-nonzeros hundreds. Predictions made from its solutions alone would keep rank away from where the real solver puts it to
-use. The ratio
+The probe solver does not converge equally fast at every target: it finds a support in a few steps, but needs hundreds
+for a low-rank part beside many nonzeros. Predictions made from its solutions alone would underrate rank. The ratio
 
-    gap = error of the real solver's solution / error of the probe solver's
+    gap = error of the refinement solver's solution / error of the probe solver's
 
-depends on rank and nonzeros much alike in layers of one kind, so one layer of a kind tells it for all of them. (Bundled
-model, keys of blocks 1, 4 and 6 at 0.4 kept: .79, .91, .95 without rank, .53, .71, .78 with a quarter as rank.)
+depends on rank and nonzeros in much the same way in all layers of one kind, so it is measured on one layer per kind.
+On the bundled model, the keys of blocks 1, 4 and 6 at 0.4 kept have gaps of .79, .91, .95 without rank, and .53, .71,
+.78 with a quarter as rank.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ LEAST = 1e-9
 """Errors below this fraction of the layer's energy are rounding."""
 
 TOGETHER = 2**22
-"""Weights that are solved at once: a small layer at all its targets takes little more time than at one."""
+"""Number of weights solved at once: several targets of a small layer take little more time than one."""
 
 
 @dataclass(frozen=True)
 class SolverGap:
-    """Predict the solver gap at any target: interpolated between the anchors of the sampled layer of the same kind.
+    """Predict the solver gap at any target, by interpolation between the anchors of the sampled layer of its kind.
 
-    A kind that was not sampled has the geometric mean of all.
+    The gap of a kind that was not sampled is the geometric mean of all kinds.
 
     Args:
-        kinds: by kind, logarithms of the gaps; none where no solvers were compared.
+        kinds: logarithms of the gaps by kind; empty where no solvers were compared.
 
     >>> spec = LayerSpec("up", 0, "in", "up", 8, 8)
     >>> options = Options.of(spec, max_rank=0)
@@ -65,7 +65,7 @@ class SolverGap:
         return cls(kinds)
 
     def at(self, target: Target, spec: LayerSpec) -> float:
-        """The gap of a layer at `target`; 1 where no solvers were compared."""
+        """Predict the gap of a layer at `target`; 1 where no solvers were compared."""
         if not self.kinds:
             return 1.0
         alike = [self.kinds[spec.kind]] if spec.kind in self.kinds else self.kinds.values()
@@ -73,6 +73,7 @@ class SolverGap:
 
 
 NO_GAP = SolverGap()
+"""A gap of 1 everywhere."""
 
 
 def sampled(specs: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -94,11 +95,14 @@ def sampled(specs: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 def measure_gap(
     spec: LayerSpec, weight: Tensor, metric: Metric, solutions: AnchorSolutions, solver: Solver, budget: Budget
 ) -> dict[Target, float]:
-    """Measure the solver gap of one layer at its anchors; those that the solver cannot meet are left out.
+    """Measure the solver gap of one layer at its anchors; anchors that the solver cannot meet are left out.
 
     Args:
-        solutions: of the probe solver.
-        budget: what the solver lacks becomes what it has at no higher cost, as when it refines: see `convert_target`.
+        weight: (d_out, d_in), dense.
+        metric: error metric of the layer.
+        solutions: anchor solutions of the probe solver.
+        solver: solver of the refinement.
+        budget: parts that the solver lacks are converted into others of no higher cost in it; see `convert_target`.
 
     >>> import torch
     >>> from globalopt.values.decomposition import Decomposition

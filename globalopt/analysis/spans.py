@@ -1,4 +1,4 @@
-"""Stage 1: the low-rank and sparse subspaces a layer's compressed form is chosen from, by robust PCA or directly."""
+"""Compute the span of a layer, its ranked directions and entries, by robust PCA or by a whitened SVD."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from globalopt.values.metric import Gram
 from globalopt.values.span import Span
 
 SCALINGS = ("activation", "none", "output", "direct")
+"""Scalings of a weight before it is split; see `compute_span`."""
 
 VERSION = 1
 """Raised whenever spans change."""
 
 
 LEAST_IMPORTANCE = 1e-4
-"""Of the mean: an output that the loss does not feel still has a scale that can be undone."""
+"""Least output scale, squared, relative to the mean, so that a scaling of an output without gradient can be undone."""
 
 
 def input_scale(gram: Gram | None, d_in: int, scaling: str = "activation") -> Tensor:
-    """(d_in,) the diagonal of `D_x`: root mean square of every input, or ones.
+    """Compute the diagonal of `D_x` (d_in,): the root mean square of every input, or ones with scaling `none`.
 
-    Dead inputs get the smallest live value, so that the scaling can be undone.
+    Inputs that are always zero get the smallest positive value, so that the scaling can be undone.
+
+    Raises:
+        UnknownNameError: the scaling is none of `SCALINGS`.
+        UsageError: a scaling that needs the Gram, without one.
+
+    >>> input_scale(Gram(torch.diag(torch.tensor([4.0, 1.0, 0.0])), 64), d_in=3)
+    tensor([2., 1., 1.])
     """
     if scaling not in SCALINGS:
         raise UnknownNameError("span scaling", scaling, SCALINGS)
@@ -44,19 +52,19 @@ def compute_span(
     tolerance: float = 1e-3,
     max_steps: int = 25,
 ) -> Span:
-    """Split `R W D` into directions and entries, and keep the split exact.
+    """Split a scaled weight exactly into ranked directions and entries: `R W D = U diag(s) Vh + S`.
 
-    `R W D = U diag(s) Vh + S`. By robust PCA the first term is its low-rank part with the singular values in order, and
-    `S` everything else, so that `take` at full rank and full count gives back `W`. The candidate space is CAP's
+    By robust PCA the first term is the low-rank part with the singular values in order, and `S` is the exact
+    remainder, so that all directions and all entries together give back `W`. The candidate space is CAP's
     (arXiv:2505.03801), which splits the plain `W`. Scalings:
 
     * `none`: `R = D = I`, as published.
-    * `activation`: `D = D_x`, the root mean squares of the inputs. The l1 price of an entry is then its effect on the
-      output, as in Wanda and OATS; whitening by the full Gram would mix entries and lose the separable l1 step.
-    * `output`: also `R = diag(A)^1/2`: the effect on the loss.
+    * `activation`: `D = D_x`, the root mean squares of the inputs. The l1 norm then weights an entry by its effect on
+      the output, as in Wanda and OATS; whitening by the full Gram would mix entries and lose the separable l1 step.
+    * `output`: also `R = diag(A)^1/2`, so that the weight is the effect on the loss.
     * `direct`: no robust PCA. With `D = D_x`, the directions are those of the whitened SVD: `U` the eigenvectors of
-      `W G Wᵀ`, largest first, `diag(s) Vh = Uᵀ W D`; together they are all of `W D`, and `S = 0`. What a rank leaves is
-      cut by its saliency `|r_ij| ||x_j||`.
+      `W G Wᵀ`, largest first, `diag(s) Vh = Uᵀ W D`; together they are all of `W D`, and `S = 0`. The entries of the
+      residual of a rank are ranked by saliency `|r_ij| ||x_j||`.
 
     Args:
         weight: (d_out, d_in), any float dtype.
@@ -66,6 +74,14 @@ def compute_span(
     Raises:
         NumericalError: the weight is not finite.
         UsageError: a scaling without its Gram.
+
+    >>> u, v = torch.arange(1.0, 5.0)[:, None], torch.tensor([[1.0, -1.0, 2.0, 1.0]])
+    >>> W = u @ v + torch.diag(torch.tensor([0.0, 0.0, 20.0, 0.0]))  # rank 1 and one large entry
+    >>> span = compute_span(W, Gram(torch.eye(4), 64))
+    >>> bool(torch.allclose((span.U * span.s) @ span.Vh + span.S, W, atol=1e-4))  # exact, since D is the identity
+    True
+    >>> divmod(int(span.S.abs().argmax()), 4)
+    (2, 2)
     """
     scale = input_scale(gram, weight.shape[1], scaling).to(weight.device)
     rows = _output_scale(outputs, weight) if scaling == "output" else weight.new_ones(len(weight), 1).float()
@@ -85,7 +101,7 @@ def compute_span(
 
 
 def _output_scale(outputs: Gram | None, weight: Tensor) -> Tensor:
-    """(d_out, 1) `diag(A)^1/2` up to a factor; ones where the loss feels no output."""
+    """Compute `diag(A)^1/2` (d_out, 1) up to a factor; ones if all gradients at the output are zero."""
     if outputs is None:
         raise UsageError("Scaling by the outputs needs their Gram A; give it, or use another scaling.")
     diagonal = outputs.diagonal.to(weight.device)
@@ -96,11 +112,11 @@ def _output_scale(outputs: Gram | None, weight: Tensor) -> Tensor:
 
 
 def _whitened(weight: Tensor, gram: Gram, scaled: Tensor, scale: Tensor, rows: Tensor) -> Span:
-    """The directions of the whitened SVD, as many as the smaller side of the weight has."""
+    """Compute the span of the whitened SVD, with as many directions as the smaller side of the weight."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("The weight is not finite.")
     W = weight.double()
-    # On the smaller side: where W is tall, its columns span all that W G Wᵀ can reach.
+    # The eigenproblem has the smaller side: the range of W G Wᵀ lies in the columns of a tall W.
     basis = W if W.shape[0] > W.shape[1] else torch.eye(len(W), dtype=W.dtype, device=W.device)
     Q = torch.linalg.qr(basis).Q
     image = Q.mT @ W

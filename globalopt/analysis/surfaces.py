@@ -1,4 +1,4 @@
-"""The options of a layer and what each is predicted to cost: spans and a few fits in, error surfaces out."""
+"""Compute error surfaces: the predicted loss of every option of a layer, from its span and its anchor solutions."""
 
 from __future__ import annotations
 
@@ -19,19 +19,30 @@ from globalopt.values.span import Span
 
 
 def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
-    """What each option drops of the layer, prepared for inner products with gradients.
+    """Prepare the part of the weight that each option drops for inner products with gradients.
 
-    Option (rank, nnz) keeps the first `rank` directions of the span and the `nnz` largest entries of what they
-    leave, in the span's scaled coordinates; the rest is dropped. The projections of the returned sketches,
-    concatenated, are in the order of `options.targets`.
+    Option (rank, nnz) keeps the first `rank` directions of the span and the `nnz` largest entries of their residual,
+    in the span's scaled coordinates; the rest is dropped. The projections of the returned sketches, concatenated, are
+    in the order of `options.targets`.
+
+    >>> from globalopt.analysis.spans import compute_span
+    >>> from globalopt.values.layer import LayerSpec
+    >>> from globalopt.values.metric import Gram
+    >>> W = torch.diag(torch.tensor([3.0, 2.0]))
+    >>> spec, span = LayerSpec("up", 0, "in", "up", 2, 2), compute_span(W, Gram(torch.eye(2), 64), "direct")
+    >>> options = Options.of(spec, max_rank=0)
+    >>> [target.nnz for target in options.targets]
+    [0, 1, 2, 3, 4]
+    >>> project(sketches(span, options), torch.ones(1, 2, 2)).round(decimals=4)
+    tensor([[5., 2., 0., 0., 0.]], dtype=torch.float64)
     """
     if options.pattern is not None:
         dropped = [_dropped_by_pattern(span, rank, options.pattern) for rank, _ in options.rows]
         return [DenseSketch(torch.stack(dropped))]
     if options.factors:
-        left = [span.unscaled(span.residual(target.rank)) for target in options.targets]
+        residuals = [span.unscaled(span.residual(target.rank)) for target in options.targets]
         dense = Target.dense(options.spec)
-        parts = zip(options.targets, left, strict=True)
+        parts = zip(options.targets, residuals, strict=True)
         return [DenseSketch(torch.stack([torch.zeros_like(X) if target == dense else X for target, X in parts]))]
     made: list[PrefixSketch | DenseSketch] = []
     for rank, counts in options.rows:
@@ -41,19 +52,36 @@ def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
 
 
 def _dropped_by_pattern(span: Span, rank: int, pattern: NM) -> Tensor:
+    """Compute the entries (d_out, d_in) of a rank's residual that an N:M pattern drops."""
     residual = span.residual(rank)
     return span.unscaled(residual.masked_fill(keep_nm(residual.abs(), pattern), 0.0))
 
 
 def project(made: Sequence[PrefixSketch | DenseSketch], gradients: Tensor) -> Tensor:
-    """(b, d_out, d_in) gradients -> (b, options) inner products with what every option drops."""
+    """Compute inner products (b, options) of gradients (b, d_out, d_in) with the part that every option drops.
+
+    >>> project([DenseSketch(torch.eye(2)[None]), DenseSketch(torch.ones(1, 2, 2))], torch.ones(1, 2, 2))
+    tensor([[2., 4.]], dtype=torch.float64)
+    """
     return torch.cat([sketch.project(gradients) for sketch in made], dim=1)
 
 
 def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, list[float]]:
-    """`metric.error` of what the options of a span drop: the price where no backward pass is possible.
+    """Compute the output errors `tr(E G Eᵀ)` of the options of a span, where there is no backward pass.
 
-    Every option costs a product with G, so only every fourth count is kept; the thinned options are returned too.
+    Every option takes a product with G, so only every fourth nonzero count is kept.
+
+    Returns:
+        The remaining options, and their errors.
+
+    >>> from globalopt.analysis.spans import compute_span
+    >>> from globalopt.values.layer import LayerSpec
+    >>> from globalopt.values.metric import Gram
+    >>> W, gram = torch.diag(torch.tensor([3.0, 2.0, 1.0])), Gram(torch.eye(3), 64)
+    >>> spec, span = LayerSpec("up", 0, "in", "up", 3, 3), compute_span(W, gram, "none")
+    >>> options, errors = gram_errors(span, Options.of(spec, max_rank=0), Metric(gram))
+    >>> [(target.nnz, round(error, 3)) for target, error in zip(options.targets, errors)]
+    [(0, 14.0), (4, 0.0), (8, 0.0), (9, 0.0)]
     """
     rows = tuple((rank, tuple(sorted({*counts[::4], counts[-1]}))) for rank, counts in options.rows)
     coarse = Options(options.spec, options.pattern, rows, options.bucket)
@@ -76,23 +104,32 @@ def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, 
 def calibrated_surface(
     options: Options, span_error: Sequence[float], anchor_error: Sequence[float], zero_error: float
 ) -> ErrorSurface:
-    """The surface of a layer: the span's errors for the shape, the anchors' for the level.
+    """Compute the error surface of a layer: its shape from the errors of the span, its level from those of the anchors.
 
-    Along a row of anchors, all of one rank share, the kept fraction k sets `error(k) = span(k) * exp(h(k))`, where
-    `h = log(anchor / span)` at the anchors, linear in between and constant outside. A solver that moves the weights it
-    keeps recovers much of what a span merely drops, far more where inputs are correlated than where they are not;
-    without this the allocation pays for losses that no solver leaves. Between rows the logarithm of the error is
-    linear in the rank share: how a span's loss depends on its rank says nothing of a fit's (gates of the bundled model
-    would cost twice too much at a share of a tenth), while that of fits is nearly this line.
+    Along a row of anchors, all of one rank share, the error at the kept fraction k is `error(k) = span(k) * exp(h(k))`,
+    where `h = log(anchor / span)` at the anchors, linear in between and constant outside. A solver that moves the
+    weights it keeps recovers much of the error of merely dropping the rest, and far more where inputs are correlated;
+    without this correction the allocation would avoid losses that no solver has. Between rows the logarithm of the
+    error is linear in the rank share: the dependence of a span's error on rank does not carry over to solutions (it
+    would double the error of gates of the bundled model at a share of a tenth), and that of solutions is nearly linear.
 
-    Along a row the span's errors are made monotone first: dropping more of nested parts cannot cost less, though a
-    second-order price may say so (scaling a query up or down is free to first order, dropping it is not). For the
-    same reason the zero option costs at least `zero_error`.
+    Along a row the errors of the span are made monotone first: of nested parts, dropping more cannot cost less, though
+    a second-order prediction may say so (scaling a query up or down is free to first order, dropping it is not). For
+    the same reason the error of the zero option is at least `zero_error`.
 
     Args:
         span_error: one per option of `options.targets`.
-        anchor_error: one per anchor, row by row, in the same unit; empty leaves the span's errors as they are.
+        anchor_error: one per anchor, row by row, in the same unit; if empty, the errors of the span are not changed.
         zero_error: a second estimate for the layer dropped whole, in the same unit.
+
+    >>> from globalopt.values.layer import LayerSpec
+    >>> spec = LayerSpec("up", 0, "in", "up", 10, 10)
+    >>> options = Options.of(spec, max_rank=0)
+    >>> span_error = [1 - target.nnz / 100 for target in options.targets]
+    >>> anchor_error = [0.46, 0.4, 0.3, 0.15]  # half of the span's, at 8, 20, 40 and 70 nonzeros
+    >>> surface = calibrated_surface(options, span_error, anchor_error, zero_error=2.0)
+    >>> round(surface.predict(Target(0, 50)), 2), surface.predict(Target.zero())
+    (0.25, 2.0)
     """
     base = ErrorSurface(options.spec, options.targets, tuple(_monotone(options, span_error)))
     between = _fitted_errors(options, base, anchor_error) if anchor_error else base.predict
@@ -104,6 +141,7 @@ def calibrated_surface(
 
 
 def _monotone(options: Options, error: Sequence[float]) -> list[float]:
+    """Raise errors along each row to those of options that keep more."""
     made: list[float] = []
     start = 0
     for _, counts in options.rows:
@@ -116,9 +154,9 @@ def _monotone(options: Options, error: Sequence[float]) -> list[float]:
 
 
 def _fitted_errors(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
-    """The error of any target; see `calibrated_surface`."""
+    """Return the function that predicts the error of any target; see `calibrated_surface`."""
     spec = options.spec
-    # Below this a logarithm compares rounding errors.
+    # Below this floor errors are rounding, whose logarithms mean nothing.
     floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
 
     def log(error: float) -> float:

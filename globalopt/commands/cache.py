@@ -67,7 +67,7 @@ def prune(folder: Folder = None, stage: StageName = None, older_than: Age = None
 
 
 def _chosen(folder: Path | None, stage: str | None, older_than: str | None) -> tuple[Cache, list[Entry]]:
-    """The cache, and the entries that the options select."""
+    """Open the cache, and list the entries that the options select."""
     from globalopt.errors import UnknownNameError
     from globalopt.runs.artefacts import Stage
     from globalopt.runs.cache import Cache
@@ -83,7 +83,7 @@ def _chosen(folder: Path | None, stage: str | None, older_than: str | None) -> t
 
 
 def _seconds(age: str) -> float:
-    """The seconds of an age such as 7d."""
+    """Convert an age such as 7d to seconds."""
     from globalopt.errors import UsageError
 
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", age.strip())
@@ -93,6 +93,7 @@ def _seconds(age: str) -> float:
 
 
 def _record(entry: Entry) -> dict[str, object]:
+    """Return an entry of the cache as JSON."""
     return {
         "stage": entry.stage.value,
         "model": entry.model,

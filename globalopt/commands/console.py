@@ -46,6 +46,7 @@ def errors() -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> typer.Exit:
+    """Print an error as one line, and return the exit with its code."""
     from rich.text import Text
 
     line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
@@ -54,6 +55,7 @@ def _exit(message: str, code: int) -> typer.Exit:
 
 
 def _out_of_memory() -> tuple[type[Exception], ...]:
+    """Return the exceptions that mean too little memory."""
     import torch
 
     return MemoryError, torch.OutOfMemoryError

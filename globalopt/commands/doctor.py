@@ -36,6 +36,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _tables(health: Health) -> Iterator[Table | Text]:
+    """Lay out the findings as tables, and problems and advice as lines."""
     versions = _table("Versions")
     versions.add_row("globalopt", health.globalopt)
     versions.add_row("python", f"{health.python}, {health.system}")
@@ -72,6 +73,7 @@ def _tables(health: Health) -> Iterator[Table | Text]:
 
 
 def _table(title: str) -> Table:
+    """Make an empty table with a title and dim first column."""
     table = Table(title=Text(title, "bold"), title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -79,6 +81,7 @@ def _table(title: str) -> Table:
 
 
 def _state(good: str, problem: str | None, colour: str = "red") -> Text:
+    """Show the problem in colour, or the good state where there is none."""
     return Text(good) if problem is None else Text(problem, colour)
 
 
@@ -94,6 +97,7 @@ def _products(device: Device) -> Text:
 
 
 def _size(free: int | None, total: int | None) -> str:
+    """Format free and total bytes in GiB."""
     if free is None or total is None:
         return "-"
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

@@ -1,8 +1,8 @@
-"""The address of every stage: what it reads, and the version of its algorithm.
+"""Compute the cache address of every stage: a hash of the stage's inputs and of the version of its algorithm.
 
-What a stage does not read is no part of its address. So another budget or allocator shares the whole analysis with an
-earlier run, another solver preset shares Grams, spans and anchor solutions, and a new version of one stage leaves the
-stages before it where they are.
+An address contains only what the stage reads. Therefore a search with another budget or allocator uses the whole
+analysis of an earlier run again, one with another preset of a solver uses Grams, spans and anchor solutions again, and
+raising the version of one stage leaves the artefacts of the stages before it valid.
 """
 
 from __future__ import annotations
@@ -39,35 +39,31 @@ VERSIONS: Mapping[Stage, int] = {
     Stage.LABELS: collect.LABELS_VERSION,
     Stage.PREDICTIONS: predictions.VERSION,
     Stage.OBJECTIVE: candidates.VERSION,
-    # Of the problem that is posed and of what is kept of its solution; allocators have versions of their own.
+    # Version of the problem that is posed and of the stored solution; allocators have versions of their own.
     Stage.ALLOCATION: 1,
     Stage.REFINEMENT: blocks.VERSION,
     Stage.MODEL_MATCHING: model_matching.VERSION,
     Stage.RESULT: perplexity.VERSION,
 }
-"""The version of every stage's algorithm, which stands beside it."""
+"""The version of every stage's algorithm; the number is defined in the module of the algorithm."""
 
 FINISHED = (Stage.ALLOCATION, Stage.REFINEMENT, Stage.MODEL_MATCHING, Stage.RESULT)
-"""Stages that a family of budgets does without."""
+"""Stages that a family of budgets does not run."""
 
 REFINED = (Stage.GRAMS, Stage.METRICS, Stage.LABELS, Stage.REFINEMENT, Stage.MODEL_MATCHING, Stage.RESULT)
 """Stages of a refinement without a search."""
 
 Addresses = Mapping[Stage, Address]
+"""The address of every stage of a job."""
 
 
 def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Address]:
-    """Address the stages up to the predicted losses. The budget is none of their inputs.
+    """Compute the addresses of the stages up to the predicted losses. The budget is none of their inputs.
 
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> found = analysis_addresses(session, resolve(SearchOptions(0.5)).analysis)
-    >>> found == analysis_addresses(session, resolve(SearchOptions(0.3)).analysis)
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> session = example_session()
+    >>> found = analysis_addresses(session, example_plan(0.5).analysis)
+    >>> found == analysis_addresses(session, example_plan(0.3).analysis)
     True
     >>> [stage.value for stage in found][:3]
     ['grams', 'spectra', 'profiles']
@@ -75,8 +71,8 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
     data = _data(session)
     method = _method(plan.probe, plan.pattern, plan.limits)
     grams = _grams(data)
-    # Of other labels than the predictions: a solution that minimises an error in the gradients of some labels looks
-    # too good when the same labels predict its loss.
+    # Other labels than those of the predictions: a solution that minimises an error in the gradients of some labels
+    # looks too good when the same labels predict its loss.
     probed = _labels(data, plan.seed ^ OTHER_LABELS)
     found = {
         Stage.GRAMS: grams,
@@ -114,16 +110,13 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
 
 
 def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
-    """Address the stages of a search up to its allocation; those of its refinement depend on the budget it finds.
+    """Compute the addresses of the stages of a search up to its allocation.
 
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> one, other = (search_addresses(session, resolve(SearchOptions(kept))) for kept in (0.5, 0.3))
+    Those of its refinement depend on the allocation: see `refinement_addresses`.
+
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> session = example_session()
+    >>> one, other = (search_addresses(session, example_plan(kept)) for kept in (0.5, 0.3))
     >>> [stage.value for stage in one if one[stage] != other[stage]]
     ['allocation']
     """
@@ -140,19 +133,14 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
 
 
 def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
-    """Address the analysis, and the evaluations of the objective.
+    """Compute the addresses of the analysis, and of the journal of evaluations of the objective.
 
     The loss of an allocation depends on neither allocator nor budget, so all searches on one analysis share a journal.
 
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> one, other = (resolve(SearchOptions(0.5, candidates=word)) for word in ("anchors", "span"))
-    >>> one, other = objective_addresses(session, one), objective_addresses(session, other)
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> session = example_session()
+    >>> plans = [example_plan(solver="3basil", candidates=source) for source in ("anchors", "span")]
+    >>> one, other = (objective_addresses(session, plan) for plan in plans)
     >>> [stage.value for stage in one if one[stage] != other[stage]]
     ['objective']
     """
@@ -170,35 +158,22 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
 def compress_addresses(
     session: Session, plan: RefinementPlan, file: BudgetFile, probe: Solver, pattern: NM | None
 ) -> dict[Stage, Address]:
-    """Address the stages of a refinement without a search: one sweep of labels for all that needs output Grams.
+    """Compute the addresses of the stages of a refinement without a search.
+
+    One backward sweep serves all that needs output Grams, so all of it has the address of the same labels.
 
     Args:
-        probe: cheap solver in which metrics are compared.
-        pattern: of every target of the budget, or None.
+        plan: how the layers are refined.
+        file: the budget.
+        probe: cheap solver with which the error metrics of a layer are compared.
+        pattern: the N:M pattern of every target of the budget, or None.
 
-    >>> from allocators import Uniform
-    >>> from globalopt.values.results import ErrorUnit
-    >>> from globalopt.pipeline.options import RefineOptions
-    >>> from globalopt.pipeline.plan import probe_solver, resolve_refinement
-    >>> from globalopt.values.budget import Budget, Target
-    >>> from globalopt.values.problem import ErrorSurface, Problem
-    >>> from solvers import get_solver
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> specs = session.layers.specs
-    >>> surfaces = [ErrorSurface(spec, (Target.zero(), Target.dense(spec)), (1.0, 0.0)) for spec in specs]
-    >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
-    >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
-    >>> found = Uniform().allocate(problem)
-    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, ErrorUnit.OUTPUT_ERROR)
-    >>> plan = resolve_refinement(RefineOptions(), get_solver("wanda"), fisher=True, seed=0)
-    >>> addresses = compress_addresses(session, plan, file, probe_solver(plan.solver.outputs), pattern=None)
-    >>> addresses[Stage.GRAMS] == search_addresses(session, resolve(SearchOptions(0.5)))[Stage.GRAMS]
+    >>> from globalopt.pipeline.example import example_budget, example_plan, example_refinement, example_session
+    >>> from globalopt.pipeline.plan import probe_solver
+    >>> session, plan = example_session(), example_refinement()
+    >>> probe = probe_solver(plan.solver.outputs)
+    >>> addresses = compress_addresses(session, plan, example_budget(session), probe, pattern=None)
+    >>> addresses[Stage.GRAMS] == search_addresses(session, example_plan())[Stage.GRAMS]
     True
     """
     data = _data(session)
@@ -212,42 +187,30 @@ def compress_addresses(
 def refinement_addresses(
     session: Session, plan: RefinementPlan, file: BudgetFile, earlier: Addresses
 ) -> dict[Stage, Address]:
-    """Address the stages that follow a budget, beside the `earlier` ones.
+    """Compute the addresses of the stages that follow a budget, and return them with the `earlier` ones.
 
     Args:
-        earlier: addresses of the search that found the budget, or of a refinement without one.
+        plan: how the layers are refined.
+        file: the budget.
+        earlier: addresses of the search that found the budget, or of the first stages of a refinement without one.
 
-    >>> from allocators import Uniform
-    >>> from globalopt.values.results import ErrorUnit
-    >>> from globalopt.values.budget import Budget, Target
-    >>> from globalopt.values.problem import ErrorSurface, Problem
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
-    >>> specs = session.layers.specs
-    >>> surfaces = [ErrorSurface(spec, (Target.zero(), Target.dense(spec)), (1.0, 0.0)) for spec in specs]
-    >>> problem = Problem(tuple(surfaces), Budget.fraction(0.5, specs))
-    >>> sizes = session.layers.coverage.covered, session.layers.coverage.block_params
-    >>> found = Uniform().allocate(problem)
-    >>> file = budget_file.make(found, problem, session.fingerprint, *sizes, 0.5, ErrorUnit.OUTPUT_ERROR)
     >>> from globalopt.pipeline.options import RefineOptions
-    >>> plan = resolve(SearchOptions(0.5), RefineOptions(match="model"))
+    >>> from globalopt.pipeline.example import example_budget, example_plan, example_session
+    >>> session = example_session()
+    >>> file = example_budget(session)
+    >>> plan = example_plan(refining=RefineOptions(match="model"))
     >>> addresses = refinement_addresses(session, plan.refinement, file, search_addresses(session, plan))
     >>> addresses[Stage.MODEL_MATCHING].inputs["refinement"] == addresses[Stage.REFINEMENT].digest
     True
     """
     data = _data(session)
     found = {**earlier, Stage.LABELS: _labels(data, plan.seed)}
-    # The probe's labels gave output Grams of the blocks too, where they were sampled.
+    # Where the probe's labels were sampled, their sweep gave the output Grams of the blocks too.
     found[Stage.MATCH_LABELS] = found.get(Stage.PROBE_LABELS, found[Stage.LABELS])
     record = plan.record()
     distillation = record.pop("distillation")
     inputs: dict[str, Any] = {
-        # Grams of its own, behind layers that were replaced, but made in the same way.
+        # A refinement computes Grams of its own, on the outputs of replaced layers, but by the same algorithm.
         "grams": _grams(data).digest,
         **record,
         "budget": digest(budget_file.record(file)),
@@ -264,7 +227,7 @@ def refinement_addresses(
 
 
 def algorithms(stages: Iterable[Stage] = tuple(VERSIONS)) -> dict[str, int]:
-    """The versions of the algorithms of some stages, for the identity of a run.
+    """Return the versions of the algorithms of some stages, for the identity of a run.
 
     >>> algorithms([Stage.SPANS])
     {'spans': 1}
@@ -273,11 +236,12 @@ def algorithms(stages: Iterable[Stage] = tuple(VERSIONS)) -> dict[str, int]:
 
 
 def _address(stage: Stage, inputs: Mapping[str, Any]) -> Address:
+    """Make the address of a stage from its inputs and the version of its algorithm."""
     return Address(stage, VERSIONS[stage], inputs)
 
 
 def _data(session: Session) -> dict[str, Any]:
-    """What every stage on the calibration text reads."""
+    """Return the inputs of every stage on the calibration text."""
     return {
         "model": session.model_digest,
         "windows": session.splits.calibration.sha256,
@@ -286,7 +250,7 @@ def _data(session: Session) -> dict[str, Any]:
 
 
 def _method(probe: Solver, pattern: NM | None, limits: Limits) -> dict[str, Any]:
-    """What every stage with the probe solver reads beside its data."""
+    """Return the inputs, beside its data, of every stage that uses the probe solver."""
     return {
         "probe": method_record(probe),
         "pattern": None if pattern is None else str(pattern),
@@ -295,17 +259,21 @@ def _method(probe: Solver, pattern: NM | None, limits: Limits) -> dict[str, Any]
 
 
 def _grams(data: Mapping[str, Any]) -> Address:
+    """Compute the address of the input Grams."""
     return _address(Stage.GRAMS, data)
 
 
 def _metrics(grams: Address, labels: Address, method: Mapping[str, Any]) -> Address:
+    """Compute the address of the choices of error metrics."""
     inputs = {"grams": grams.digest, "labels": labels.digest, **method}
     return _address(Stage.METRICS, inputs)
 
 
 def _labels(data: Mapping[str, Any], seed: int) -> Address:
+    """Compute the address of the output Grams of labels sampled with a seed."""
     return _address(Stage.LABELS, {**data, "seed": seed})
 
 
 def _digest(found: Addresses, stage: Stage) -> str | None:
+    """Return the hash of a stage's address, or None if the job does not have the stage."""
     return found[stage].digest if stage in found else None

@@ -1,4 +1,7 @@
-"""The analysis: every stage up to the predicted loss of every option, each skipped where its artefacts are there."""
+"""Run the analysis of a model: all stages up to the predicted loss of every option of every layer.
+
+A stage whose artefacts exist already is skipped.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,22 @@ from globalopt.values.layer import LayerSpec
 
 
 def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) -> LayerAnalysis:
-    """Make what an allocation is chosen from: Grams, metrics, spans, anchor solutions, losses, predictions.
+    """Compute the artefacts that an allocation is chosen from, where they are missing.
 
-    Artefacts that are there are not made again.
+    In order: output Grams of the probe's labels and the error metric of every layer (where the solver uses output
+    Grams), input Grams and spans, anchor solutions and solver gaps, single-layer losses, and predicted losses.
 
     Returns:
-        the analysis, for those who read its artefacts.
+        access to the artefacts of the run.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session = example_session()
+    >>> with Run.start(Path("analysed"), {}, {}) as run:
+    ...     _ = analyse(session, example_reporter(), example_plan().analysis, run)
+    ...     surface = run.get(PREDICTION, session.layers.specs[0]).surface
+    >>> [(target.nnz, error > 0) for target, error in zip(surface.targets, surface.error)][:2]
+    [(0, True), (16, True)]
     """
     layers, device = session.layers, session.loaded.device
     analysis = LayerAnalysis(layers, run, plan.pattern, plan.limits, plan.weighted)
@@ -52,7 +65,7 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
         return analysis
     unpredicted = run.missing(PREDICTION, layers.specs)
     if plan.fisher:
-        # Output Grams come from the same sweep, and refinement reads them.
+        # The same sweep computes the output Grams, which the refinement reads.
         lacking = {*unpredicted, *run.missing(OUTPUT_GRAM, layers.specs)}
         unpredicted = [spec for spec in layers.specs if spec in lacking]
     if probed:
@@ -84,7 +97,7 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
 
 
 def _complete(plan: AnalysisPlan, run: Run, layers: ModelLayers, probed: bool) -> bool:
-    """Whether all is there that is read after the analysis. Of earlier stages alone some may have been pruned."""
+    """Tell whether all artefacts exist that later stages read; others may have been pruned from the cache."""
     specs = layers.specs
     read: list[tuple[Artefact[Any, Any], Sequence[Any]]] = [
         (PREDICTION, specs),
@@ -103,7 +116,22 @@ def _complete(plan: AnalysisPlan, run: Run, layers: ModelLayers, probed: bool) -
 def collect_output_grams(
     session: Session, reporter: Reporter, run: Run, stage: Stage, specs: Sequence[LayerSpec], seed: int
 ) -> None:
-    """Write the output Grams of the layers `specs` and of all blocks, by a backward sweep, if some are not there."""
+    """Compute the output Grams of the layers `specs` and of all blocks by one backward sweep, if some are missing.
+
+    Args:
+        run: where they are written.
+        stage: the stage that they belong to.
+        seed: of the sampled labels.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_reporter, example_session
+    >>> session = example_session()
+    >>> spec = session.layers.specs[0]
+    >>> with Run.start(Path("labels"), {}, {}) as run:
+    ...     collect_output_grams(session, example_reporter(), run, Stage.LABELS, [spec], seed=0)
+    ...     run.get(OUTPUT_GRAM, spec).matrix.shape
+    torch.Size([16, 16])
+    """
     missing = run.missing(OUTPUT_GRAM.during(stage), specs)
     blocks = run.missing(BLOCK_OUTPUT_GRAM.during(stage), range(len(session.layers.blocks)))
     if missing or blocks:
@@ -113,7 +141,23 @@ def collect_output_grams(
 
 
 def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
-    """Choose the metric of every layer that has none yet, between `tr(E G Eᵀ)` and `tr(A E G Eᵀ)`."""
+    """Choose the error metric of every layer that has none yet: `tr(E G Eᵀ)` or `tr(A E G Eᵀ)`.
+
+    `G` is the input Gram and `A` the output Gram, both of which must have been computed. The metric whose solution has
+    the lower single-layer loss is chosen (`write_metric_choices`).
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_reporter, example_session
+    >>> from solvers import get_solver
+    >>> session, reporter = example_session(), example_reporter()
+    >>> specs = session.layers.specs
+    >>> with Run.start(Path("metrics"), {}, {}) as run:
+    ...     collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, specs, seed=0)
+    ...     analysis = LayerAnalysis(session.layers, run, weighted=True)
+    ...     choose_metrics(session, reporter, analysis, get_solver("3basil", {"steps": "2", "outputs": "rows"}))
+    ...     len(run.missing(METRIC_CHOICE, specs))
+    0
+    """
     work = analysis.work
     missing = work.missing(METRIC_CHOICE, session.layers.specs)
     if missing:
@@ -122,24 +166,24 @@ def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis
 
 
 def _few(session: Session) -> BlockRunner:
-    """A runner on the few calibration windows on which single layers are measured."""
+    """Make a runner on the few calibration windows on which single-layer losses are computed."""
     return BlockRunner(session.layers, [Batch(session.splits.calibration.windows[:MEASURED_WINDOWS])])
 
 
 def _solve_anchors(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
-    """Solve every layer at its anchors, and measure the gap of the real solver on a few."""
+    """Solve every layer at its anchors, and measure the solver gap on a few layers, where that is missing."""
     specs, work = session.layers.specs, analysis.work
     if missing := work.missing(ANCHORS, specs):
         with reporter.stage("anchors", len(missing), "layers") as advance:
             solve_anchors(analysis, missing, plan.probe, advance)
     if missing := work.missing(SOLVER_GAP, sampled(specs)):
         with reporter.stage("gap", len(missing), "layers") as advance:
-            # Of the budget only the accounting is read.
+            # Only the accounting of this budget is used.
             compare_solvers(analysis, missing, plan.solver, Budget.fraction(1.0, specs, plan.accounting), advance)
 
 
 def _measure(session: Session, reporter: Reporter, analysis: LayerAnalysis) -> None:
-    """Measure the loss of every layer at its lowest anchors, where that was not done yet."""
+    """Compute the single-layer losses of every layer at its smallest anchors, where they are missing."""
     missing = analysis.work.missing(SINGLE_LAYER_LOSSES, session.layers.specs)
     if missing:
         with reporter.stage("measure", len(missing), "layers") as advance:

@@ -1,4 +1,4 @@
-"""Refine a budget that was found before, with any solver."""
+"""Compress a model to the targets of an existing budget file, with any solver."""
 
 from __future__ import annotations
 
@@ -34,13 +34,31 @@ def compress(
     cache: Cache | None = None,
     fresh: bool = False,
 ) -> tuple[Summary, Run]:
-    """Refine a found budget, evaluate, and write the result into `folder`. Running it again goes on.
+    """Compress a model to the targets of a budget file, evaluate it, and write the run into `folder`.
+
+    A call with the same arguments continues an interrupted run. The session's model is changed in place: a session
+    serves one refinement.
 
     Args:
-        source: of the budget file, for messages.
-        command: as it was typed, for the record.
-        cache: of artefacts; None keeps them in the run folder.
+        plan: how the layers are refined.
+        source: path of the budget file, for messages.
+        file: the budget.
+        command: command line, for the record.
+        cache: shared artefacts of runs; None keeps them in the run folder.
         fresh: delete an earlier run in the folder; artefacts in the cache are used again.
+    Raises:
+        ArtefactError: the budget file is of another model, or the folder holds another run.
+        UsageError: the solver cannot meet the targets, or the model cannot be matched as asked.
+        NumericalError: a layer could not be solved.
+
+    >>> from globalopt.pipeline.example import example_budget, example_refinement, example_reporter, example_session
+    >>> session, plan = example_session(), example_refinement("sparsegpt")
+    >>> file = example_budget(session, kept=0.25)
+    >>> summary, run = compress(
+    ...     session, example_reporter(), plan, Path("budget.json"), file, Path("run"), "globalopt compress"
+    ... )
+    >>> summary.solver, summary.used / summary.total, run.model_folder.name
+    ('sparsegpt', 0.25, 'model')
     """
     allocation = file.for_model(session.fingerprint, session.layers.specs, source)
     plan.check(session.layers)
@@ -65,6 +83,13 @@ def compress(
 
 
 def compress_identity(session: Session, plan: RefinementPlan, file: BudgetFile) -> dict[str, Any]:
-    """What decides the results of a refinement."""
+    """Return all that decides the results of a refinement: model, text, budget, plan and versions of algorithms.
+
+    >>> from globalopt.pipeline.example import example_budget, example_refinement, example_session
+    >>> session = example_session()
+    >>> identity = compress_identity(session, example_refinement(), example_budget(session))
+    >>> sorted(identity)
+    ['algorithms', 'batch_size', 'budget', 'dtype', 'model', 'refining', 'splits']
+    """
     budget = digest(budget_file.record(file))
     return {**session.identity(), "budget": budget, "refining": plan.record(), "algorithms": algorithms(REFINED)}

@@ -1,6 +1,6 @@
-"""What this machine and installation can do: versions, devices, memory, disk, and what optional parts add.
+"""Examine this machine and installation: versions of packages, devices, memory, disks, and trial computations.
 
-Nothing heavy is imported above the functions: where a package is broken, that is the finding, and no crash.
+Third-party packages are imported inside the functions, so that a broken one is reported instead of raised.
 """
 
 from __future__ import annotations
@@ -49,21 +49,25 @@ OPTIONAL = {
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEEDED_DTYPES = ("float32", "float64")
-SIZE = 256  # of the matrices that are multiplied
+SIZE = 256  # side of the matrices that are multiplied
 REPEATS = 5
-SLOW = 3.0  # times the seconds of float32, on the CPU
+SLOW = 3.0  # a dtype is called slow from this multiple of the seconds of float32 on
 DISK_NEEDED = 5 * 2**30
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A package.
+    """Hold the state of one package.
 
     Args:
-        version: None where it is not installed.
-        problem: why it cannot be used, or None.
-        enables: what an optional part adds; how to get it in `install`.
+        name: name of the distribution.
+        version: installed version, or None.
+        problem: why the package cannot be used, or None.
+        enables, install: of an optional package: the feature that needs it, and the command that installs it.
+
+    >>> Part("lm-eval", None, "not installed", "scores on tasks").problem
+    'not installed'
     """
 
     name: str
@@ -75,7 +79,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two matrices in one dtype: how long it took, or why there is none."""
+    """Hold the time of a matrix product in one dtype, or the reason why it failed.
+
+    Args:
+        dtype: floating-point type of the matrices.
+        seconds: shortest of `REPEATS` times, or None.
+        problem: error message, or None.
+
+    >>> Product("float32", 0.0004, None).seconds < 1
+    True
+    """
 
     dtype: str
     seconds: float | None
@@ -84,7 +97,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Device:
-    """Where a model can compute; memory in bytes, None where the device does not say."""
+    """Hold the memory of one device and the matrix products tried on it.
+
+    Args:
+        name: name of the device in torch.
+        description: name of the hardware.
+        total, free: bytes of memory; None where the device does not report them.
+        products: one per dtype of `DTYPES`.
+
+    >>> device = Device("cpu", "x86_64, AVX2", 8 * 2**30, 6 * 2**30, (Product("float32", 0.0004, None),))
+    >>> [product.dtype for product in device.products if product.problem is None]
+    ['float32']
+    """
 
     name: str
     description: str
@@ -95,7 +119,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Disk:
-    """Free space where something is written; `problem` where nothing can be."""
+    """Hold the free disk space of one folder.
+
+    Args:
+        use: what is written there.
+        path: the folder.
+        total, free: bytes, or None where they cannot be read.
+        problem: why nothing can be written there, or None.
+
+    >>> Disk("runs", "/data", 2**40, 2**39, None).free / 2**30
+    512.0
+    """
 
     use: str
     path: str
@@ -106,7 +140,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must work, tried."""
+    """Hold the outcome of a trial computation.
+
+    Args:
+        name: name of the computation.
+        problem: error message, or None where it succeeded.
+
+    >>> Check("factorisations", None).problem is None
+    True
+    """
 
     name: str
     problem: str | None
@@ -114,11 +156,22 @@ class Check:
 
 @dataclass(frozen=True)
 class Health:
-    """The whole finding.
+    """Hold all findings about this machine and installation.
 
     Args:
-        memory_total, memory_free: bytes of main memory; the total is the container's limit where that is lower.
-        threads: of torch; `cores` are those this process may use.
+        globalopt, python, system: versions, and the operating system.
+        required, optional: packages.
+        devices: the CPU first, then accelerators; empty where torch cannot be imported.
+        threads: threads of torch, or None where it cannot be imported.
+        cores: CPU cores that this process may use.
+        memory_total, memory_free: bytes of main memory, within the container's limit; None without psutil.
+        disks: folders for runs, temporary files and downloads.
+        checks: trial computations.
+
+    >>> torch = Part("torch", None, "not installed")
+    >>> health = Health("1.0", "3.12", "Linux", (torch,), (), (), None, 2, None, None, (), ())
+    >>> health.broken
+    ('torch: not installed',)
     """
 
     globalopt: str
@@ -136,7 +189,7 @@ class Health:
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """What is required and does not work, one sentence each."""
+        """List the required parts that do not work, one sentence each."""
         parts = [f"{part.name}: {part.problem}" for part in self.required if part.problem]
         products = [p for device in self.devices[:1] for p in device.products if p.dtype in NEEDED_DTYPES]
         cpu = [f"{p.dtype} on the CPU: {p.problem}" for p in products if p.problem]
@@ -144,7 +197,7 @@ class Health:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What works and could be better, one sentence each."""
+        """List settings that work and could be improved, one sentence each."""
         found = []
         if self.threads is not None and self.threads > self.cores:
             found.append(f"torch has {self.threads} threads on {self.cores} cores; set OMP_NUM_THREADS={self.cores}.")
@@ -164,7 +217,14 @@ class Health:
 
 
 def examine() -> Health:
-    """Look at everything; whatever fails is in the result."""
+    """Examine packages, devices, memory and disks, and try the computations that every run needs.
+
+    No failure is raised: each is reported in the result. Takes some seconds.
+
+    >>> health = examine()
+    >>> health.broken, health.devices[0].name, health.cores > 0
+    ((), 'cpu', True)
+    """
     required = tuple(_part(name, name) for name in REQUIRED)
     works = {part.name: part.problem is None for part in required}
     optional = tuple(_part(name, module, more, how) for name, (module, more, how) in OPTIONAL.items())
@@ -190,6 +250,7 @@ def examine() -> Health:
 
 
 def _version(name: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -197,21 +258,22 @@ def _version(name: str) -> str | None:
 
 
 def _part(name: str, module: str, enables: str = "", install: str = "") -> Part:
+    """Check the version of the distribution `name`, and that its `module` can be imported."""
     version = _version(name)
     problem = "not installed" if version is None else _too_old(name, version)
     if version is not None:
         try:
             importlib.import_module(module)
-        # Whatever an import may raise, a loader's error included, is what we came to find out.
+        # An import may raise anything, such as an error of the dynamic loader; all of it is reported.
         except Exception as cause:
             problem = f"cannot be imported: {_line(cause)}"
     return Part(name, version, problem, enables, install)
 
 
 def _too_old(name: str, version: str) -> str | None:
-    """What globalopt asks of a package, where the version does not meet it."""
+    """Return the version that globalopt requires of a package, as a sentence, where the installed one is not it."""
     try:
-        # Others bring it; where they are broken it may be missing.
+        # A dependency of our dependencies, which may be missing where these are broken.
         from packaging.requirements import Requirement
 
         asked = [Requirement(line) for line in metadata.requires("globalopt") or ()]
@@ -226,7 +288,7 @@ def _too_old(name: str, version: str) -> str | None:
 
 
 def _devices(total: int | None, free: int | None) -> tuple[Device, ...]:
-    """The CPU, whose memory is given, then accelerators."""
+    """List the CPU, with the given bytes of main memory, and the accelerators."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -245,6 +307,7 @@ def _devices(total: int | None, free: int | None) -> tuple[Device, ...]:
 
 
 def _products(device: str) -> tuple[Product, ...]:
+    """Try the product in every dtype."""
     return tuple(_product(device, dtype) for dtype in DTYPES)
 
 
@@ -260,7 +323,7 @@ def _product(device: str, dtype: str) -> Product:
         for _ in range(REPEATS):
             start = time.perf_counter()
             product = A @ A.mT
-            # A copy waits for a device that works on its own time.
+            # Reading a value waits for a device that computes asynchronously.
             product[0, 0].item()
             seconds.append(time.perf_counter() - start)
         error = float((product.cpu().double() - exact @ exact.mT).norm() / (exact @ exact.mT).norm())
@@ -272,7 +335,7 @@ def _product(device: str, dtype: str) -> Product:
 
 
 def _factorise() -> None:
-    """The factorisations that the solvers need, in float32."""
+    """Try the factorisations that the solvers use, in float32: eigenvectors, singular vectors and Cholesky."""
     import torch
 
     A = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
@@ -286,7 +349,7 @@ def _factorise() -> None:
 
 
 def _run_reference() -> None:
-    """One forward pass of the bundled model."""
+    """Run one forward pass of the bundled model."""
     import torch
 
     from globalopt.models.loading import load_model, reference_folder
@@ -299,28 +362,30 @@ def _run_reference() -> None:
 
 
 def _check(name: str, tried: Callable[[], None]) -> Check:
+    """Run a trial computation, and report the error that it raises."""
     try:
         tried()
-    # As for imports: the failure is the finding.
+    # As for imports: any failure is reported.
     except Exception as cause:
         return Check(name, _line(cause))
     return Check(name, None)
 
 
 def _threads() -> int:
+    """Return the number of threads of torch."""
     import torch
 
     return torch.get_num_threads()
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Count the CPU cores that this process may use."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _memory() -> tuple[int, int]:
-    """Total and free main memory in bytes, within the container's limit."""
+    """Return total and free main memory in bytes, within the container's limit."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -329,13 +394,13 @@ def _memory() -> tuple[int, int]:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):
-        # No container, none with a limit ("max"), or one that does not say.
+        # There is no container, or it has no limit ("max") or does not report one.
         return total, free
     return min(total, limit), max(0, min(free, limit - used))
 
 
 def _folders() -> dict[str, Path]:
-    """Where runs, temporary files and downloads go."""
+    """Return the folders for runs, temporary files and downloads, by use."""
     folders = {"runs": Path.cwd(), "temporary files": Path(tempfile.gettempdir())}
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -345,7 +410,8 @@ def _folders() -> dict[str, Path]:
 
 
 def _disk(use: str, path: Path) -> Disk:
-    # A cache that was never used is made where its nearest parent is.
+    """Read the free space of the disk that a folder is on, and check that it can be written to."""
+    # A download cache that was never used does not exist yet; its nearest existing parent is on the same disk.
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     try:
         usage = shutil.disk_usage(there)
@@ -356,6 +422,6 @@ def _disk(use: str, path: Path) -> Disk:
 
 
 def _line(cause: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """Return the first line of an error message, or the error's type where the message is empty."""
     lines = str(cause).strip().splitlines()
     return lines[0][:200] if lines else type(cause).__name__

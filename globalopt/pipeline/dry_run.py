@@ -1,19 +1,21 @@
-"""What a run would take, before it is started: parameters, coverage, memory, disk, time. Nothing is loaded or written.
+"""Estimate the parameters, coverage, memory, disk space and time of a run before it is started.
 
-All of it comes from the model's config (its layers are found with zeros for weights) and from two measurements on this
-machine: a product of matrices, and a fit of one small layer by the solver. With T calibration tokens, L blocks, hidden
-size h, b bytes per value computed with, vocabulary V, and P parameters of which P_out lie outside the blocks:
+No weights are loaded and nothing is written: the estimate uses the model's config (its layers are found with zeros for
+weights) and two timings on this machine, of a matrix product and of the solver on one small layer. With T calibration
+tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which P_out lie outside
+the blocks:
 
     peak    = this process now + weights + hidden states + the largest of the stages
-    weights = 3 b P of a model that fits (the changed one, the original, the saved one); else b of the largest block and
-              P_out in the type it is stored in
-    states  = b T h (L + 1) where a backward sweep needs those of all blocks, else 2 b T h; none where they go to files
-    stages  : a block's Grams, 4 d_in² bytes each and one more, and what the solver works with (`WORKING`);
-              logits, two models' in evaluation, `LABEL_COPIES` of a batch's where labels are sampled;
-              what a search holds of its candidates
+    weights = 3 b P if the model fits in memory (the changed model, the original, the saved one); else b times the
+              parameters of the largest block, and P_out in the type that they are stored in
+    states  = b T h (L + 1) if a backward sweep needs those of all blocks, else 2 b T h; 0 if they are kept in files
+    stages  : a block's Grams of 4 d_in² bytes each and one more, and the solver's own tensors (`WORKING`);
+              logits of two models in evaluation, `LABEL_COPIES` times those of a batch where labels are sampled;
+              candidate weights that a search keeps
 
-Time is that of the products, 2 T P each forward pass, and of the fits, which grow as d_out d_in (d_out + d_in); reading
-and writing files are left out. It is a guess within a factor of three or so; memory and disk are upper ends.
+Time is that of matrix products, 2 T P operations per forward pass, and of solving layers, which grows as
+d_out d_in (d_out + d_in); reading and writing files are left out. The estimate of time is right within a factor of
+about three; those of memory and disk are upper bounds.
 """
 
 from __future__ import annotations
@@ -44,47 +46,61 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.results import DryRun
 
 WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (12, 5)}
-"""Weights of a site's layers, and Grams of it, that a solver holds at once, by what it reads; float32."""
+"""Copies of a site's weights and of its Gram, in float32, that a solver holds at once, by what it needs."""
 
 LABEL_COPIES = 5
 """Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
 
+HEADER = 400
+"""Bytes by which the header of a file grows with every anchor solution in it: names, types and shapes of four tensors."""
+
 ON_A_PATH = 0.7
-"""What quick fits take on a path of targets, of their time alone."""
+"""Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
 
 TRAINED = 5 * 4 + 8
-"""Bytes per trained number: itself, its gradient, Adam's two moments, the best so far, and where it belongs."""
+"""Bytes per trained number: its value, its gradient, Adam's two moments, its best value so far, and its index."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done.
+    """Describe the work of a run, as far as an estimate needs it.
 
     Args:
-        kept: fraction of the compressible parameters.
-        quick: fits layers that are only looked at.
+        kept: fraction kept of the compressible parameters.
+        solver: solver of the refinement.
+        probe: probe solver of the analysis.
         searches: whether an analysis and an allocation come first.
-        search_tokens: forward tokens of the search.
-        refines: whether a model comes out; of a family of budgets none does.
-        sweeps: whether a backward sweep prices layers or collects output Grams.
-        fits: whether layers are priced by fits.
-        matching, distillation: how blocks, and the whole model, are trained after the fits, or None.
+        refines: whether layers are refined and a model is saved; not in a family of budgets.
+        sweeps: whether a backward sweep predicts losses or computes output Grams.
+        anchors: whether the analysis computes anchor solutions.
+        search_tokens: tokens of forward passes on which the allocator evaluates the objective.
+        matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> job = search_job(example_plan(budget=0.3), refines=True)
+    >>> job.kept, job.solver.name, job.sweeps, job.anchors
+    (0.3, 'wanda', True, False)
     """
 
     kept: float
     solver: Solver
-    quick: Solver
+    probe: Solver
     searches: bool
     refines: bool
     sweeps: bool
-    fits: bool = False
+    anchors: bool = False
     search_tokens: int = 0
     matching: Training | None = None
     distillation: Training | None = None
 
 
 def search_job(plan: SearchPlan, refines: bool) -> Job:
-    """The work of a search, for an estimate; of a family of budgets none is refined."""
+    """Describe the work of a search, or with `refines` False of a family of budgets.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> search_job(example_plan(solver="3basil"), refines=True).fits
+    True
+    """
     return Job(
         plan.rule.kept,
         plan.analysis.solver,
@@ -92,7 +108,7 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         searches=True,
         refines=refines,
         sweeps=plan.analysis.fisher,
-        fits=plan.analysis.anchors,
+        anchors=plan.analysis.anchors,
         search_tokens=plan.search_tokens,
         matching=plan.refinement.matching,
         distillation=plan.refinement.distillation,
@@ -100,7 +116,13 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
 
 
 def compress_job(plan: RefinementPlan, kept: float) -> Job:
-    """The work of a refinement to a budget that keeps a fraction `kept`, for an estimate."""
+    """Describe the work of a refinement to a budget that keeps a fraction `kept`.
+
+    >>> from globalopt.pipeline.example import example_refinement
+    >>> job = compress_job(example_refinement("sparsegpt"), kept=0.5)
+    >>> job.searches, job.refines
+    (False, True)
+    """
     return Job(
         kept,
         plan.solver,
@@ -115,21 +137,42 @@ def compress_job(plan: RefinementPlan, kept: float) -> Job:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """The layers of a model without its weights, and the type these are stored in."""
+    """Hold the layers of a model without its weights.
+
+    Args:
+        layers: of the model built from its config.
+        stored: the floating-point type that the checkpoint's weights are stored in.
+
+    >>> structure = Structure.of(ModelOptions())  # the bundled model
+    >>> len(structure.layers.specs), structure.stored
+    (56, torch.bfloat16)
+    """
 
     layers: ModelLayers
     stored: torch.dtype
 
     @classmethod
     def of(cls, models: ModelOptions) -> Structure:
-        """That of the model the options name; errors as `load_model` and `find_layers`."""
+        """Read the structure of the model that the options name; raises what `load_model` and `find_layers` raise."""
         source = models.model or str(reference_folder())
         model, stored = load_structure(source, models.dtype, models.trust_remote_code)
         return cls(find_layers(model, models.allow_low_coverage), stored)
 
 
 def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job) -> DryRun:
-    """Estimate a run; see the module for the formulas."""
+    """Estimate the memory (bytes), disk space (bytes) and time (seconds) of a run by the formulas of this module.
+
+    Args:
+        structure: of the model.
+        models, texts: as the run would be given.
+        job: the work of the run.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> job = search_job(example_plan(), refines=True)
+    >>> found = dry_run(Structure.of(ModelOptions()), ModelOptions(), TextOptions(), job)
+    >>> found.peak > 3 * 4 * found.parameters, found.seconds["refine"] > 0
+    (True, True)
+    """
     layers = structure.layers
     shape = _Shape.of(structure, models, texts)
     memory, lazy, in_files = _memory(shape, models, job)
@@ -156,7 +199,7 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Numbers of a model and its text."""
+    """Hold the sizes of a model and its text, in parameters, layers and bytes per value."""
 
     specs: tuple[LayerSpec, ...]
     parameters: int
@@ -171,6 +214,7 @@ class _Shape:
 
     @classmethod
     def of(cls, structure: Structure, models: ModelOptions, texts: TextOptions) -> _Shape:
+        """Count the sizes of a model."""
         layers, model = structure.layers, structure.layers.model
         parameters = sum(p.numel() for p in model.parameters())
         blocks = [sum(p.numel() for p in block.parameters()) for block in layers.blocks]
@@ -190,10 +234,12 @@ class _Shape:
 
     @property
     def tokens(self) -> int:
+        """Count the calibration tokens."""
         return self.texts.nsamples * self.texts.seqlen
 
     @property
     def sites(self) -> dict[str, list[LayerSpec]]:
+        """Group the layers by input site."""
         found: dict[str, list[LayerSpec]] = {}
         for spec in self.specs:
             found.setdefault(spec.site, []).append(spec)
@@ -201,7 +247,7 @@ class _Shape:
 
 
 def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, int], bool, bool]:
-    """Bytes by what they are for; whether blocks come one at a time; whether hidden states go to files."""
+    """Estimate bytes by purpose, whether blocks are loaded one at a time, and whether hidden states go to files."""
     here = resident()
     room = available(resolve_device(models.device)) if models.limit is None else models.limit - here
     whole = WHOLE_COPIES * shape.parameters * shape.computed
@@ -224,6 +270,7 @@ def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, in
 
 
 def _largest_fit(shape: _Shape, job: Job) -> int:
+    """Estimate the most bytes that a block's Grams and the solver hold at one site."""
     weights, grams = WORKING[job.solver.needs]
     held = dict.fromkeys(range(shape.blocks), 0)
     most = 0
@@ -236,6 +283,7 @@ def _largest_fit(shape: _Shape, job: Job) -> int:
 
 
 def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
+    """Estimate the bytes of logits in evaluation, or where labels are sampled if these are more."""
     window = shape.texts.seqlen * shape.vocabulary
     at_once = LAZY_LOGITS_AT_ONCE if lazy else LOGITS_AT_ONCE
     rows = max(1, min(shape.texts.batch_size, at_once // window))
@@ -247,6 +295,7 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
 
 
 def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
+    """Estimate the bytes of dense weights, candidate weights and anchor residuals that a search holds."""
     if not (job.searches or job.sweeps):
         return 0
     weights, part = sum(4 * spec.numel for spec in shape.specs), LAZY_SHARE if lazy else 1
@@ -255,7 +304,7 @@ def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
 
 
 def _training(shape: _Shape, job: Job) -> int:
-    """What training holds: of every kept number five copies and its index, and a block's answers and inner states."""
+    """Estimate the bytes of training: `TRAINED` per kept number, the target outputs, and a block's inner states."""
     if not job.refines or job.matching is None:
         return 0
     weights = max(sum(spec.numel for spec in shape.specs if spec.block == block) for block in range(shape.blocks))
@@ -273,7 +322,7 @@ def _training(shape: _Shape, job: Job) -> int:
 
 
 def _disk(shape: _Shape, job: Job) -> dict[str, int]:
-    """Bytes by folder of the run, at most."""
+    """Bound the bytes on disk, by folder of the run."""
     weights = sum(spec.numel for spec in shape.specs)
     outputs = sum(4 * spec.d_out**2 for spec in shape.specs)
     found: dict[str, int] = {}
@@ -282,13 +331,13 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     if job.sweeps:
         found["labels"] = outputs
     if job.searches:
-        # Robust PCA finds at most the rank at which it would turn to a full decomposition.
+        # Robust PCA finds at most the rank from which it would compute a full decomposition.
         factors = sum((spec.d_out + spec.d_in) * spec.max_rank // 4 for spec in shape.specs)
         found["spans"] = 4 * (weights + factors)
-        if job.fits:
+        if job.anchors:
             found["anchors"] = sum(map(_anchor_bytes, shape.specs))
         if job.sweeps and job.solver.outputs is not Outputs.NONE:
-            # Of the probe's labels beside those of the predictions.
+            # Output Grams of the probe's labels, beside those of the predictions.
             found["probe labels"] = outputs
     if job.refines:
         found["layers"] = int((1 + job.kept) * weights * shape.stored)
@@ -299,13 +348,13 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
 
 
 def _anchor_bytes(spec: LayerSpec) -> int:
-    """Bytes of the anchor solutions of a layer: values and factors in float32, and a bit per entry of each."""
+    """Count the bytes of a layer's anchor solutions: values and factors in float32, and one bit per entry."""
     anchors = [anchor for row in Options.of(spec, spec.max_rank).anchors for anchor in row]
-    return sum(4 * anchor.params(spec) + spec.numel // 8 + 1 for anchor in anchors)
+    return sum(4 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)
 
 
 def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.device) -> dict[str, float]:
-    """Seconds by stage."""
+    """Estimate the seconds of every stage."""
     texts = shape.texts
 
     def forward(tokens: float) -> float:
@@ -317,29 +366,29 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     tokens = shape.tokens
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
-    # Asked about one layer, half of the blocks are run again on average.
-    look = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
+    # To evaluate one replaced layer, half of the blocks are run again on average.
+    single_layer = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
     found: dict[str, float] = {}
-    weighed = job.sweeps and job.solver.outputs is not Outputs.NONE
-    quick = timing.fit_seconds(job.quick, job.kept, device) if weighed or job.fits else 0.0
-    # Matching asks for those of the blocks, in a sweep of its own where the solver reads none.
-    if weighed or (job.sweeps and job.matching is not None):
+    weighted = job.sweeps and job.solver.outputs is not Outputs.NONE
+    probed = timing.fit_seconds(job.probe, job.kept, device) if weighted or job.anchors else 0.0
+    # Matching needs the output Grams of the blocks, in a sweep of its own where the solver uses none.
+    if weighted or (job.sweeps and job.matching is not None):
         found["labels"] = 4 * forward(tokens) + grams + outputs
-    if weighed:
-        found["metric"] = 2 * look + 2 * fits(quick)
+    if weighted:
+        found["metric"] = 2 * single_layer + 2 * fits(probed)
     if job.searches:
         found["span"] = forward(tokens) + grams + fits(timing.span_seconds(device))
-        if job.fits:
-            found["gap"] = 8 * fits(quick + fit, sampled(shape.specs))
-            found["anchors"] = ON_A_PATH * 8 * fits(quick)
-            found["measure"] = 4 * look
+        if job.anchors:
+            found["gap"] = 8 * fits(probed + fit, sampled(shape.specs))
+            found["anchors"] = ON_A_PATH * 8 * fits(probed)
+            found["measure"] = 4 * single_layer
         if job.sweeps:
             found["predict"] = 3 * forward(tokens) + outputs
         found["search"] = forward(job.search_tokens)
     if job.refines:
         found["refine"] = 2 * forward(tokens) + grams + fits(fit)
         if job.matching is not None:
-            # Forward and backward, with a look at the held-out windows, and as much again for what is no product.
+            # Forward and backward passes with the loss of held-out windows, and as much again for other operations.
             found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
         if job.distillation is not None:
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)

@@ -1,4 +1,4 @@
-"""A family of budgets from one analysis: allocations within each other, and what each of them is expected to lose."""
+"""Allocate a family of budgets from one analysis: nested allocations, and the loss expected of each."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Family, FamilyPoint, Outcome
 
 FRONTIER = tuple(round(0.05 * step, 2) for step in range(2, 19))
-"""Fractions kept of a whole frontier: 0.1 to 0.9 in steps of 0.05."""
+"""Fractions kept of the default family: 0.1 to 0.9 in steps of 0.05."""
 
 ALLOCATOR = Knapsack.name
-"""What solves every point, and whose options may be given."""
+"""Name of the allocator of every budget; its options may be given."""
 
 UNREAD = ("budget", "allocator", "search_tokens")
-"""Options of a search that do not decide a family."""
+"""Options of a search that a family's allocations do not depend on."""
 
 
 def family(
@@ -48,17 +48,33 @@ def family(
     fresh: bool = False,
     leave_out: bool = False,
 ) -> tuple[Family, Run]:
-    """Analyse once, allocate at every budget, evaluate every allocation; nothing is refined.
+    """Analyse a model once, allocate every budget, and evaluate every allocation; no layer is refined.
 
-    Running it again goes on where it stopped.
+    A smaller budget's allocation is within a larger one's: no layer keeps more. A call with the same arguments
+    continues an interrupted run.
 
     Args:
-        plan: of a search by the knapsack; its budget is not read, and with `search_tokens` 0 nothing is evaluated.
+        plan: of a search by the knapsack. Its budget is not used; with `search_tokens` 0 nothing is evaluated.
         budgets: fractions kept, distinct.
-        leave_out: whether budgets that the pattern does not reach are left out instead of refused.
-
+        folder: run folder, for budget files and `family.json`.
+        command: command line, for the record.
+        cache: shared artefacts of runs; None keeps them in the run folder.
+        fresh: delete an earlier run in the folder; artefacts in the cache are used again.
+        leave_out: whether budgets that are too small for the pattern are left out instead of refused.
     Raises:
-        BudgetError: a budget, or with `leave_out` every one of them, is below what the pattern needs.
+        UsageError: the allocator of the plan is not the knapsack.
+        BudgetError: a budget, or with `leave_out` every one of them, is too small for the pattern.
+        ArtefactError: the folder holds another run.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> plan = example_plan(allocator="knapsack", search_tokens=0)
+    >>> found, run = family(
+    ...     example_session(), example_reporter(), plan, [0.3, 0.5], Path("family"), "globalopt search"
+    ... )
+    >>> [(point.asked, point.used, point.file) for point in found.points]
+    [(0.3, 1305, 'budgets/0.3.json'), (0.5, 2176, 'budgets/0.5.json')]
+    >>> found.points[0].predicted > found.points[1].predicted
+    True
     """
     knapsack = plan.allocator
     if not isinstance(knapsack, Knapsack):
@@ -131,7 +147,12 @@ def family(
 
 
 def family_identity(session: Session, plan: SearchPlan, budgets: Sequence[float]) -> dict[str, Any]:
-    """What decides the results of a family."""
+    """Return all that decides the results of a family: model, text, options, budgets and versions of algorithms.
+
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> family_identity(example_session(), example_plan(allocator="knapsack"), [0.3, 0.5])["family"]["budgets"]
+    [0.3, 0.5]
+    """
     record = plan.record()
     words = {name: value for name, value in record["search"].items() if name not in UNREAD}
     return {
@@ -145,7 +166,7 @@ def family_identity(session: Session, plan: SearchPlan, budgets: Sequence[float]
 def _reached(
     plan: SearchPlan, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
 ) -> Mapping[float, Budget]:
-    """The budgets by their fractions, ascending, without those below the pattern's own cost if they may be left out."""
+    """Return the budgets by fraction, ascending; leave out, or refuse, those too small for the pattern."""
     reached = {}
     for kept in sorted(budgets):
         budget = replace(plan.rule, kept=kept).of(specs)
@@ -167,7 +188,7 @@ def _outcomes(
     problem: Problem,
     allocations: Sequence[Allocation],
 ) -> tuple[list[Outcome], str | None]:
-    """Evaluate every allocation on all of the selection text; also say what candidates were made from."""
+    """Evaluate every allocation on all of the selection text; return what candidates were made from as well."""
     if not plan.search_tokens:
         return [outcome(one) for one in allocations], None
     whole = replace(plan, search_tokens=len(allocations) * session.splits.selection.windows.numel())

@@ -1,4 +1,4 @@
-"""Refine, match, save and evaluate: what follows every budget."""
+"""Refine a model to a budget, match it, save it, evaluate the saved model, and write the summary."""
 
 from __future__ import annotations
 
@@ -35,19 +35,34 @@ def finish(
     command: str,
     found: Allocated | None = None,
 ) -> Summary:
-    """Refine to a budget, match, save the model, evaluate what was saved, and write the summary.
+    """Refine a model to a budget, match it, save it, evaluate the saved model, and write the summary.
 
     The session's model is changed in place: a session serves one refinement.
 
     Args:
-        found: by the search before it, where there was one.
+        run: with the output Grams and metric choices that the plan needs; see `compress`.
+        plan: how the layers are refined.
+        file: the budget.
+        command: command line, for the record.
+        found: result of the search before it, or None.
+    Raises:
+        NumericalError: a layer could not be solved.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_budget, example_refinement, example_reporter, example_session
+    >>> session = example_session()
+    >>> with Run.start(Path("run"), {}, {}) as run:
+    ...     file = example_budget(session)
+    ...     summary = finish(session, example_reporter(), run, example_refinement(), file, "globalopt compress")
+    >>> [(metrics.split, metrics.kl > 0) for metrics in summary.compressed]
+    [('validation', True), ('test', True)]
     """
     layers, allocation = session.layers, file.allocation
     notes = list(_notes(allocation, plan.solver))
     for note in notes:
         reporter.note(note)
     if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):
-        # No sweep for layers came before.
+        # No earlier sweep computed them with those of the layers.
         collect_output_grams(session, reporter, run, Stage.MATCH_LABELS, (), plan.seed)
     targets = {
         spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
@@ -58,7 +73,7 @@ def finish(
         match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
     run.publish(layers.specs, len(layers.blocks))
     with reporter.stage("save", 1, "models") as advance:
-        # A model folder appears whole or not at all, so one that is there is this run's.
+        # A model folder is written whole or not at all, so an existing one is complete.
         if not run.model_folder.exists():
             save_dense(
                 session.loaded.model, session.loaded.tokenizer, run.model_folder, session.loaded.checkpoint_dtype
@@ -101,7 +116,7 @@ def finish(
 def _refined(
     session: Session, reporter: Reporter, run: Run, plan: RefinementPlan, file: BudgetFile, targets: dict[str, Target]
 ) -> list[LayerResult]:
-    """Refine and match block by block."""
+    """Refine and match the model block by block."""
     refinement = Refinement(
         targets=targets,
         solver=plan.solver,
@@ -120,6 +135,7 @@ def _refined(
 
 
 def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
+    """Say how targets are converted to parts that the solver has."""
     ranked = sum(1 for target in allocation.targets.values() if target.rank)
     if ranked and not solver.low_rank:
         yield (
@@ -156,7 +172,26 @@ def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tupl
 def match_whole(
     session: Session, reporter: Reporter, run: Run, options: Distillation, targets: dict[str, Target], seed: int
 ) -> None:
-    """Match the refined model to the dense one if that is not done yet, and put the result in place."""
+    """Train the refined model to match the dense model's predictions, where that is missing, and put it in place.
+
+    The kept entries, factors and norms are trained (`match_model`); every layer stays within its target.
+
+    Args:
+        run: with the refined layers.
+        targets: by layer.
+        seed: of the training.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_budget, example_refinement, example_reporter, example_session
+    >>> session, reporter = example_session(), example_reporter()
+    >>> file = example_budget(session)
+    >>> targets = dict(file.allocation.targets)
+    >>> with Run.start(Path("matched"), {}, {}) as run:
+    ...     _ = finish(session, reporter, run, example_refinement(), file, "globalopt compress")
+    ...     match_whole(session, reporter, run, Distillation(epochs=1), targets, seed=0)
+    ...     run.get(MATCHED_MODEL, None).values[session.layers.specs[0].name].nnz
+    128
+    """
     layers = session.layers
     if not run.has(MATCHED_MODEL, None):
         with reporter.stage("match", options.epochs, "epochs") as advance:

@@ -1,4 +1,4 @@
-"""A session for a model that is in memory already; the model itself is only read."""
+"""Make a session from a model that is in memory; the session works on a copy of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from globalopt.text.splits import make_splits
 IN_MEMORY = "text in memory"
 
 Documents = str | Path | Sequence[str]
-"""A text: a file, a folder or a hub data set by name, as `--calibration` takes it; or documents as strings."""
+"""A text: the name of a file, of a folder or of a hub data set, as in `--calibration`; or documents as strings."""
 
 
 def live_session(
@@ -36,17 +36,29 @@ def live_session(
     reporter: Reporter,
     allow_low_coverage: bool = False,
 ) -> Session:
-    """Make the session of a copy of `model`.
+    """Make a session that works on a copy of `model`.
 
     The copy computes in float32 on a CPU and in the model's own type elsewhere, on the model's device.
 
     Args:
         text: to calibrate and search on; without `eval_text` a part of it is the test split.
-        texts: sizes; its texts are not read.
+        eval_text: the test split, or None.
+        texts: number and length of the windows; its names of texts are not used.
+        seed: of the windows.
+        allow_low_coverage: whether a model may have few of its parameters in compressible layers.
     Raises:
-        UsageError: an argument is not what it should be.
-        UnsupportedModelError: the model is none that can be compressed, or lies on several devices.
+        UsageError: an argument has the wrong type.
+        UnsupportedModelError: the architecture is not supported, or the model lies on several devices.
         CalibrationError, NumericalError: text or weights cannot be used.
+
+    >>> from globalopt.pipeline.example import example_reporter, example_text, example_tokenizer
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model, texts = tiny_llama(), TextOptions(nsamples=4, seqlen=16, eval_windows=2)
+    >>> session = live_session(
+    ...     model, example_tokenizer(), example_text(), None, texts, 0, example_reporter(), allow_low_coverage=True
+    ... )
+    >>> session.name, session.loaded.model is model, len(session.splits.test.windows)
+    ('LlamaForCausalLM', False, 2)
     """
     device = _device(model)
     flush_denormals()
@@ -67,12 +79,21 @@ def live_session(
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """Where a model says it is from, else its class."""
+    """Return the name or path in a model's config, or the name of its class.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> name_of(tiny_llama())
+    'LlamaForCausalLM'
+    """
     return model.config.name_or_path or type(model).__name__
 
 
 def read_documents(text: Documents) -> Text:
-    """The text itself; `CalibrationError` where it is missing, empty or not made of strings."""
+    """Read a text by name, or join documents to one; `CalibrationError` if it is missing, empty or not of strings.
+
+    >>> read_documents(["One.", "Two."]).spec
+    'text in memory'
+    """
     if isinstance(text, str | Path):
         return read_text(str(text))
     documents = list(text)
@@ -85,7 +106,7 @@ def read_documents(text: Documents) -> Text:
 
 
 def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A copy in eval mode, without gradients or cache, in the type that the pipeline computes in."""
+    """Copy a model in evaluation mode, without gradients or cache, in the type that the pipeline computes in."""
     copied = copy.deepcopy(model)
     # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
     cast("nn.Module", copied).to(device, computed_dtype("auto", device, model.dtype))
@@ -95,7 +116,7 @@ def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def _device(model: Any) -> torch.device:
-    """The one device of a model."""
+    """Return the one device of a model; `UnsupportedModelError` if there are several."""
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"The model must be a transformers model; got a {type(model).__name__}.")
     devices = {parameter.device for parameter in model.parameters()}

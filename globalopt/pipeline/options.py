@@ -1,4 +1,4 @@
-"""Options of a run as a user gives them, checked before a model is loaded."""
+"""Hold the options of a run as the user typed them, and check them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,37 @@ from globalopt.refine.blocks import Order
 from globalopt.values.budget import Limits
 
 SENSITIVITIES = ("fisher", "none")
+"""How losses are predicted: from gradients, in nats per token; or from input Grams alone, as output errors."""
 
 PREDICT_FROM = ("anchors", "span")
+"""Whether anchor solutions set the level of predicted losses, or the spans alone do."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What `search` is asked for; option texts are kept as typed until their table converts them."""
+    """Hold the options of a search.
+
+    Args:
+        budget: fraction kept of the compressible layers, in (0, 1].
+        accounting: unit of the budget: "params" or "bytes".
+        pattern: of the sparse parts: "unstructured" or N:M, such as "2:4".
+        allocator, solver: names.
+        allocator_options, solver_options: values as typed, by option; converted by the class of the method.
+        sensitivity: one of `SENSITIVITIES`.
+        scaling: of the spans; see `compute_span`.
+        seed: of labels, windows and allocators.
+        predict_from: one of `PREDICT_FROM`.
+        candidates: which weights stand for a target in the objective: "anchors", "span" or "auto".
+        search_tokens: tokens of forward passes on which the allocator may evaluate the objective.
+        serving_profile: name of the place where the model will be served, with limits of its own.
+        rank_multiple: ranks are multiples of it; None is the profile's own.
+    Raises:
+        UsageError: an option is unknown, or at odds with another.
+
+    >>> options = SearchOptions(0.5, pattern="2:4", solver="sparsegpt")
+    >>> options.allocator, options.sensitivity, options.limits.rank_multiple
+    ('auto', 'fisher', 1)
+    """
 
     budget: float
     accounting: str = "params"
@@ -61,7 +85,7 @@ class SearchOptions:
 
     @property
     def limits(self) -> Limits:
-        """What every layer must be within, so that it can be served."""
+        """Return the limits on every layer's target under which the model can be served."""
         return limits_of(self.serving_profile, self.rank_multiple)
 
 
@@ -80,12 +104,19 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded.
+    """Hold the options of loading a model.
 
     Args:
-        model: None is the bundled reference model.
-        max_memory: as typed.
-        in_memory: it was given as an object, and `model` only says what it is called.
+        model: folder or hub id; None is the bundled reference model.
+        dtype: floating-point type to compute in, or "auto".
+        device: name of a torch device, or "auto".
+        trust_remote_code: whether code from the model's repository may run.
+        allow_low_coverage: whether a model may have few of its parameters in compressible layers.
+        max_memory: size of the process's memory as typed, such as "8GiB"; None is what the machine has.
+        in_memory: whether the model was given as an object; `model` is then a name for reports alone.
+
+    >>> ModelOptions("meta-llama/Llama-3.2-1B", max_memory="2GiB").limit
+    2147483648
     """
 
     model: str | None = None
@@ -102,13 +133,29 @@ class ModelOptions:
 
     @property
     def limit(self) -> int | None:
-        """Bytes the process may have in memory, where that was said."""
+        """Return the bytes of memory that the process may use, or None where none were given."""
         return None if self.max_memory is None else parse_size(self.max_memory)
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Which text, and how it is cut into windows. `calibration` None is the bundled text (reference model only)."""
+    """Hold the options of the text and of its windows.
+
+    Args:
+        calibration: file, folder or hub data set; None is the bundled text, for the reference model only.
+        eval_text: text of the test split; None holds out a part of the calibration text.
+        text_column: column of a table that holds the text; None finds it.
+        nsamples: number of calibration windows.
+        seqlen: tokens per window, at least 2.
+        eval_windows: windows of validation, and of test.
+        batch_size: windows of a forward pass.
+    Raises:
+        UsageError: a number is too small.
+
+    >>> texts = TextOptions(nsamples=64)
+    >>> texts.nsamples * texts.seqlen
+    16384
+    """
 
     calibration: str | None = None
     eval_text: str | None = None
@@ -127,16 +174,22 @@ class TextOptions:
 
 
 MATCHES = ("none", "block", "model")
+"""What is matched to the dense model: nothing, every block, or every block and then the whole model."""
 
 
 @dataclass(frozen=True)
 class RefineOptions:
-    """How a refinement goes; option texts are kept as typed until they are converted.
+    """Hold the options of a refinement.
 
     Args:
-        order: `refine.blocks.Order`.
-        match: "none"; "block": blocks are matched one after the other; "model": the whole model too, after them.
-        match_options, distill_options: of `Matching` and of `Distillation`.
+        order: when the Grams of a block are taken; see `refine.blocks.Order`.
+        match: "none"; "block": blocks are matched one after the other; "model": then the whole model too.
+        match_options, distill_options: fields of `Matching` and of `Distillation`, with values as typed.
+    Raises:
+        UsageError: an option is unknown, out of its range, or at odds with another.
+
+    >>> RefineOptions(match="block", match_options={"epochs": "3"}).matching(fisher=True).epochs
+    3
     """
 
     order: str = Order.BLOCK
@@ -156,11 +209,16 @@ class RefineOptions:
 
     @property
     def distillation(self) -> Distillation | None:
-        """How the whole model is matched."""
+        """Return how the whole model is matched, or None."""
         return Distillation.read(self.distill_options) if self.match == "model" else None
 
     def matching(self, fisher: bool) -> Matching | None:
-        """How blocks are matched. Without a backward sweep there are no nats, and errors are relative to the token."""
+        """Return how blocks are matched, or None.
+
+        Args:
+            fisher: whether a backward sweep gives output Grams; if not, errors are relative to the token's energy
+                instead of weighted by the output Gram.
+        """
         if self.match == "none":
             return None
         found = Matching.read(self.match_options)
@@ -173,4 +231,4 @@ class RefineOptions:
         return found
 
 
-AS_FITTED = RefineOptions()
+"""Refinement without matching."""

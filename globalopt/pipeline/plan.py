@@ -1,7 +1,6 @@
-"""Plans: the options of a job, resolved once into the objects that do the work.
+"""Resolve the options of a job into a plan: solver, allocator, budget and pattern as objects.
 
-Typed words end here. Past this module a solver is a solver, a budget is a rule, and a pattern is a pattern; the words
-are kept for the record of the run only.
+Later modules use these objects alone; the options as typed are kept for the record of the run.
 """
 
 from __future__ import annotations
@@ -30,16 +29,20 @@ from globalopt.values.results import ErrorUnit
 from solvers import get_solver
 
 OTHER_LABELS = 2**31
-"""Turns the seed of some labels into that of others."""
+"""Combined with a seed by exclusive or, gives the seed of independent labels."""
 
 
 NOT_OWN = ("solvers", "allocators", "globalopt", "abc", "builtins", "typing")
-"""Packages of base classes of solvers and allocators that are not of the user's own."""
+"""Packages whose classes are covered by a version; the source of all other base classes is hashed."""
 
 
 @dataclass(frozen=True)
 class BudgetRule:
-    """Say what all layers keep together: a fraction of the model, whichever model it is.
+    """Define a budget as a fraction of a model's compressible layers, for any model.
+
+    Args:
+        kept: fraction kept, in (0, 1].
+        accounting: unit in which it is counted: "params" or "bytes".
 
     >>> BudgetRule(0.5).of([LayerSpec("up", 0, "in", "up", 4, 4)]).limit
     8
@@ -49,27 +52,28 @@ class BudgetRule:
     accounting: str = "params"
 
     def of(self, specs: Iterable[LayerSpec]) -> Budget:
-        """The budget of a model with these layers."""
+        """Compute the budget of a model with these layers."""
         return Budget.fraction(self.kept, specs, self.accounting)
 
     def check(self) -> BudgetRule:
-        """Return self; `UsageError` or `UnknownNameError` if it is no budget of any model."""
+        """Return self; `UsageError` or `UnknownNameError` if fraction or accounting are invalid for every model."""
         self.of([LayerSpec("any", 0, "any", "any", 1, 1)])
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class AnalysisPlan:
-    """Say how the loss of every option of every layer is predicted. Neither budget nor allocator is a part of it.
+    """Define how the loss of every option of every layer is predicted; it depends on neither budget nor allocator.
 
     Args:
-        solver: that will refine.
-        probe: cheap solver of single layers.
-        accounting: in which what a solver lacks is converted.
+        solver: solver of the refinement.
+        probe: probe solver, which computes anchor solutions.
+        accounting: unit of cost in which parts that the solver lacks are converted into others.
         fisher: whether losses are predicted from gradients, in nats per token; otherwise they are output errors.
         anchors: whether anchor solutions set the level of predictions; otherwise the spans alone do.
-        scaling: of the spans.
-        pattern: of `S`, or None. limits: of every layer.
+        scaling: of the spans; see `compute_span`.
+        pattern: N:M pattern of `S`, or None.
+        limits: on every layer's target.
         seed: of sampled labels.
 
     >>> plan = resolve(SearchOptions(0.5, solver="wanda")).analysis
@@ -89,30 +93,31 @@ class AnalysisPlan:
 
     @property
     def weighted(self) -> bool:
-        """Whether layers are solved in their output Grams, where that is better."""
+        """Tell whether layers may be solved with their output Grams, where that lowers the single-layer loss."""
         return self.solver.outputs is not Outputs.NONE and self.fisher
 
     @property
     def single_layer_losses(self) -> bool:
-        """Whether low anchors are measured on the model. A pattern keeps more than what needs measuring."""
+        """Tell whether single-layer losses of small anchors are computed; a pattern keeps more than these anchors."""
         return self.anchors and self.fisher and self.pattern is None
 
     @property
     def unit(self) -> ErrorUnit:
-        """Unit of predicted losses."""
+        """Return the unit of predicted losses."""
         return ErrorUnit.NATS if self.fisher else ErrorUnit.OUTPUT_ERROR
 
 
 @dataclass(frozen=True, eq=False)
 class RefinementPlan:
-    """Say how layers are refined and matched.
+    """Define how layers are refined and matched.
 
     Args:
-        solver: of the layers.
+        solver: solves every layer at its target.
         output_grams: whether errors are weighted by output Grams, in nats per token.
-        metric_choices: whether it is decided layer by layer if the solver minimises in the output Gram too.
-        order: when Grams are taken.
-        matching: of blocks, or None. distillation: of the whole model, or None.
+        metric_choices: whether the error metric of every layer is chosen by its single-layer loss.
+        order: when the Grams of a block are taken.
+        matching: how blocks are matched, or None.
+        distillation: how the whole model is matched, or None.
         seed: of labels and of matching.
 
     >>> resolve(SearchOptions(0.5), RefineOptions(match="block")).refinement.matching.epochs > 0
@@ -129,12 +134,12 @@ class RefinementPlan:
 
     @property
     def unit(self) -> ErrorUnit:
-        """Unit of layer errors."""
+        """Return the unit of layer errors."""
         return ErrorUnit.NATS if self.output_grams else ErrorUnit.OUTPUT_ERROR
 
     @property
     def block_output_grams(self) -> bool:
-        """Whether matching weights what a block answers by its output Gram."""
+        """Tell whether matching weights the error of a block's output by the block's output Gram."""
         return self.matching is not None and self.matching.loss.weighted
 
     def check(self, layers: ModelLayers) -> None:
@@ -146,7 +151,7 @@ class RefinementPlan:
             )
 
     def record(self) -> dict[str, Any]:
-        """As JSON, for the addresses of artefacts."""
+        """Return the plan as JSON, for the addresses of artefacts."""
         return {
             "solver": method_record(self.solver),
             "output_grams": self.output_grams,
@@ -160,17 +165,17 @@ class RefinementPlan:
 
 @dataclass(frozen=True, eq=False)
 class SearchPlan:
-    """Say what a search does.
+    """Define a search: analysis, allocation and refinement.
 
     Args:
         analysis: how losses are predicted.
         allocator: chooses the targets.
         rule: the budget.
-        candidates: what stands for a target in the objective: "anchors", "span", or "auto".
-        search_tokens: forward tokens that the allocator may spend on the objective.
-        profile: the place where the model will be served.
-        refinement: of the chosen targets.
-        words: the options as they were typed, for the record.
+        candidates: which weights stand for a target in the objective: "anchors", "span", or "auto".
+        search_tokens: tokens of forward passes on which the allocator may evaluate the objective.
+        profile: where the model will be served, with its limits on layers.
+        refinement: how the chosen targets are refined.
+        words: the options as typed, for the record.
 
     >>> plan = resolve(SearchOptions(0.5, allocator="knapsack"))
     >>> plan.allocator.name, plan.rule.kept
@@ -188,7 +193,7 @@ class SearchPlan:
 
     @property
     def seed(self) -> int:
-        """The one seed of the job."""
+        """Return the seed of the whole job."""
         return self.analysis.seed
 
     def check_feasible(self, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
@@ -211,9 +216,9 @@ class SearchPlan:
             Problem(surfaces, budget, pattern)
 
     def record(self) -> dict[str, Any]:
-        """As JSON, for the identity of a run: the typed words, and the methods that they resolve to.
+        """Return the plan as JSON, for the identity of a run: options as typed, and the methods that they resolve to.
 
-        Options of methods are recorded with these, so that a default that is typed is no other run.
+        Options of methods are recorded with their defaults, so that typing a default does not make it another run.
         """
         words = {name: word for name, word in self.words.items() if name not in ("allocator_options", "solver_options")}
         return {
@@ -236,10 +241,10 @@ def resolve(
     """Resolve the options of a search, before a model is loaded.
 
     Args:
-        refining: how the result is refined; None: without matching.
-        allocator, solver: of the caller's own, in place of those that the options name.
+        refining: how the result is refined; None is without matching.
+        allocator, solver: objects of the caller, in place of those that the options name.
     Raises:
-        UsageError, UnknownNameError: an option that is unknown, out of its range, or at odds with another.
+        UsageError, UnknownNameError: an option is unknown, out of its range, or at odds with another.
 
     >>> resolve(SearchOptions(0.5, pattern="2:4")).analysis.pattern
     NM(keep=2, of=4)
@@ -298,7 +303,7 @@ def resolve_refinement(options: RefineOptions, solver: Solver, fisher: bool, see
 
 
 def probe_solver(outputs: Outputs) -> Solver:
-    """Make the probe solver: a few steps of 3BASiL, with as much of the output Gram as the real solver uses.
+    """Make the probe solver: 80 steps of 3BASiL, using the output Gram as the solver of the refinement does.
 
     >>> probe_solver(Outputs.NONE).name
     '3basil'
@@ -309,9 +314,9 @@ def probe_solver(outputs: Outputs) -> Solver:
 def method_record(method: Solver | Allocator) -> dict[str, Any]:
     """Record a solver or an allocator as JSON: its class, its version and its hyper-parameters.
 
-    A class of the user's own has no version that we raise, so the sources of it and of the classes of the user's that
-    it derives from are hashed too. An object without fields to record would be taken for any other of its class, and is
-    refused.
+    The version of a user's class need not change with its code, so its source, and that of its bases outside of this
+    project, is hashed too. A method that is no dataclass is refused: its hyper-parameters could not be recorded, and
+    two different ones would look alike.
 
     Raises:
         UsageError: the method is no dataclass, or a field is no finite number, text or truth value.

@@ -1,4 +1,4 @@
-"""The reporter: where a job shows its stages, and what they cost."""
+"""Report the stages of a job on a display, and measure their time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Reporter:
 
     Args:
         progress: the display.
-        clock: measures.
+        clock: measures time and peak memory.
 
     >>> from reports import QuietProgress
     >>> reporter = Reporter(QuietProgress())
@@ -33,11 +33,11 @@ class Reporter:
 
     @property
     def costs(self) -> tuple[StageCost, ...]:
-        """Time and peak memory of the stages so far."""
+        """Return time and peak memory of the stages so far."""
         return self.clock.costs
 
     def note(self, text: str) -> None:
-        """Show one line that stays."""
+        """Show one line that stays on the display."""
         self.progress.note(text)
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Open a run with its cache, and say which artefacts of earlier runs it uses."""
+"""Open a run with its artefact cache, and report which artefacts of earlier runs it uses."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ def opened(
     """Open a run for writing; no other process can write it or prune its cache while the body runs.
 
     Args:
-        cache: None keeps the artefacts in a folder of the run.
+        folder: of the run.
+        identity: all that decides the run's results; a run in `folder` with another identity is refused.
+        command: command line, for the record.
+        cache: shared artefacts of runs; None keeps them in a folder of the run.
+        fresh: delete an earlier run in `folder`.
     Yields:
-        the run, and a function that puts the artefacts of stages at their addresses.
+        The run, and a function that opens the cache folders of stages at their addresses.
+    Raises:
+        ArtefactError: the folder cannot be written, or holds another run.
 
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> session = example_session()
     >>> from globalopt.pipeline.addresses import search_addresses
     >>> from globalopt.runs.artefacts import Stage
     >>> with opened(session, Path("half"), {"seed": 0}, "globalopt search", Cache(Path("cache")), False) as (run, at):
-    ...     at(search_addresses(session, resolve(SearchOptions(0.5))))
+    ...     at(search_addresses(session, example_plan()))
     ...     run.stage_folder(Stage.SPANS).parent
     PosixPath('cache/spans')
     """
@@ -64,22 +65,18 @@ def opened(
 
 
 def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addresses) -> None:
-    """Say which stages have all their artefacts already, and where these are.
+    """Report which stages have all their artefacts already, and in which cache.
 
-    >>> from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
-    >>> from globalopt.pipeline.plan import resolve
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from globalopt.pipeline.session import set_up
+    >>> import torch
+    >>> from globalopt.pipeline.example import example_session
     >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> session = example_session()
     >>> from globalopt.runs.artefacts import Stage
     >>> from globalopt.runs.cache import Address
     >>> from globalopt.values.metric import Gram
     >>> class Notes(QuietProgress):
     ...     def note(self, text):
     ...         print(text)
-    >>> import torch
     >>> address = Address(Stage.GRAMS, 1, {"windows": "a"})
     >>> with opened(session, Path("half"), {"seed": 0}, "globalopt search", Cache(Path("cache")), False) as (run, at):
     ...     at({Stage.GRAMS: address})
@@ -99,7 +96,7 @@ def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addre
 
 
 def _complete(layers: ModelLayers) -> list[tuple[Artefact[Any, Any], Sequence[Any]]]:
-    """The artefacts of the stages that take long, with the keys that they have when a stage is complete."""
+    """List the artefacts of long stages, each with the keys of a complete stage."""
     specs = layers.specs
     return [
         (GRAM, list(dict.fromkeys(spec.site for spec in specs))),

@@ -1,4 +1,4 @@
-"""What `globalopt eval` does: perplexities and zero-shot tasks of a model, and of the dense one beside it."""
+"""Evaluate a saved model by perplexity and zero-shot tasks, and the dense model beside it (`globalopt eval`)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, av
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is measured.
+    """Hold the options of an evaluation.
 
     Args:
-        dense: the model to hold against, or None.
-        splits: whether validation and test windows of the calibration text are measured.
-        texts: more texts by name, measured whole.
-        tasks: None for none.
-        limit: most items of every task; None: all.
+        dense: the model to compare with, or None.
+        splits: whether the validation and test windows of the calibration text are evaluated.
+        texts: further texts by name, evaluated whole.
+        tasks: zero-shot tasks, or None.
+        limit: largest number of items per task; None is all.
+    Raises:
+        UsageError: `limit` is below 2, or a text has the name of a split.
+
+    >>> ScoreOptions(dense="reference", splits=True, texts={"wiki": "wiki.txt"}).tasks is None
+    True
     """
 
     dense: str | None
@@ -51,10 +56,22 @@ class ScoreOptions:
 def score(
     models: ModelOptions, texts: TextOptions, options: ScoreOptions, reporter: Reporter, command: str
 ) -> Scorecard:
-    """Measure a model, and the dense one on the same windows and items.
+    """Evaluate a model, and the dense model on the same windows and items.
 
     Raises:
-        what loading, evaluation and tasks raise.
+        GlobalOptError: a model, text or task cannot be loaded; see `set_up`, `evaluate` and `ask`.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_reporter, example_text, example_tokenizer
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> tiny_llama().save_pretrained("model")
+    >>> _ = example_tokenizer().save_pretrained("model")
+    >>> _ = Path("text.txt").write_text(" ".join(example_text()))
+    >>> models, texts = ModelOptions("model", allow_low_coverage=True), TextOptions(seqlen=16)
+    >>> options = ScoreOptions(dense="model", splits=False, texts={"words": "text.txt"})
+    >>> card = score(models, texts, options, example_reporter(), "globalopt eval")
+    >>> [(metrics.split, metrics.perplexity < 100, abs(metrics.kl) < 1e-6) for metrics in card.model.metrics]
+    [('words', True, True)]
     """
     if options.splits:
         session = set_up(models, texts, 0, reporter)
@@ -100,7 +117,7 @@ def score(
 def _evaluate(
     loaded: LoadedModel, dense: LoadedModel | None, splits: Sequence[Split], batch_size: int, reporter: Reporter
 ) -> tuple[list[Metrics], list[Metrics]]:
-    """Metrics of the model and of the dense one, per split."""
+    """Compute the metrics of the model and of the dense one, per split."""
     metrics: list[Metrics] = []
     dense_metrics: list[Metrics] = []
     if not splits:
@@ -119,6 +136,7 @@ def _evaluate(
 def _score(
     name: str, loaded: LoadedModel, layers: ModelLayers, metrics: Sequence[Metrics], answers: Sequence[TaskResults]
 ) -> ModelScore:
+    """Collect the scores of one model."""
     tasks = tuple(task for each in answers for task in each.scores)
     return ModelScore(
         model=name,
@@ -132,7 +150,7 @@ def _score(
 
 
 def _changes(mine: TaskResults, theirs: TaskResults) -> dict[str, dict[str, Score]]:
-    """Differences of accuracies, item by item: errors of items both fail at cancel."""
+    """Compute mean differences of accuracies over items, whose standard errors are smaller than those of either."""
     found: dict[str, dict[str, Score]] = {}
     for task, metrics in mine.items.items():
         found[task] = {

@@ -43,14 +43,27 @@ def search(
     cache: Cache | None = None,
     fresh: bool = False,
 ) -> tuple[Summary, Run]:
-    """Analyse, allocate, refine and evaluate: the whole job, into `folder`. Running it again goes on where it stopped.
+    """Analyse a model, allocate its budget, refine it, evaluate it, and write the run into `folder`.
 
-    The session's model is changed in place: a session serves one refinement.
+    A call with the same arguments continues an interrupted run. The session's model is changed in place: a session
+    serves one refinement.
 
     Args:
-        command: as it was typed, for the record.
-        cache: of artefacts; None keeps them in the run folder.
+        command: command line, for the record.
+        cache: shared artefacts of runs; None keeps them in the run folder.
         fresh: delete an earlier run in the folder; artefacts in the cache are used again.
+    Raises:
+        BudgetError, UsageError: no allocation meets the budget, pattern and limits.
+        ArtefactError: the folder holds another run.
+        NumericalError: gradients or solutions are not finite.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, plan = example_session(), example_plan(budget=0.5, allocator="knapsack")
+    >>> summary, run = search(session, example_reporter(), plan, Path("run"), "globalopt search")
+    >>> summary.allocator, summary.solver, summary.used / summary.total
+    ('knapsack', 'wanda', 0.5)
+    >>> summary.predicted < summary.uniform.predicted
+    True
     """
     specs = session.layers.specs
     plan.check_feasible(specs, plan.rule.of(specs))
@@ -73,7 +86,18 @@ def search(
 def allocated(
     session: Session, reporter: Reporter, plan: SearchPlan, run: Run
 ) -> tuple[Problem, Allocation, Allocated]:
-    """Pose the problem of an analysed model and solve it, or read the solution that is there."""
+    """Analyse the model, pose the allocation problem and solve it; a solution that was saved is read instead.
+
+    Returns:
+        The problem, its allocation, and the allocation with its search statistics, as saved.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, reporter, plan = example_session(), example_reporter(), example_plan(0.25)
+    >>> with Run.start(Path("allocated"), {}, {}) as run:
+    ...     problem, allocation, saved = allocated(session, reporter, plan, run)
+    >>> allocation.used, problem.budget.limit, run.has(ALLOCATED, None)
+    (1088, 1088, True)
+    """
     analysis = analyse(session, reporter, plan.analysis, run)
     problem = pose(session, plan, run)
     if not run.has(ALLOCATED, None):
@@ -85,7 +109,20 @@ def allocated(
 def allocate(
     session: Session, reporter: Reporter, plan: SearchPlan, analysis: LayerAnalysis, problem: Problem
 ) -> Allocated:
-    """Choose the targets of all layers, and evaluate the uniform allocation beside them."""
+    """Choose the targets of all layers, and predict the loss of the uniform allocation for comparison.
+
+    An allocator that uses the objective gets it, and its allocation and the uniform one are evaluated on all of the
+    selection text.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, reporter, plan = example_session(), example_reporter(), example_plan(allocator="knapsack")
+    >>> with Run.start(Path("knapsack"), {}, {}) as run:
+    ...     analysis = analyse(session, reporter, plan.analysis, run)
+    ...     problem = pose(session, plan, run)
+    ...     found = allocate(session, reporter, plan, analysis, problem)
+    >>> found.bound <= problem.finish(found.targets, by="knapsack").predicted <= found.uniform.predicted
+    True
+    """
     flat = Uniform().allocate(problem)
     if not plan.allocator.uses_objective:
         with reporter.stage("allocate", 1, "budgets") as advance:
@@ -96,12 +133,18 @@ def allocate(
         allocation = plan.allocator.allocate(problem, objective)
         loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
         searched = objective.search_record(loss)
-        # Afterwards: it is none of the search's evaluations, and not paid from its tokens.
+        # After the search, whose tokens it does not use.
         return Allocated(allocation.targets, allocation.bound, searched, outcome(flat, objective))
 
 
 def outcome(allocation: Allocation, objective: SearchObjective | None = None) -> Outcome:
-    """Compare the predicted loss of an allocation with its loss on all of the selection text, given an objective."""
+    """Return the predicted loss of an allocation and, given an objective, its loss on all of the selection text.
+
+    >>> from allocators.example import example_problem
+    >>> found = outcome(Uniform().allocate(example_problem(kept=0.5)))
+    >>> found.used <= example_problem(kept=0.5).budget.limit, found.measured
+    (True, None)
+    """
     if objective is None:
         return Outcome(allocation.used, allocation.predicted, None, None)
     losses = objective.losses([allocation.targets], range(objective.chunks))[0]
@@ -110,7 +153,19 @@ def outcome(allocation: Allocation, objective: SearchObjective | None = None) ->
 
 
 def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
-    """Pose the allocation problem of an analysed model: what its solver can make of every layer, under its budget."""
+    """Pose the allocation problem of an analysed model: the error surfaces of its layers, under its budget.
+
+    Args:
+        run: with predictions, profiles and spans.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, plan = example_session(), example_plan()
+    >>> with Run.start(Path("posed"), {}, {}) as run:
+    ...     _ = analyse(session, example_reporter(), plan.analysis, run)
+    ...     problem = pose(session, plan, run)
+    >>> len(problem.specs), problem.budget.limit, {target.rank for target in problem.surfaces[0].targets}
+    (14, 2176, {0})
+    """
     specs = {spec.name: spec for spec in session.layers.specs}
     surfaces = tuple(_offered(run.get(PREDICTION, spec).surface, plan.analysis.solver) for spec in specs.values())
     profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()}
@@ -130,7 +185,7 @@ def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
-    """Keep the options that a solver can make: rank 0 only, where it has no low-rank part."""
+    """Keep the options that a solver can meet: of a solver without low-rank part, those of rank 0."""
     if solver.low_rank:
         return surface
     kept = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.rank == 0]
@@ -138,7 +193,16 @@ def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
 
 
 def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: Allocation) -> BudgetFile:
-    """Make the budget file of an allocation."""
+    """Make the budget file of an allocation.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, reporter, plan = example_session(), example_reporter(), example_plan(0.5)
+    >>> with Run.start(Path("budget"), {}, {}) as run:
+    ...     problem, allocation, _ = allocated(session, reporter, plan, run)
+    >>> file = budget_of(session, plan, problem, allocation)
+    >>> file.allocator, file.used <= file.limit, file.error_unit.value
+    ('uniform', True, 'nats per token')
+    """
     coverage = session.layers.coverage
     return budget_file.make(
         allocation,
@@ -160,7 +224,25 @@ def true_loss(
     problem: Problem,
     stage: str = "search",
 ) -> Iterator[SearchObjective]:
-    """Yield the objective of an analysed model, on the selection text; the model is dense after it."""
+    """Yield the objective of an analysed model: the KL divergence from the dense model on the selection text.
+
+    The session's model is dense again when the context ends.
+
+    Args:
+        analysis: of a run; its journal keeps the evaluations.
+        stage: name of the stage on the display.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, reporter, plan = example_session(), example_reporter(), example_plan()
+    >>> with Run.start(Path("loss"), {}, {}) as run:
+    ...     analysis = analyse(session, reporter, plan.analysis, run)
+    ...     problem = pose(session, plan, run)
+    ...     allocation = Uniform(rank_share=0.0).allocate(problem)
+    ...     with true_loss(session, reporter, plan, analysis, problem) as objective:
+    ...         losses = objective.losses([allocation.targets], [0])
+    >>> bool((losses > 0).all())
+    True
+    """
     batches = session.batches(session.splits.selection)
     selection = Selection(tuple(len(batch.input_ids) for batch in batches), session.splits.selection.seqlen)
     most = plan.search_tokens // max(batch.tokens for batch in batches)
@@ -192,5 +274,10 @@ def true_loss(
 
 
 def search_identity(session: Session, plan: SearchPlan) -> dict[str, Any]:
-    """What decides the results of a search: model and text, options, and the versions of all algorithms."""
+    """Return all that decides the results of a search: model, text, options, methods and versions of algorithms.
+
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> search_identity(example_session(), example_plan(0.3))["search"]["budget"]
+    0.3
+    """
     return {**session.identity(), **plan.record(), "algorithms": algorithms()}

@@ -1,4 +1,4 @@
-"""Sessions: a loaded model with its layers and its texts, which every job works on."""
+"""Load a model and cut its texts into windows: the session that every job works on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits, reference_splits
 
 WORKING_BLOCKS = 4
-"""A block, its Grams and what a solver works with, in units of the block."""
+"""Memory of a block, its Grams and a solver's own tensors, in units of the block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +42,18 @@ class Session:
     """Hold a loaded model with its layers, and the windows of its texts.
 
     Args:
-        live: makes the dense model where it is in memory and has no place to be loaded from.
+        model_options, text_options: as given.
+        loaded: the model and its tokenizer.
+        layers: its compressible layers.
+        splits: windows of calibration, selection, validation and test.
+        live: makes a copy of the dense model, for a model in memory that cannot be loaded again; else None.
 
-    >>> from globalopt.pipeline.reporter import Reporter
-    >>> from reports import QuietProgress
-    >>> texts = TextOptions(nsamples=4, seqlen=16, eval_windows=2)
-    >>> session = set_up(ModelOptions(), texts, seed=0, reporter=Reporter(QuietProgress()))
+    >>> from globalopt.pipeline.example import example_session
+    >>> session = example_session()
     >>> session.name, len(session.layers.specs), len(session.splits.calibration.windows)
-    ('reference', 56, 4)
+    ('LlamaForCausalLM', 14, 4)
+    >>> session.runner(Path("run")).layers is session.layers
+    True
     """
 
     model_options: ModelOptions
@@ -61,11 +65,11 @@ class Session:
 
     @property
     def name(self) -> str:
-        """What the model is called in reports."""
+        """Return the name of the model in reports."""
         return self.model_options.model or REFERENCE
 
     def dense(self) -> PreTrainedModel:
-        """The model before anything was changed, beside the one that stages change."""
+        """Load or copy the dense model again; stages change the session's own."""
         if self.live is not None:
             return self.live()
         source = self.model_options.model or str(reference_folder())
@@ -73,30 +77,31 @@ class Session:
 
     @property
     def fingerprint(self) -> str:
-        """What a budget file must agree with: type of the model, names and shapes of its layers."""
+        """Hash the type of the model and the names and shapes of its layers, which a budget file must agree with."""
         return model_fingerprint(self.layers)
 
     @cached_property
     def model_digest(self) -> str:
-        """Hash of everything that the forward pass of the dense model uses; first asked for before it is changed."""
+        """Hash all that the forward pass of the dense model uses; to be read before a stage changes the model."""
         return model_sha256(self.layers, self.loaded.tokenizer)
 
     def batches(self, split: Split, most: int | None = None) -> list[Batch]:
-        """The windows of a split, `--batch-size` in each batch, or `most` if that is less."""
+        """Split windows into batches of the batch size of the options, or of `most` windows if that is less."""
         size = self.text_options.batch_size
         return [Batch(windows) for windows in split.windows.split(size if most is None else min(size, most))]
 
     def runner(self, run: Path, most: int | None = None) -> BlockRunner:
-        """The blocks on the calibration text; hidden states that do not fit in memory go to the folder `run`.
+        """Make a runner of the blocks on the calibration text.
 
         Args:
-            most: windows of a batch.
+            run: folder for hidden states that do not fit in memory.
+            most: largest number of windows per batch; None is the batch size of the options.
         """
         batches = self.batches(self.splits.calibration, most)
         return BlockRunner(self.layers, batches, self.scratch(run, self.splits.calibration))
 
     def scratch(self, run: Path, split: Split) -> Path | None:
-        """`run` if the hidden states of a split in front of every block are more than memory has room for."""
+        """Return `run` if the hidden states of a split before every block do not fit in memory, else None."""
         lazy = self.layers.lazy
         if lazy is None:
             return None
@@ -110,7 +115,7 @@ class Session:
         return run if states + working > room else None
 
     def identity(self) -> dict[str, Any]:
-        """What decides results apart from the method: model, windows, precision."""
+        """Return all that decides results apart from the method: model, windows, precision."""
         return {
             "model": self.model_digest,
             "dtype": str(dtype_of(self.loaded.model)).removeprefix("torch."),
@@ -119,7 +124,7 @@ class Session:
         }
 
     def metadata(self, command: str) -> dict[str, Any]:
-        """What is recorded beside the identity: how to make the same run, or evaluate it, again."""
+        """Return the metadata of a run beside its identity: what is needed to repeat or to evaluate it."""
         return {
             "command": command,
             "model": self.name,
@@ -141,10 +146,12 @@ def versions() -> dict[str, str]:
 
 
 def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter) -> Session:
-    """Load a model, and cut its text into splits. The process rounds numbers below 1e-38 to zero from here on.
+    """Load a model, and cut its text into splits; the process rounds numbers below 1e-38 to zero from then on.
 
+    Args:
+        seed: of the windows.
     Raises:
-        UsageError: a model of the user's without a text of the user's.
+        UsageError: a model was given without a text.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
 
     >>> from globalopt.pipeline.reporter import Reporter
@@ -166,10 +173,10 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
 
 
 def flush_denormals() -> None:
-    """Round numbers below 1e-38 to zero, in this process from here on.
+    """Round numbers below 1e-38 to zero, in this process from then on.
 
     Gradients of a loss of a millionth of a nat get that small, and the backward pass of attention took six times as
-    long. Called before anything is multiplied: threads are born with the mode of the one that starts them.
+    long with them. To be called before the first multiplication: a thread inherits the mode of the one that starts it.
 
     >>> flush_denormals()
     """
@@ -177,7 +184,10 @@ def flush_denormals() -> None:
 
 
 def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
-    """Load the model that the options name, and find its layers; all of it is finite. See `load_model` for `tokens`.
+    """Load the model that the options name, find its layers, and check that its weights are finite.
+
+    Args:
+        tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
 
     >>> loaded, layers = load(ModelOptions())
     >>> len(layers.blocks)
@@ -190,9 +200,13 @@ def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLaye
 
 
 def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrainedModel | None = None) -> LoadedModel:
-    """Load the model in `source` as the options say of theirs; lazily or whole as `like`, beside which it is.
+    """Load the model in `source` with the precision, device and memory limit of the options.
 
     Packed and adapter exports become ordinary models of the same weights.
+
+    Args:
+        tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
+        like: a model in memory; the new one is loaded lazily if that one was, else whole.
 
     >>> load_from(str(reference_folder()), ModelOptions(dtype="bfloat16")).model.dtype
     torch.bfloat16
@@ -207,10 +221,10 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
 
 
 def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
-    """Say how a text is cut for a model, as the arguments of `make_splits`.
+    """Return the arguments of `make_splits` for a model: number, length and seed of windows.
 
-    >>> loaded = load_from(str(reference_folder()), ModelOptions())
-    >>> sizes(loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
+    >>> from globalopt.pipeline.example import example_session
+    >>> sizes(example_session().loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
     4
     """
     return {
@@ -223,6 +237,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
 
 
 def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
+    """Cut the texts that the options name, or the bundled ones."""
     if text.calibration in (None, REFERENCE):
         if model.model is not None and text.calibration is None:
             raise UsageError(
@@ -245,7 +260,7 @@ def run_command() -> str:
 
 
 def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
-    """Open a run, and read the model and text options it was made with; `ArtefactError` if the manifest lacks them.
+    """Open a run, and read the options of its model and text; `ArtefactError` if its manifest lacks them.
 
     >>> facts = {"model_options": {"model": "llama"}, "text_options": {"seqlen": 64}}
     >>> Run.start(Path("half"), {"seed": 0}, facts).close()

@@ -1,4 +1,4 @@
-"""What a machine takes for a product, a fit and a span, timed on small matrices: what a dry run counts with."""
+"""Time a matrix product, a solver and a span on small matrices, for the estimates of a dry run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,33 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 
 SIDE = 256
-"""Of the layer that is fitted to time a solver."""
+"""Outputs, and inputs, of the layer with which a solver is timed."""
 
 PRODUCT = 1024
-"""Side of the matrices whose product is timed."""
+"""Rows, and columns, of the matrices whose product is timed."""
 
 
 def rate(device: torch.device) -> float:
-    """Floating-point operations per second of a product of two matrices of `PRODUCT` x `PRODUCT`."""
+    """Measure the floating-point operations per second of a product of two `PRODUCT` x `PRODUCT` matrices.
+
+    >>> rate(torch.device("cpu")) > 1e6
+    True
+    """
     one = torch.rand(PRODUCT, PRODUCT, generator=torch.Generator().manual_seed(0)).to(device)
     return 2 * PRODUCT**3 / _timed(lambda: one @ one)
 
 
 def fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
-    """Seconds of one fit of a layer of `SIDE` x `SIDE`, a tenth of what is kept as rank where the solver has one."""
+    """Measure the seconds of solving one layer of `SIDE` x `SIDE`; 0.0 if no such layer meets the budget.
+
+    Args:
+        solver: with a low-rank part, a tenth of the kept parameters is rank.
+        kept: fraction kept.
+
+    >>> from solvers import get_solver
+    >>> fit_seconds(get_solver("wanda"), 0.5, torch.device("cpu")) > 0
+    True
+    """
     numel = SIDE * SIDE
     rank = int(0.1 * kept * SIDE / 2) if solver.low_rank else 0
     if not solver.sparse:
@@ -41,22 +54,32 @@ def fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
     try:
         return _timed(lambda: solver.solve(solver.prepare(weight, metric), target))
     except GlobalOptError:
-        # A budget that no layer of this size meets says nothing of the model's own layers.
+        # The model's own layers may meet a budget that a layer of this size does not.
         return 0.0
 
 
 def span_seconds(device: torch.device) -> float:
-    """Seconds of the span of a layer of `SIDE` x `SIDE`."""
+    """Measure the seconds of computing the span of a layer of `SIDE` x `SIDE`.
+
+    >>> span_seconds(torch.device("cpu")) > 0
+    True
+    """
     return _timed(lambda: compute_span(_weight(device), _gram(device)))
 
 
 def size(spec: LayerSpec) -> float:
-    """How many layers of `SIDE` x `SIDE` a layer is worth: fits and spans grow as `d_out d_in (d_out + d_in)`."""
+    """Compute the time of a layer in units of that of a `SIDE` x `SIDE` layer.
+
+    Solvers and spans take time in proportion to `d_out d_in (d_out + d_in)`.
+
+    >>> size(LayerSpec("up", 0, "in", "up", SIDE, SIDE)), size(LayerSpec("up", 0, "in", "up", 2 * SIDE, 2 * SIDE))
+    (1.0, 8.0)
+    """
     return spec.numel * (spec.d_out + spec.d_in) / (2 * SIDE**3)
 
 
 def _timed(compute: Callable[[], object]) -> float:
-    """The shorter of two runs, in seconds."""
+    """Measure the shorter of two runs, in seconds."""
     times = []
     for _ in range(2):
         started = time.perf_counter()
@@ -68,10 +91,12 @@ def _timed(compute: Callable[[], object]) -> float:
 
 
 def _weight(device: torch.device) -> torch.Tensor:
+    """Draw a random weight (`SIDE`, `SIDE`)."""
     return torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _gram(device: torch.device) -> Gram:
+    """Compute the Gram of random inputs of unequal scales."""
     x = torch.randn(4 * SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 2, SIDE)
     matrix = x.mT @ x / len(x)
     return Gram((matrix + matrix.mT).div(2).to(device), len(x))

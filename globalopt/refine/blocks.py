@@ -1,4 +1,4 @@
-"""Refine: solve every layer at its target, block by block, on the inputs that the compressed prefix really produces."""
+"""Solve every layer at its target, block by block, on the hidden states of the blocks compressed before it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ VERSION = 1
 
 
 class Order(StrEnum):
-    """Choose when the Grams of a block are taken.
+    """Name the time at which the Grams of a block are computed.
 
-    `site`: of each input site after the layers before it were replaced. `block`: of all sites at once, before any was.
+    `SITE`: each input site's Gram after the layers before it are replaced. `BLOCK`: all of a block's Grams at once,
+    before any of its layers is replaced.
 
     >>> Order("site")
     <Order.SITE: 'site'>
@@ -47,16 +48,18 @@ class Order(StrEnum):
 
 @dataclass(frozen=True)
 class Refinement:
-    """Say how the layers of a model are refined.
+    """Define how the layers of a model are refined.
 
     Args:
         targets: by layer, as the solver can meet them (`budgets.conversion.convert_target`).
-        dtype: of the saved weights.
-        predicted: loss by layer, to be reported beside the actual one.
+        solver: solves every layer.
+        budget: gives the unit in which the cost of layers is reported.
+        dtype: floating-point type of the saved weights.
+        predicted: predicted loss by layer, reported beside the actual one; None where there is none.
         output_grams: whether there are output Grams of the layers, so that errors are in nats per token.
-        metric_choices: whether it was decided layer by layer if the solver minimises in its output Gram too; otherwise
-            it does wherever there is one.
-        order: see `Order`.
+        metric_choices: whether the metric of every layer was chosen (`METRIC_CHOICE`); otherwise it has the output Gram
+            wherever there is one.
+        order: when Grams are computed.
         matching: how blocks are matched, or None.
         seed: of matching.
 
@@ -85,16 +88,22 @@ def refine(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> Iterator[LayerResult]:
-    """Solve, save and put in place every layer, in model order; a layer that is already saved is read instead.
+    """Solve every layer at its target, in model order, and yield its errors; a layer that is saved already is read.
 
-    The model of `runner` is changed in place: each weight becomes the dense sum of what was saved, in the saved
-    dtype, so that later blocks see exactly what a user will load.
+    The model of `runner` is changed in place: each weight becomes the dense sum of the saved parts, in the saved type,
+    so that later blocks are fitted to the hidden states of exactly the model that a user will load.
 
     Args:
+        runner: of the dense model, on the calibration text.
+        run: where layers are saved, with the output Grams and metric choices that the plan needs.
+        device: where a block is moved for its turn; None leaves it.
         advance: called with the layer's name after each layer.
+    Yields:
+        The costs and errors of a layer: `actual` is `tr(A E G Eᵀ) / 2` in nats per token with output Grams, else
+        `tr(E G Eᵀ)`, with `E` the dense weight less the solution.
     Raises:
-        NumericalError: a solution is not finite, breaks its target after the cast, or the solver failed; the
-            message names the layer.
+        NumericalError: a solution is not finite, exceeds its target after the cast, or the solver failed; the message
+            names the layer.
 
     >>> from pathlib import Path
     >>> from globalopt.models.layers import find_layers
@@ -118,7 +127,7 @@ def refine(
         grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
         wanted = _wanted(visit, plan, run, dense)
         _solve(visit, unsolved, grams, plan, run)
-        # Not held while the next block makes its own.
+        # Freed before the next block computes its own.
         del grams
         if plan.matching is not None:
             _match(visit, plan, run, wanted)
@@ -133,7 +142,11 @@ def refine(
 def _solve(
     visit: BlockVisit, unsolved: Sequence[LayerSpec], grams: Mapping[str, Gram], plan: Refinement, run: Run
 ) -> None:
-    """Solve and save the layers `unsolved` of a block, site by site; `grams` are those taken before any is replaced."""
+    """Solve and save the layers `unsolved` of a block, site by site.
+
+    Args:
+        grams: by site, computed before any layer is replaced; empty for `Order.SITE`.
+    """
     layers = visit.layers
     for site in dict.fromkeys(spec.site for spec in visit.specs):
         here = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
@@ -141,7 +154,7 @@ def _solve(
             gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
             _solve_site(layers, here, gram, plan, run)
             if layers.lazy is not None:
-                # What a solver freed lies in pieces that the next site would not fit into.
+                # The memory that a solver freed is too fragmented for the next site.
                 trim_memory()
         if plan.order is Order.SITE:
             for spec in visit.specs:
@@ -151,7 +164,7 @@ def _solve(
 
 
 def _solve_site(layers: ModelLayers, specs: Sequence[LayerSpec], gram: Gram, plan: Refinement, run: Run) -> None:
-    """Solve and save the layers `specs`, which have the inputs of `gram` (d_in, d_in) in common."""
+    """Solve and save the layers `specs` of one input site with the Gram `gram` (d_in, d_in)."""
     jobs = []
     for spec in specs:
         weight = layers.weight(spec.name)
@@ -164,7 +177,7 @@ def _solve_site(layers: ModelLayers, specs: Sequence[LayerSpec], gram: Gram, pla
 
 
 class _DenseStates:
-    """Hidden states (b, t, d) that the dense model has where a walk of the compressed one is, by batch."""
+    """Hold the hidden states (b, t, d) of the dense model, by batch, before the block that is being compressed."""
 
     def __init__(self, runner: BlockRunner) -> None:
         self._runner = runner
@@ -172,14 +185,14 @@ class _DenseStates:
 
     @torch.no_grad()
     def advance(self, block: int) -> list[Tensor]:
-        """Those behind `block`, whose weights are still dense."""
+        """Compute the hidden states after `block`, whose weights are still dense."""
         runner = self._runner
         self.states = [runner.keep(runner.run(block, i, x).to(x.device)) for i, x in enumerate(self.states)]
         return self.states
 
 
 def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates | None) -> list[Tensor]:
-    """The outputs that matching aims at, by batch, while the weights are still dense; empty where it is done."""
+    """Compute the target outputs of matching, by batch, while the weights are still dense; empty if it is done."""
     behind = dense.advance(visit.index) if dense is not None else []
     if plan.matching is None or run.has(MATCHED_BLOCK, visit.index):
         return []
@@ -191,7 +204,7 @@ def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates |
 
 def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tensor]) -> None:
     """Match the block if that is not done yet, and put its norms in place."""
-    assert plan.matching is not None, "asked for by the caller"
+    assert plan.matching is not None, "checked by the caller"
     if not run.has(MATCHED_BLOCK, visit.index):
         values = {spec.name: run.get(SOLVED_LAYER, spec).value for spec in visit.specs}
         outputs = run.get(BLOCK_OUTPUT_GRAM, visit.index) if plan.matching.loss.weighted else None
@@ -209,16 +222,24 @@ def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tenso
 
 
 def _solved_weight(run: Run, spec: LayerSpec) -> Tensor:
+    """Read the dense weight of a solved layer, before matching."""
     return run.get(SOLVED_LAYER, spec).value.dense()
 
 
 def _saved_weight(run: Run, spec: LayerSpec) -> Tensor:
+    """Read the dense weight of a finished layer, after matching if there was any."""
     return run.layer(spec).dense()
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Name one layer to solve in the metric `solved`, and to report in `metric`.
+    """Hold one layer to be solved.
+
+    Args:
+        weight: (d_out, d_in), dense.
+        metric: metric of the reported error.
+        solved: metric that the solver minimises; it may lack the output Gram of `metric`.
+        target: rank, nonzeros and pattern to keep within.
 
     >>> spec, W = LayerSpec("up", 0, "in", "up", 2, 2), torch.eye(2)
     >>> metric = Metric(Gram(torch.eye(2), 4))
@@ -234,7 +255,7 @@ class Job:
 
 
 def _solve_together(jobs: Sequence[Job], plan: Refinement) -> list[SolvedLayer]:
-    """Solve the layers of one site together; their time is shared out by size."""
+    """Solve the layers of one site together; each reports a share of the time in proportion to its size."""
     searched = [job for job in jobs if job.target.nnz < job.spec.numel and job.target != Target.zero()]
     made = {job.spec: _saved(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
     if searched:
@@ -251,14 +272,14 @@ def _solve_together(jobs: Sequence[Job], plan: Refinement) -> list[SolvedLayer]:
 
 
 def _whole(job: Job) -> Solution:
-    """Keep or drop a layer whole, which needs no solver."""
+    """Make the solution that keeps or drops a whole layer, which needs no solver."""
     S = job.weight if job.target.nnz else torch.zeros_like(job.weight)
     value = Decomposition(S, S.new_zeros(job.spec.d_out, 0), S.new_zeros(0, job.spec.d_in))
     return Solution(value, job.metric.error(job.weight - value.dense()))
 
 
 def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> SolvedLayer:
-    """Round a solution to the saved dtype, check it against its target, and measure what is saved."""
+    """Round a solution to the saved type, check it against its target, and compute the error of the rounded one."""
     try:
         value = checked(rounded(solution.value, job.weight, job.solved, plan.dtype), job.target)
     except GlobalOptError as cause:
@@ -281,7 +302,7 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> So
 
 
 def checked(value: Decomposition, target: Target) -> Decomposition:
-    """Return a decomposition that keeps within its target; `NumericalError` if it does not.
+    """Return `value` if it keeps no more than its target; `NumericalError` otherwise.
 
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> checked(kept, Target(0, 2)).nnz
@@ -296,7 +317,7 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
 
 
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], plan: Refinement) -> LayerResult:
-    """Report a saved layer."""
+    """Collect the costs and errors of a saved layer."""
     pattern = plan.targets[spec.name].pattern
     target = Target(value.rank, value.nnz, pattern, value.signs is not None)
     return LayerResult(
