@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -93,7 +93,7 @@ class Rung:
     label: str
     baseline: str
     solver: Solver
-    refining: RefineOptions = RefineOptions()
+    refining: RefineOptions = field(default_factory=RefineOptions)
     searched: bool = False
 
 

@@ -124,7 +124,8 @@ def backward_sweep(
                     torch.autograd.backward(output, upstream[i])
                     if hidden.grad is None:
                         raise NumericalError(
-                            f"Block {index} passes no gradient to its input; the loss of its layers cannot be predicted. Use --sensitivity none."
+                            f"Block {index} passes no gradient to its input, so that the loss of its layers cannot be "
+                            "predicted. Use --sensitivity none."
                         )
                     upstream[i] = hidden.grad
             finally:

@@ -52,7 +52,7 @@ LABEL_COPIES = 5
 """Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
 
 HEADER = 400
-"""Bytes by which the header of a file grows with every anchor solution in it: names, types and shapes of four tensors."""
+"""Bytes of the header of a file per anchor solution in it: names, types and shapes of four tensors."""
 
 ON_A_PATH = 0.7
 """Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from globalopt.analysis.grid import Options
 from globalopt.analysis.spans import compute_span
