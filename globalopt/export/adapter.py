@@ -59,7 +59,8 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         raise UsageError(f"No layer of {run} has rank; an adapter would be empty. Use --format dense or packed.")
     with replacing(folder) as staging:
         staging.mkdir()
-        save_dense(source.loaded.model, source.loaded.tokenizer, staging / BASE, source.dtype)
+        loaded, origin = source.loaded, source.run.saved_model
+        save_dense(loaded.model, loaded.tokenizer, staging / BASE, source.dtype, origin)
         adapter = staging / ADAPTER
         adapter.mkdir()
         _lora_config({name: U.shape[1] for name, (U, _) in factors.items()}, transposed).save_pretrained(str(adapter))
