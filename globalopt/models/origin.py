@@ -93,10 +93,10 @@ def keep_side_files(folder: Path, origin: Path, tokenizer: PreTrainedTokenizerBa
 
     >>> from globalopt.models.loading import load_model, reference_folder
     >>> tokenizer = load_model(reference_folder()).tokenizer
-    >>> _ = tokenizer.save_pretrained("copy")
-    >>> keep_side_files(Path("copy"), reference_folder(), tokenizer)
+    >>> _ = tokenizer.save_pretrained("beside")
+    >>> keep_side_files(Path("beside"), reference_folder(), tokenizer)
     >>> names = "tokenizer.json", "tokenizer_config.json"
-    >>> all((Path("copy") / name).read_bytes() == (reference_folder() / name).read_bytes() for name in names)
+    >>> all((Path("beside") / name).read_bytes() == (reference_folder() / name).read_bytes() for name in names)
     True
     """
     same = tokenizer is None or _is_tokenizer_of(origin, tokenizer)
