@@ -17,6 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from globalopt.errors import ArtefactError
 PARTIAL = ".partial"
 """How names of temporary files end."""
 
+_ADVICE = ContextVar("advice", default="Choose a writable --out or --cache.")
 _HEX = re.compile("[0-9a-f]{8}")
 _DAY = 24 * 3600.0
 _LONGEST = 200
@@ -166,7 +168,42 @@ def _write_error(path: Path, cause: OSError) -> ArtefactError:
             f"Cannot write {path}: the disk is full ({cause.strerror}). Free space and run the same command again; it "
             "goes on from the last finished artefact."
         )
-    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out or --cache.")
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. {_ADVICE.get()}".rstrip())
+
+
+@contextlib.contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """While the context is open, an error of writing ends in `advice`: it names the options of the command that runs.
+
+    >>> Path("note.txt").touch()
+    >>> with advising("Choose a writable --out."):
+    ...     write_text(Path("note.txt/inner.txt"), "text")
+    Traceback (most recent call last):
+    globalopt.errors.ArtefactError: Cannot write note.txt/inner.txt: ... Choose a writable --out.
+    """
+    token = _ADVICE.set(advice)
+    try:
+        yield
+    finally:
+        _ADVICE.reset(token)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder is there.
+
+    Raises:
+        ArtefactError: the system does not say, as the name is too long or a folder above may not be entered.
+
+    >>> is_there(Path("nothing here"))
+    False
+    """
+    try:
+        path.lstat()
+        return path.exists()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from globalopt.errors import ArtefactError
 from globalopt.runs.files import (
     PARTIAL,
+    advising,
     digest,
+    is_there,
     link_or_copy,
     read_json,
     read_tensors,
@@ -292,3 +294,24 @@ def test_a_name_as_long_as_the_disk_takes_can_be_written(tmp_path):
     write_json(path, 1)
     assert read_json(path) == 1
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_error_of_writing_names_the_options_of_its_command(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match=r"File exists\.$"), advising(""):
+        write_json(tmp_path / "file" / "x.json", {})
+    with (
+        pytest.raises(ArtefactError, match=r"File exists\. Choose another --folder\.$"),
+        advising("Choose another --folder."),
+    ):
+        write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(ArtefactError, match="--out or --cache"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_names_that_the_system_refuses_are_one_line(tmp_path):
+    assert is_there(tmp_path)
+    (tmp_path / "file").touch()
+    assert not is_there(tmp_path / "file" / "inner")
+    with pytest.raises(ArtefactError, match="xxx: File name too long"):
+        is_there(tmp_path / ("x" * 300))
