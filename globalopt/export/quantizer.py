@@ -121,12 +121,11 @@ class SparseLowRankQuantizer(HfQuantizer):
         Args:
             dtype: that the whole model gets instead.
         """
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."))
-        model = self._dequantize(model, dtype)
+        chosen: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        model = self._dequantize(model, chosen)
         self.remove_quantization_config(model)
-        if dtype is not None:
-            nn.Module.to(model, dtype)
+        if chosen is not None:
+            nn.Module.to(model, chosen)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
