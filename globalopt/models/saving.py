@@ -160,7 +160,7 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, stored
     # Tied weights are written once, or under all the names that the checkpoint has them under.
     found = {name: x for name, x in state.items() if name in once or name in stored.names}
     found = _renamed(dict(revert_weight_conversion(model, found)), f"{model.base_model_prefix}.", stored)
-    tensors = {name: stored.settle(name, x, dtype) for name, x in found.items()}
+    tensors = {name: stored.settle(name, x, _type_of(model, name, dtype)) for name, x in found.items()}
     for name in stored.unused(tensors):
         if (tensor := stored.read(name)) is not None:
             tensors[name] = tensor
@@ -173,6 +173,12 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, stored
     if plan.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **plan.metadata}
         _write_index(folder, metadata, plan.tensor_to_filename)
+
+
+def _type_of(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the type to save a tensor in that no checkpoint has: float32 where the model asks for it, else `dtype`."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return torch.float32 if kept.intersection(name.split(".")) else dtype
 
 
 def _renamed(tensors: dict[str, Tensor], prefix: str, stored: StoredTensors) -> dict[str, Tensor]:

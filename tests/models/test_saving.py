@@ -16,7 +16,7 @@ from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.origin import complete_config, origin_of
 from globalopt.models.saving import save_dense
-from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_models import KINDS, save_tiny, tiny_model, tiny_tokenizer
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -58,6 +58,14 @@ def test_tensors_that_were_not_replaced_keep_their_bytes_and_types(tmp_path: Pat
     assert [name for name in before if not equal(before[name], after[name])] == [f"{layer}.weight"]
     assert after[f"{layer}.weight"].dtype == torch.bfloat16
     assert bool((after[f"{layer}.weight"] == 1.5).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_naming_come_back_to_the_bit(tmp_path: Path, kind: str) -> None:
+    source = save_tiny(tmp_path / "source", kind, dtype=torch.bfloat16)
+    before, after = tensors_of(source), tensors_of(saved_again(source, tmp_path / "saved"))
+    assert after.keys() == before.keys()
+    assert all(equal(before[name], after[name]) for name in before)
 
 
 def test_a_changed_tensor_keeps_the_type_it_was_stored_in(tmp_path: Path) -> None:
@@ -118,6 +126,15 @@ def test_a_model_in_memory_is_saved_in_both_spellings(tmp_path: Path) -> None:
     tokenizer = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] != "TokenizersBackend"
     AutoTokenizer.from_pretrained(tmp_path / "saved")
+
+
+def test_a_model_in_memory_keeps_in_float32_what_its_class_says(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model._keep_in_fp32_modules_strict = {"norm"}
+    save_dense(model, tiny_tokenizer(), tmp_path / "saved", torch.bfloat16)
+    found = tensors_of(tmp_path / "saved")
+    assert [name for name, x in found.items() if x.dtype != torch.bfloat16] == ["model.norm.weight"]
+    assert equal(found["model.norm.weight"], model.get_parameter("model.norm.weight"))
 
 
 def test_a_field_that_would_change_the_model_is_not_taken_from_its_origin(tmp_path: Path) -> None:
