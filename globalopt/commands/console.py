@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,8 @@ from rich.console import Console
 FAILED = 1
 DONE_WITH_FALLBACKS = 4
 INTERRUPTED = 130
+
+_UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
 out = Console()
 err = Console(stderr=True)
@@ -34,6 +38,11 @@ def errors() -> Iterator[None]:
             yield
     except GlobalOptError as cause:
         raise _exit(str(cause), cause.exit_code) from None
+    except OSError as cause:
+        # Whatever option a name was given for: it is too long for the disk, or in a folder that may not be entered.
+        if cause.filename is None or cause.errno not in _UNUSABLE:
+            raise
+        raise _exit(f"Cannot use {_text(cause.filename)}: {cause.strerror}.", FAILED) from None
     except _out_of_memory() as cause:
         raise _exit(
             f"Out of memory ({cause}). Lower --batch-size, --seqlen or --nsamples, or use --dtype bfloat16 or "
@@ -43,6 +52,10 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _text(name: str | bytes | int) -> str:
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 def _exit(message: str, code: int) -> typer.Exit:

@@ -104,19 +104,20 @@ def evaluate(
     with errors():
         from dataclasses import asdict, replace
 
-        from globalopt.errors import UsageError
+        from globalopt.errors import ArtefactError, UsageError
         from globalopt.pipeline import score, session
         from globalopt.pipeline.live import IN_MEMORY
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
         from globalopt.pipeline.reporter import Reporter
         from globalopt.runs.artefacts import SCORES
+        from globalopt.runs.files import advising, is_there
         from globalopt.runs.folder import MANIFEST
         from reports import make_progress
 
         models = ModelOptions(named(target), allow_low_coverage=True)
         texts = TextOptions(nsamples=1)
         run = None
-        if target is not None and (Path(target) / MANIFEST).exists():
+        if target is not None and is_there(Path(target) / MANIFEST):
             run, recorded, texts = session.recorded(Path(target))
             if recorded.in_memory and dense is None:
                 raise UsageError(f"{target} was made of a model in memory; say where it is with --dense MODEL.")
@@ -145,7 +146,9 @@ def evaluate(
             from globalopt.evaluation.tasks import choose_tasks
 
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
-        scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
+        # No option chooses what is written: the result of a run, and hidden states that memory has no room for.
+        with advising(""):
+            scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
         if as_json:
             print_json(asdict(scores))
         elif not quiet:
@@ -153,7 +156,11 @@ def evaluate(
 
             render_scores(scores, out)
         if run is not None:
-            run.put(SCORES, None, scores)
+            try:
+                with advising(""):
+                    run.put(SCORES, None, scores)
+            except ArtefactError as cause:
+                err.print(f"The result is not kept in the run. {cause}", soft_wrap=True, highlight=False, markup=False)
 
 
 def named_texts(words: list[str] | None) -> dict[str, str]:

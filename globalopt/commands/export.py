@@ -32,8 +32,10 @@ def export(
     with errors():
         from globalopt.export.formats import export as write
         from globalopt.export.formats import loading
+        from globalopt.runs.files import advising
 
-        size = write(run, format_name, out, trust_remote_code)
+        with advising("Choose a writable --out."):
+            size = write(run, format_name, out, trust_remote_code)
         if as_json:
             print_json({"format": format_name, "folder": str(out), "bytes": size})
         elif not quiet:

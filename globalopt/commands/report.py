@@ -37,13 +37,14 @@ def report(
         import reports
         from globalopt.errors import UsageError
         from globalopt.runs.artefacts import FAMILY
+        from globalopt.runs.files import advising
         from globalopt.runs.folder import Run
 
         if folder is not None and len(runs) == 1:
             raise UsageError(f"--out is for several runs; the report of one is written into {runs[0]}/report.")
         opened = [Run.open(run) for run in runs]
         if len(opened) == 1 and opened[0].has(FAMILY, None):
-            show_family(opened[0].family(), opened[0], quiet=False, as_json=as_json)
+            show_family(opened[0].family(), opened[0], quiet=False, as_json=as_json, drawn=False)
             return
         summaries = [run.summary() for run in opened]
         labels = [str(run) for run in runs]
@@ -53,10 +54,11 @@ def report(
             found = [{"run": label, **asdict(summary)} for label, summary in zip(labels, summaries, strict=True)]
             print_json({"runs": found, "differences": [asdict(one) for one in apart]})
         elif len(opened) == 1:
-            show_report(summaries[0], opened[0], verbose)
+            show_report(summaries[0], opened[0], verbose, drawn=False)
         else:
             out.print(reports.comparison(summaries, labels, losses=losses))
         if folder is not None:
-            written = reports.report_comparison(summaries, labels, losses, folder)
+            with advising("Choose a writable --out."):
+                written = reports.report_comparison(summaries, labels, losses, folder)
             if not as_json:
                 say([("report", written.page), *(("picture", path) for path in written.pictures)])

@@ -3,20 +3,22 @@
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from globalopt.commands.console import DONE_WITH_FALLBACKS, out, print_json, say
+from globalopt.commands.console import DONE_WITH_FALLBACKS, err, out, print_json, say
 
 if TYPE_CHECKING:
     from globalopt.pipeline.dry_run import Job, Structure
     from globalopt.pipeline.options import ModelOptions, TextOptions
     from globalopt.runs.folder import Run
     from globalopt.values.results import Family, Summary
+    from reports import Written
 
 
 def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
@@ -46,20 +48,44 @@ def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions,
         out.print(dry_run_table(plan))
 
 
-def show_report(summary: Summary, run: Run, verbose: bool) -> None:
-    """Print the tables of a run, write its page and its pictures, and print their paths."""
+def show_report(summary: Summary, run: Run, verbose: bool, drawn: bool = True) -> None:
+    """Print the tables of a run, write its page and its pictures, and print their paths.
+
+    Args:
+        drawn: False: page and pictures are left out where they cannot be written, and one line says so.
+    """
     import reports
 
     details = run.details(layer.name for layer in summary.layers)
-    written = reports.report(summary, run.report_folder, out, verbose, details)
-    pictured = [("picture", path) for path in written.pictures]
-    refine = _compress_command(run, run.budget_path, "hassle-free")
-    made = [("budget", run.budget_path), ("model", run.model_folder), ("report", written.page)]
-    say([*made, *pictured, ("next", refine)])
+    with _drawing(drawn):
+        written = reports.report(summary, run.report_folder, out, verbose, details)
+        refine = _compress_command(run, run.budget_path, "hassle-free")
+        made = [("budget", run.budget_path), ("model", run.model_folder)]
+        say([*made, *_drawn(written), ("next", refine)])
 
 
-def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
-    """Print a family of budgets and draw its curve."""
+@contextlib.contextmanager
+def _drawing(needed: bool) -> Iterator[None]:
+    """Print an error of writing, if what is written is not needed."""
+    from globalopt.errors import ArtefactError
+    from globalopt.runs.files import advising
+
+    if needed:
+        yield
+        return
+    try:
+        with advising(""):
+            yield
+    except ArtefactError as cause:
+        err.print(f"Page and pictures are not drawn. {cause}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _drawn(written: Written) -> list[tuple[str, object]]:
+    return [("report", written.page), *(("picture", path) for path in written.pictures)]
+
+
+def show_family(family: Family, run: Run, quiet: bool, as_json: bool, drawn: bool = True) -> None:
+    """Print a family of budgets and draw its curve; for `drawn` see `show_report`."""
     from dataclasses import asdict
 
     import reports
@@ -67,11 +93,11 @@ def show_family(family: Family, run: Run, quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(asdict(family))
     elif not quiet:
-        written = reports.report_family(family, run.report_folder, out)
-        middle = family.points[len(family.points) // 2]
-        refine = _compress_command(run, run.folder / middle.file, family.solver, family.solver_options)
-        pictured = [("picture", path) for path in written.pictures]
-        say([("budgets", run.folder / "budgets"), ("report", written.page), *pictured, ("next", refine)])
+        with _drawing(drawn):
+            written = reports.report_family(family, run.report_folder, out)
+            middle = family.points[len(family.points) // 2]
+            refine = _compress_command(run, run.folder / middle.file, family.solver, family.solver_options)
+            say([("budgets", run.folder / "budgets"), *_drawn(written), ("next", refine)])
 
 
 def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str, str] | None = None) -> str:

@@ -59,10 +59,12 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         raise UsageError(f"No layer of {run} has rank; an adapter would be empty. Use --format dense or packed.")
     with replacing(folder) as staging:
         staging.mkdir()
-        save_dense(source.loaded.model, source.loaded.tokenizer, staging / BASE, source.dtype)
+        loaded, origin = source.loaded, source.run.saved_model
+        save_dense(loaded.model, loaded.tokenizer, staging / BASE, source.dtype, origin)
         adapter = staging / ADAPTER
         adapter.mkdir()
-        _lora_config({name: U.shape[1] for name, (U, _) in factors.items()}, transposed).save_pretrained(str(adapter))
+        ranks = {name: U.shape[1] for name, (U, _) in factors.items()}
+        _lora_config(ranks, transposed, folder.resolve() / BASE).save_pretrained(str(adapter))
         save_file(_lora_tensors(factors), adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -80,7 +82,7 @@ def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ten
     return tensors
 
 
-def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
+def _lora_config(ranks: Mapping[str, int], transposed: bool, base: Path = Path(BASE)) -> LoraConfig:
     """Make the adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
 
     Layers of one rank share a pattern: PEFT matches every pattern against every module, and `re` caches few.
@@ -88,6 +90,7 @@ def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
     Args:
         ranks: by layer name.
         transposed: whether the layers are GPT-2's `Conv1D`, which stores the transposed weight.
+        base: folder of the base model.
     """
     from peft import LoraConfig
 
@@ -99,8 +102,8 @@ def _lora_config(ranks: Mapping[str, int], transposed: bool) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         inference_mode=True,
-        # Relative to the export: absolute, it would not survive a move.
-        base_model_name_or_path=BASE,
+        # PEFT takes a relative path for a name on the hub wherever the process is not beside it.
+        base_model_name_or_path=str(base),
         r=most,
         lora_alpha=most,
         rank_pattern=patterns,

@@ -12,6 +12,7 @@ stores the transpose of the weight.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
 from globalopt.export.source import check_out, read_source
-from globalopt.models.loading import quiet
+from globalopt.models.origin import CONFIG, keep_side_files
 from globalopt.runs.files import read_json, read_tensors, replacing, write_json, write_tensors
 from globalopt.values.decomposition import Decomposition
 
@@ -61,9 +62,9 @@ def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         # Tied tensors are written under each of their names: a reader need not know which are tied.
         rest = {name: source.tensor(name).clone() for name in model.state_dict() if name not in weights}
         write_tensors(staging / REST, rest)
-        with quiet():
-            model.config.save_pretrained(staging)
-            source.loaded.tokenizer.save_pretrained(staging)
+        saved = source.run.saved_model
+        shutil.copyfile(saved / CONFIG, staging / CONFIG)
+        keep_side_files(staging, saved, None)
 
 
 def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:

@@ -36,8 +36,12 @@ def is_adapter_export(source: str | Path) -> bool:
     >>> is_adapter_export("my-model")
     False
     """
-    folder = Path(source).expanduser()
-    return (folder / BASE / "config.json").is_file() and (folder / ADAPTER / "adapter_config.json").is_file()
+    try:
+        folder = Path(source).expanduser()
+        return (folder / BASE / "config.json").is_file() and (folder / ADAPTER / "adapter_config.json").is_file()
+    # Whoever loads the model says what is wrong with a name that is too long, or a folder that may not be entered.
+    except (OSError, RuntimeError):
+        return False
 
 
 def load_adapter_export(

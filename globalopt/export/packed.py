@@ -29,6 +29,7 @@ from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRan
 from globalopt.export.registration import register
 from globalopt.export.source import Source, check_out, read_source
 from globalopt.models.loading import DTYPES, quiet, resolve_device
+from globalopt.models.origin import GENERATION_CONFIG, keep_side_files
 from globalopt.runs.files import read_json, replacing
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -50,7 +51,8 @@ def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> N
     model = packed_model(source)
     with replacing(folder) as staging, quiet():
         model.save_pretrained(staging)
-        source.loaded.tokenizer.save_pretrained(staging)
+        # The seal is of the generation config as transformers writes it.
+        keep_side_files(staging, source.run.saved_model, None, skip=GENERATION_CONFIG)
 
 
 def packed_model(source: Source) -> PreTrainedModel:

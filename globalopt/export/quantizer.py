@@ -112,6 +112,22 @@ class SparseLowRankQuantizer(HfQuantizer):
                     setattr(layer, bits, getattr(layer, bits).clone())
         return model
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Replace packed layers by dense ones, of the type that the layers have now.
+
+        transformers takes the type from the config, which a cast of the model leaves as it was, and which saving
+        changes into a word.
+
+        Args:
+            dtype: that the whole model gets instead.
+        """
+        chosen: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        model = self._dequantize(model, chosen)
+        self.remove_quantization_config(model)
+        if chosen is not None:
+            nn.Module.to(model, chosen)
+        return model
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace packed layers by dense ones."""
         for name, layer in packed_layers(model):

@@ -13,7 +13,7 @@ from globalopt.errors import ArtefactError
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import DTYPES, LoadedModel, load_model
 from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
-from globalopt.runs.files import read_json
+from globalopt.runs.files import is_there, read_json, remove_abandoned_beside
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
@@ -110,7 +110,14 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
 def check_out(folder: Path) -> None:
     """Check that an export can be written to `folder`; `ArtefactError` if it exists and is not empty.
 
+    What an export to the same folder left behind when it was killed is removed.
+
     >>> check_out(Path("exported"))
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        full = is_there(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {folder}: {cause.strerror or cause}. Choose another --out.") from None
+    if full:
         raise ArtefactError(f"{folder} exists and is not empty; choose another --out.")
+    remove_abandoned_beside(folder)

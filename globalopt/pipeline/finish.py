@@ -11,6 +11,7 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
+from globalopt.models.origin import origin_of
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.plan import RefinementPlan
@@ -75,9 +76,10 @@ def finish(
     with reporter.stage("save", 1, "models") as advance:
         # A model folder is written whole or not at all, so an existing one is complete.
         if not run.model_folder.exists():
-            save_dense(
-                session.loaded.model, session.loaded.tokenizer, run.model_folder, session.loaded.checkpoint_dtype
-            )
+            loaded = session.loaded
+            # A model in memory may differ from the files that it says it is from.
+            origin = origin_of(loaded.name) if session.live is None else None
+            save_dense(loaded.model, loaded.tokenizer, run.model_folder, loaded.checkpoint_dtype, origin)
         advance(str(run.model_folder))
     dense, compressed = _evaluate_both(session, reporter, run)
     summary = Summary(

@@ -11,10 +11,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ from globalopt.errors import ArtefactError
 
 PARTIAL = ".partial"
 """How names of temporary files end."""
+
+_ADVICE = ContextVar("advice", default="Choose a writable --out or --cache.")
+_HEX = re.compile("[0-9a-f]{8}")
+_DAY = 24 * 3600.0
+_LONGEST = 200
+"""Most bytes of a file's name that is used whole in the name of its temporary file."""
 
 
 @contextlib.contextmanager
@@ -44,10 +53,11 @@ def replacing(path: Path) -> Iterator[Path]:
     'whole'
     """
     # Of this process and this call alone: two writers of one path must not write into each other's file.
-    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
+    temporary = path.with_name(f"{_prefix(path)}{_machine()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _settle_modes(temporary)
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -71,8 +81,32 @@ def _remove(temporary: Path) -> None:
             temporary.unlink()
 
 
+def _prefix(path: Path) -> str:
+    """Begin the name of the temporary files of `path`; a long name is shortened, as the disk bounds its length."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = f"{name[:20]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return f".{name}."
+
+
+def _settle_modes(temporary: Path) -> None:
+    """Give files the permissions that the umask of the process says: safetensors writes for the owner alone.
+
+    A file with a second name keeps its own.
+    """
+    if not temporary.exists():
+        return
+    probe = temporary.with_name(f"{temporary.name.removesuffix(PARTIAL)}.mode{PARTIAL}")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(mode)
+
+
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files below `folder` that processes of this machine left behind when they were killed.
+    """Remove temporary files below `folder` that were left behind by processes that were killed.
 
     >>> with replacing(Path("note.txt")) as temporary:  # of a process that lives
     ...     temporary.touch()
@@ -80,11 +114,47 @@ def remove_abandoned(folder: Path) -> None:
     ...     temporary.exists()
     True
     """
-    for temporary in folder.rglob(f".*{PARTIAL}"):
-        # A file of another program may end in the same way.
-        machine, pid, _ = ("", "", *temporary.name.removesuffix(PARTIAL).rsplit(".", 3))[-3:]
-        if machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid)):
+    for temporary in list(folder.rglob(f".*{PARTIAL}")):
+        if _is_abandoned(temporary):
             _remove(temporary)
+
+
+def remove_abandoned_beside(path: Path) -> None:
+    """Remove the temporary files of `path` itself that were left behind by processes that were killed.
+
+    >>> with replacing(Path("note.txt")) as temporary:  # of a process that lives
+    ...     temporary.touch()
+    ...     remove_abandoned_beside(Path("note.txt"))
+    ...     temporary.exists()
+    True
+    """
+    with contextlib.suppress(OSError):
+        for temporary in list(path.parent.iterdir()):
+            name = temporary.name
+            if name.startswith(_prefix(path)) and name.endswith(PARTIAL) and _is_abandoned(temporary):
+                _remove(temporary)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Tell whether the process that wrote a temporary file is gone.
+
+    A process of another machine, or of a container that had another name, cannot be asked: its file is abandoned when
+    nothing was written to it for a day.
+    """
+    # A file of another program may end in the same way.
+    machine, pid, secret = ("", "", *temporary.name.removesuffix(PARTIAL).rsplit(".", 3))[-3:]
+    if not (_HEX.fullmatch(machine) and pid.isdecimal() and _HEX.fullmatch(secret)):
+        return False
+    try:
+        written = max(path.lstat().st_mtime for path in [temporary, *temporary.rglob("*")])
+        if machine != _machine():
+            return time.time() - written > _DAY
+        # A process that was started after the last write is another one with the same number.
+        return psutil.Process(int(pid)).create_time() > written + 1
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, OverflowError, psutil.Error):
+        return False
 
 
 def _machine() -> str:
@@ -95,10 +165,45 @@ def _machine() -> str:
 def _write_error(path: Path, cause: OSError) -> ArtefactError:
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return ArtefactError(
-            f"Cannot write {path}: the disk is full. Free space and run the same command again; it goes on from the "
-            "last finished artefact."
+            f"Cannot write {path}: the disk is full ({cause.strerror}). Free space and run the same command again; it "
+            "goes on from the last finished artefact."
         )
-    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. Choose a writable --out or --cache.")
+    return ArtefactError(f"Cannot write {path}: {cause.strerror or cause}. {_ADVICE.get()}".rstrip())
+
+
+@contextlib.contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """While the context is open, an error of writing ends in `advice`: it names the options of the command that runs.
+
+    >>> Path("note.txt").touch()
+    >>> with advising("Choose a writable --out."):
+    ...     write_text(Path("note.txt/inner.txt"), "text")
+    Traceback (most recent call last):
+    globalopt.errors.ArtefactError: Cannot write note.txt/inner.txt: ... Choose a writable --out.
+    """
+    token = _ADVICE.set(advice)
+    try:
+        yield
+    finally:
+        _ADVICE.reset(token)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder is there.
+
+    Raises:
+        ArtefactError: the system does not say, as the name is too long or a folder above may not be entered.
+
+    >>> is_there(Path("nothing here"))
+    False
+    """
+    try:
+        path.lstat()
+        return path.exists()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as cause:
+        raise ArtefactError(f"Cannot read {path}: {cause.strerror or cause}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,7 +28,7 @@ from globalopt.runs.artefacts import (
     Stage,
     validated,
 )
-from globalopt.runs.files import digest, link_or_copy, read_json, read_metadata, remove_abandoned, write_json
+from globalopt.runs.files import digest, is_there, link_or_copy, read_json, read_metadata, remove_abandoned, write_json
 from globalopt.runs.workspace import Workspace
 from globalopt.values.decomposition import Decomposition, Trace
 from globalopt.values.layer import LayerSpec
@@ -141,19 +141,24 @@ class Run(Workspace):
     @classmethod
     def check_folder(cls, folder: Path) -> None:
         """Raise `ArtefactError` if no run can be in `folder`: it is a file, or holds files that are not a run's."""
-        if not folder.exists():
+        if not is_there(folder):
             return
         if not folder.is_dir():
             raise ArtefactError(f"--out {folder} is a file. Choose a folder.")
-        if (folder / MANIFEST).exists():
+        if is_there(folder / MANIFEST):
             cls.read_manifest(folder)
-        elif any(not path.name.startswith(".") and path.name != LOCK for path in folder.iterdir()):
+            return
+        try:
+            names = [path.name for path in folder.iterdir()]
+        except OSError as cause:
+            raise ArtefactError(f"Cannot read {folder}: {cause.strerror or cause}. Choose another --out.") from None
+        if any(not name.startswith(".") and name != LOCK for name in names):
             raise ArtefactError(f"{folder} is not empty and holds no run. Choose another --out.")
 
     @classmethod
     def open(cls, folder: Path) -> Run:
         """Open an existing run for reading."""
-        if not (folder / MANIFEST).exists():
+        if not is_there(folder / MANIFEST):
             raise ArtefactError(
                 f"{folder} holds no run (no {MANIFEST}). Give the folder that `globalopt search` wrote."
             )

@@ -23,6 +23,7 @@ from globalopt.export.formats import FORMATS, export, loading
 from globalopt.export.packed import load_packed
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
+from globalopt.runs.files import PARTIAL, replacing
 from globalopt.runs.folder import Run
 from tests.command import contents, no_partial_files
 from tests.export.runs import ALL, made_run
@@ -94,6 +95,45 @@ def test_an_adapter_finds_its_base_from_inside_the_export(tmp_path, monkeypatch)
     export(run, "adapter", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
     assert difference(AutoPeftModelForCausalLM.from_pretrained("adapter"), load(run / "model")) < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # what peft calls is deprecated
+def test_an_adapter_finds_its_base_from_anywhere(tmp_path, monkeypatch):
+    run = made_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    export(run, "adapter", Path("out"))
+    name = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert name == str((tmp_path / "out" / "base").resolve())
+    monkeypatch.chdir("/")
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
+    assert difference(found, load(run / "model")) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["dense", "adapter", "packed", "factors"])
+def test_the_files_beside_the_weights_are_in_every_export(name, tmp_path):
+    run = made_run(tmp_path / "run")
+    files = {"preprocessor_config.json": '{"size": 28}', "chat_template.jinja": "{{ messages }}", "LICENSE": "free"}
+    for file, content in files.items():
+        (run / "model" / file).write_text(content)
+    export(run, name, tmp_path / "out")
+    folder = tmp_path / "out" / ("base" if name == "adapter" else "")
+    assert {file: (folder / file).read_text() for file in files} == files
+    tokenizer = "tokenizer_config.json"
+    assert (folder / tokenizer).read_bytes() == (run / "model" / tokenizer).read_bytes()
+    assert load_model(folder).tokenizer("ab") if name != "factors" else AutoTokenizer.from_pretrained(folder)("ab")
+
+
+@pytest.mark.parametrize("name", ["dense", "adapter", "packed", "factors"])
+def test_an_export_clears_what_a_killed_one_left(name, tmp_path):
+    run = made_run(tmp_path / "run")
+    with replacing(tmp_path / "out") as temporary:
+        words = temporary.name.removesuffix(PARTIAL).rsplit(".", 3)
+        temporary.mkdir()
+    (tmp_path / "out").rmdir()
+    left = tmp_path / f"{words[0]}.{words[1]}.{2**22 + 1}.{words[3]}{PARTIAL}"
+    (left / "base").mkdir(parents=True)
+    export(run, name, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 
 def test_a_pattern_of_ranks_means_its_layers_and_no_others():

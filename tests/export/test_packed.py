@@ -18,8 +18,11 @@ import globalopt
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.formats import export
 from globalopt.export.linear import SparseLowRankLinear
+from globalopt.export.loading import unpacked
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, packed_layers, set_compute
+from globalopt.models.loading import load_model
+from globalopt.models.saving import save_dense
 from tests.export.runs import ALL, made_run
 from tests.tiny_models import tiny_ids
 
@@ -126,6 +129,36 @@ def test_dequantized_it_is_an_ordinary_model(kind, tmp_path):
     again, names = load(tmp_path / "plain", output_loading_info=True)
     assert not names["missing_keys"]
     assert same(again, dense, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_bfloat16_it_becomes_dense_in_the_type_that_it_has(dtype, tmp_path):
+    run = made_run(tmp_path / "run", dtype=torch.bfloat16)
+    export(run, "packed", tmp_path / "packed")
+    loaded = unpacked(load_model(tmp_path / "packed", dtype=dtype, device="cpu"))
+    assert {p.dtype for p in loaded.model.parameters()} == {loaded.model.dtype} == {getattr(torch, dtype)}
+    assert loaded.checkpoint_dtype == torch.bfloat16
+    assert same(loaded.model, load(run / "model", dtype=getattr(torch, dtype)), PRECISION[torch.bfloat16])
+    # A dense copy has nothing of the packed tensors.
+    save_dense(loaded.model, loaded.tokenizer, tmp_path / "dense", torch.bfloat16, tmp_path / "packed")
+    again, names = load(tmp_path / "dense", output_loading_info=True)
+    assert not names["missing_keys"]
+    assert not names["unexpected_keys"]
+    assert same(again, load(run / "model"), PRECISION[torch.bfloat16])
+
+
+def test_saved_packed_it_becomes_dense_and_so_does_the_copy(tmp_path):
+    run = made_run(tmp_path / "run", dtype=torch.bfloat16)
+    export(run, "packed", tmp_path / "packed")
+    model = load(tmp_path / "packed", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    expected = logits(model)
+    for dense in (model.dequantize(), load(tmp_path / "again", dtype=torch.bfloat16).dequantize()):
+        assert dense.dtype == torch.bfloat16
+        torch.testing.assert_close(logits(dense), expected, atol=0.1, rtol=0.1)
+    other = load(tmp_path / "again").dequantize(dtype="float32")
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    logits(other)
 
 
 @pytest.mark.parametrize("compute", [None, "split", "merged", "unpack"])

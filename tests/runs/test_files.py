@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -14,12 +15,15 @@ from safetensors.torch import save_file
 from globalopt.errors import ArtefactError
 from globalopt.runs.files import (
     PARTIAL,
+    advising,
     digest,
+    is_there,
     link_or_copy,
     read_json,
     read_tensors,
     read_text,
     remove_abandoned,
+    remove_abandoned_beside,
     replacing,
     write_json,
     write_tensors,
@@ -183,6 +187,7 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_removed(tmp_p
 
 WRITER = """
 import sys
+import time
 from pathlib import Path
 import torch
 from globalopt.runs.files import read_tensors, write_json, read_json, write_tensors
@@ -229,3 +234,84 @@ def test_where_there_are_no_links_there_is_a_copy(tmp_path, monkeypatch):
     write_text(tmp_path / "one", "text")
     link_or_copy(tmp_path / "one", tmp_path / "other")
     assert read_text(tmp_path / "other") == "text"
+
+
+def left_behind(path, pid, machine=None, age=0.0):
+    """A temporary file of `path` as a process that was killed leaves it."""
+    with replacing(path) as temporary:
+        words = temporary.name.removesuffix(PARTIAL).rsplit(".", 3)
+        temporary.touch()
+    path.unlink()
+    left = path.with_name(f"{words[0]}.{machine or words[1]}.{pid}.{words[3]}{PARTIAL}")
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    written = time.time() - age
+    for each in (left / "model.safetensors", left):
+        os.utime(each, (written, written))
+    return left
+
+
+def test_what_the_dead_left_is_removed_and_what_the_living_write_stays(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    out = tmp_path / "out"
+    gone = [
+        left_behind(out, int(dead.stdout)),
+        # The number of a process is given again, in a container at every start.
+        left_behind(out, os.getpid(), age=10 * 24 * 3600),
+        left_behind(out, os.getpid(), machine="0123abcd", age=2 * 24 * 3600),
+    ]
+    kept = [
+        left_behind(out, os.getpid()),
+        left_behind(out, 1, machine="0123abcd"),
+        left_behind(tmp_path / "out2", int(dead.stdout)),
+    ]
+    remove_abandoned_beside(out)
+    assert [path.exists() for path in gone] == [False] * 3
+    assert [path.exists() for path in kept] == [True] * 3
+    remove_abandoned(tmp_path)
+    assert [path.exists() for path in kept] == [True, True, False]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "one.safetensors", {"x": torch.ones(2)})
+        write_json(tmp_path / "one.json", 1)
+        with replacing(tmp_path / "model") as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            save_file({"x": torch.ones(2)}, temporary / "inner" / "x.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.stat().st_mode & 0o777 for path in files] == [mode] * 3
+    folders = [tmp_path / "model", tmp_path / "model" / "inner"]
+    assert [path.stat().st_mode & 0o777 for path in folders] == [0o777 & ~umask] * 2
+
+
+def test_a_name_as_long_as_the_disk_takes_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 250 + ".json")
+    write_json(path, 1)
+    assert read_json(path) == 1
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_error_of_writing_names_the_options_of_its_command(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match=r"File exists\.$"), advising(""):
+        write_json(tmp_path / "file" / "x.json", {})
+    with (
+        pytest.raises(ArtefactError, match=r"File exists\. Choose another --folder\.$"),
+        advising("Choose another --folder."),
+    ):
+        write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(ArtefactError, match="--out or --cache"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_names_that_the_system_refuses_are_one_line(tmp_path):
+    assert is_there(tmp_path)
+    (tmp_path / "file").touch()
+    assert not is_there(tmp_path / "file" / "inner")
+    with pytest.raises(ArtefactError, match="xxx: File name too long"):
+        is_there(tmp_path / ("x" * 300))
