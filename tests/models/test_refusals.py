@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from globalopt.errors import GlobalOptError, UnsupportedModelError
+from globalopt.models.layers import decoder_blocks, find_layers
 from globalopt.models.loading import load_model, load_structure
 from globalopt.models.streaming import INDEX, SINGLE
-from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_models import KINDS, save_tiny, tiny_model, tiny_tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -172,6 +173,24 @@ def test_encoders_are_refused_by_what_they_are(kind: str, tmp_path: Path) -> Non
     refused(tmp_path, f"{kind}ForMaskedLM", "no causal language model")
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "BigBird", "RoFormer", "XLMRoberta", "Ernie"])
+def test_encoders_are_refused_where_no_config_tells(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(**_BERT, pad_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="is an encoder here"):
+        find_layers(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_encoder_made_a_decoder_is_one() -> None:
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**_BERT, pad_token_id=0, is_decoder=True))
+    assert len(find_layers(model.eval()).blocks) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_models_are_not_taken_for_encoders(kind: str, dtype: torch.dtype) -> None:
+    find_layers(tiny_model(kind).to(dtype), allow_low_coverage=True)  # pyright: ignore[reportArgumentType]
+
+
 _BART: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "decoder_start_token_id": 2, "encoder_layers": 2}
 _BART |= {"decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128}
@@ -269,3 +288,34 @@ def test_a_tokenizer_of_another_version_is_refused(folder: Path) -> None:
     record["model"]["type"], record["model"]["vocab"] = "NewKind", [["a", 0]]
     path.write_text(json.dumps(record))
     refused(folder, "no usable tokenizer", "tokenizer.json")
+
+
+_TEXT: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+_SIGHT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+_SIGHT |= {"image_size": 28, "patch_size": 14}
+
+
+def test_the_blocks_are_the_texts_where_a_vision_tower_is_as_deep_and_larger() -> None:
+    config = transformers.Gemma3Config(
+        text_config=_TEXT,
+        vision_config=_SIGHT,
+        mm_tokens_per_image=4,
+        image_token_index=120,
+        boi_token_index=121,
+        eoi_token_index=122,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+    monkey: Any = model
+    monkey.get_decoder = lambda: model  # a class that names the whole of it
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+
+
+def test_a_checkpoint_whose_vision_tower_would_be_lost_is_refused(tmp_path: Path) -> None:
+    sizes = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    sizes |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.CONFIG_MAPPING["qwen3_5"](text_config=_TEXT | sizes, vision_config=sight)
+    save(transformers.Qwen3_5ForConditionalGeneration(config), tmp_path)
+    refused(tmp_path, "image-text", "vision_config")
