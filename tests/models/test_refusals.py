@@ -162,7 +162,7 @@ def test_trained_tensors_that_the_class_declares_ignorable_are_told(
         assert load_model(folder, device="cpu", lazily=lazily).unused == ("mtp.fc.weight",)
 
 
-_BERT = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _BERT |= {"intermediate_size": 64, "max_position_embeddings": 128}
 
 
@@ -316,6 +316,6 @@ def test_a_checkpoint_whose_vision_tower_would_be_lost_is_refused(tmp_path: Path
     sizes = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
     sizes |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
     sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = transformers.CONFIG_MAPPING["qwen3_5"](text_config=_TEXT | sizes, vision_config=sight)
+    config = transformers.Qwen3_5Config(text_config=_TEXT | sizes, vision_config=sight)
     save(transformers.Qwen3_5ForConditionalGeneration(config), tmp_path)
     refused(tmp_path, "image-text", "vision_config")
