@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,7 @@ def check_unused(source: str, model: PreTrainedModel, names: Iterable[str]) -> t
     return lost
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Write how many tensors of a checkpoint there are, and the first of them.
 
     >>> listed(["a", "b", "c", "d"])

@@ -11,6 +11,7 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
+from globalopt.models.refusals import listed
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.plan import RefinementPlan
@@ -44,6 +45,8 @@ def finish(
     """
     layers, allocation = session.layers, file.allocation
     notes = list(_notes(allocation, plan.solver))
+    if session.loaded.unused:
+        notes.append(f"The result lacks {listed(session.loaded.unused)}; the model's class does not use them.")
     for note in notes:
         reporter.note(note)
     if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):

@@ -18,6 +18,7 @@ from globalopt.errors import GlobalOptError, UnsupportedModelError
 from globalopt.models.layers import decoder_blocks, find_layers
 from globalopt.models.loading import load_model, load_structure
 from globalopt.models.streaming import INDEX, SINGLE
+from tests.command import WINDOWS, done
 from tests.tiny_models import KINDS, save_tiny, tiny_model, tiny_tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -160,6 +161,17 @@ def test_trained_tensors_that_the_class_declares_ignorable_are_told(
     change_tensors(folder, lambda tensors: tensors.update({"mtp.fc.weight": torch.ones(2, 2)}))
     for lazily in (False, True):
         assert load_model(folder, device="cpu", lazily=lazily).unused == ("mtp.fc.weight",)
+
+
+def test_a_result_says_which_trained_tensors_it_lacks(
+    folder: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    change_tensors(folder, lambda tensors: tensors.update({"mtp.fc.weight": torch.ones(2, 2)}))
+    cheap = ("--allocator", "uniform", "--solver", "wanda", "--match", "none", "--calibration", tiny_text, *WINDOWS)
+    done("search", folder, "--budget", "0.5", *cheap, "--out", tmp_path / "run", "-q")
+    notes = json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
+    assert any("lacks 1 tensor of the checkpoint: mtp.fc.weight" in note for note in notes)
 
 
 _BERT: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
