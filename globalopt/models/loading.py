@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
@@ -397,6 +398,8 @@ def _check_files(source: str, folder: Path | None, config: Any, options: dict[st
     Args:
         folder: of the safetensors files; None if there are none.
     """
+    if not options["local_files_only"] and find_adapter_config_file(source) is not None:
+        raise ArtefactError(f"{source} holds an adapter ({ADAPTER_CONFIG}); merge it into its base first.")
     place = Path(source) if options["local_files_only"] else folder
     if place is None or quantisation(config) == PACKED_METHOD:
         return
@@ -497,7 +500,13 @@ def _load_lazily(
         )
     _fill(model, checkpoint, Precision(stored, computed, place), beside)
     if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # As a config, it can hold anything.
+        except Exception as error:
+            raise ArtefactError(
+                f"The generation_config.json of {folder} is not usable: {_first_line(error)} Correct or remove it."
+            ) from error
     return model, set(checkpoint.shapes()) - set(model.state_dict())
 
 

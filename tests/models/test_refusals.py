@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from globalopt.errors import GlobalOptError, UnsupportedModelError
+from globalopt.errors import ArtefactError, GlobalOptError, UnsupportedModelError
+from globalopt.models import loading
 from globalopt.models.layers import decoder_blocks, find_layers
 from globalopt.models.loading import load_model, load_structure
 from globalopt.models.streaming import INDEX, SINGLE
@@ -221,6 +223,26 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     refused(folder, "adapter_config.json", "beside its weights")
     (folder / "config.json").unlink()
     refused(folder, "is an adapter and no model")
+
+
+def test_an_adapter_on_the_hub_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_adapter_config_file", lambda source: "adapter_config.json")
+    with pytest.raises(ArtefactError, match="holds an adapter"):
+        loading._check_files("nobody/nothing", None, tiny_model("llama").config, {"local_files_only": False})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"max_new_tokens": -1}', '{"cache_implementation": "silly"}'])
+def test_a_broken_generation_config_is_no_traceback(text: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(text)
+    for lazily in (False, True):
+        with contextlib.suppress(GlobalOptError):
+            load_model(folder, device="cpu", lazily=lazily)
+
+
+@pytest.mark.parametrize("kind", ["Llava", "Qwen2VL", "Idefics3"])
+def test_image_text_models_without_a_causal_class_are_refused(kind: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    refused(tmp_path, "image-text")
 
 
 @pytest.mark.parametrize(
