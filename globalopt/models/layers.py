@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import NumericalError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.errors import GlobalOptError, NumericalError, UnknownNameError, UnsupportedModelError, UsageError
 from globalopt.models.streaming import LazyBlocks, lazy_blocks
 from globalopt.values.layer import LayerSpec
 
@@ -29,7 +29,7 @@ TRACE_TOKENS = 8
 """Tokens of the forward pass that finds out which layers share an input."""
 FORESIGHT = 5e-4
 """Largest change of logits before a token that was changed, as a share of the change at it, in a causal model."""
-FORESIGHT_16_BITS = 0.1
+FORESIGHT_16_BITS = 0.05
 """The same in bfloat16 and float16, where rounding may differ between the rows of a batch."""
 LEAST_SHARE = 0.5
 """Smallest share of the block parameters that the compressible layers must cover."""
@@ -538,7 +538,17 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
     # The second row ends in another token, for `_check_causal`.
     ids = torch.cat([ids, torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % embedding.num_embeddings], 1)])
     with input_hooks({name: module for _, name, module in found}, record):
-        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        try:
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # Fields of a config that do not fit together are found only when the model computes, as errors of any kind.
+        except Exception as cause:
+            reason = " ".join(str(cause).split())[:200]
+            raise UnsupportedModelError(
+                f"{_architecture(model)} cannot compute a text of {TRACE_TOKENS} tokens ({type(cause).__name__}: "
+                f"{reason}). Check its config.json, and that transformers alone runs it."
+            ) from cause
     _check_causal(model, getattr(outputs, "logits", None))
 
     sites: dict[str, str] = {}

@@ -205,6 +205,14 @@ def test_causal_models_are_not_taken_for_encoders(kind: str, dtype: torch.dtype)
     find_layers(tiny_model(kind).to(dtype), allow_low_coverage=True)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_model_that_cannot_compute_is_one_line() -> None:
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 5}
+    config = transformers.Qwen3MoeConfig(**_BERT | sizes, num_key_value_heads=2, head_dim=8)
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="cannot compute a text of 8 tokens"):
+        find_layers(model, allow_low_coverage=True)
+
+
 _BART: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "decoder_start_token_id": 2, "encoder_layers": 2}
 _BART |= {"decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128}
