@@ -29,8 +29,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text

@@ -206,8 +206,8 @@ def test_causal_models_are_not_taken_for_encoders(kind: str, dtype: torch.dtype)
 
 
 def test_a_model_that_cannot_compute_is_one_line() -> None:
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 5}
-    config = transformers.Qwen3MoeConfig(**_BERT | sizes, num_key_value_heads=2, head_dim=8)
+    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 5}
+    config = transformers.Qwen3MoeConfig(**_BERT | sizes, num_key_value_heads=2)
     model = transformers.Qwen3MoeForCausalLM(config).eval()
     with pytest.raises(UnsupportedModelError, match="cannot compute a text of 8 tokens"):
         find_layers(model, allow_low_coverage=True)
