@@ -1,7 +1,7 @@
 """Find the compressible layers of a model by its structure: decoder blocks, linear layers, and shared inputs.
 
-No architecture is named. The decoder blocks are the list of modules that holds most parameters; the layers are the
-linear maps inside them; layers that read the very same tensor in one short forward pass share an input site.
+No architecture is named. The decoder blocks are the decoder's list of modules that holds most parameters; the layers
+are the linear maps inside them; layers that read the very same tensor in one short forward pass share an input site.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import NumericalError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.errors import GlobalOptError, NumericalError, UnknownNameError, UnsupportedModelError, UsageError
 from globalopt.models.streaming import LazyBlocks, lazy_blocks
 from globalopt.values.layer import LayerSpec
 
@@ -27,6 +27,10 @@ Linear = nn.Linear | Conv1D
 """Modules that are compressed: `Conv1D` is the linear layer of GPT-2, with its weight transposed."""
 TRACE_TOKENS = 8
 """Tokens of the forward pass that finds out which layers share an input."""
+FORESIGHT = 5e-4
+"""Largest change of logits before a token that was changed, as a share of the change at it, in a causal model."""
+FORESIGHT_16_BITS = 0.05
+"""The same in bfloat16 and float16, where rounding may differ between the rows of a batch."""
 LEAST_SHARE = 0.5
 """Smallest share of the block parameters that the compressible layers must cover."""
 
@@ -358,7 +362,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the decoder blocks: their module path, and the list of modules.
 
-    Of all lists with as many entries as the config has hidden layers, it is the one with most parameters.
+    Of all lists in the decoder with as many entries as the text config has hidden layers, it is the one with most
+    parameters. The decoder is what the model itself says (`get_decoder`), without submodels that have a config of their
+    own, such as a vision tower; where it has no such list, the whole model is searched.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -368,7 +374,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     >>> path, len(blocks)
     ('model.layers', 2)
     """
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    text = model.config.get_text_config(decoder=True)
+    depth = getattr(text, "num_hidden_layers", None)
     lists = [
         (path, module)
         for path, module in model.named_modules()
@@ -380,8 +387,28 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{_architecture(model)} has no list{count} that could be its decoder blocks; "
             "only models that stack their blocks in one nn.ModuleList can be compressed."
         )
+    configs = {path: module.config for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    owners = {path: configs[max((p for p in configs if _inside(path, p)), key=len)] for path, _ in lists}
+    lists = [entry for entry in lists if any(owners[entry[0]] is config for config in (text, model.config))] or lists
+    decoder = _decoder_path(model)
+    lists = [entry for entry in lists if _inside(entry[0], decoder)] or lists
     # Of equally large lists, max returns the first, the outermost, as named_modules goes from the outside in.
     return max(lists, key=lambda entry: sum(parameter.numel() for parameter in entry[1].parameters()))
+
+
+def _decoder_path(model: PreTrainedModel) -> str:
+    """Return the module path of the decoder as the model names it; "" if it names none of its modules."""
+    try:
+        decoder = model.get_decoder()
+    # Code that comes with a model may do anything here.
+    except Exception:
+        return ""
+    return next((path for path, module in model.named_modules() if module is decoder), "")
+
+
+def _inside(path: str, root: str) -> bool:
+    """Tell whether the module path `path` is `root` or below it."""
+    return not root or path == root or path.startswith(f"{root}.")
 
 
 def _check_weights(model: PreTrainedModel, found: Sequence[tuple[str, Linear]]) -> None:
@@ -448,13 +475,18 @@ def _what(owner: nn.Module, parameter: Tensor, head: nn.Module | None) -> str:
 
 
 def _kinds(names: list[str], prefix: str) -> dict[str, str]:
-    """Find, for each module path of one block, the shortest suffix that no other path of the block has."""
+    """Find, for each module path of one block, the shortest suffix that no other path of the block has.
+
+    A path that is itself the end of another one (BERT's `output.dense` of `attention.output.dense`) stays whole.
+    """
     paths = {name: name.removeprefix(prefix).split(".") for name in names}
     users: Counter[str] = Counter()
     for parts in paths.values():
         users.update(".".join(parts[-length:]) for length in range(1, len(parts) + 1))
     return {
-        name: next(suffix for n in range(1, len(parts) + 1) if users[suffix := ".".join(parts[-n:])] == 1)
+        name: next(
+            (suffix for n in range(1, len(parts) + 1) if users[suffix := ".".join(parts[-n:])] == 1), ".".join(parts)
+        )
         for name, parts in paths.items()
     }
 
@@ -503,11 +535,43 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
 
     embedding = token_embedding(model)
     ids = torch.arange(TRACE_TOKENS, device=embedding.weight.device)[None] % embedding.num_embeddings
+    # The second row ends in another token, for `_check_causal`.
+    ids = torch.cat([ids, torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % embedding.num_embeddings], 1)])
     with input_hooks({name: module for _, name, module in found}, record):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        try:
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # Fields of a config that do not fit together are found only when the model computes, as errors of any kind.
+        except Exception as cause:
+            reason = " ".join(str(cause).split())[:200]
+            raise UnsupportedModelError(
+                f"{_architecture(model)} cannot compute a text of {TRACE_TOKENS} tokens ({type(cause).__name__}: "
+                f"{reason}). Check its config.json, and that transformers alone runs it."
+            ) from cause
+    _check_causal(model, getattr(outputs, "logits", None))
 
     sites: dict[str, str] = {}
     first: dict[Any, str] = {}
     for block, name, _ in found:
         sites[name] = first.setdefault((block, seen[name]), name) if seen[name] else name
     return sites
+
+
+def _check_causal(model: PreTrainedModel, logits: Tensor | None) -> None:
+    """Check that the logits (2, tokens, vocabulary) of two texts that differ in the last token are equal before it.
+
+    Raises:
+        UnsupportedModelError: they are not; the model sees the tokens that follow.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or model.training:
+        return
+    change = (logits[0].float() - logits[1].float()).abs().amax(1)
+    # An encoder that was never trained changes by 0.003 of the last position's change; rounding is far below that in
+    # float32. A comparison with NaN is false: parameters that are not finite are found later.
+    share = FORESIGHT if logits.dtype == torch.float32 else FORESIGHT_16_BITS
+    if bool(change[:-1].max() > share * change[-1]):
+        raise UnsupportedModelError(
+            f"{_architecture(model)} is an encoder here: a token changes the predictions before it. Only decoder-only "
+            "causal language models can be compressed."
+        )

@@ -1,6 +1,6 @@
 """Load models and tokenizers from folders and the hub, as a whole or block by block.
 
-Errors of a known cause at this border to transformers and the disk become one line; others pass through unchanged.
+At this border to transformers and the disk every error becomes one line that names the file or folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text
 from globalopt.models.layers import decoder_blocks
+from globalopt.models.refusals import (
+    ADAPTER_CONFIG,
+    PACKED_METHOD,
+    check_config,
+    check_folder,
+    check_towers,
+    check_types,
+    check_unused,
+    quantisation,
+    stored_types,
+    suspicious,
+    tower_of,
+)
 from globalopt.models.streaming import (
     INDEX,
     SINGLE,
@@ -61,6 +75,8 @@ class LoadedModel:
         name: as the user gave it.
         device: where the model computes.
         checkpoint_dtype: the type its weights are stored in, in which a compressed copy is saved too.
+        unused: trained tensors of the checkpoint that the model's class declares it does not use, such as those of
+            layers for multi-token prediction; a compressed copy lacks them.
 
     >>> loaded = load_model(reference_folder(), device="cpu")
     >>> loaded.checkpoint_dtype, loaded.model.dtype, loaded.model.training
@@ -72,6 +88,7 @@ class LoadedModel:
     name: str
     device: torch.device
     checkpoint_dtype: torch.dtype
+    unused: tuple[str, ...] = ()
 
 
 def load_model(
@@ -120,21 +137,27 @@ def load_model(
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
     with quiet():
         config = _load_config(source, options)
-        folder = None if lazily is False else _weights_folder(source, options)
+        check_config(source, config)
+        folder = _weights_folder(source, options)
+        _check_files(source, folder, config, options)
+        if lazily is False:
+            folder = None
         short = None
         if folder is not None and not lazily:
             short = _memory_short(folder, config, dtype, place, max_memory, tokens)
         if folder is None or not (lazily or short):
-            model = _load_weights(source, config, options)
+            model, names = _load_weights(source, config, options)
         else:
             try:
-                model = _load_lazily(folder, config, options, dtype, place, max_memory, beside)
+                model, names = _load_lazily(folder, config, options, dtype, place, max_memory, beside)
             except UnsupportedModelError as error:
                 if short:
                     raise UnsupportedModelError(f"{name} {short} {error}") from error
                 if max_memory is not None:
                     raise
-                model = _load_weights(source, config, options)
+                model, names = _load_weights(source, config, options)
+        check_towers(source, config, model)
+        unused = check_unused(source, model, names)
         tokenizer = _load_tokenizer(source, options)
     stored = model.dtype
     lazy = lazy_blocks(model)
@@ -145,7 +168,7 @@ def load_model(
         stored = lazy.precision.stored
     model.eval().requires_grad_(False)
     model.config.use_cache = False
-    return LoadedModel(model, tokenizer, name, place, stored)
+    return LoadedModel(model, tokenizer, name, place, stored, unused)
 
 
 def load_structure(
@@ -171,6 +194,7 @@ def load_structure(
     computed = DTYPES.get(dtype, torch.float32)
     with quiet():
         config = _load_config(source, options)
+        check_config(source, config)
         model = _empty(source, config, options, computed)
         _fill(model, Zeros(model), Precision(computed, computed, torch.device("cpu")))
     model.config.use_cache = False
@@ -254,6 +278,8 @@ def _is_local(name: str) -> bool:
     if not folder.is_dir():
         raise ArtefactError(f"{name} is a file; give the folder that holds config.json, the weights and the tokenizer.")
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ArtefactError(f"Folder {name} is an adapter and no model; merge it into its base first.")
         raise ArtefactError(f"Folder {name} has no config.json; it is no model in the Hugging Face format.")
     return True
 
@@ -269,33 +295,67 @@ def _load_config(source: str, options: dict[str, Any]) -> Any:
             f"Model {source} is neither a local folder nor to be had from the hub ({_first_line(error)}) "
             "Check the name and the network; a local folder works without one."
         ) from error
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(f"The config.json of {source} is not usable: {reason}") from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise _remote_code(source) from error
-        raise UnsupportedModelError(f"The config.json of {source} is not usable: {_first_line(error)}") from error
+    except (MemoryError, RecursionError, GlobalOptError):
+        raise
+    # A config can hold anything, and transformers raises errors of any kind for it.
+    except Exception as error:
+        raise _unusable(source, options, error) from error
 
 
-def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrainedModel:
-    """Load the whole model, with errors of known cause as one line."""
+def _unusable(source: str, options: dict[str, Any], error: Exception) -> GlobalOptError:
+    """Translate any error for a config.json, or for code that comes with the model, into one line."""
+    if "trust_remote_code" in str(error):
+        return _remote_code(source)
+    if isinstance(error, ImportError):
+        return ArtefactError(f"The code of {source} cannot be imported: {_first_line(error)} Install what it needs.")
+    reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else _first_line(error)
+    if isinstance(error, KeyError | AttributeError | TypeError | AssertionError | IndexError):
+        # Their messages are a word alone, or of the inside of transformers.
+        reason = f"{type(error).__name__}: {reason}"
+    return UnsupportedModelError(f"The config.json of {source} is not usable: {_field(source, options, error)}{reason}")
+
+
+def _field(source: str, options: dict[str, Any], error: Exception) -> str:
+    """Name the fields of a local config.json whose words the message of `error` quotes, or return ""."""
+    if not options["local_files_only"]:
+        return ""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype="auto", output_loading_info=True, **options
-        )
+        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    quoted = set(re.findall(r"'([^']+)'", str(error)))
+    fields = [f"{name} = {value!r}" for name, value in _leaves(config) if isinstance(value, str) and value in quoted]
+    return f"{', '.join(fields)}: " if fields else ""
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of nested JSON objects by their dotted names."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, value
+
+
+def _load_weights(source: str, config: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """Load the whole model; also return the names of the tensors that its class has no place for."""
+    unused: set[str] = set()
+    try:
+        with _recorded(unused):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype="auto", output_loading_info=True, **options
+            )
+    except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
+        raise
     except SafetensorError as error:
         raise ArtefactError(f"The weights of {source} are broken or cut off: {error}. Fetch them again.") from error
     except OSError as error:
         raise ArtefactError(f"The weights of {source} cannot be read: {_first_line(error)}") from error
-    except ValueError as error:
-        if known := _known(source, config, error):
-            raise known from error
-        raise
-    except RuntimeError as error:
+    # For configs, code and weights that do not fit together transformers raises errors of any kind.
+    except Exception as error:
         if "ignore_mismatched_sizes" in str(error):
             raise ArtefactError(f"The weights of {source} do not have the shapes its config.json says.") from error
-        raise
+        raise _known(source, config, error) or _unusable(source, options, error) from error
     model, report = loaded
     # transformers would go on with random numbers in their place.
     if missing := sorted(report["missing_keys"]):
@@ -303,7 +363,49 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> PreTrain
             f"The weights of {source} lack {len(missing)} tensors, {missing[0]} among them; the checkpoint is "
             "incomplete or for another model."
         )
-    return model
+    if mismatched := sorted(str(entry[0]) for entry in report.get("mismatched_keys", ())):
+        raise ArtefactError(
+            f"The weights of {source} do not have the shapes its config.json says: {mismatched[0]} has another."
+        )
+    return model, unused | set(report["unexpected_keys"])
+
+
+@contextmanager
+def _recorded(unused: set[str]) -> Iterator[None]:
+    """Add to `unused` the tensors that a model loaded meanwhile has no place for, also those its class ignores.
+
+    transformers removes the ones that a class declares ignorable from its report; trained weights are among them.
+    """
+    kept = getattr(PreTrainedModel, "_adjust_missing_and_unexpected_keys", None)
+    if kept is None:
+        yield
+        return
+
+    def adjust(model: PreTrainedModel, loading_info: Any) -> None:
+        unused.update(loading_info.unexpected_keys)
+        kept(model, loading_info)
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = kept
+
+
+def _check_files(source: str, folder: Path | None, config: Any, options: dict[str, Any]) -> None:
+    """Refuse files that are read as they should not be: an adapter, a second checkpoint, quantised weights.
+
+    Args:
+        folder: of the safetensors files; None if there are none.
+    """
+    if not options["local_files_only"] and find_adapter_config_file(source) is not None:
+        raise ArtefactError(f"{source} holds an adapter ({ADAPTER_CONFIG}); merge it into its base first.")
+    place = Path(source) if options["local_files_only"] else folder
+    if place is None or quantisation(config) == PACKED_METHOD:
+        return
+    check_folder(place)
+    if found := suspicious(stored_types(place)):
+        check_types(source, found, _empty(source, config, options, torch.float32))
 
 
 def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
@@ -312,12 +414,13 @@ def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
         folder = Path(source)
         return folder if any((folder / name).is_file() for name in (INDEX, SINGLE)) else None
     try:
+        # In this order, as transformers does.
         try:
+            index = Path(hf_hub_download(source, SINGLE))
+        except EntryNotFoundError:
             index = Path(hf_hub_download(source, INDEX))
             for file in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
                 hf_hub_download(source, file)
-        except EntryNotFoundError:
-            index = Path(hf_hub_download(source, SINGLE))
     # Without usable safetensors files the model is loaded whole; if a file is broken, that load says so more precisely.
     except (EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -363,8 +466,11 @@ def _load_lazily(
     place: torch.device,
     max_memory: int | None,
     beside: PreTrainedModel | None,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
     """Load the model with its blocks unread; embeddings, head and norms outside the blocks are read now.
+
+    Returns:
+        The model, and the names of the tensors that its class has no place for.
 
     Raises:
         UnsupportedModelError: the checkpoint cannot be read block by block.
@@ -373,7 +479,7 @@ def _load_lazily(
     checkpoint = Checkpoint(folder)
     stored = _stored(folder, config)
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{folder} is quantised. Load the unquantised checkpoint.")
+        raise UnsupportedModelError(f"{folder} is packed, which cannot be read block by block. Raise --max-memory.")
     computed = computed_dtype(dtype, place, stored)
     model = _empty(str(folder), config, options, stored)
     if stored != torch.float32 and (kept := _kept_in_float32(model, stored)):
@@ -394,8 +500,14 @@ def _load_lazily(
         )
     _fill(model, checkpoint, Precision(stored, computed, place), beside)
     if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # As a config, it can hold anything.
+        except Exception as error:
+            raise ArtefactError(
+                f"The generation_config.json of {folder} is not usable: {_first_line(error)} Correct or remove it."
+            ) from error
+    return model, set(checkpoint.shapes()) - set(model.state_dict())
 
 
 def _kept_in_float32(model: PreTrainedModel, stored: torch.dtype) -> str:
@@ -414,10 +526,12 @@ def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust
             )
-    except ValueError as error:
-        if known := _known(source, config, error):
-            raise known from error
+    except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
         raise
+    # For a config with unknown words, and for code that comes with the model, transformers raises errors of any kind.
+    except Exception as error:
+        raise _known(source, config, error) or _unusable(source, options, error) from error
+    check_towers(source, config, model)
     # Parameters that move to the meta device as they are made are not tied any more.
     model.tie_weights()
     return model
@@ -435,21 +549,31 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     """Load the tokenizer, with errors of known cause as one line."""
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    # A tokenizer.json without one of its fields ends in a KeyError.
-    except (OSError, ValueError, KeyError) as error:
+    except (GlobalOptError, MemoryError):
+        raise
+    # tokenizers raises bare exceptions for files of another version, and KeyError for fields that are not there; a
+    # panic of its Rust code is no Exception.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise _remote_code(source) from error
         raise ArtefactError(
             f"There is no usable tokenizer with {source} ({_first_line(error)}) "
-            "Put its tokenizer.json and tokenizer_config.json beside the weights."
+            "Put its tokenizer.json and tokenizer_config.json beside the weights, written by a version of tokenizers "
+            "that is not newer than the one installed."
         ) from error
 
 
-def _known(source: str, config: Any, error: ValueError) -> GlobalOptError | None:
+def _known(source: str, config: Any, error: Exception) -> GlobalOptError | None:
     """Translate an error of transformers that has a known cause; None for others."""
     if "trust_remote_code" in str(error):
         return _remote_code(source)
     if "Unrecognized configuration class" in str(error):
+        kind = tower_of(config)
         return UnsupportedModelError(
-            f"{source} is of type {config.model_type}, which is no causal language model in transformers."
+            f"{source} is of type {config.model_type}, which is no causal language model in transformers"
+            f"{f'; it is an {kind} model' if kind else ''}."
         )
     return None
 
@@ -459,7 +583,7 @@ def _remote_code(source: str) -> ArtefactError:
     return ArtefactError(f"{source} comes with code of its own; read it, then pass --trust-remote-code to run it.")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Write the first line of an error's message, with a full stop."""
     lines = str(error).strip().splitlines()
     line = lines[0].strip().rstrip(":") if lines else type(error).__name__

@@ -80,7 +80,8 @@ class Checkpoint:
     """Read tensors from the safetensors files of a model folder, one or many; nothing of them is kept in memory.
 
     Raises:
-        ArtefactError: there are none, one is missing, cut off or broken, or the index is.
+        ArtefactError: there are none, one is missing, cut off or broken, the index is, or there are two checkpoints:
+            a file beside the shards, or tensors in a shard that the index does not place there.
 
     >>> from globalopt.reference.tiny import tiny_llama
     >>> tiny_llama().save_pretrained("tiny")
@@ -93,16 +94,25 @@ class Checkpoint:
         self.folder = folder
         self._files = self._find()
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        strays: list[str] = []
         for path in sorted(set(self._files.values())):
             with self._opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    if self._files.get(name) == path:
-                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                    if self._files.get(name) != path:
+                        strays.append(f"{path} holds the tensor {name}")
+                        continue
+                    entry = file.get_slice(name)
+                    self._shapes[name] = tuple(entry.get_shape())
+                    self._dtypes[name] = str(entry.get_dtype())
         if absent := sorted(self._files.keys() - self._shapes.keys()):
             raise ArtefactError(
                 f"The weights of {folder} lack {len(absent)} tensors that its index names, {absent[0]} among them; "
                 "the checkpoint is incomplete. Fetch it again."
             )
+        if strays:
+            # transformers reads every tensor of a shard, so that a whole load would have it, or have it from this file.
+            raise ArtefactError(f"{strays[0]}, which {INDEX} does not place there. Fetch the checkpoint again.")
 
     @property
     def bytes(self) -> int:
@@ -112,6 +122,10 @@ class Checkpoint:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes of all tensors by name."""
         return self._shapes
+
+    def types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the dtype, as safetensors writes it, and the shape of every tensor by name."""
+        return {name: (self._dtypes[name], shape) for name, shape in self._shapes.items()}
 
     def dtype(self) -> torch.dtype:
         """Return the type of the first floating-point tensor, which stands for all.
@@ -154,6 +168,12 @@ class Checkpoint:
         for path in files.values():
             if not path.is_file():
                 raise ArtefactError(f"{self.folder} lacks the file {path.name} that its index names. Fetch it again.")
+        single = self.folder / SINGLE
+        if single.is_file() and single not in files.values():
+            raise ArtefactError(
+                f"{self.folder} holds {SINGLE} and, by {INDEX}, another checkpoint in several files; move away the one "
+                "that is not the model's."
+            )
         return files
 
     @contextmanager

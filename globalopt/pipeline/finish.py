@@ -12,6 +12,7 @@ from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
 from globalopt.models.origin import origin_of
+from globalopt.models.refusals import listed
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.plan import RefinementPlan
@@ -60,6 +61,8 @@ def finish(
     """
     layers, allocation = session.layers, file.allocation
     notes = list(_notes(allocation, plan.solver))
+    if session.loaded.unused:
+        notes.append(f"The result lacks {listed(session.loaded.unused)}; the model's class does not use them.")
     for note in notes:
         reporter.note(note)
     if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
 from globalopt.models.layers import check_finite, find_layers
 from globalopt.models.loading import LoadedModel, computed_dtype
+from globalopt.models.refusals import check_config
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, flush_denormals, sizes
@@ -47,8 +49,9 @@ def live_session(
         seed: of the windows.
         allow_low_coverage: whether a model may have few of its parameters in compressible layers.
     Raises:
-        UsageError: an argument has the wrong type.
-        UnsupportedModelError: the architecture is not supported, or the model lies on several devices.
+        UsageError: an argument is not what it should be.
+        UnsupportedModelError: the model is none that can be compressed, lies on several devices, or is not as its class
+            makes it, with an adapter inside for example.
         CalibrationError, NumericalError: text or weights cannot be used.
 
     >>> from globalopt.pipeline.example import example_reporter, example_text, example_tokenizer
@@ -61,6 +64,8 @@ def live_session(
     ('LlamaForCausalLM', False, 2)
     """
     device = _device(model)
+    _check_tokenizer(tokenizer)
+    _check_structure(model)
     flush_denormals()
     with reporter.stage("load", 2, "steps") as advance:
         stored = model.dtype
@@ -118,7 +123,8 @@ def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def _device(model: Any) -> torch.device:
     """Return the one device of a model; `UnsupportedModelError` if there are several."""
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"The model must be a transformers model; got a {type(model).__name__}.")
+        merge = " Merge its adapter first: merge_and_unload()." if _of_peft(model) else ""
+        raise UsageError(f"The model must be a transformers model; got a {type(model).__name__}.{merge}")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or (device := devices.pop()).type == "meta":
         raise UnsupportedModelError(
@@ -126,3 +132,53 @@ def _device(model: Any) -> torch.device:
             "one block at a time."
         )
     return device
+
+
+def _of_peft(module: Any) -> bool:
+    """Tell whether a class of peft made a module."""
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Check that a tokenizer is one of transformers; `UsageError` if not."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    inner = getattr(tokenizer, "tokenizer", None)
+    hint = "Load one with AutoTokenizer.from_pretrained."
+    if isinstance(inner, PreTrainedTokenizerBase):
+        hint = "Give its attribute `tokenizer`."
+    raise UsageError(f"The tokenizer must be a tokenizer of transformers; got a {type(tokenizer).__name__}. {hint}")
+
+
+def _check_structure(model: PreTrainedModel) -> None:
+    """Check that a model has the tensors that its class makes from its config, so that a saved copy can be loaded.
+
+    Adapters, parametrisations and replaced modules put others there.
+
+    Raises:
+        UnsupportedModelError: it has not; names the first tensor.
+    """
+    name = type(model).__name__
+    check_config(name_of(model), model.config)
+    if adapted := next((path for path, module in model.named_modules() if _of_peft(module)), None):
+        raise UnsupportedModelError(
+            f"{name} has an adapter of peft inside, at {adapted}. Merge it or take it out first: merge_and_unload() or "
+            "unload() of the PeftModel."
+        )
+    try:
+        with init_empty_weights():
+            made = type(model)(copy.deepcopy(model.config))
+    # A class of the caller's own may take other arguments; it is then known only when the saved model is loaded.
+    except Exception:
+        return
+    found, expected = ({n: tuple(x.shape) for n, x in m.state_dict().items()} for m in (model, made))
+    if wrong := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
+        raise UnsupportedModelError(
+            f"The model is not as {name} makes it from its config: {wrong[0]} is {_shape(found.get(wrong[0]))} and not "
+            f"{_shape(expected.get(wrong[0]))}. Take out what was put into it, or give the config of its shapes."
+        )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    """Write a shape, or that there is no tensor."""
+    return "absent" if shape is None else str(shape)

@@ -106,7 +106,7 @@ BROKEN = {
         UnsupportedModelError,
         "not a multiple",
     ),
-    "no causal model": (_config('{"model_type": "t5"}'), UnsupportedModelError, "t5, which is no causal"),
+    "no causal model": (_config('{"model_type": "t5"}'), UnsupportedModelError, "t5; only decoder-only causal"),
     "code of its own": (
         _config('{"model_type": "zorp", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}'),
         ArtefactError,
