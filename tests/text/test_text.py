@@ -286,6 +286,15 @@ def test_a_short_text_is_refused_with_the_tokens_there_are_and_the_tokens_needed
         make_splits(word_tokenizer, words(1000), words(11), 4, 8, seed=0, eval_windows=None)
 
 
+def test_a_token_that_the_model_does_not_know_is_refused_wherever_it_stands(word_tokenizer):
+    arguments = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
+    make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1002)
+    with pytest.raises(CalibrationError, match=r"Token 1000 of 1000 words has id 1001, and the model knows 1001 "):
+        make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1001)
+    with pytest.raises(CalibrationError, match="the model knows 50 tokens"):
+        consecutive_split(word_tokenizer, words(100), "test", 8, 2, vocabulary=50)
+
+
 def test_one_text_cannot_be_calibrated_and_evaluated_on(word_tokenizer):
     with pytest.raises(CalibrationError, match="is the calibration text"):
         make_splits(word_tokenizer, words(1000), words(1000), 4, 8, seed=0, eval_windows=None)
