@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 import typer
 from rich.console import Console
 
+from globalopt.commands.interrupts import INTERRUPTED, MESSAGE, caught
+
 FAILED = 1
 DONE_WITH_FALLBACKS = 4
-INTERRUPTED = 130
 
 out = Console()
 err = Console(stderr=True)
@@ -30,7 +31,7 @@ def errors() -> Iterator[None]:
 
     try:
         # Library advice (deprecations, tokenizer hints) is for us, not for a user in the middle of a run.
-        with warnings.catch_warnings(action="ignore"):
+        with caught(), warnings.catch_warnings(action="ignore"):
             yield
     except GlobalOptError as cause:
         raise _exit(str(cause), cause.exit_code) from None
@@ -41,7 +42,7 @@ def errors() -> Iterator[None]:
             FAILED,
         ) from None
     except KeyboardInterrupt:
-        err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
+        err.out(MESSAGE, highlight=False)
         raise typer.Exit(INTERRUPTED) from None
 
 
