@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from globalopt.cli import main
+from globalopt.commands.interrupts import handle_interrupts
 
-main()
+
+def main() -> None:
+    """Run the `globalopt` command; Ctrl-C is handled before anything that takes time is imported."""
+    handle_interrupts()
+    from globalopt.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ def test_the_wheel_holds_every_file_of_the_tree(wheel):
 
 def test_the_wheel_has_its_licences_and_its_command(wheel):
     _, metadata = contents(wheel)
-    assert metadata["entry_points.txt"].split("\n")[:2] == ["[console_scripts]", "globalopt = globalopt.cli:main"]
+    assert metadata["entry_points.txt"].split("\n")[:2] == ["[console_scripts]", "globalopt = globalopt.__main__:main"]
     assert "Apache License" in metadata["licenses/LICENSE"]
     assert "License-Expression: Apache-2.0" in metadata["METADATA"]
     assert set(metadata["top_level.txt"].split()) == set(FOLDERS)

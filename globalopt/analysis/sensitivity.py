@@ -13,11 +13,13 @@ out). It takes one inner product per sequence and option, and the options of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from globalopt.analysis.surfaces import project
 from globalopt.errors import NumericalError
@@ -113,19 +115,29 @@ def backward_sweep(
         behind(index, _second_moment(runner, upstream))
         taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
         with layers.resident(index, device):
-            hooks = [layers.module(name).register_forward_hook(tap.listen) for name, tap in taps.items()]
+            hooks = [
+                layers.module(name).register_forward_hook(tap.listen, with_kwargs=True) for name, tap in taps.items()
+            ]
             try:
                 for i, batch in enumerate(runner.batches):
                     for tap in taps.values():
-                        tap.sequences = len(batch.input_ids)
+                        tap.begin(*batch.input_ids.shape)
                     with torch.enable_grad():
                         hidden = inputs[index][i].detach().requires_grad_()
                         output = runner.run(index, i, hidden)
+                    if not output.requires_grad:
+                        raise NumericalError(
+                            f"Block {index} runs without gradients, so that no loss can be predicted for its layers; "
+                            "use --sensitivity none."
+                        )
+                    _find_sequences(taps.values(), output, hidden, upstream[i])
                     torch.autograd.backward(output, upstream[i])
+                    for tap in taps.values():
+                        tap.end()
                     if hidden.grad is None:
                         raise NumericalError(
-                            f"Block {index} passes no gradient to its input, so that the loss of its layers cannot be "
-                            "predicted. Use --sensitivity none."
+                            f"Block {index} passes no gradient to its input, so that no loss can be predicted for the "
+                            "layers before it; use --sensitivity none."
                         )
                     upstream[i] = hidden.grad
             finally:
@@ -157,44 +169,157 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
     return Gram(total.cpu() / tokens, tokens)
 
 
+def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstream: Tensor) -> None:
+    """Find the sequence of every row that a layer was called with, where the shape does not tell.
+
+    An expert is called with the rows that were routed to it, in any order. Sequences do not mix in a block, so that a
+    gradient of some of them reaches no row of another: one backward pass per binary digit of their numbers finds them.
+    A row that no gradient reaches adds nothing to any sum, whichever sequence it is counted to.
+    """
+    calls = [(tap, call) for tap in taps for call in tap.calls]
+    unknown = [(tap, call) for tap, call in calls if call.sequence is not None]
+    sequences = torch.arange(len(output), device=output.device)
+    for digit in range((len(output) - 1).bit_length() if unknown else 0):
+        for _, call in calls:
+            call.digit = digit
+        chosen = (sequences >> digit & 1).bool().view(-1, *[1] * (upstream.dim() - 1)).to(upstream.device)
+        some = upstream.masked_fill(~chosen, 0)
+        torch.autograd.grad(output, hidden, some, retain_graph=True, allow_unused=True)
+    for _, call in calls:
+        call.digit = None
+    for tap, call in unknown:
+        tap.learn_order(call)
+
+
+@dataclass(eq=False)
+class _Call:
+    """Hold the input of one call of a layer until its gradient arrives.
+
+    Args:
+        x: (..., d_in).
+        sequence: (rows,) the sequence of every row, found digit by digit; None where rows follow the tokens in order.
+        digit: the binary digit that the coming gradient tells of; None for the gradient to be taken.
+    """
+
+    x: Tensor
+    sequence: Tensor | None = None
+    digit: int | None = None
+
+
+@torch.no_grad()
+def _product(module: nn.Module, x: Tensor, output: Any) -> Tensor | None:
+    """Choose the tensor of a layer's output that is the product of its weight and `x`; None where none is.
+
+    A layer with a forward pass of its own may return scores beside the product, or in its place.
+    """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return output
+    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    product = kind.forward(module, x)  # pyright: ignore[reportArgumentType]
+    for y in output if isinstance(output, tuple | list) else (output,):
+        if isinstance(y, Tensor) and y.shape == product.shape and torch.allclose(y, product, rtol=1e-2, atol=1e-3):
+            return y
+    return None
+
+
 class _Tap:
     """Sum over the gradients at one linear layer: `g gᵀ` of tokens, and squared inner products of sequences."""
 
     def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
         self.spec = spec
         self.sketches = sketches
-        self.sequences = 0
+        self.shape: tuple[int, int] = (0, 0)
+        self.calls: list[_Call] = []
+        self.in_order = False
+        self.of_options: Tensor | None = None
+        self.of_anchors: Tensor | None = None
         self.squares: Tensor | None = None
         self.anchor_squares: Tensor | None = None
         self.products: Tensor | None = None
         self.second: Tensor | None = None
 
-    def listen(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Register a hook on the gradient at the output of a forward pass."""
-        x = args[0].detach()
-        output.register_hook(lambda gradient: self._take(x, gradient))
+    def begin(self, sequences: int, tokens: int) -> None:
+        """Begin a batch of `sequences` of `tokens` each."""
+        self.shape = sequences, tokens
+        self.calls = []
+        self.of_options = self.of_anchors = None
 
-    def _take(self, x: Tensor, gradient: Tensor) -> None:
-        """Add the gradients of one batch with inputs `x`."""
-        g = gradient.float().reshape(self.sequences, -1, self.spec.d_out)
+    def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note a call of the layer, and wait for the gradient at its output."""
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        y = _product(module, x, output)
+        if y is None:
+            raise NumericalError(
+                f"Layer {self.spec.name} does not return the product of its weight and its input, so that no loss can "
+                "be predicted for it; use --sensitivity none."
+            )
+        if not y.requires_grad:
+            raise NumericalError(
+                f"Layer {self.spec.name} runs without gradients, so that no loss can be predicted for it; use "
+                "--sensitivity none."
+            )
+        sequences, tokens = self.shape
+        rows = y.numel() // self.spec.d_out
+        known = sequences == 1 or y.shape[:2] == self.shape or (self.in_order and rows == sequences * tokens)
+        call = _Call(x, None if known else torch.zeros(rows, dtype=torch.int64, device=y.device))
+        self.calls.append(call)
+        y.register_hook(lambda gradient: self._arrived(call, gradient))
+
+    def learn_order(self, call: _Call) -> None:
+        """Note that the layer sees all tokens in their order, flattened, if a call shows it."""
+        sequences, tokens = self.shape
+        assert call.sequence is not None
+        if len(call.sequence) == sequences * tokens:
+            order = torch.arange(sequences, device=call.sequence.device).repeat_interleave(tokens)
+            if torch.equal(call.sequence, order):
+                call.sequence, self.in_order = None, True
+
+    def _arrived(self, call: _Call, gradient: Tensor) -> None:
+        if call.digit is None:
+            self._take(call, gradient)
+        elif call.sequence is not None:
+            call.sequence |= gradient.flatten(0, -2).ne(0).any(1).long() << call.digit
+
+    def _take(self, call: _Call, gradient: Tensor) -> None:
+        g = gradient.float()
         if not bool(torch.isfinite(g).all()):
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
-        rows = g.flatten(0, 1)
+        rows = g.flatten(0, -2)
         self.second = _plus(self.second, rows.mT @ rows)
         options, anchors = self.sketches.options, self.sketches.anchors
         if options or anchors is not None:
-            per_sequence = g.mT @ x.float().reshape(self.sequences, -1, self.spec.d_in)
+            per_sequence = self._per_sequence(call, rows)
+            # A layer may be called more than once in a batch: its sums are squared when the batch is done.
             if options:
-                self.squares = _plus(self.squares, project(options, per_sequence).square().sum(0))
+                self.of_options = _plus(self.of_options, project(options, per_sequence))
             if anchors is not None:
-                projected = anchors.project(per_sequence)
-                self.anchor_squares = _plus(self.anchor_squares, projected.square().sum(0))
-                self.products = _plus(self.products, projected.mT @ projected)
+                self.of_anchors = _plus(self.of_anchors, anchors.project(per_sequence))
+
+    def _per_sequence(self, call: _Call, rows: Tensor) -> Tensor:
+        """Compute the gradient of the weight of every sequence, (sequences, d_out, d_in)."""
+        sequences, _ = self.shape
+        x = call.x.float().flatten(0, -2)
+        if call.sequence is None:
+            return rows.view(sequences, -1, self.spec.d_out).mT @ x.view(sequences, -1, self.spec.d_in)
+        members = (call.sequence == sequence for sequence in range(sequences))
+        return torch.stack([rows[some].mT @ x[some] for some in members])
+
+    def end(self) -> None:
+        """End a batch: add the squares of the products of every sequence to the sums."""
+        self.calls = []
+        if self.of_options is not None:
+            self.squares = _plus(self.squares, self.of_options.square().sum(0))
+        if self.of_anchors is not None:
+            self.anchor_squares = _plus(self.anchor_squares, self.of_anchors.square().sum(0))
+            self.products = _plus(self.products, self.of_anchors.mT @ self.of_anchors)
 
     def finish(self, tokens: int) -> LayerSensitivity:
         """Divide the sums by the number of tokens of all batches."""
         if self.second is None:
-            raise NumericalError(f"No gradient reached layer {self.spec.name}; the model does not use it on this text.")
+            raise NumericalError(
+                f"No gradient reached layer {self.spec.name}: the model does not use it on this text, or not for its "
+                "output. Use --sensitivity none."
+            )
         error, anchor_error = (
             () if squares is None else tuple((squares / (2 * tokens)).tolist())
             for squares in (self.squares, self.anchor_squares)

@@ -15,7 +15,8 @@ def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budg
 
     For a solver without a low-rank part, rank becomes nonzeros; for one without a sparse part, nonzeros become rank. A
     solver with a plane of signs gets one, of rank 1, paid for with nonzeros. The targets of layers that are kept dense
-    or dropped do not change.
+    or dropped do not change. A layer with one output or input has no low rank that is cheaper than itself: where the
+    solver has nothing else for it, it is dropped.
 
     Args:
         budget: its accounting is that of the cost.
@@ -36,6 +37,8 @@ def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budg
     if target.nnz and not solver.sparse:
         folded = budget.grow(Target(target.rank, 0), spec, "rank", spec.max_rank, cost)
         if not folded.rank:
+            if spec.max_rank == 1:
+                return Target.zero()
             raise UsageError(
                 f"Solver {solver.name} has no sparse part, and the {target.nnz} nonzeros of layer {spec.name} do not "
                 "buy one rank. Use a larger budget or another solver."
@@ -57,6 +60,8 @@ def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget)
     plane = Target(1, target.nnz if target.pattern else 0, target.pattern, signs=True)
     least = budget.cost(plane, spec)
     if least > cost:
+        if spec.max_rank == 1:
+            return Target.zero()
         raise UsageError(
             f"Solver {solver.name} needs a sign plane, {least} {budget.accounting} or more for layer {spec.name}; its "
             f"target costs {cost}. Use a larger budget or another solver."

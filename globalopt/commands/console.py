@@ -17,9 +17,16 @@ from collections.abc import Iterator, Sequence
 import typer
 from rich.console import Console
 
+from globalopt.commands.interrupts import INTERRUPTED, MESSAGE, caught
+
 FAILED = 1
 DONE_WITH_FALLBACKS = 4
-INTERRUPTED = 130
+
+ADVICE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, SyntaxWarning)
+"""Kinds of warnings that are for programmers."""
+
+ADVISERS = r"(transformers|tokenizers|huggingface_hub|datasets|accelerate|peft|lm_eval|evaluate|torch|optuna)\b"
+"""Packages whose own warnings are hints on their use; those of numpy and scipy are about numbers."""
 
 _UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
@@ -33,8 +40,7 @@ def errors() -> Iterator[None]:
     from globalopt.errors import GlobalOptError
 
     try:
-        # Library advice (deprecations, tokenizer hints) is for us, not for a user in the middle of a run.
-        with warnings.catch_warnings(action="ignore"):
+        with caught(), _warnings_on_one_line():
             yield
     except GlobalOptError as cause:
         raise _exit(str(cause), cause.exit_code) from None
@@ -50,7 +56,7 @@ def errors() -> Iterator[None]:
             FAILED,
         ) from None
     except KeyboardInterrupt:
-        err.out("Interrupted. Run the same command again to go on from the last finished artefact.", highlight=False)
+        err.out(MESSAGE, highlight=False)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -58,12 +64,39 @@ def _text(name: str | bytes | int) -> str:
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
-def _exit(message: str, code: int) -> typer.Exit:
-    """Print an error as one line, and return the exit with its code."""
+@contextlib.contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """Print each different warning once, on one line; the advice of libraries to programmers is left out.
+
+    Numerical warnings (an overflow, an ill-conditioned matrix, an optimisation that did not converge) are shown.
+    """
+
+    def show(message: Warning | str, *place: object, **more: object) -> None:
+        """Print one warning, of which the place in the code tells a user nothing."""
+        if (text := str(message)) not in shown:
+            shown.add(text)
+            _say("warning: ", "bold yellow", text)
+
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for category in ADVICE:
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", category=UserWarning, module=ADVISERS)
+        warnings.showwarning = show
+        yield
+
+
+def _say(label: str, style: str, message: str) -> None:
+    """Print a message on one line of stderr, however many it has."""
     from rich.text import Text
 
     line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
-    err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    err.print(Text.assemble((label, style), line), soft_wrap=True)
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    _say("error: ", "bold red", message)
     return typer.Exit(code)
 
 

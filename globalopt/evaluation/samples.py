@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.models.streaming import lazy_blocks
+from globalopt.models.walk import context_length
 from globalopt.text.splits import Split
 from globalopt.values.results import Sample, Samples
 
@@ -38,7 +39,7 @@ def write_samples(
     """
     if any(lazy_blocks(model) is not None for model in (dense, compressed)):
         return _none(split, "the model does not fit in memory, and would be read anew for every token")
-    positions = _positions(dense)
+    positions = context_length(dense.config)
     prompt = min(PROMPT_TOKENS, split.seqlen, PROMPT_TOKENS if positions is None else positions // 2)
     new = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - prompt)
     if min(prompt, new) < 1:
@@ -60,11 +61,6 @@ def write_samples(
 def _none(split: Split, why: str) -> Samples:
     """Return no samples, with the reason."""
     return Samples(split.name, 0, 0, (), why)
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """Return the longest context of a model; None where its config does not tell."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()

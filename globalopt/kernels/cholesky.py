@@ -35,20 +35,25 @@ def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) ->
     """Factorise a damped Gram, `G + damping mean(diag G) I + diagonal_damping diag(G) = C Cᵀ`.
 
     If the matrix is not positive definite, `damping` is raised by factors of ten, up to `MOST_DAMPING`. The damping
-    that sufficed is returned, so that the caller can report it.
+    that sufficed is returned, so that the caller can report it. A zero Gram, of which no fraction is above zero, is
+    replaced by the identity.
 
     Args:
         G: (d, d) symmetric, not modified.
         damping: fraction of the mean of the diagonal, >= 0.
         diagonal_damping: fraction of each diagonal entry, >= 0.
     Raises:
-        NumericalError: no damping sufficed, as for a zero or an indefinite Gram.
+        NumericalError: no damping sufficed, as for an indefinite Gram.
 
     >>> singular = torch.ones(2, 2, dtype=torch.float64)
     >>> damped_cholesky(singular, damping=0.0).damping
     1e-06
     """
     mean = float(G.diagonal().double().mean())
+    if mean == 0 and not bool(G.any()):
+        # Nothing is known of the input, and every solution is exact: a neutral Gram lets a solver keep what is large.
+        identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        return Damped(identity, identity.clone(), damping)
     resolution = torch.finfo(G.dtype).eps
     rung = damping
     while True:
@@ -63,7 +68,7 @@ def damped_cholesky(G: Tensor, damping: float, diagonal_damping: float = 0.0) ->
         if following > MOST_DAMPING:
             raise NumericalError(
                 f"The Gram is not positive definite at any damping from {damping:g} to {rung:g} of its mean diagonal "
-                f"{mean:.3g}; calibrate with more tokens, and check that the activations are not all zero."
+                f"{mean:.3g}; calibrate with more tokens, or use --dtype float32."
             )
         rung = following
 

@@ -6,6 +6,7 @@ import ctypes
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +81,60 @@ def available(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return main_memory()[1]
+
+
+def main_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
+    """Return the total and the free main memory in bytes, within the limits of a container (cgroup v1 and v2).
+
+    Files in the page cache count as free, as the system drops them before it runs out.
+
+    Args:
+        groups: where the control groups are mounted.
+        own: says in which of them this process is.
+
+    >>> total, free = main_memory()
+    >>> 0 < free <= total
+    True
+    """
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for folder, limit_name, used_name in _control_groups(groups, own):
+        try:
+            limit = int((folder / limit_name).read_text())
+            used = int((folder / used_name).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+        except (OSError, ValueError):
+            # There is no such group here, or it has no limit ("max").
+            continue
+        # In version 1 the usage is of the whole hierarchy, and so are these.
+        cached = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+        total, free = min(total, limit), min(free, limit - used + cached)
+    return total, max(0, free)
+
+
+def _control_groups(groups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield the folders of the groups that limit this process, with the names of limit and usage in them."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            root, names = groups, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # A group is bound by all above it. In a container its path may be the host's, of which only the root is seen.
+        folder = root / path.lstrip("/")
+        for each in (folder, *folder.parents):
+            yield each, *names
+            if each == root:
+                break
 
 
 def trim_memory() -> None:

@@ -17,13 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
 from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
+
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "model_max_length",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "context_length",
+    "n_ctx",
+    "seq_length",
+    "seq_len",
+)
+"""Names of the longest context in model configs, the most exact first: the last ones may be a length in training."""
+
+TEXT_CONFIGS = ("llm_config", "language_config", "text_config")
+"""Names of the text part's config that `PreTrainedConfig.get_text_config` may not know."""
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Find the longest context of a model in its config, in tokens; None where it does not tell.
+
+    The config of the text part is asked first: where a model has several parts, the outer one may describe another.
+
+    >>> from transformers import GPT2Config, LlamaConfig, MptConfig
+    >>> context_length(MptConfig(max_seq_len=64)), context_length(GPT2Config(n_positions=32))
+    (64, 32)
+    >>> context_length(LlamaConfig(max_position_embeddings=None)) is None
+    True
+    """
+    parts = [config.get_text_config(decoder=True), *(getattr(config, name, None) for name in TEXT_CONFIGS), config]
+    for part in parts:
+        for name in CONTEXT_NAMES:
+            found = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+            if isinstance(found, int) and found > 0:
+                return found
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +209,7 @@ class BlockRunner:
             raise CalibrationError("There are no batches to run; give at least one window of text.")
         model = self.layers.model
         vocab = token_embedding(model).num_embeddings
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = context_length(model.config)
         for batch in self.batches:
             largest, tokens = int(batch.input_ids.max()), batch.input_ids.shape[1]
             if largest >= vocab:

@@ -228,7 +228,7 @@ def examine() -> Health:
     required = tuple(_part(name, name) for name in REQUIRED)
     works = {part.name: part.problem is None for part in required}
     optional = tuple(_part(name, module, more, how) for name, (module, more, how) in OPTIONAL.items())
-    total, free = _memory() if works["psutil"] else (None, None)
+    total, free = _memory() if works["psutil"] and works["torch"] else (None, None)
     checks = (
         *((_check("factorisations", _factorise),) if works["torch"] else ()),
         *((_check("the bundled model", _run_reference),) if works["torch"] and works["transformers"] else ()),
@@ -386,17 +386,9 @@ def _cores() -> int:
 
 def _memory() -> tuple[int, int]:
     """Return total and free main memory in bytes, within the container's limit."""
-    import psutil
+    from globalopt.machine.memory import main_memory
 
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        # There is no container, or it has no limit ("max") or does not report one.
-        return total, free
-    return min(total, limit), max(0, min(free, limit - used))
+    return main_memory()
 
 
 def _folders() -> dict[str, Path]:

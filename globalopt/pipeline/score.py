@@ -14,7 +14,7 @@ from globalopt.models.loading import LoadedModel, reference_folder
 from globalopt.models.streaming import dtype_of
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
-from globalopt.pipeline.session import load, load_from, set_up, versions
+from globalopt.pipeline.session import limits, load, load_from, set_up, versions
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, consecutive_split
 from globalopt.values.results import Metrics
@@ -80,9 +80,10 @@ def score(
         with reporter.stage("load", 1, "models") as advance:
             (loaded, layers), splits = load(models), []
             advance("model")
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
     splits += [
-        consecutive_split(loaded.tokenizer, read_text(path, texts.text_column), name, texts.seqlen, None, longest)
+        consecutive_split(
+            loaded.tokenizer, read_text(path, texts.text_column), name, texts.seqlen, None, **limits(loaded)
+        )
         for name, path in options.texts.items()
     ]
     dense = None

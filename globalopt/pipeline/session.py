@@ -22,7 +22,7 @@ from globalopt.models.identity import model_fingerprint, model_sha256
 from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
 from globalopt.models.loading import LoadedModel, load_model, reference_folder
 from globalopt.models.streaming import dtype_of, lazy_blocks
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.walk import Batch, BlockRunner, context_length
 from globalopt.pipeline.options import (
     REFERENCE,
     ModelOptions,
@@ -232,7 +232,22 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
         "seqlen": text.seqlen,
         "seed": seed,
         "eval_windows": text.eval_windows,
-        "max_length": getattr(loaded.model.config, "max_position_embeddings", None),
+        **limits(loaded),
+    }
+
+
+def limits(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the limits of a model on its windows, as the arguments `max_length` and `vocabulary` of `make_splits`.
+
+    >>> limits(load_from(str(reference_folder()), ModelOptions()))
+    {'max_length': 512, 'vocabulary': 4096}
+    """
+    model = loaded.model
+    rows, head = token_embedding(model).num_embeddings, model.get_output_embeddings()
+    # Every token is both read and predicted: an id must have a row in the embeddings and one in the head.
+    return {
+        "max_length": context_length(model.config),
+        "vocabulary": min(rows, getattr(head, "out_features", rows)),
     }
 
 

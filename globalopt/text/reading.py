@@ -6,7 +6,9 @@ A `Text` is one long string with its origin and its hash. `globalopt.text.splits
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,17 @@ DOCUMENT_JOIN = "\n\n"
 HUB_CHARACTERS = 20_000_000
 """Characters read from a hub data set, which is streamed: some data sets used for calibration are terabytes."""
 
+ROWS_FOR_KINDS = 1000
+"""Most rows that are read to find which columns hold text."""
+
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
 """Suffixes of files that can be read."""
 
 FORMS = "a .txt, .jsonl or .parquet file, a folder saved by datasets, or a hub data set ID[@CONFIG][:SPLIT]"
 """The forms in which a text can be given, for messages."""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,15 @@ class Text:
 
     @classmethod
     def of(cls, text: str, spec: str, documents: int = 1, complete: bool = True) -> Text:
-        """Make a text and hash it.
+        """Make a text and hash it; half of a surrogate pair becomes U+FFFD.
 
         Raises:
             CalibrationError: the text is blank.
         """
         if not text.strip():
             raise CalibrationError(f"The text {spec} is empty.")
+        # JSON may hold half of a surrogate pair, which neither UTF-8 nor a tokenizer can take.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _SURROGATE.search(text) else text
         return cls(text, spec, hashlib.sha256(text.encode()).hexdigest(), documents, complete)
 
 
@@ -70,7 +80,8 @@ def read_text(spec: str, column: str | None = None) -> Text:
     Args:
         spec: a `.txt`, `.jsonl` or `.parquet` file; a folder written by `datasets.save_to_disk` (of a dictionary of
             splits, `train` or the only one); else a hub data set `ID[@CONFIG][:SPLIT]`, with split `train` by default.
-        column: the column that holds the text; by default `text`, else the only one that holds strings.
+        column: the column that holds the text; by default `text`, else the only one that holds strings. A row whose
+            text is null is passed over.
     Raises:
         CalibrationError: the text is missing, empty, binary or broken, or it has no such column.
 
@@ -142,6 +153,15 @@ def join(documents: Iterable[str], spec: str, most: int | None = None) -> Text:
 
 def _jsonl_documents(content: str, path: Path, column: str | None) -> Iterator[str]:
     """Yield the documents of a JSON-lines file."""
+    if column is None and (first := next(_jsonl_rows(content, path), None)) is not None:
+        column = _text_column(_kinds(row for _, row in _jsonl_rows(content, path)), None, first[0])
+    for where, row in _jsonl_rows(content, path):
+        column = _text_column(row, column, where)
+        yield from _strings(row[column], column, where)
+
+
+def _jsonl_rows(content: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a JSON-lines file, each with its place for messages."""
     # Not by splitlines, which also cuts at U+2028, and this may stand in a JSON string.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -153,8 +173,7 @@ def _jsonl_documents(content: str, path: Path, column: str | None) -> Iterator[s
             raise CalibrationError(f"{where} is not JSON: {_one_line(error)}") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{where} is not a JSON object; each line must be one, with a text column.")
-        column = _text_column(row, column, where)
-        yield _string(row[column], column, where)
+        yield where, row
 
 
 def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
@@ -171,7 +190,7 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield _string(value, column, f"{path} row {row}")
+                    yield from _strings(value, column, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
 
@@ -224,12 +243,22 @@ def _hub_documents(spec: str, column: str | None) -> Iterator[str]:
 
 def _row_documents(rows: Any, column: str | None, where: str) -> Iterator[str]:
     """Yield the text column of every row of a data set."""
-    first = next(iter(rows), None)
-    if first is None:
+    kinds = _kinds(rows)
+    if not kinds:
         return
-    column = _text_column(first, column, where)
+    column = _text_column(kinds, column, where)
     for number, row in enumerate(rows.select_columns([column]), start=1):
-        yield _string(row[column], column, f"{where} row {number}")
+        yield from _strings(row[column], column, f"{where} row {number}")
+
+
+def _kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Find a value of every column of some rows, reading on while one has none: its first rows may be without."""
+    found: dict[str, Any] = {}
+    for row in itertools.islice(rows, ROWS_FOR_KINDS):
+        found.update({name: value for name, value in row.items() if found.get(name) is None})
+        if None not in found.values():
+            break
+    return found
 
 
 def _text_column(row: Mapping[str, Any], column: str | None, where: str) -> str:
@@ -246,11 +275,13 @@ def _text_column(row: Mapping[str, Any], column: str | None, where: str) -> str:
     raise CalibrationError(f"{where}: name the column of the text with --text-column; it has: {', '.join(row)}.")
 
 
-def _string(value: Any, column: str, where: str) -> str:
-    """Return `value` if it is a string; `CalibrationError` naming its place otherwise."""
+def _strings(value: Any, column: str, where: str) -> Iterator[str]:
+    """Yield `value`, or nothing if a row has no text; `CalibrationError` naming its place if it is no string."""
+    if value is None:
+        return
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: column '{column}' holds {type(value).__name__}, not text.")
-    return value
+    yield value
 
 
 def _one_line(error: Exception) -> str:

@@ -155,6 +155,7 @@ def make_splits(
     seed: int,
     eval_windows: int | None,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Splits:
     """Cut a text into splits, by tokens: three fifths calibration, a fifth selection, a fifth validation.
 
@@ -171,8 +172,9 @@ def make_splits(
         seed: of the random windows.
         eval_windows: most windows of each other split, at least 2; None for all.
         max_length: the model's context, which `seqlen` may not exceed; None when unknown.
+        vocabulary: how many tokens the model knows, which no token id may reach; None when unknown.
     Raises:
-        CalibrationError: a text is too short, or both are the same.
+        CalibrationError: a text is too short, or both are the same, or a token id is above the vocabulary.
         UsageError: an argument is out of its range.
 
     >>> from transformers import AutoTokenizer
@@ -190,10 +192,10 @@ def make_splits(
         )
     names = ("calibration", "selection", "validation")
     if evaluation is None:
-        regions = _cut(tokenizer, calibration, (*names, "test"), nsamples, seqlen)
+        regions = _cut(tokenizer, calibration, (*names, "test"), nsamples, seqlen, vocabulary)
     else:
-        regions = _cut(tokenizer, calibration, names, nsamples, seqlen)
-        regions += _cut(tokenizer, evaluation, ("test",), nsamples, seqlen)
+        regions = _cut(tokenizer, calibration, names, nsamples, seqlen, vocabulary)
+        regions += _cut(tokenizer, evaluation, ("test",), nsamples, seqlen, vocabulary)
     return Splits(**{region.name: region.fill(nsamples, seqlen, seed, eval_windows) for region in regions})
 
 
@@ -204,6 +206,7 @@ def reference_splits(
     seed: int,
     eval_windows: int | None,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Splits:
     """Cut the bundled texts into splits, one text each; arguments and errors are those of `make_splits`.
 
@@ -220,7 +223,7 @@ def reference_splits(
     splits = {}
     for name in reference.SPLITS:
         text = Text.of(reference.text_file(name).read_bytes().decode(), f"{reference.NAME}:{name}")
-        (region,) = _cut(tokenizer, text, (name,), nsamples, seqlen)
+        (region,) = _cut(tokenizer, text, (name,), nsamples, seqlen, vocabulary)
         splits[name] = region.fill(nsamples, seqlen, seed, eval_windows)
     return Splits(**splits)
 
@@ -232,6 +235,7 @@ def consecutive_split(
     seqlen: int,
     eval_windows: int | None = None,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Split:
     """Cut the first `eval_windows` windows (None: all) of a whole text, one after the other, and drop the remainder.
 
@@ -241,9 +245,9 @@ def consecutive_split(
         tokenizer: of the model.
         text: the text to cut.
         name: of the split.
-        seqlen, eval_windows, max_length: as in `make_splits`.
+        seqlen, eval_windows, max_length, vocabulary: as in `make_splits`.
     Raises:
-        CalibrationError: the text has fewer than 2 windows.
+        CalibrationError: the text has fewer than 2 windows, or a token id is above the vocabulary.
         UsageError: an argument is out of its range.
 
     >>> from transformers import AutoTokenizer
@@ -253,7 +257,7 @@ def consecutive_split(
     (0, 16, 32)
     """
     _check(1, seqlen, eval_windows, max_length)
-    (region,) = _cut(tokenizer, text, (name,), 1, seqlen)
+    (region,) = _cut(tokenizer, text, (name,), 1, seqlen, vocabulary)
     return region.consecutive(seqlen, eval_windows)
 
 
@@ -326,14 +330,25 @@ class _Region:
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, text: Text, names: tuple[str, ...], nsamples: int, seqlen: int
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    names: tuple[str, ...],
+    nsamples: int,
+    seqlen: int,
+    vocabulary: int | None = None,
 ) -> list[_Region]:
     """Cut a text's tokens into contiguous regions, one per name, `CALIBRATION_SHARE` parts to one.
 
     Raises:
-        CalibrationError: the text is too short for the windows.
+        CalibrationError: the text is too short for the windows, or a token id is above the vocabulary.
     """
     tokens = tokenise(tokenizer, text)
+    if vocabulary is not None and len(tokens) and int(tokens.max()) >= vocabulary:
+        at = int((tokens >= vocabulary).nonzero()[0])
+        raise CalibrationError(
+            f"Token {at} of {text.spec} has id {int(tokens[at])}, and the model knows {vocabulary} tokens: its "
+            "tokenizer has more. Use the tokenizer it was trained with, or resize the model's embeddings."
+        )
     shares = [CALIBRATION_SHARE if name == "calibration" else 1 for name in names]
     least = [nsamples + seqlen - 1 if name == "calibration" else LEAST_WINDOWS * seqlen for name in names]
     needed = max(math.ceil(n * sum(shares) / share) for n, share in zip(least, shares, strict=True))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from globalopt.analysis.grid import Options
 from globalopt.analysis.sensitivity import Sketches, backward_sweep
 from globalopt.analysis.spans import compute_span
 from globalopt.analysis.surfaces import sketches
+from globalopt.errors import NumericalError
+from globalopt.kernels.sketch import DenseSketch
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
 from globalopt.objective.candidates import take
@@ -109,3 +112,148 @@ def test_dense_costs_nothing_and_the_model_is_left_alone():
         assert surface.error[dense] < 1e-6 * surface.error[zero]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------- layers called in other ways
+
+
+class Experts(nn.Module):
+    """A router and two experts that are linear layers of their own; each token goes to one of them."""
+
+    def __init__(self, width: int, shuffle: bool = False):
+        super().__init__()
+        self.router = nn.Linear(width, 2)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.shuffle = shuffle
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        weight, chosen = self.router(rows).softmax(-1).max(-1)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            (here,) = torch.where(chosen == number)
+            here = here.flip(0) if self.shuffle else here
+            out = out.index_add(0, here, expert(rows[here]) * weight[here, None])
+        return out.view_as(x)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.up(input=x)
+
+
+class Twice(nn.Module):
+    """One layer that sees the tokens in two halves."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, width)
+
+    def forward(self, x):
+        first, last = x.chunk(2, dim=1)
+        return torch.cat([self.up(first), self.up(last)], 1)
+
+
+class WithScores(nn.Linear):
+    """A router that returns scores beside its logits."""
+
+    def forward(self, input):  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits = super().forward(input)
+        return logits.softmax(-1), logits
+
+
+class ScoresAlone(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).softmax(-1)
+
+
+class Scored(nn.Module):
+    def __init__(self, width: int, kind: type[nn.Linear] = WithScores):
+        super().__init__()
+        self.up = kind(width, width)
+
+    def forward(self, x):
+        y = self.up(x)
+        return x * (y[0] if isinstance(y, tuple) else y)
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.index = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        with torch.no_grad():
+            largest = self.index(x).argmax(-1, keepdim=True)
+        return self.up(x) * largest
+
+
+def model_with(make):
+    model = tiny_model("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for block in model.model.layers:
+            block.mlp = make(32)
+            for parameter in block.mlp.parameters():
+                nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def swept_against_autograd(model):
+    """The errors of three random changes of every layer, by the sweep and by one backward pass per sequence."""
+    layers = find_layers(model, allow_low_coverage=True)
+    ids = torch.randint(3, 120, (5, 12), generator=torch.Generator().manual_seed(0))
+    runner = BlockRunner(layers, [Batch(ids[:3]), Batch(ids[3:])])
+    inputs = [[runner.first(i) for i in range(2)]]
+    for block in range(len(layers.blocks)):
+        inputs.append([runner.run(block, i, inputs[-1][i]) for i in range(2)])
+    generator = torch.Generator().manual_seed(2)
+    changes = {s.name: torch.randn(3, s.d_out, s.d_in, generator=generator) for s in layers.specs}
+    found = backward_sweep(
+        runner,
+        inputs,
+        layers.specs,
+        lambda s: Sketches([DenseSketch(changes[s.name])], DenseSketch(changes[s.name])),
+        SEED,
+    )
+    errors = {each.spec.name: each for each in found}
+
+    generator = torch.Generator().manual_seed(SEED)
+    expected = {name: torch.zeros(3, dtype=torch.float64) for name in changes}
+    for some in (ids[:3], ids[3:]):
+        labels = torch.multinomial(model(some).logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+        for row, wanted in zip(some, labels.view(some.shape), strict=True):
+            weights = [layers.module(s.name).weight.requires_grad_() for s in layers.specs]
+            log_p = model(row[None]).logits[0].log_softmax(-1).gather(1, wanted[:, None]).sum()
+            for spec, gradient in zip(
+                layers.specs, torch.autograd.grad(log_p, weights, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    expected[spec.name] += (changes[spec.name] * gradient).flatten(1).double().sum(1).square()
+            for weight in weights:
+                weight.requires_grad_(False)
+    return errors, {name: total / (2 * ids.numel()) for name, total in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Experts, lambda width: Experts(width, shuffle=True), ByKeyword, Twice, Scored],
+    ids=["experts", "experts in reverse order", "by keyword", "twice", "tuple"],
+)
+def test_errors_follow_the_rows_that_a_layer_was_called_with(make):
+    found, expected = swept_against_autograd(model_with(make))
+    assert len(found) >= 10
+    for name, wanted in expected.items():
+        assert float(wanted.min()) > 0
+        torch.testing.assert_close(torch.tensor(found[name].error, dtype=torch.float64), wanted, rtol=1e-3, atol=0)
+        torch.testing.assert_close(found[name].error, found[name].anchor_error)
+
+
+@pytest.mark.parametrize("make", [WithoutGradient, lambda width: Scored(width, ScoresAlone)], ids=["no_grad", "scores"])
+def test_a_layer_whose_gradient_cannot_be_had_is_named_with_the_way_out(make):
+    with pytest.raises(NumericalError, match=r"Layer model\.layers\.1\.mlp\.(index|up) .*--sensitivity none"):
+        swept_against_autograd(model_with(make))

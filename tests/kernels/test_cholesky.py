@@ -26,10 +26,17 @@ def test_singular_gram_climbs_the_ladder_and_says_so():
     assert torch.isfinite(torch.linalg.inv(damped.factor)).all()
 
 
-@pytest.mark.parametrize("G", [torch.zeros(3, 3), torch.tensor([[1.0, 9.0], [9.0, 1.0]])])
-def test_no_rung_holds(G):
+def test_no_rung_holds():
     with pytest.raises(NumericalError, match="more tokens"):
-        damped_cholesky(G, 0.01)
+        damped_cholesky(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_a_zero_gram_is_replaced_by_the_identity(damping):
+    damped = damped_cholesky(torch.zeros(3, 3), damping, damping)
+    assert torch.equal(damped.matrix, torch.eye(3))
+    assert torch.equal(damped.factor, torch.eye(3))
+    assert damped.damping == damping
 
 
 def test_ridge_inverse():

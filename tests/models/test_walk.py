@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
 from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner, BlockVisit, walk_blocks
+from globalopt.models.walk import Batch, BlockRunner, BlockVisit, context_length, walk_blocks
 from tests.tiny_models import BLOCKS, KINDS, VOCAB, tiny_ids, tiny_model
 
 TOKENS = 12
@@ -347,3 +348,27 @@ def test_equal_masks_and_positions_are_kept_once() -> None:
     runner = BlockRunner(layers, [Batch(tiny_ids(1, 6, seed=seed)) for seed in range(3)])
     tables = {id(call.kwargs["position_embeddings"][0]) for calls in runner._calls for call in calls}
     assert len(tables) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        (transformers.LlamaConfig(max_position_embeddings=48), 48),
+        (transformers.GPT2Config(n_positions=32), 32),
+        (transformers.MptConfig(max_seq_len=64), 64),
+        (transformers.PreTrainedConfig(n_ctx=40), 40),
+        (transformers.PreTrainedConfig(seq_length=40, max_position_embeddings=80), 80),
+        (transformers.PreTrainedConfig(max_sequence_length=24), 24),
+        (transformers.PreTrainedConfig(max_position_embeddings=-1), None),
+        (
+            transformers.PreTrainedConfig(max_position_embeddings=9, text_config=transformers.MptConfig(max_seq_len=7)),
+            7,
+        ),
+        (transformers.PreTrainedConfig(llm_config={"max_position_embeddings": 20}), 20),
+        (transformers.Gemma3Config(text_config={"max_position_embeddings": 96}), 96),
+        (transformers.PreTrainedConfig(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_context_is_found_under_the_names_that_models_use(config, context):
+    assert context_length(config) == context

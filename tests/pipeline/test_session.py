@@ -1,14 +1,18 @@
-"""A session computes without denormal numbers, in which a CPU is many times slower."""
+"""A session has windows that its model can read, and computes without denormal numbers, in which a CPU is slow."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
+from globalopt.errors import CalibrationError, UsageError
 from globalopt.pipeline import session
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.score import ScoreOptions, score
 from reports import QuietProgress
+from tests.tiny_models import VOCAB, save_tiny, tiny_tokenizer
 
 
 def test_numbers_too_small_for_a_normal_float_are_zero(tiny_llama, tiny_text):
@@ -21,3 +25,33 @@ def test_numbers_too_small_for_a_normal_float_are_zero(tiny_llama, tiny_text):
         assert not (torch.full((64,), 1e-30) * 1e-10).any()
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_a_token_without_an_embedding_is_refused_before_anything_is_computed(tmp_path):
+    folder = tmp_path / "model"
+    save_tiny(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(VOCAB)], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "late.txt").write_text("a cat sat on a mat. " * 200 + f"<{VOCAB - 1}>" + "a cat. " * 20)
+    late = str(tmp_path / "late.txt")
+    models = ModelOptions(str(folder))
+    reporter = Reporter(QuietProgress())
+    with pytest.raises(CalibrationError, match=f"late.txt has id .*, and the model knows {VOCAB} tokens"):
+        session.set_up(models, TextOptions(late, nsamples=2, seqlen=16, eval_windows=2), 0, reporter)
+    with pytest.raises(CalibrationError, match=f"the model knows {VOCAB} tokens"):
+        score(models, TextOptions(seqlen=16), ScoreOptions(None, False, {"late": late}), reporter, "globalopt eval")
+
+
+def test_windows_longer_than_the_context_are_refused_under_any_name_of_it(tmp_path, tiny_text):
+    config = transformers.MptConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB, max_seq_len=64, expansion_ratio=2
+    )
+    transformers.MptForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    models, texts = ModelOptions(str(tmp_path)), TextOptions(str(tiny_text), nsamples=2, seqlen=65, eval_windows=2)
+    reporter = Reporter(QuietProgress())
+    with pytest.raises(UsageError, match="context of 64"):
+        session.set_up(models, texts, 0, reporter)
+    with pytest.raises(UsageError, match="context of 64"):
+        score(models, texts, ScoreOptions(None, False, {"mine": str(tiny_text)}), reporter, "globalopt eval")

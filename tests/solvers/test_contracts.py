@@ -302,6 +302,16 @@ def test_equal_weights(solver):
         assert fit(solver, W, norm, target).value.fits(target)
 
 
+def test_a_layer_that_sees_only_zeros_is_fitted(solver):
+    W, _ = metric(D_OUT, D_IN, 300)
+    zeros = Metric(Gram(torch.zeros(D_IN, D_IN), 300))
+    for target in (middle(solver), zero(solver)):
+        solution = fit(solver, W, zeros, target)
+        assert solution.error == 0
+        assert torch.isfinite(solution.value.dense()).all()
+        assert solution.value.fits(target)
+
+
 def test_a_zero_weight_is_reproduced(solver):
     _, norm = metric(D_OUT, D_IN, 300)
     for target in targets(solver):

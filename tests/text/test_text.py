@@ -91,6 +91,27 @@ def test_the_column_is_text_or_the_only_strings_or_the_one_asked_for(tmp_path):
     assert read_text(write_parquet(tmp_path / "one.parquet", n=[1, 2], story=["s", "t"])).text == "s\n\nt"
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_row_without_text_is_passed_over(tmp_path, at):
+    rows: list[str | None] = [*ROWS]
+    rows.insert(at, None)
+    for name in ("text", "story"):
+        kept = [{"id": i, name: row} for i, row in enumerate(rows)]
+        datasets.Dataset.from_list(kept).save_to_disk(tmp_path / name)
+        forms = [write_jsonl(tmp_path / "a.jsonl", kept), str(tmp_path / name)]
+        forms.append(write_parquet(tmp_path / "a.parquet", **{"id": range(4), name: rows}))
+        for form in forms:
+            text = read_text(form)
+            assert (text.text, text.documents) == (JOINED, 3)
+            assert read_text(form, name) == text
+
+
+def test_half_of_a_surrogate_pair_is_replaced_and_a_whole_one_is_joined(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "cut \\ud83d here, \\ude00"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert read_text(str(path)).text == "cut \ufffd here, \ufffd\n\nwhole \U0001f600"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "column", "message"),
     [
@@ -103,7 +124,8 @@ def test_the_column_is_text_or_the_only_strings_or_the_one_asked_for(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', None, "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', None, "line 3 is not a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n{"texd": "b"}\n', None, "line 2 has no column 'text'; it has: texd"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', None, "line 2: column 'text' holds NoneType, not text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', None, "line 2: column 'text' holds int, not text"),
+        ("a.jsonl", b'{"text": null}\n{"text": null}\n', "text", "is empty"),
         ("a.jsonl", b'{"x": "a", "y": "b"}\n', None, "line 1: name the column of the text with --text-column"),
         ("a.jsonl", b'{"text": "a"}\n', "body", "line 1 has no column 'body'; it has: text"),
         ("a.parquet", b"PAR1 but not really", None, "a.parquet is not a readable parquet file"),
@@ -119,9 +141,6 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, name, content, 
 
 
 def test_what_is_wrong_with_rows_is_said_in_one_line(tmp_path):
-    nulls = write_parquet(tmp_path / "nulls.parquet", text=["a", None])
-    with pytest.raises(CalibrationError, match="row 2: column 'text' holds NoneType"):
-        read_text(nulls)
     numbers = write_parquet(tmp_path / "numbers.parquet", n=[1, 2])
     with pytest.raises(CalibrationError, match="--text-column; it has: n"):
         read_text(numbers)
@@ -284,6 +303,15 @@ def test_a_short_text_is_refused_with_the_tokens_there_are_and_the_tokens_needed
         make_splits(word_tokenizer, words(212), None, 100, 8, seed=0, eval_windows=None)
     with pytest.raises(CalibrationError, match=r"11 words .* has 12 tokens, and test .* need at least 16"):
         make_splits(word_tokenizer, words(1000), words(11), 4, 8, seed=0, eval_windows=None)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_wherever_it_stands(word_tokenizer):
+    arguments = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
+    make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1002)
+    with pytest.raises(CalibrationError, match=r"Token 1000 of 1000 words has id 1001, and the model knows 1001 "):
+        make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1001)
+    with pytest.raises(CalibrationError, match="the model knows 50 tokens"):
+        consecutive_split(word_tokenizer, words(100), "test", 8, 2, vocabulary=50)
 
 
 def test_one_text_cannot_be_calibrated_and_evaluated_on(word_tokenizer):
