@@ -13,7 +13,7 @@ from globalopt.commands.console import errors
 def test_a_numerical_warning_is_one_line_and_said_once(capsys):
     with errors():
         for _ in range(3):
-            numpy.float32(1e38) * numpy.array([1e38], dtype=numpy.float32)
+            _ = numpy.float32(1e38) * numpy.array([1e38], dtype=numpy.float32)
             warnings.warn("The fit did\n not converge.", RuntimeWarning, stacklevel=1)
     assert capsys.readouterr().err == (
         "warning: overflow encountered in multiply\nwarning: The fit did not converge.\n"

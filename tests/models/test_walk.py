@@ -350,23 +350,28 @@ def test_equal_masks_and_positions_are_kept_once() -> None:
     assert len(tables) == 1
 
 
+def made(**fields: Any) -> transformers.PreTrainedConfig:
+    """A configuration of no class in particular."""
+    return transformers.PreTrainedConfig(**fields)
+
+
 @pytest.mark.parametrize(
     ("config", "context"),
     [
         (transformers.LlamaConfig(max_position_embeddings=48), 48),
         (transformers.GPT2Config(n_positions=32), 32),
         (transformers.MptConfig(max_seq_len=64), 64),
-        (transformers.PreTrainedConfig(n_ctx=40), 40),
-        (transformers.PreTrainedConfig(seq_length=40, max_position_embeddings=80), 80),
-        (transformers.PreTrainedConfig(max_sequence_length=24), 24),
-        (transformers.PreTrainedConfig(max_position_embeddings=-1), None),
+        (made(n_ctx=40), 40),
+        (made(seq_length=40, max_position_embeddings=80), 80),
+        (made(max_sequence_length=24), 24),
+        (made(max_position_embeddings=-1), None),
         (
-            transformers.PreTrainedConfig(max_position_embeddings=9, text_config=transformers.MptConfig(max_seq_len=7)),
+            made(max_position_embeddings=9, text_config=transformers.MptConfig(max_seq_len=7)),
             7,
         ),
-        (transformers.PreTrainedConfig(llm_config={"max_position_embeddings": 20}), 20),
+        (made(llm_config={"max_position_embeddings": 20}), 20),
         (transformers.Gemma3Config(text_config={"max_position_embeddings": 96}), 96),
-        (transformers.PreTrainedConfig(), None),
+        (made(), None),
     ],
     ids=lambda value: type(value).__name__,
 )
