@@ -55,8 +55,9 @@ def search_options(run: Run) -> SearchOptions:
     if found is None or not run.has(SUMMARY, None):
         raise ArtefactError(f"{run.folder} is no finished search; give the folder of one.")
     try:
-        return SearchOptions(**found)
-    except TypeError as cause:
+        solver = run.manifest["identity"]["methods"]["solver"]["options"]
+        return SearchOptions(**found, solver_options={name: str(value) for name, value in solver.items()})
+    except (KeyError, TypeError) as cause:
         raise ArtefactError(f"{run.folder} was made by another version ({cause}). Make it again.") from None
 
 

@@ -21,6 +21,7 @@ from reports.table_style import add_numbers, common_prefix, errors_unit, footed,
 def by_kind_table(summary: Summary) -> Stack:
     """Make the table of targets and errors pooled by kind of layer (`Group`), with a total row.
 
+    >>> from rich.console import Console
     >>> from reports.example import example_summary
     >>> Console(width=80, color_system=None).print(by_kind_table(example_summary()))
     Allocation by kind
@@ -34,6 +35,7 @@ def by_kind_table(summary: Summary) -> Stack:
 def by_block_table(summary: Summary) -> Stack:
     """Make the table of targets and errors pooled by block (`Group`), with a total row.
 
+    >>> from rich.console import Console
     >>> from reports.example import example_summary
     >>> Console(width=80, color_system=None).print(by_block_table(example_summary()))
     Allocation by block
@@ -46,6 +48,7 @@ def by_block_table(summary: Summary) -> Stack:
 def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequence[LayerPlan], unit: str) -> Stack:
     """Make a table of pooled layers, with a row for all of them; errors are in `unit`.
 
+    >>> from rich.console import Console
     >>> from globalopt.budgets.example import example_budget
     >>> plans = example_budget().plans
     >>> shown = group_table("By kind", "kind", by_kind(plans), plans, "nats per token")

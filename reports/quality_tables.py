@@ -20,6 +20,7 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
 
     The standard error of a perplexity is `perplexity * stderr(nll)`. `sign` is put before every standard error.
 
+    >>> from rich.console import Console
     >>> from reports.example import example_summary
     >>> Console(width=80, color_system=None).print(quality(example_summary()))
     Quality (± standard error over windows)
@@ -51,6 +52,7 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
 def metrics_table(metrics: Sequence[Metrics], sign: str = "±") -> Stack:
     """Make the table of perplexity, and KL where it was measured, of one model per split.
 
+    >>> from rich.console import Console
     >>> from reports.example import example_metrics
     >>> Console(width=80, color_system=None).print(metrics_table([example_metrics("test", 62.4, 0.003)]))
     Quality (± standard error over

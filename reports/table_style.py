@@ -32,6 +32,7 @@ def model_name(model: str) -> str:
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Make a table of labels and values.
 
+    >>> from rich.console import Console
     >>> Console(width=80, color_system=None).print(facts("Size", [("of the layers", "45 %")]))
     Size
     of the layers  45 %

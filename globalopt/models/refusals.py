@@ -144,6 +144,13 @@ def check_types(source: str, found: Mapping[str, str], model: PreTrainedModel) -
 
     Raises:
         UnsupportedModelError: names the first tensor.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> check_types("tiny", {}, tiny_llama())
+    >>> check_types("tiny", {"model.layers.0.mlp.up_proj.weight": "F8_E4M3"}, tiny_llama())
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.UnsupportedModelError: tiny is quantised: its tensor model.layers.0.mlp.up_proj.weight is stored ...
     """
     own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     ignored = ignorable(model)
@@ -290,6 +297,13 @@ def check_towers(source: str, config: Any, model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: names the part that would be lost.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from transformers import LlavaConfig
+    >>> check_towers("llava", LlavaConfig(), tiny_llama())
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.UnsupportedModelError: llava is a multimodal (image-text) checkpoint, ...
     """
     towers = [
         name
@@ -301,7 +315,12 @@ def check_towers(source: str, config: Any, model: PreTrainedModel) -> None:
 
 
 def tower_of(config: Any) -> str:
-    """Describe what a multimodal config reads beside text, e.g. "image-text (vision_config)"; "" for others."""
+    """Describe what a multimodal config reads beside text; "" for others.
+
+    >>> from transformers import LlavaConfig
+    >>> tower_of(LlavaConfig())
+    'image-text (vision_config)'
+    """
     for name in getattr(config, "sub_configs", None) or ():
         if any(tower in name for tower in _TOWERS):
             return f"{'audio-text' if 'audio' in name or 'speech' in name else 'image-text'} ({name})"

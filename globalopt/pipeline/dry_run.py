@@ -98,7 +98,7 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
     """Describe the work of a search, or with `refines` False of a family of budgets.
 
     >>> from globalopt.pipeline.example import example_plan
-    >>> search_job(example_plan(solver="3basil"), refines=True).fits
+    >>> search_job(example_plan(solver="3basil"), refines=True).anchors
     True
     """
     return Job(
