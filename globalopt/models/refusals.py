@@ -147,10 +147,10 @@ def check_types(source: str, found: Mapping[str, str], model: PreTrainedModel) -
 
     >>> from globalopt.reference.tiny import tiny_llama
     >>> check_types("tiny", {}, tiny_llama())
-    >>> check_types("tiny", {"model.layers.0.mlp.up_proj.weight": "F8_E4M3"}, tiny_llama())
+    >>> check_types("tiny", {"model.norm.weight": "F8_E4M3"}, tiny_llama())
     Traceback (most recent call last):
         ...
-    globalopt.errors.UnsupportedModelError: tiny is quantised: its tensor model.layers.0.mlp.up_proj.weight is stored ...
+    globalopt.errors.UnsupportedModelError: tiny is quantised: its tensor model.norm.weight is stored as F8_E4M3. ...
     """
     own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     ignored = ignorable(model)
