@@ -65,7 +65,7 @@ def test_a_search_gives_what_the_command_gives(
         **SIZES,
     )
     found, expected = results(tmp_path / "called"), results(tmp_path / "typed")
-    # The command keeps the source's file; the tokenizer in memory is saved, its class by a name that older readers know.
+    # The command keeps the source's file; a tokenizer in memory is saved, its class by a name that older readers know.
     ours, theirs = (json.loads(one.pop("model/tokenizer_config.json")) for one in (found, expected))
     assert {name: ours[name] for name in theirs if name != "tokenizer_class"} == {
         name: value for name, value in theirs.items() if name != "tokenizer_class"
