@@ -29,7 +29,7 @@ LEAST = 1e-300
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A model of the loss of an allocation, with multipliers of the predicted errors.
+    """Describe a model of the loss of an allocation, with multipliers of the predicted errors.
 
         log loss = level + power log sum_l m_l(c_l) error_l(c_l),   log m_l(c) = theta · features_l(c) + u_l
 
@@ -88,7 +88,7 @@ class Calibration:
 
 
 class Posterior:
-    """The negative log posterior of a calibration as a sum of squares, `½ ||residuals(x)||²` up to a constant.
+    """Describe the negative log posterior of a calibration as a sum of squares, `½ ||residuals(x)||²` up to a constant.
 
     `x` is `theta`, then `u` in the order of the surfaces, the level, and the power less 1.
 
@@ -110,12 +110,12 @@ class Posterior:
         )
 
     def residuals(self, x: Floats) -> Floats:
-        """(measured + parameters,) the misfits over `NOISE`, and the parameters over their prior deviations."""
+        """Compute (measured + parameters,) the misfits over `NOISE`, and the parameters over their prior deviations."""
         total = np.maximum(self._terms(x).sum(1), LEAST)
         return np.concatenate([(x[-2] + (1 + x[-1]) * np.log(total) - self._losses) / NOISE, x / self.spread])
 
     def jacobian(self, x: Floats) -> Floats:
-        """(measured + parameters, parameters) the derivative of `residuals`."""
+        """Compute (measured + parameters, parameters) the derivative of `residuals`."""
         each = self._terms(x)
         total = np.maximum(each.sum(1, keepdims=True), LEAST)
         share = (1 + x[-1]) * each / total
@@ -123,6 +123,6 @@ class Posterior:
         return np.concatenate([np.concatenate(columns, axis=1) / NOISE, np.diag(1 / self.spread)])
 
     def _terms(self, x: Floats) -> Floats:
-        """(measured, layers) the corrected errors of the layers."""
+        """Compute (measured, layers) the corrected errors of the layers."""
         coefficients = len(self.warp.names)
         return self._error * np.exp(self._features @ x[:coefficients] + x[coefficients:-2])

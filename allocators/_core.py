@@ -104,7 +104,7 @@ def solve_core(
 
 
 def _pieces(problem: Problem, layer: int, surface: ErrorSurface, price: float, slack: float) -> Iterator[Piece]:
-    """The pieces of a layer whose reduced cost is at most `slack`, at one of their ends."""
+    """Return the pieces of a layer whose reduced cost is at most `slack`, at one of their ends."""
     budget, spec, axis = problem.budget, surface.spec, problem.axis
 
     def value(target: Target) -> float:
@@ -122,7 +122,7 @@ def _pieces(problem: Problem, layer: int, surface: ErrorSurface, price: float, s
 
 
 def _rows(targets: Iterable[Target], axis: str) -> Iterator[list[Target]]:
-    """The targets that differ in `axis` alone, in ascending order."""
+    """Return the targets that differ in `axis` alone, in ascending order."""
     rows: dict[Target, list[Target]] = {}
     for target in targets:
         rows.setdefault(replace(target, **{axis: 0}), []).append(target)
@@ -131,7 +131,7 @@ def _rows(targets: Iterable[Target], axis: str) -> Iterator[list[Target]]:
 
 
 def _whole_ranks(problem: Problem, row: Sequence[Target]) -> list[Target]:
-    """A row of ranks, with all ranks between them that are within the limits."""
+    """Return a row of ranks, with all ranks between them that are within the limits."""
     step = problem.limits.rank_multiple
     return [replace(row[0], rank=rank) for rank in range(row[0].rank, row[-1].rank + 1, step)]
 
@@ -146,7 +146,7 @@ def _chosen(problem: Problem, pieces: Sequence[Piece], y: NDArray[np.float64]) -
 
 
 def _within(problem: Problem, chosen: Sequence[tuple[Piece, float]]) -> dict[str, Target]:
-    """The targets of a solution: pieces at one of their ends, and one between them on the rest of the budget.
+    """Return the targets of a solution: pieces at one of their ends, and one between them on the rest of the budget.
 
     One constraint leaves at most one piece between its ends.
     """

@@ -33,7 +33,7 @@ def swaps_of_a_mutation(rng: random.Random) -> int:
 
 
 class Database:
-    """The targets of every layer by level: at level l the target that costs `l step` more than the start's.
+    """Describe the targets of every layer by level: at level l the target that costs `l step` more than the start's.
 
     `step = ½ min(s, 1 - s) / LEVELS hidden²` weights, s the sparsity (1 - budget) and hidden the smallest input
     dimension; the same for all layers, so that a swap keeps the budget. Where only rank is free a level is a step of
@@ -61,7 +61,7 @@ class Database:
         return spend_rest(self.problem, self.layers, found)
 
     def mutate(self, levels: Levels, rng: random.Random) -> Levels:
-        """A copy in which some random layers give up a level, and as many others take one."""
+        """Return a copy in which some random layers give up a level, and as many others take one."""
         mutant = dict(levels)
         for _ in range(swaps_of_a_mutation(rng)):
             givers = [name for name, level in mutant.items() if level - 1 in self.levels[name]]

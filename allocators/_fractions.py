@@ -96,7 +96,7 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
 
 @dataclass(frozen=True)
 class _FractionRange:
-    """The range of the fraction that one layer can keep.
+    """Describe the range of the fraction that one layer can keep.
 
     Args:
         dense: cost of the untouched layer.

@@ -15,7 +15,7 @@ from globalopt.values.problem import ErrorSurface, Problem
 
 @dataclass(frozen=True)
 class Stack:
-    """The rank part or the sparse part of one layer, cut into groups ordered by importance.
+    """Describe the rank part or the sparse part of one layer, cut into groups ordered by importance.
 
     Args:
         name: of the layer.
@@ -39,7 +39,7 @@ class Stack:
 
 
 class Groups:
-    """The allocations around a start that have its cost, as counts of groups per stack.
+    """Describe the allocations around a start that have its cost, as counts of groups per stack.
 
     Every layer has a stack of rank groups and one of sparse groups (under a pattern of rank groups alone); all groups
     of the problem have one price `g = ceil(price of all parts / groups)`. `c_r` rank and `c_s` sparse groups of a
@@ -107,7 +107,7 @@ class Groups:
 
 
 class _LayerPrices:
-    """The targets of one layer by price, under the problem's accounting and pattern."""
+    """Describe the targets of one layer by price, under the problem's accounting and pattern."""
 
     def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
         self.surface = surface
@@ -123,21 +123,21 @@ class _LayerPrices:
         self.most_rank = max(target.rank for target in surface.targets)
 
     def tops(self) -> dict[str, int]:
-        """The highest useful price of each part."""
+        """Return the highest useful price of each part."""
         if not self.limits.sparse:
             return {"rank": self.dense}
         ranks = {"rank": self.most_rank * self.per_rank}
         return ranks if self.pattern else {**ranks, "nnz": self.dense}
 
     def paid(self, target: Target) -> dict[str, int]:
-        """The price of each part of `target`."""
+        """Return the price of each part of `target`."""
         if not self.limits.sparse:
             return {"rank": self.budget.cost(target, self.spec)}
         rank = target.rank * self.per_rank
         return {"rank": rank, "nnz": self.budget.cost(target, self.spec) - self.base - rank}
 
     def bought(self, rank: int, nnz: int) -> Target:
-        """The target for the prices `rank` and `nnz` together."""
+        """Return the target for the prices `rank` and `nnz` together."""
         ranks = self.limits.floor(min(rank // self.per_rank, self.most_rank))
         if self.pattern is not None:
             return replace(self.bare, rank=ranks)
@@ -153,5 +153,5 @@ class _LayerPrices:
             ranks -= self.limits.rank_multiple
 
     def _least(self, rank: int) -> int:
-        """The fewest entries that the surface offers beside so many directions or more."""
+        """Return the fewest entries that the surface offers beside so many directions or more."""
         return min(target.nnz for target in self.surface.targets if target.rank >= rank)

@@ -125,7 +125,7 @@ def guided(
 
 
 class ImprovingShare(NamedTuple):
-    """Of `tried` random swaps `improving` lower the loss; at 95 % confidence at most `bound` of all swaps do."""
+    """Count the `improving` among `tried` random swaps; at 95 % confidence at most `bound` of all swaps improve."""
 
     improving: int
     tried: int
@@ -160,12 +160,12 @@ def improving_share(
 
 
 def default_delta(problem: Problem) -> int:
-    """A 64th of the mean dense layer in the budget's unit: about one step between a surface's options."""
+    """Return a 64th of the mean dense layer in the budget's unit: about one step between a surface's options."""
     return max(1, problem.budget.total // (64 * len(problem.surfaces)))
 
 
 class LayerMoves:
-    """The moves of one layer, which stay within the options of its surface and the cost of the dense layer.
+    """Describe the moves of one layer, which stay within the options of its surface and the cost of the dense layer.
 
     Results are kept, because a search needs the same ones of most layers again and again.
 
@@ -222,7 +222,7 @@ class LayerMoves:
         return 1 if self.budget.accounting == "params" else 4
 
     def _bare(self, target: Target) -> Target:
-        """The target at the lower end of its free axis."""
+        """Return the target at the lower end of its free axis."""
         if self.axis == "rank":
             return replace(target, rank=min(target.rank, self.ranks[0]))
         # Below the options of the neighbouring ranks the prediction is a constant, which would look like a free gain.
@@ -263,7 +263,7 @@ def layers_of(problem: Problem) -> dict[str, LayerMoves]:
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """A problem as the key of a cache: only itself is equal to it."""
+    """Describe a problem as the key of a cache: only itself is equal to it."""
 
     problem: Problem
 

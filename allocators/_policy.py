@@ -107,12 +107,12 @@ class Policy:
 
 
 def _per_stack(values: Tensor, stack: Tensor, size: int) -> Tensor:
-    """(..., groups) -> (..., stacks) sums."""
+    """Compute (..., groups) -> (..., stacks) sums."""
     return values.new_zeros(*values.shape[:-1], size).index_add_(-1, stack, values)
 
 
 class Control(NamedTuple):
-    """The surrogate J as control variate: `E[f] = E[f - alpha J] + alpha E[J]`.
+    """Describe the surrogate J as control variate: `E[f] = E[f - alpha J] + alpha E[J]`.
 
     Args:
         alpha: fitted on other samples than it is used on, so that no estimate is biased.

@@ -38,7 +38,7 @@ PATIENCE = 300
 
 
 class Race:
-    """The guided search: an incumbent with its losses, and the multipliers learnt on the way to it.
+    """Describe the guided search: an incumbent with its losses, and the multipliers learnt on the way to it.
 
     A generation is the knapsack on the surfaces as corrected by all evaluated losses so far (`Feedback`), and chains of
     one to three moves (`OFFSPRING` of them), level swaps or trades of rank for nonzeros, drawn by predicted gain or

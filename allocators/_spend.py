@@ -51,7 +51,7 @@ def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
 
 
 def _step(surface: ErrorSurface, target: Target, axis: str) -> Target | None:
-    """The layer's next larger option along its free axis, or None at the end; a dense layer cannot grow."""
+    """Return the layer's next larger option along its free axis, or None at the end; a dense layer cannot grow."""
     here = getattr(target, axis)
     others = {getattr(t, axis) for t in surface.targets if axis == "rank" or t.rank == target.rank}
     if axis == "nnz" and len(others) < 2:

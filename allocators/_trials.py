@@ -66,7 +66,7 @@ class Trials:
         return self._evaluate(candidates, chunks)
 
     def _cost(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> int:
-        """The most tokens that the candidates not evaluated before cost."""
+        """Return the most tokens that the candidates not evaluated before cost."""
         new = {(_key(candidate), chunk) for candidate in candidates for chunk in chunks} - self._evaluated
         return len(new) * self.objective.chunk_tokens
 

@@ -103,7 +103,7 @@ class WarpStudy:
             self._evaluate(self._propose([(self._theta(trial), trial.value or 0.0) for trial in told]))
 
     def improvements(self) -> Iterator[dict[str, Target]]:
-        """The targets of every completed trial that was the best of the study so far."""
+        """Return the targets of every completed trial that was the best of the study so far."""
         least = math.inf
         for trial in self._finished():
             if trial.state is TrialState.COMPLETE and trial.value is not None and trial.value < least:
@@ -139,7 +139,7 @@ class WarpStudy:
                         seen = count
 
     def _best(self) -> Tensor:
-        """(windows,) losses of the best completed trial so far, of any worker, or of the knapsack."""
+        """Compute (windows,) losses of the best completed trial so far, of any worker, or of the knapsack."""
         completed = [trial for trial in self._finished() if trial.state is TrialState.COMPLETE]
         best = min(completed, key=lambda trial: trial.value or 0.0, default=None)
         if best is None or (best.value or 0.0) >= float(self.knapsack.mean()):
@@ -206,7 +206,7 @@ def _cmaes(told: Told, spread: float, seed: int) -> Theta:
 
 
 def _open(path: str) -> optuna.Study:
-    """The study in the journal at `path`, made if it is not there; in memory where that is empty."""
+    """Return the study in the journal at `path`, made if it is not there; in memory where that is empty."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not path:
         return optuna.create_study(study_name="warp")

@@ -133,7 +133,7 @@ def portfolio(problem: Problem, knapsack: Targets) -> list[Targets]:
 
 
 def _undecided(objective: Objective, candidates: Sequence[Targets], part: Sequence[int]) -> list[Targets]:
-    """The candidates that the windows of `part` do not tell apart from the best of them."""
+    """Return the candidates that the windows of `part` do not tell apart from the best of them."""
     losses = objective.losses(candidates, part)
     best = losses[int(torch.argmin(losses.mean(1)))]
     return [c for c, own in zip(candidates, losses, strict=True) if t_statistic(own - best) < DECISIVE]
@@ -144,7 +144,7 @@ def _knapsack(problem: Problem) -> Targets:
 
 
 def _disturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
-    """The problem with every surface multiplied by `exp(spread (x_kind + x_layer))`, `x` standard normal."""
+    """Return the problem with every surface multiplied by `exp(spread (x_kind + x_layer))`, `x` standard normal."""
     kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in problem.specs})}
     own = {name: rng.gauss(0, spread) for name in sorted(spec.name for spec in problem.specs)}
     factors = {spec.name: math.exp(kinds[spec.kind] + own[spec.name]) for spec in problem.specs}

@@ -30,7 +30,7 @@ COOLING = 20
 
 
 class Preset(StrEnum):
-    """The form of the policy gradient; `UPDATES` and `SAMPLES` give its options where they are 0.
+    """Describe the form of the policy gradient; `UPDATES` and `SAMPLES` give its options where they are 0.
 
     >>> UPDATES[Preset("cap")]
     3
@@ -41,7 +41,7 @@ class Preset(StrEnum):
 
 
 class Baseline(StrEnum):
-    """The baseline of a sample's loss: the mean of the five latest before its update, or of the others in it.
+    """Describe the baseline of a sample's loss: the mean of the five latest before its update, or of the others in it.
 
     >>> Baseline("leave-one-out") is Baseline.LEAVE_ONE_OUT
     True
@@ -172,7 +172,7 @@ class Bernoulli:
 
 
 class History:
-    """The losses f and predictions J of earlier samples, to which baselines and control variates are fitted.
+    """Describe the losses f and predictions J of earlier samples, to which baselines and control variates are fitted.
 
     >>> history = History()
     >>> history.add(losses=torch.tensor([1.0, 2.0, 3.0]), predicted=torch.tensor([0.0, 2.0, 4.0]))

@@ -90,7 +90,7 @@ def _cost(s: Tensor, price: Tensor) -> float:
 
 
 def _bisect(holds: Callable[[float], bool], fails_at: float, holds_at: float) -> float:
-    """A point next to the one at which `holds` changes, on the side where it is true."""
+    """Return a point next to the one at which `holds` changes, on the side where it is true."""
     for _ in range(BISECTIONS):
         middle = (fails_at + holds_at) / 2
         if holds(middle):
@@ -120,7 +120,7 @@ class _Part:
 
 
 class Components:
-    """The components of all layers' spans in one vector, layers in the order of their names.
+    """Describe the components of all layers' spans in one vector, layers in the order of their names.
 
     `magnitude` is a component's root energy per parameter against the layer's: `s_i / sqrt(d_out + d_in)` for a
     direction, `|S_ij|` for an entry, over the root mean square of them all, in the span's coordinates. `price` is in

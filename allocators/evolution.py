@@ -19,7 +19,7 @@ from globalopt.values.problem import Allocation, Problem
 
 
 class Preset(StrEnum):
-    """The search: EvoPress as published, or guided moves.
+    """Describe the search: EvoPress as published, or guided moves.
 
     >>> Preset("guided")
     <Preset.GUIDED: 'guided'>

@@ -70,7 +70,7 @@ class Knapsack:
 
 
 class _Table:
-    """The undominated options of all layers, flattened: `cost`, `error`, `layer` of each, in layer order."""
+    """Describe the undominated options of all layers, flattened: `cost`, `error`, `layer` of each, in layer order."""
 
     def __init__(self, problem: Problem) -> None:
         frontiers = [surface.frontier(problem.budget) for surface in problem.surfaces]

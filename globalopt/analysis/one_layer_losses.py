@@ -124,7 +124,7 @@ def _losses(model: ModelObjective, spec: LayerSpec, weights: Sequence[Weight]) -
 
 
 def _probed_target(spec: LayerSpec, pattern: NM | None, limits: Limits) -> Target:
-    """The target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed."""
+    """Return the target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed."""
     if not limits.sparse:
         return Target(max(1, int(METRIC_KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
     return Target(0, pattern.nnz(spec) if pattern is not None else int(METRIC_KEPT * spec.numel), pattern)

@@ -72,7 +72,7 @@ def reporter(quiet: bool) -> Reporter:
 
 
 def chosen_cache(folder: Path, cache: Path | None, no_cache: bool) -> Cache | None:
-    """The cache for a run folder; None where the run shares nothing. `UsageError` where both options are given."""
+    """Choose the cache of a run folder, None to share nothing; `UsageError` where both options are given."""
     from globalopt.errors import UsageError
     from globalopt.runs.cache import Cache
 

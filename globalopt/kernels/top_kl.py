@@ -13,7 +13,7 @@ TOP = 1024
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The predictions of the dense model on one chunk of windows.
+    """Describe the predictions of the dense model on one chunk of windows.
 
     Args:
         tokens: (windows, T - 1, k) int32, the most probable next tokens.

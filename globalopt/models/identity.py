@@ -117,7 +117,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _computed_dtype(layers: ModelLayers, tensor: Tensor) -> torch.dtype:
-    """The type that a tensor outside of the blocks is used in."""
+    """Return the type that a tensor outside of the blocks is used in."""
     lazy = layers.lazy
     if lazy is not None and isinstance(tensor, nn.Parameter) and tensor.dtype == lazy.precision.stored:
         return lazy.precision.computed

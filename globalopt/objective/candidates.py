@@ -62,7 +62,7 @@ def span_weight(span: Span, kept: Target | Mask) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AnchoredLayer:
-    """The anchor solutions of a layer, from whose residuals candidates at any target are mixed.
+    """Describe the anchor solutions of a layer, from whose residuals candidates at any target are mixed.
 
     Args:
         surface: the error surface of the layer, to which the size of the mixed residual is scaled.

@@ -38,7 +38,7 @@ LossFunction = Callable[[Sequence[Candidate], Sequence[int]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The sizes of the selection text: windows of `seqlen` tokens, `sizes` of them in each chunk.
+    """Describe the sizes of the selection text: windows of `seqlen` tokens, `sizes` of them in each chunk.
 
     >>> Selection(sizes=(4, 4, 2), seqlen=128).chunk_tokens
     512
@@ -192,7 +192,7 @@ class RecordedObjective:
             self._advance("" if self._best == float("inf") else f"best loss {self._best:.5g}")
 
     def _digest(self, candidate: Candidate) -> str:
-        """A hash of what every layer keeps, of the kind of candidates and of the selection."""
+        """Return a hash of what every layer keeps, of the kind of candidates and of the selection."""
         sha = hashlib.sha256(self._salt)
         for name in sorted(candidate):
             kept = candidate[name]

@@ -29,7 +29,7 @@ AGAIN = "Delete it and run the command again."
 
 
 class Stage(StrEnum):
-    """The stages of a run, in order. The artefacts of a stage share one folder, addressed by what made them.
+    """Describe the stages of a run, in order. The artefacts of a stage share one folder, addressed by what made them.
 
     `PROBE_LABELS`, `LABELS` and `MATCH_LABELS` are one computation, the backward sweep for output Grams, with labels
     sampled under different seeds: for the probe solver, for predicted losses and refinement, and for matching.
@@ -62,7 +62,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class Key(Generic[K]):
-    """How artefacts of one kind are told apart.
+    """Describe how artefacts of one kind are told apart.
 
     Args:
         name: of the file without its suffix.
@@ -98,7 +98,7 @@ def only(name: str) -> Key[None]:
 
 @dataclass(frozen=True)
 class Form(Generic[K, T]):
-    """How a value is written as a file and read back; `write` and `read` get the key and its record.
+    """Describe how a value is written as a file and read back; `write` and `read` get the key and its record.
 
     >>> SUMMARY.form.suffix
     '.json'

@@ -97,11 +97,11 @@ class Cache:
 
     @classmethod
     def beside(cls, run: Path) -> Cache:
-        """The cache for a run folder: where `GLOBALOPT_CACHE` says, else beside it."""
+        """Return the cache for a run folder: where `GLOBALOPT_CACHE` says, else beside it."""
         return cls(Path(os.environ.get(VARIABLE) or run.absolute().parent / FOLDER))
 
     def path(self, address: Address) -> Path:
-        """The folder of an address, whether it is there or not."""
+        """Return the folder of an address, whether it is there or not."""
         return self.folder / address.stage / address.digest[:24]
 
     def open(self, address: Address, model: str) -> Path:
@@ -121,7 +121,7 @@ class Cache:
         return folder
 
     def entries(self) -> list[Entry]:
-        """All folders, by stage and then by time of last use; files that are not ours are passed over."""
+        """List all folders, by stage and then by time of last use; files that are not ours are passed over."""
         found = []
         for stage in Stage:
             for record in (self.folder / stage).glob(f"*/{RECORD}"):

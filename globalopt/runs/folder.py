@@ -211,7 +211,7 @@ class Run(Workspace):
         return self.folder / "budget.json"
 
     def family_budget_path(self, kept: float) -> Path:
-        """The budget file of one member of a family."""
+        """Return the budget file of one member of a family."""
         return self.folder / "budgets" / f"{kept:g}.json"
 
     @property
@@ -245,14 +245,14 @@ class Run(Workspace):
     # ------------------------------------------------------------------------------------------- reading
 
     def layer(self, spec: LayerSpec) -> Decomposition:
-        """A layer as the model is saved with it: matched where that was done."""
+        """Return a layer as the model is saved with it: matched where that was done."""
         for matched in (self.find(MATCHED_MODEL, None), self.find(MATCHED_BLOCK, spec.block)):
             if matched is not None:
                 return matched.values[spec.name]
         return self.get(SOLVED_LAYER, spec).value
 
     def matches(self, blocks: int) -> tuple[MatchResult, ...]:
-        """What matching did, of `blocks` blocks and of the model, where it was done."""
+        """Return what matching did, of `blocks` blocks and of the model, where it was done."""
         keys = ("loss", "before", "after", "epochs", "kept_epoch", "seconds")
         places: list[tuple[int | None, Artefact[Any, Any], Any]] = [(None, MATCHED_MODEL, None)]
         places[:0] = [(block, MATCHED_BLOCK, block) for block in range(blocks)]
@@ -264,7 +264,7 @@ class Run(Workspace):
         return tuple(found)
 
     def summary(self) -> Summary:
-        """The finished run's summary; `ArtefactError` if the run has not finished or the file is broken."""
+        """Return the finished run's summary; `ArtefactError` if the run has not finished or the file is broken."""
         self._refuse_family()
         if not self.has(SUMMARY, None):
             raise ArtefactError(
@@ -273,23 +273,23 @@ class Run(Workspace):
         return self.get(SUMMARY, None)
 
     def window_losses(self) -> tuple[WindowLosses, ...]:
-        """The losses of every window of the evaluation, one record per split; empty for a run that has none."""
+        """Return the losses of every window of the evaluation, one record per split; empty for a run that has none."""
         return self.find(WINDOWS, None) or ()
 
     def details(self, layers: Iterable[str]) -> Details:
-        """What a report of the run shows beside its summary, of the `layers` by their names."""
+        """Return what a report of the run shows beside its summary, of the `layers` by their names."""
         names = list(layers)
         curves = {name: found for name in names if (found := self.find(CURVES, name)) is not None}
         traces = {name: found for name in names if (found := self._trace(name))}
         return Details(curves, traces, self.find(SAMPLES, None))
 
     def _trace(self, layer: str) -> Trace:
-        """How the solver's objective fell, of a layer by its name; empty where that was not written down."""
+        """Return how the solver's objective fell, of a layer by its name; empty where that was not written down."""
         path = self.stage_folder(Stage.REFINEMENT) / SOLVED_LAYER.folder / f"{layer}{SOLVED_LAYER.form.suffix}"
         return validated(path, Trace, read_metadata(path).get("trace", ())) if path.exists() else ()
 
     def family(self) -> Family:
-        """The finished family; `ArtefactError` if there is none or the file is broken."""
+        """Return the finished family; `ArtefactError` if there is none or the file is broken."""
         return self.get(FAMILY, None)
 
     def _refuse_family(self) -> None:

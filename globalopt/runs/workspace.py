@@ -35,20 +35,20 @@ class Workspace:
         self.folders = dict(folders or {})
 
     def stage_folder(self, stage: Stage) -> Path:
-        """The folder in which the artefacts of a stage lie."""
+        """Return the folder in which the artefacts of a stage lie."""
         return self.folders.get(stage, self.folder / stage)
 
     def path(self, artefact: Artefact[K, T], key: K) -> Path:
-        """The file of an artefact, whether it is there or not."""
+        """Return the file of an artefact, whether it is there or not."""
         name = artefact.key.name(key) + artefact.form.suffix
         return self.stage_folder(artefact.stage) / artefact.folder / name
 
     def has(self, artefact: Artefact[K, T], key: K) -> bool:
-        """Whether the artefact was written."""
+        """Tell whether the artefact was written."""
         return self.path(artefact, key).exists()
 
     def missing(self, artefact: Artefact[K, T], keys: Iterable[K]) -> list[K]:
-        """The keys of which there is no artefact yet."""
+        """Return the keys of which there is no artefact yet."""
         return [key for key in keys if not self.has(artefact, key)]
 
     def put(self, artefact: Artefact[K, T], key: K, value: T) -> None:

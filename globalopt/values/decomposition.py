@@ -70,7 +70,7 @@ class Decomposition:
         return L.add_(self.S)
 
     def to(self, device: torch.device) -> Decomposition:
-        """The same decomposition on `device`."""
+        """Return the same decomposition on `device`."""
         if self.S.device == device:
             return self
         signs = None if self.signs is None else self.signs.to(device)

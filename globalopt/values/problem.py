@@ -160,7 +160,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Problem:
-    """The allocation problem: the error surfaces of all layers, under one budget.
+    """Describe the allocation problem: the error surfaces of all layers, under one budget.
 
     Every option of the surfaces, and every allocation, is within the `limits`.
 
