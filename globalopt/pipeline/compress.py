@@ -73,13 +73,13 @@ def compress(
             reporter.note(f"{folder} is finished; nothing was computed again.")
             return run.summary(), run
         at(addresses)
-        note_reused(session, reporter, run, addresses)
+        reused = note_reused(session, reporter, run, addresses)
         budget_file.write(run.budget_path, file)
         if plan.metric_choices:
             collect_output_grams(session, reporter, run, Stage.LABELS, session.layers.specs, plan.seed)
             analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)
             choose_metrics(session, reporter, analysis, probe)
-        return finish(session, reporter, run, plan, file, command), run
+        return finish(session, reporter, run, plan, file, command, reused=reused), run
 
 
 def compress_identity(session: Session, plan: RefinementPlan, file: BudgetFile) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from globalopt.budgets.budget_file import BudgetFile
@@ -36,6 +36,7 @@ def finish(
     file: BudgetFile,
     command: str,
     found: Allocated | None = None,
+    reused: Sequence[str] = (),
 ) -> Summary:
     """Refine a model to a budget, match it, save it, evaluate the saved model, and write the summary.
 
@@ -47,6 +48,7 @@ def finish(
         file: the budget.
         command: command line, for the record.
         found: result of the search before it, or None.
+        reused: notes on artefacts of earlier runs, whose stages took no time in this one.
     Raises:
         NumericalError: a layer could not be solved.
 
@@ -109,7 +111,7 @@ def finish(
         stages=reporter.costs,
         splits={split.name: split.record() for split in session.splits},
         versions=versions(),
-        notes=tuple(notes),
+        notes=(*reused, *notes),
         search=found and found.search,
         uniform=found and found.uniform,
         matching=run.matches(len(layers.blocks)),

@@ -64,8 +64,11 @@ def opened(
         yield run, at
 
 
-def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addresses) -> None:
+def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addresses) -> tuple[str, ...]:
     """Report which stages have all their artefacts already, and in which cache.
+
+    Returns:
+        the note, for the summary; none where nothing is used again.
 
     >>> import torch
     >>> from globalopt.pipeline.example import example_session
@@ -82,17 +85,21 @@ def note_reused(session: Session, reporter: Reporter, run: Run, addresses: Addre
     ...     at({Stage.GRAMS: address})
     ...     for spec in session.layers.specs:
     ...         run.put(GRAM, spec.site, Gram(torch.eye(spec.d_in), 64))
-    ...     note_reused(session, Reporter(Notes()), run, {Stage.GRAMS: address})
+    ...     notes = note_reused(session, Reporter(Notes()), run, {Stage.GRAMS: address})
     Used again from cache: grams.
+    >>> notes
+    ('Used again from cache: grams.',)
     """
     found = [
         artefact.stage
         for artefact, keys in _complete(session.layers)
         if artefact.stage in addresses and not run.missing(artefact, keys)
     ]
-    if found:
-        cache = run.stage_folder(found[0]).parent.parent
-        reporter.note(f"Used again from {cache}: {', '.join(found)}.")
+    if not found:
+        return ()
+    note = f"Used again from {run.stage_folder(found[0]).parent.parent}: {', '.join(found)}."
+    reporter.note(note)
+    return (note,)
 
 
 def _complete(layers: ModelLayers) -> list[tuple[Artefact[Any, Any], Sequence[Any]]]:

@@ -74,12 +74,12 @@ def search(
             reporter.note(f"{folder} is finished; nothing was computed again.")
             return run.summary(), run
         at(addresses)
-        note_reused(session, reporter, run, addresses)
+        reused = note_reused(session, reporter, run, addresses)
         problem, allocation, found = allocated(session, reporter, plan, run)
         file = budget_of(session, plan, problem, allocation)
         budget_file.write(run.budget_path, file)
         at(refinement_addresses(session, plan.refinement, file, addresses))
-        summary = finish(session, reporter, run, plan.refinement, file, command, found)
+        summary = finish(session, reporter, run, plan.refinement, file, command, found, reused)
         return summary, run
 
 
