@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from globalopt.runs.cache import FOLDER, RECORD, VARIABLE, Cache
+from globalopt.runs.folder import LOCK
 from tests.command import contents, done, no_partial_files, read, refused, results, run
 from tests.tiny_models import save_tiny
 
@@ -237,23 +239,21 @@ def test_an_edited_model_is_refused_in_the_folder_and_named(quick, place, tmp_pa
 
 
 TOGETHER = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 from tests.kill_driver import child, ended
 folder, *commands = json.loads(sys.argv[1])
 running = []
-for number, (arguments, after) in enumerate(commands):
-    while after and not Path(after).exists():
-        time.sleep(0.002)
+for number, arguments in enumerate(commands):
     said = Path(folder) / f"said{number}.txt"
     running.append((child(arguments, said, None), said))
 print(json.dumps([[ended(pid), said.read_text()] for pid, said in running]))
 """
 
 
-def together(folder: Path, *commands: tuple[tuple[object, ...], Path | None]) -> list[tuple[int, str]]:
-    """Run commands at the same time, each when the file beside it is there; their exit codes and what they say."""
-    words = [str(folder), *([[str(word) for word in typed], after and str(after)] for typed, after in commands)]
+def together(folder: Path, *commands: tuple[object, ...]) -> list[tuple[int, str]]:
+    """Run commands at the same time; their exit codes and what they say."""
+    words = [str(folder), *([str(word) for word in typed] for typed in commands)]
     # One thread: a fork has only the thread that forked.
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ended = subprocess.run(
@@ -267,28 +267,30 @@ def together(folder: Path, *commands: tuple[tuple[object, ...], Path | None]) ->
     return [(code, said) for code, said in json.loads(ended.stdout)]
 
 
-def test_commands_at_the_same_time(quick, shared, tmp_path):
-    """Two searches with two budgets on one empty cache, and a third into the folder of the first."""
+def test_two_searches_at_the_same_time_on_one_cache(quick, shared, tmp_path):
     runs = tmp_path / "runs"
     first, second = (*quick, "--out", runs / "first"), (*quick, "--budget", 0.4, "--out", runs / "second")
-    lock = runs / "first" / "run.lock"
-    ended = together(
-        tmp_path, (first, None), (second, None), (first, lock), (("cache", "prune", "--cache", runs / FOLDER), lock)
-    )
-    assert [code for code, _ in ended] == [0, 0, 1, 1]
-    assert [said for _, said in ended[:2]] == ["", ""]
-    refusal, busy = ended[2][1], ended[3][1]
-    assert refusal == (
-        f"error: Another process is writing the run in {runs / 'first'}. Wait until it has ended, or choose another "
-        "--out.\n"
-    )
-    assert busy.startswith(f"error: A run is using the cache {runs / FOLDER}.")
-    assert busy.count("\n") == 1
+    assert together(tmp_path, first, second) == [(0, ""), (0, "")]
     assert results(runs / "first") == results(shared / "half")
     done(*quick, "--budget", 0.4, "--out", tmp_path / "alone", "--no-cache")
     assert results(runs / "second") == results(tmp_path / "alone")
     assert no_partial_files(runs)
     done("cache", "prune", "--cache", runs / FOLDER)
+
+
+def test_a_run_and_a_cache_that_another_holds_are_refused_in_a_line(quick, tmp_path):
+    """Held from here for as long as the commands take: another search could end before they come to it."""
+    folder, cache = tmp_path / "run", tmp_path / FOLDER
+    folder.mkdir()
+    with FileLock(folder / LOCK):
+        assert refused(1, *quick, "--out", folder) == (
+            f"Another process is writing the run in {folder}. Wait until it has ended, or choose another --out."
+        )
+    with Cache(cache).used():
+        said = refused(1, "cache", "prune", "--cache", cache)
+    assert said.startswith(f"A run is using the cache {cache}.")
+    done("cache", "prune", "--cache", cache)
+    done(*quick, "--out", folder)
 
 
 def test_a_killed_search_leaves_nothing_that_the_next_one_does_not_clean(quick, shared, tmp_path, monkeypatch):
