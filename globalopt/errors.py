@@ -116,3 +116,17 @@ class UnknownNameError(GlobalOptError, LookupError):
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else "."
         super().__init__(f"No {kind} '{name}'{hint} Known: {', '.join(names)}.")
+
+
+def one_line(error: BaseException, length: int | None = 300) -> str:
+    """Write the message of a foreign error on one line, for use within one of ours.
+
+    Args:
+        length: most characters; None keeps all.
+    Returns:
+        The message, or the name of the error's type where the message is empty.
+
+    >>> one_line(ValueError("no such  file:\\n  notes.txt")), one_line(KeyError())
+    ('no such file: notes.txt', 'KeyError')
+    """
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from globalopt.errors import CalibrationError, UsageError
+from globalopt.errors import CalibrationError, UsageError, one_line
 
 PAPERS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "rte", "openbookqa", "boolq")
 """The tasks that papers on sparse and low-rank compression report."""
@@ -149,7 +149,7 @@ def _json_rows(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]
             raise CalibrationError(f"{where} is not UTF-8 text: bad byte at offset {error.start} in it.") from None
         # ValueError: also a whole number of thousands of digits.
         except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where} is not JSON: {' '.join(str(error).split())}.") from None
+            raise CalibrationError(f"{where} is not JSON: {one_line(error, None)}.") from None
         if not isinstance(row, dict):
             raise CalibrationError(f"{where} is not a JSON object; each line must be one.")
         yield where, row
@@ -163,7 +163,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error, None).rstrip(".")
         raise CalibrationError(f"{path} is not a readable parquet file: {reason}.") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 

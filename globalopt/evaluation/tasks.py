@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globalopt.errors import ArtefactError, NumericalError, UsageError
+from globalopt.errors import ArtefactError, NumericalError, UsageError, one_line
 from globalopt.evaluation.task_files import CHOICES, CONTEXTS, PAPERS, TaskFile, find_task_files, read_task_file
 from globalopt.models.loading import LoadedModel
 from globalopt.models.streaming import lazy_blocks
@@ -204,7 +204,7 @@ def _load(tasks: Tasks) -> Any:
         found = tasks.manager.load(specs)
     # Data sets raise anything, from a missing network to a moved file.
     except Exception as cause:
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = one_line(cause)
         raise ArtefactError(
             f"The data of {', '.join(tasks.names)} cannot be read: {reason} Without a network, give local files with "
             "--tasks-path."

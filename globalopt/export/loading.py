@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from globalopt.errors import ArtefactError
+from globalopt.errors import ArtefactError, one_line
 from globalopt.export.adapter import ADAPTER, BASE, require_peft
 
 if TYPE_CHECKING:
@@ -77,6 +77,6 @@ def load_adapter_export(
             model = merged.merge_and_unload()
     # peft raises errors of any kind for broken configs and files.
     except Exception as cause:
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = one_line(cause)
         raise ArtefactError(f"The adapter in {folder} cannot be loaded ({reason}). Export the run again.") from cause
     return replace(loaded, model=model.eval().requires_grad_(False), name=str(folder))

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError
+from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, one_line
 from globalopt.export import seal
 from globalopt.export.linear import AUTO, COMPUTES, Shape, SparseLowRankLinear, shape_of
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
@@ -130,7 +130,7 @@ def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", c
         raise
     # Configs can hold anything, as anybody can write a new seal, and transformers raises errors of any kind for them.
     except Exception as cause:
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = one_line(cause)
         raise ArtefactError(f"{folder} cannot be loaded ({reason}). Fetch or export the model again.") from cause
     model, report = loaded
     for key, words in (("missing_keys", "lack"), ("unexpected_keys", "have no place for")):

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import GlobalOptError, NumericalError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.errors import (
+    GlobalOptError,
+    NumericalError,
+    UnknownNameError,
+    UnsupportedModelError,
+    UsageError,
+    one_line,
+)
 from globalopt.models.streaming import LazyBlocks, lazy_blocks
 from globalopt.values.layer import LayerSpec
 
@@ -544,7 +551,7 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
             raise
         # Fields of a config that do not fit together are found only when the model computes, as errors of any kind.
         except Exception as cause:
-            reason = " ".join(str(cause).split())[:200]
+            reason = one_line(cause, 200)
             raise UnsupportedModelError(
                 f"{_architecture(model)} cannot compute a text of {TRACE_TOKENS} tokens ({type(cause).__name__}: "
                 f"{reason}). Check its config.json, and that transformers alone runs it."

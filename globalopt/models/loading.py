@@ -32,7 +32,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
+from globalopt.errors import (
+    ArtefactError,
+    GlobalOptError,
+    UnknownNameError,
+    UnsupportedModelError,
+    UsageError,
+    one_line,
+)
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text
 from globalopt.models.layers import decoder_blocks
 from globalopt.models.refusals import (
@@ -308,7 +315,7 @@ def _unusable(source: str, options: dict[str, Any], error: Exception) -> GlobalO
         return _remote_code(source)
     if isinstance(error, ImportError):
         return ArtefactError(f"The code of {source} cannot be imported: {_first_line(error)} Install what it needs.")
-    reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else _first_line(error)
+    reason = one_line(error, None) if isinstance(error, StrictDataclassError) else _first_line(error)
     if isinstance(error, KeyError | AttributeError | TypeError | AssertionError | IndexError):
         # Their messages are a word alone, or of the inside of transformers.
         reason = f"{type(error).__name__}: {reason}"

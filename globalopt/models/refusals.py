@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from globalopt.errors import ArtefactError, UnsupportedModelError
+from globalopt.errors import ArtefactError, UnsupportedModelError, one_line
 from globalopt.models.streaming import INDEX, SINGLE, Checkpoint
 
 PACKED_METHOD = "globalopt"
@@ -207,7 +207,7 @@ def _pickled_types(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise
     # The unpickler raises errors of any kind for what is no pickle, or for one with objects that are no tensors.
     except Exception as cause:
-        reason = " ".join(str(cause).split())[:120] or type(cause).__name__
+        reason = one_line(cause, 120)
         raise ArtefactError(f"{path} is no checkpoint that torch can read ({reason}). Fetch it again.") from cause
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ArtefactError(f"{path} holds other things than tensors by name; it is no checkpoint of a model.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from globalopt.errors import CalibrationError
+from globalopt.errors import CalibrationError, one_line
 
 DOCUMENT_JOIN = "\n\n"
 """Separator of documents; the field's perplexities on WikiText-2 and C4 depend on it."""
@@ -170,7 +170,7 @@ def _jsonl_rows(content: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise CalibrationError(f"{where} is not JSON: {_one_line(error)}") from error
+            raise CalibrationError(f"{where} is not JSON: {_sentence(error)}") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{where} is not a JSON object; each line must be one, with a text column.")
         yield where, row
@@ -192,7 +192,7 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
                     row += 1
                     yield from _strings(value, column, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrationError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
+        raise CalibrationError(f"{path} is not a readable parquet file: {_sentence(error)}") from error
 
 
 def _is_string(kind: Any) -> bool:
@@ -210,7 +210,7 @@ def _folder_documents(path: Path, column: str | None) -> Iterator[str]:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"The folder {path} was not saved by datasets.save_to_disk, or is broken: {_one_line(error)}"
+            f"The folder {path} was not saved by datasets.save_to_disk, or is broken: {_sentence(error)}"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded and len(loaded) != 1:
@@ -236,7 +236,7 @@ def _hub_documents(spec: str, column: str | None) -> Iterator[str]:
     # These are raised without a network, and for an unknown data set, configuration or split, or a loading script.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise CalibrationError(
-            f"'{spec}' is no file here, and reading it as a hub data set failed: {_one_line(error)} "
+            f"'{spec}' is no file here, and reading it as a hub data set failed: {_sentence(error)} "
             "Without a network, give a .txt, .jsonl or .parquet file or a folder saved by datasets.save_to_disk."
         ) from error
 
@@ -284,6 +284,6 @@ def _strings(value: Any, column: str, where: str) -> Iterator[str]:
     yield value
 
 
-def _one_line(error: Exception) -> str:
+def _sentence(error: Exception) -> str:
     """Write the message of an error on one line that ends with a full stop."""
-    return " ".join(str(error).split()).rstrip(".") + "."
+    return one_line(error, None).rstrip(".") + "."
