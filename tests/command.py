@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 from typer.testing import CliRunner, Result
 
 from globalopt.cli import app
@@ -46,10 +48,40 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def results(folder: Path) -> dict[str, bytes]:
-    """What must not depend on how a run came about: the budget, and the saved model."""
+def results(folder: Path) -> dict[str, Any]:
+    """What must not depend on how a run came about, as values: the budget, and the saved model."""
     found = contents(folder)
-    return {name: found[name] for name in found if name == "budget.json" or name.startswith("model/")}
+    return {name: _value(name, found[name]) for name in found if name == "budget.json" or name.startswith("model/")}
+
+
+def _value(name: str, body: bytes) -> Any:
+    if name.endswith(".safetensors"):
+        return load(body)
+    return json.loads(body) if name.endswith(".json") else body
+
+
+def assert_alike(found: Any, expected: Any, place: str = "") -> None:
+    """Assert that two results computed apart are the same: all but floats equal, those up to rounding.
+
+    Where memory begins differs from one computation to the next, and some processors sum in another order then.
+    """
+    assert type(found) is type(expected), place
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key, value in expected.items():
+            assert_alike(found[key], value, f"{place}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), place
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_alike(one, other, f"{place}/{i}")
+    elif isinstance(expected, torch.Tensor):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), place
+        distance = torch.linalg.vector_norm(found.double() - expected.double())
+        assert distance <= 1e-3 * torch.linalg.vector_norm(expected.double()), place
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6), place
+    else:
+        assert found == expected, place
 
 
 def interrupt(patch: pytest.MonkeyPatch, owner: Any, what: Any, at: int) -> None:

@@ -33,7 +33,7 @@ from globalopt.runs.folder import Run
 from globalopt.runs.workspace import Workspace
 from globalopt.values.results import Samples, Summary
 from solvers import get_solver
-from tests.command import results
+from tests.command import assert_alike, results
 from tests.tiny_models import KINDS, save_tiny, tiny_tokenizer
 
 TEXT = TextOptions(nsamples=8, seqlen=16, eval_windows=2)
@@ -189,7 +189,7 @@ def test_a_first_search_computes_every_stage_once(base, place, tmp_path):
     # The cache changes nothing.
     alone = place.search(tmp_path / "alone", None)
     assert alone.made == first.made
-    assert alone.figures() == first.figures()
+    assert_alike(alone.figures(), first.figures())
     assert not (first.run.folder / "work").exists()
 
 
@@ -199,7 +199,7 @@ def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path)
     assert again.made == {}
     assert again.analysed == set()
     # Seconds of a layer are of the solver that found it.
-    assert again.figures() == base[0].figures()
+    assert_alike(again.figures(), base[0].figures())
     (note,) = again.notes
     assert note.startswith(f"Used again from {cache}: grams, labels, metrics, spans, anchors, solver-gaps, ")
     # The report says it too: a table of stages without the analysis would look as if there had been none.
@@ -228,7 +228,7 @@ CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_only_what_differs_is_computed_and_the_bytes_are_those_of_a_fresh_run(base, place, cache, tmp_path, change):
+def test_only_what_differs_is_computed_and_all_is_as_in_a_fresh_run(base, place, cache, tmp_path, change):
     options, refining, made, entered = CHANGES[change]
     # Into the same folder with `fresh`: what the earlier run in it was does not matter.
     folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
@@ -238,7 +238,7 @@ def test_only_what_differs_is_computed_and_the_bytes_are_those_of_a_fresh_run(ba
         assert found.made.pop(Stage.LABELS) == LAYERS + 2  # pyright: ignore[reportAttributeAccessIssue]
     assert found.made == made
     assert found.analysed == entered
-    assert found.figures() == place.search(tmp_path / "alone", None, options, refining).figures()
+    assert_alike(found.figures(), place.search(tmp_path / "alone", None, options, refining).figures())
 
 
 def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, place, cache, tmp_path):
@@ -248,7 +248,7 @@ def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, p
     found = place.search(tmp_path / "other", cache, options)
     assert found.made == FOUND
     alone = place.search(tmp_path / "alone", None, options)
-    assert found.figures() == alone.figures()
+    assert_alike(found.figures(), alone.figures())
     assert alone.summary.search is not None
     assert alone.summary.search.tokens > 0
     # Nothing is evaluated twice: with fewer tokens the search tries the first of the same candidates.
@@ -288,7 +288,7 @@ def test_compress_uses_the_grams_of_a_search(base, place, cache, tmp_path):
     # The output Grams of the same seed too, but metrics by other labels than those of the search.
     assert made["shared"] == {Stage.METRICS: LAYERS, Stage.REFINEMENT: LAYERS}
     assert made["alone"] == {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, **made["shared"]}
-    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+    assert_alike(results(tmp_path / "shared"), results(tmp_path / "alone"))
 
 
 def test_a_family_uses_the_analysis_of_a_search(base, place, cache, tmp_path):
@@ -317,7 +317,7 @@ def test_a_new_version_computes_its_stage_and_the_followers_alone(base, place, c
     monkeypatch.setitem(addresses.VERSIONS, stage, addresses.VERSIONS[stage] + 1)  # pyright: ignore[reportArgumentType]
     found = place.search(tmp_path / "run", cache)
     assert found.made == MADE_AGAIN[stage]
-    assert found.figures() == base[0].figures()
+    assert_alike(found.figures(), base[0].figures())
 
 
 def test_a_run_of_an_earlier_version_is_refused_in_its_folder(base, place, cache, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_where_a_stage_was_pruned_a_later_search_still_ends_right(base, place, c
     found = Cache(cache)
     found.prune([entry for entry in found.entries() if stage in (None, entry.stage)])
     options, refining, expected = pruned_search
-    assert place.search(tmp_path / "run", cache, options, refining).figures() == expected
+    assert_alike(place.search(tmp_path / "run", cache, options, refining).figures(), expected)
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,15 @@ def test_tensors_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+def test_tensors_begin_where_those_of_a_computation_do(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {f"x{size}": torch.arange(float(size)) for size in range(1, 20)}
+    write_tensors(path, tensors)
+    found, _ = read_tensors(path)
+    assert [name for name, value in found.items() if value.data_ptr() % 64] == []
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
 def test_broken_tensors(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ArtefactError, match="There is no file"):
