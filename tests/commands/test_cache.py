@@ -310,7 +310,7 @@ def test_a_killed_search_leaves_nothing_that_the_next_one_does_not_clean(quick, 
         "main()\n"
     )
     command = (*quick, "--out", tmp_path / "runs" / "half")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", script, *map(str, command)], env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr
     assert not no_partial_files(leftover)
