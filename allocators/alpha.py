@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from allocators._fractions import blocks, check_rank_share, kept_targets, read_profiles, unit_range
 from globalopt.errors import UsageError
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.values.problem import Allocation, Problem
 
 
@@ -34,7 +34,7 @@ class Alpha:
 
     name: ClassVar[str] = "alpha"
     paper: ClassVar[str] = "arXiv:2410.10912"
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.PROFILES
     version: ClassVar[int] = 1
     epsilon: float = 0.3
     rank_share: float = 0.1

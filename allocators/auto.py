@@ -19,7 +19,7 @@ from allocators.depth_ramp import depth_ramp
 from allocators.knapsack import Knapsack
 from allocators.owl import Owl
 from allocators.uniform import Uniform
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation, Problem
@@ -73,7 +73,7 @@ class Auto:
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = ""
-    uses_objective: ClassVar[bool] = True
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
     version: ClassVar[int] = 1
     rounds: int = 3
     designs: int = 16

@@ -18,7 +18,7 @@ from allocators._trials import FINALISTS, OutOfTokens, Trials
 from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
 from globalopt.errors import UsageError
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.problem import Allocation, Problem
 
@@ -96,7 +96,7 @@ class Bernoulli:
 
     name: ClassVar[str] = "bernoulli"
     paper: ClassVar[str] = "arXiv:2505.03801"
-    uses_objective: ClassVar[bool] = True
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
     version: ClassVar[int] = 1
     preset: Preset = Preset.DEFAULT
     updates: int = 0

@@ -8,7 +8,7 @@ from typing import ClassVar
 from allocators._fractions import blocks, check_rank_share, kept_targets, least_kept
 from allocators._trials import Trials
 from globalopt.errors import UsageError
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation, Problem
 
@@ -74,7 +74,7 @@ class DepthRamp:
 
     name: ClassVar[str] = "depth-ramp"
     paper: ClassVar[str] = "arXiv:2502.14770"
-    uses_objective: ClassVar[bool] = True
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
     version: ClassVar[int] = 1
     tune: bool = True
     steepness: float = 0.5

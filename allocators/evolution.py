@@ -13,7 +13,7 @@ from allocators._race import Race
 from allocators._trials import OutOfTokens, Trials
 from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.problem import Allocation, Problem
 
@@ -56,7 +56,7 @@ class Evolution:
 
     name: ClassVar[str] = "evolution"
     paper: ClassVar[str] = "arXiv:2410.14649"
-    uses_objective: ClassVar[bool] = True
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
     version: ClassVar[int] = 1
     preset: Preset = Preset.GUIDED
     generations: int = 400

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from allocators._core import solve_core
 from allocators._spend import spend
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation, Problem
@@ -47,7 +47,7 @@ class Knapsack:
 
     name: ClassVar[str] = "knapsack"
     paper: ClassVar[str] = "doi:10.1287/opre.27.3.503"
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.SURFACES
     version: ClassVar[int] = 1
     exact: bool = True
     gap: float = 1e-6

@@ -11,7 +11,7 @@ from allocators._warp import Sampler
 from allocators.knapsack import Knapsack
 from allocators.owl import Owl
 from allocators.uniform import Uniform
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.problem import Allocation, Problem
 
@@ -48,7 +48,7 @@ class OptunaWarp:
 
     name: ClassVar[str] = "optuna"
     paper: ClassVar[str] = "arXiv:1907.10902"
-    uses_objective: ClassVar[bool] = True
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
     version: ClassVar[int] = 1
     sampler: Sampler = Sampler.TPE
     trials: int = 80

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from allocators._fractions import blocks, check_rank_share, kept_targets, read_profiles, unit_range
 from globalopt.errors import UsageError
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.problem import OUTLIER_THRESHOLDS, Allocation, Problem
 
@@ -36,7 +36,7 @@ class Owl:
 
     name: ClassVar[str] = "owl"
     paper: ClassVar[str] = "arXiv:2310.05175"
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.PROFILES
     version: ClassVar[int] = 1
     threshold: int = 5
     spread: float = 0.08

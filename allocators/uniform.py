@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from allocators._fractions import blocks, check_rank_share, kept_targets
-from globalopt.protocols import Objective
+from globalopt.protocols import Objective, Reads
 from globalopt.values.problem import Allocation, Problem
 
 
@@ -29,7 +29,7 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "arXiv:2409.13652"
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.NOTHING
     version: ClassVar[int] = 1
     rank_share: float = 0.1
 

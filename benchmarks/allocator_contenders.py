@@ -22,7 +22,7 @@ from globalopt.analysis.grid import NNZ_LEVELS
 from globalopt.errors import UsageError
 from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, resolve
-from globalopt.protocols import Allocator, Objective
+from globalopt.protocols import Allocator, Objective, Reads
 from globalopt.values.budget import Target
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
 from solvers import SOLVERS
@@ -42,7 +42,7 @@ class OneShare:
 
     name: ClassVar[str] = "knapsack@share"
     paper: ClassVar[str] = Knapsack.paper
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.SURFACES
     version: ClassVar[int] = 1
     rank_share: float = 0.1
 
@@ -81,7 +81,7 @@ class Disturbed:
 
     name: ClassVar[str] = "disturbed"
     paper: ClassVar[str] = Knapsack.paper
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.SURFACES
     version: ClassVar[int] = 1
     number: int = 0
     spread: float = 1.0
@@ -130,8 +130,8 @@ class Contender:
         return self.method if self.limit is None else f"{self.method}@{self.limit}"
 
     @property
-    def uses_objective(self) -> bool:
-        return self.make().uses_objective
+    def reads(self) -> Reads:
+        return self.make().reads
 
     @property
     def predicted(self) -> bool:
@@ -152,7 +152,7 @@ class Contender:
 
     def at(self, limits: Sequence[int]) -> list[Contender]:
         """It at each of `limits` where it uses the objective and has no limit of its own."""
-        if self.uses_objective:
+        if Reads.OBJECTIVE in self.reads:
             return [self] if self.limit else [replace(self, limit=limit) for limit in limits]
         if self.limit:
             raise UsageError(f"Allocator '{self.allocator}' does not use the objective; leave out @{self.limit}.")

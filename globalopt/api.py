@@ -90,6 +90,7 @@ def search(
     rank_multiple: int | None = None,
     sensitivity: str = "fisher",
     search_tokens: int = 500_000,
+    correct: bool = True,
     refining: RefineOptions = MATCH_BLOCKS,
     nsamples: int = 128,
     seqlen: int = 256,
@@ -111,8 +112,8 @@ def search(
         allocator: a name, with `allocator_options`, or an object of your own: a frozen dataclass, whose fields and
             source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
-        accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, nsamples, seqlen, eval_windows,
-            batch_size, seed: as the options of `globalopt search`.
+        accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, correct, nsamples, seqlen,
+            eval_windows, batch_size, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; `RefineOptions()` matches nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -145,6 +146,7 @@ def search(
         sensitivity=sensitivity,
         seed=seed,
         search_tokens=search_tokens,
+        correct=correct,
     )
     plan = resolve(options, refining, own)
     texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)

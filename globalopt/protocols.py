@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from enum import IntEnum, StrEnum
+from enum import Flag, IntEnum, StrEnum, auto
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -19,6 +19,23 @@ from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.span import Mask
+
+
+class Reads(Flag):
+    """Say what an allocator reads of a problem; a search computes nothing else.
+
+    `NOTHING`: the layers and the budget. `PROFILES`: statistics of the layers (`Problem.profiles`). `SURFACES`:
+    predicted losses (`Problem.surfaces`). `OBJECTIVE`: losses of the model, of the allocations it asks for.
+
+    >>> Reads.PROFILES in Reads.PROFILES | Reads.SURFACES
+    True
+    """
+
+    NOTHING = 0
+    PROFILES = auto()
+    SURFACES = auto()
+    OBJECTIVE = auto()
+
 
 State = TypeVar("State")
 """The type that a solver's `prepare` returns and its `solve` takes."""
@@ -188,7 +205,7 @@ class Allocator(Protocol):
     ... class Sparse:
     ...     name = "sparse"
     ...     paper = ""
-    ...     uses_objective = False
+    ...     reads = Reads.NOTHING
     ...     version = 1
     ...
     ...     def allocate(self, problem, objective=None):
@@ -205,8 +222,9 @@ class Allocator(Protocol):
     paper: ClassVar[str]
     """The source, "arXiv:..." or "doi:...", or empty."""
 
-    uses_objective: ClassVar[bool]
-    """Whether it evaluates the objective; an allocator that does not is given None."""
+    reads: ClassVar[Reads]
+    """What it reads of the problem, which is all that is computed before it is asked; the objective is None to an
+    allocator that does not read it."""
 
     version: ClassVar[int] = 1
     """Raised whenever the allocator's result for the same problem changes: artefacts of an older version are not used

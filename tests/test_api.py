@@ -19,7 +19,7 @@ from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
 from globalopt.pipeline.live import live_session
 from globalopt.pipeline.options import TextOptions
 from globalopt.pipeline.reporter import Reporter
-from globalopt.protocols import Needs, Solver
+from globalopt.protocols import Needs, Reads, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.metric import Metric
@@ -157,7 +157,7 @@ class Mine:
 
     name: ClassVar[str] = "mine"
     paper: ClassVar[str] = ""
-    uses_objective: ClassVar[bool] = False
+    reads: ClassVar[Reads] = Reads.NOTHING
     version: ClassVar[int] = 1
 
     def allocate(self, problem: Problem, objective: Any = None) -> Allocation:

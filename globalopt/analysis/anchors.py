@@ -8,15 +8,15 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.solver_gap import measure_gap
 from globalopt.errors import GlobalOptError
 from globalopt.protocols import Solver
-from globalopt.runs.artefacts import ANCHORS, SOLVER_GAP
+from globalopt.runs.artefacts import SOLVER_GAP
 from globalopt.runs.records import AnchorSolutions
 from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
-ANCHORS_VERSION = 1
+ANCHORS_VERSION = 2
 """Raised whenever anchor solutions change."""
 
-GAPS_VERSION = 1
+GAPS_VERSION = 2
 """Raised whenever solver gaps change."""
 
 
@@ -34,27 +34,29 @@ def solve_anchors(
         advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
-    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.models.walk import Batch, BlockRunner
     >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace
     >>> from solvers import get_solver
     >>> import torch
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> analysis = LayerAnalysis(layers, Workspace(Path("work")))
-    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
-    >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), analysis.work)
+    >>> write_spans(layers, analysis.work, layers.specs[:1], "activation")
     >>> solve_anchors(analysis, layers.specs[:1], get_solver("3basil", {"steps": "5"}))
     >>> found = analysis.work.get(ANCHORS, layers.specs[0])
     >>> [(value.rank, value.nnz) for value in found.values]
-    [(0, 20), (0, 51), (0, 102), (0, 179), (1, 147)]
+    [(0, 25), (0, 76), (0, 153), (1, 96)]
     """
     for spec in specs:
         rows = analysis.options(spec).anchors
         state = probe.prepare(analysis.layers.weight(spec.name), analysis.metric(spec))
         found = probe.solve_path(state, [anchor for row in rows for anchor in row])
-        analysis.work.put(ANCHORS, spec, AnchorSolutions(rows, tuple(solution.value for solution in found)))
+        solutions = AnchorSolutions(rows, tuple(solution.value for solution in found))
+        analysis.work.put(analysis.anchors(spec), spec, solutions)
         advance(spec.name)
 
 
@@ -78,16 +80,17 @@ def compare_solvers(
 
     >>> import torch
     >>> from pathlib import Path
-    >>> from globalopt.analysis.collect import span_layers
+    >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.models.walk import Batch, BlockRunner
     >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace
     >>> from solvers import get_solver
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> analysis, first = LayerAnalysis(layers, Workspace(Path("gaps"))), layers.specs[:1]
-    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
-    >>> _ = span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), analysis.work)
+    >>> write_spans(layers, analysis.work, layers.specs, "activation")
     >>> solve_anchors(analysis, first, get_solver("3basil", {"steps": "20"}))
     >>> compare_solvers(analysis, first, get_solver("wanda"), Budget.fraction(1.0, layers.specs))
     >>> gaps = analysis.work.get(SOLVER_GAP, first[0])  # Wanda moves no weight that it keeps
@@ -97,7 +100,7 @@ def compare_solvers(
     for spec in specs:
         weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)
         try:
-            solutions = analysis.work.get(ANCHORS, spec)
+            solutions = analysis.work.get(analysis.anchors(spec), spec)
             found = measure_gap(spec, weight, metric, solutions, solver, budget)
         except GlobalOptError as cause:
             cause.args = (f"Layer {spec.name}: {cause}",)

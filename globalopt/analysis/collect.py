@@ -1,4 +1,4 @@
-"""Collect Grams, spans, spectra and profiles in one forward pass, output Grams in one backward pass."""
+"""Collect Grams in one forward pass, output Grams in one backward pass; from them spans, spectra and profiles."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from globalopt.analysis.curves import layer_curves
-from globalopt.analysis.layer_analysis import PROBE_OUTPUT_GRAM
 from globalopt.analysis.profiles import profile_block
-from globalopt.analysis.sensitivity import Sketches, backward_sweep
+from globalopt.analysis.sensitivity import backward_sweep, label_gradients
 from globalopt.analysis.spans import compute_span
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN, Stage
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
-from globalopt.values.metric import Gram
 
 GRAMS_VERSION = 1
 """Raised whenever Grams change."""
@@ -27,81 +25,37 @@ LABELS_VERSION = 1
 """Raised whenever output Grams, or the labels that are sampled for them, change."""
 
 
-def span_layers(
+def write_grams(
     runner: BlockRunner,
     work: Workspace,
-    scaling: str,
-    keep_inputs: bool,
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
-) -> list[list[Tensor]]:
-    """Compute the Gram of every site, and the span, spectra and profile of every layer, where they are missing.
+) -> None:
+    """Compute the Gram of every site by one forward pass, and write those that are missing.
 
     Args:
         runner: of the dense model, on the calibration text.
-        work: where they are written.
-        scaling: of the spans; `output` needs the output Grams that `write_output_grams` writes.
-        keep_inputs: whether hidden states are returned.
         device: where a block is moved for its turn; None leaves it.
-        advance: called with the name of each layer that is done.
-    Returns:
-        With `keep_inputs`: hidden states per block and batch, and once more after the last block, for
-        `backward_sweep`. Otherwise an empty list.
+        advance: called with the number of each block that is done.
 
     >>> from pathlib import Path
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.models.walk import Batch
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
-    >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
-    >>> hidden = span_layers(runner, work, "activation", keep_inputs=True)
-    >>> [len(batches) for batches in hidden], tuple(hidden[0][0].shape)
-    ([1, 1, 1], (4, 16, 16))
-    >>> work.get(SPAN, layers.specs[0]).S.shape
-    torch.Size([16, 16])
+    >>> work = Workspace(Path("work"))
+    >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), work)
+    >>> work.get(GRAM, layers.specs[0].site).tokens
+    64
     """
-    layers = runner.layers
-    inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
-        grams = _grams(visit, work)
-        for spec in work.missing(SPAN, visit.specs):
-            outputs = work.get(PROBE_OUTPUT_GRAM, spec) if scaling == "output" else None
-            work.put(SPAN, spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
-        for spec in visit.specs:
-            if not work.has(CURVES, spec.name):
-                work.put(CURVES, spec.name, layer_curves(layers.weight(spec.name), grams[spec.site]))
-            advance(spec.name)
-        if work.missing(PROFILE, visit.specs):
-            weights = {spec.name: layers.weight(spec.name) for spec in visit.specs}
-            found = profile_block(weights, {spec.name: grams[spec.site] for spec in visit.specs})
-            for spec in visit.specs:
-                work.put(PROFILE, spec, found[spec.name])
-        if keep_inputs:
-            inputs += _hidden_states(visit, layers)
-    return inputs
-
-
-def _grams(visit: BlockVisit, work: Workspace) -> dict[str, Gram]:
-    """Read the Grams of a block's sites, or compute and write them where some are missing."""
-    sites = list(dict.fromkeys(spec.site for spec in visit.specs))
-    if not work.missing(GRAM, sites):
-        return {site: work.get(GRAM, site) for site in sites}
-    grams = visit.grams()
-    for site, gram in grams.items():
-        work.put(GRAM, site, gram)
-    return grams
-
-
-def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:
-    """Return the input hidden states of a block by batch, and for the last block its outputs too."""
-    last = visit.index + 1 == len(layers.blocks)
-    return [visit.inputs, visit.outputs()] if last else [visit.inputs]
+        _grams(visit, work)
+        advance(f"block {visit.index}")
 
 
 def write_output_grams(
     runner: BlockRunner,
     work: Workspace,
-    stage: Stage,
     specs: Sequence[LayerSpec],
     seed: int,
     device: torch.device | None = None,
@@ -110,10 +64,9 @@ def write_output_grams(
     """Compute the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep, and write them.
 
     `A` is the second moment, per token, of the gradients of `log p(y)` at the outputs, with labels `y` sampled from
-    the model's own predictions.
+    the model's own predictions. The forward pass before it computes the Grams of all sites too, where they are missing.
 
     Args:
-        stage: the stage that they belong to.
         seed: of the labels.
         device: where a block is moved for its turn; None leaves it.
         advance: called with the name of each layer that is done.
@@ -124,7 +77,7 @@ def write_output_grams(
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
-    >>> write_output_grams(runner, work, Stage.LABELS, layers.specs[:1], seed=0)
+    >>> write_output_grams(runner, work, layers.specs[:1], seed=0)
     >>> work.get(OUTPUT_GRAM, layers.specs[0]).tokens
     64
     """
@@ -132,8 +85,106 @@ def write_output_grams(
     for visit in walk_blocks(runner, device):
         _grams(visit, work)
         inputs += _hidden_states(visit, runner.layers)
-    of_block, of_layer = BLOCK_OUTPUT_GRAM.during(stage), OUTPUT_GRAM.during(stage)
-    behind = partial(work.put, of_block)
-    for found in backward_sweep(runner, inputs, specs, lambda spec: Sketches(), seed, device, behind):
-        work.put(of_layer, found.spec, found.output_gram)
+    upstream = label_gradients(runner, inputs[-1], seed)
+    behind = partial(work.put, BLOCK_OUTPUT_GRAM)
+    for found in backward_sweep(runner, inputs, specs, upstream, device, behind=behind):
+        assert found.output_gram is not None
+        work.put(OUTPUT_GRAM, found.spec, found.output_gram)
         advance(found.spec.name)
+
+
+def _grams(visit: BlockVisit, work: Workspace) -> None:
+    """Compute and write the Grams of a block's sites, where some are missing."""
+    sites = list(dict.fromkeys(spec.site for spec in visit.specs))
+    if work.missing(GRAM, sites):
+        for site, gram in visit.grams().items():
+            work.put(GRAM, site, gram)
+
+
+def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:
+    """Return the input hidden states of a block by batch, and for the last block its outputs too."""
+    last = visit.index + 1 == len(layers.blocks)
+    return [visit.inputs, visit.outputs()] if last else [visit.inputs]
+
+
+def write_spans(
+    layers: ModelLayers,
+    work: Workspace,
+    specs: Sequence[LayerSpec],
+    scaling: str,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Compute the spans of the layers `specs`, and write them.
+
+    Args:
+        layers: of the dense model.
+        work: with the Grams of the layers.
+        scaling: of the spans; `output` needs the output Grams that `write_output_grams` writes.
+        advance: called with the name of each layer that is done.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> write_spans(layers, work, layers.specs[:1], "none")
+    >>> work.get(SPAN, layers.specs[0]).S.shape
+    torch.Size([16, 16])
+    """
+    for spec in specs:
+        weight = layers.weight(spec.name)
+        gram = None if scaling == "none" else work.get(GRAM, spec.site).to(weight.device)
+        outputs = work.get(OUTPUT_GRAM, spec) if scaling == "output" else None
+        work.put(SPAN, spec, compute_span(weight, gram, scaling, outputs))
+        advance(spec.name)
+
+
+def write_curves(
+    layers: ModelLayers,
+    work: Workspace,
+    specs: Sequence[LayerSpec],
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Compute the singular values and saliencies of the layers `specs`, as curves for reports, and write them.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.values.metric import Gram
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> work.put(GRAM, layers.specs[0].site, Gram(torch.eye(16), 64))
+    >>> write_curves(layers, work, layers.specs[:1])
+    >>> work.get(CURVES, layers.specs[0].name).singular.count
+    16
+    """
+    for spec in specs:
+        weight = layers.weight(spec.name)
+        work.put(CURVES, spec.name, layer_curves(weight, work.get(GRAM, spec.site).to(weight.device)))
+        advance(spec.name)
+
+
+def write_profiles(
+    layers: ModelLayers,
+    work: Workspace,
+    blocks: Sequence[int],
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Compute the profiles of the layers of some blocks, which one-shot allocators read, and write them.
+
+    >>> from pathlib import Path
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), work)
+    >>> write_profiles(layers, work, [0])
+    >>> work.get(PROFILE, layers.specs[0]).alpha > 1
+    True
+    """
+    for block in blocks:
+        specs = layers.of_block(block)
+        weights = {spec.name: layers.weight(spec.name) for spec in specs}
+        grams = {spec.name: work.get(GRAM, spec.site).to(weights[spec.name].device) for spec in specs}
+        found = profile_block(weights, grams)
+        for spec in specs:
+            work.put(PROFILE, spec, found[spec.name])
+        advance(f"block {block}")

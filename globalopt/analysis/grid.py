@@ -9,7 +9,7 @@ from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import interpolate
 
-RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.28)
+RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35)
 """Ranks offered beside free nonzeros, as fractions of the rank whose factors cost as much as the dense layer."""
 
 NNZ_LEVELS = 64
@@ -18,16 +18,13 @@ NNZ_LEVELS = 64
 PATTERN_LEVELS = 24
 """Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
 
-ANCHOR_KEPT = (0.08, 0.2, 0.4, 0.7)
-"""Fractions kept by the anchors of a layer."""
-
-ANCHOR_SHARES = (0.0, 0.25)
-"""Shares of rank in what the anchors of a layer keep."""
+ANCHORS = ((0.0, (0.1, 0.3, 0.6)), (0.3, (0.2, 0.5)))
+"""The anchors of a layer, in rows: the share of rank in what they keep, and the fractions that they keep."""
 
 LEAST_KEPT = 0.05
 """Smallest fraction kept of an option for which anchor solutions still set the level of predictions."""
 
-LARGEST_SHARE = 0.3
+LARGEST_SHARE = 0.45
 """Largest share of rank of such an option. Beyond these limits only the dense and the zero option are offered."""
 
 
@@ -42,9 +39,9 @@ class Options:
 
     >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
     >>> [(rank, len(counts)) for rank, counts in options.rows]
-    [(0, 62), (1, 57), (2, 50), (3, 44), (5, 30), (8, 10)]
+    [(0, 62), (1, 59), (2, 55), (3, 50), (5, 41), (8, 28)]
     >>> [(target.rank, target.nnz) for target in options.anchors[1]]
-    [(1, 691), (3, 1254), (5, 2227)]
+    [(1, 691), (4, 1536)]
     """
 
     spec: LayerSpec
@@ -99,11 +96,11 @@ class Options:
             return (tuple(Target(rank, self.rows[0][1][0], self.pattern) for rank in picked),)
         if self.factors:
             per_rank = self.spec.d_out + self.spec.d_in
-            ranks = sorted({max(1, int(kept * self.spec.numel / per_rank)) for kept in ANCHOR_KEPT})
+            ranks = sorted({max(1, int(kept * self.spec.numel / per_rank)) for kept in ANCHORS[0][1]})
             return (tuple(Target(rank, 0) for rank in ranks),)
         rows = []
-        for share in ANCHOR_SHARES:
-            row = tuple(self.sharing(kept, share) for kept in ANCHOR_KEPT)
+        for share, fractions in ANCHORS:
+            row = tuple(self.sharing(kept, share) for kept in fractions)
             if row := tuple(target for target in row if target.rank or not share):
                 rows.append(row)
         return tuple(rows)

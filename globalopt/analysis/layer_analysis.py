@@ -10,14 +10,16 @@ from torch import Tensor
 from globalopt.analysis.grid import Options
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
-from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Stage
+from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Artefact, Stage
+from globalopt.runs.records import AnchorSolutions
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
+from globalopt.values.span import Span
 
-PROBE_OUTPUT_GRAM = OUTPUT_GRAM.during(Stage.PROBE_LABELS)
-"""The output Gram of the metric of probe solutions, from other labels than those that predict their losses."""
+PLAIN_ANCHORS = ANCHORS.during(Stage.METRICS)
+"""Anchor solutions without the output Gram, of the layers for which that is the better metric."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,8 @@ class LayerAnalysis:
         work: folder of the artefacts.
         pattern: N:M pattern of `S`, or None.
         limits: every option of a layer is within them.
-        weighted: whether the error metric of a layer has its output Gram where `METRIC_CHOICE` says so.
+        weighted: whether the error metric of a layer has its output Gram, unless `METRIC_CHOICE` says otherwise.
+        low_rank: whether options have low-rank parts.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
@@ -70,25 +73,52 @@ class LayerAnalysis:
     pattern: NM | None = None
     limits: Limits = NO_LIMITS
     weighted: bool = False
+    low_rank: bool = True
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
-        return Options.of(spec, self.work.get(SPAN, spec).max_rank, self.pattern, self.limits)
+        most = self.work.get(SPAN, spec).max_rank if self.low_rank else 0
+        return Options.of(spec, most, self.pattern, self.limits)
 
-    def output_gram(self, spec: LayerSpec) -> Gram | None:
-        """Read the output Gram of a layer's error metric, or None where the metric has the input Gram alone."""
-        if not self.weighted or not self.work.get(METRIC_CHOICE, spec).uses_output_gram:
-            return None
-        return self.work.get(PROBE_OUTPUT_GRAM, spec)
+    def span(self, spec: LayerSpec) -> Span:
+        """Read the span of a layer, on the layer's device."""
+        return self.work.get(SPAN, spec).to(self.layers.device_of(spec.block))
+
+    def plain(self, spec: LayerSpec) -> bool:
+        """Tell whether a layer is solved without its output Gram, although the solver would weight by it."""
+        choice = self.work.find(METRIC_CHOICE, spec) if self.weighted else None
+        return choice is not None and not choice.uses_output_gram
+
+    def checked_losses(self, spec: LayerSpec) -> dict[Target, float]:
+        """Read the measured losses of a layer whose loss contradicts its prediction, by target."""
+        choice = self.work.find(METRIC_CHOICE, spec) if self.weighted else None
+        return {} if choice is None else choice.losses
 
     def metric(self, spec: LayerSpec) -> Metric:
         """Read the error metric in which a layer is solved, on the layer's device."""
-        device, outputs = self.layers.device_of(spec.block), self.output_gram(spec)
-        return Metric(self.work.get(GRAM, spec.site).to(device), outputs and outputs.to(device))
+        outputs = self.weighted and not self.plain(spec)
+        return self._metric(spec, OUTPUT_GRAM if outputs else None)
+
+    def plain_metric(self, spec: LayerSpec) -> Metric:
+        """Read the error metric of a layer without its output Gram."""
+        return self._metric(spec, None)
+
+    def loss_metric(self, spec: LayerSpec) -> Metric:
+        """Read the metric in which losses are predicted: with the output Gram where there is one."""
+        return self._metric(spec, OUTPUT_GRAM if self.work.has(OUTPUT_GRAM, spec) else None)
+
+    def _metric(self, spec: LayerSpec, output_gram: Artefact[LayerSpec, Gram] | None) -> Metric:
+        device = self.layers.device_of(spec.block)
+        outputs = None if output_gram is None else self.work.get(output_gram, spec).to(device)
+        return Metric(self.work.get(GRAM, spec.site).to(device), outputs)
+
+    def anchors(self, spec: LayerSpec) -> Artefact[LayerSpec, AnchorSolutions]:
+        """Return where the anchor solutions of a layer are, in the metric in which it is solved."""
+        return PLAIN_ANCHORS if self.plain(spec) else ANCHORS
 
     def solved_anchors(self, spec: LayerSpec) -> bool:
         """Tell whether there are anchor solutions of the layer."""
-        return self.work.has(ANCHORS, spec)
+        return self.work.has(self.anchors(spec), spec)
 
     def residuals(self, spec: LayerSpec, weight: Tensor, gap: SolverGap = NO_GAP) -> Residuals:
         """Compute the residuals of a layer's anchor solutions.
@@ -97,7 +127,7 @@ class LayerAnalysis:
             weight: (d_out, d_in) float32, the dense weight.
             gap: errors, which are quadratic, are multiplied by it, so residuals are multiplied by its root.
         """
-        solutions = self.work.get(ANCHORS, spec)
+        solutions = self.work.get(self.anchors(spec), spec)
         found = weight.new_empty(len(solutions.values), *weight.shape, dtype=torch.bfloat16)
         for i, (anchor, value) in enumerate(zip(solutions.anchors, solutions.values, strict=True)):
             residual = weight - value.to(weight.device).dense()

@@ -1,14 +1,10 @@
-"""Estimate the loss increase of every option of every layer by the block-diagonal Fisher, in one backward sweep.
+"""Compute gradients of a loss at the layers of a model, block by block, in one backward sweep.
 
-With labels `y` drawn from the model's own predictions, `KL(dense || perturbed) = 1/2 dᵀ F d + O(|d|³)` and
-`F = E[grad log p(y) grad log p(y)ᵀ]`. For an option c of a layer that changes its weight by `D(c)`, and the gradient
-`G_n` with respect to the weight of `sum over tokens log p(y)` of sequence n with `T_n` tokens,
-
-    error(c) = sum_n <G_n, D(c)>² / (2 sum_n T_n)      nats per token
-
-is an unbiased estimate of the second-order loss of that option alone (block Fisher; cross terms between layers are left
-out). It takes one inner product per sequence and option, and the options of a layer share their sums
-(`kernels.sketch`).
+Two things are made of them. With labels `y` drawn from the model's own predictions, the second moments of the gradients
+of `log p(y)` at the output of a layer are its output Gram `A`: `tr(A E G Eᵀ) / 2` is then an estimate of
+`KL(dense || perturbed)` where the weight changes by `E` (block-diagonal Fisher, Kronecker-factored; Martens and Grosse
+2015, arXiv:1503.05671). And the inner products of the gradients of a loss with a change of every layer's weight, one
+per sequence, say what each layer has to do with that loss (`attribution`).
 """
 
 from __future__ import annotations
@@ -21,79 +17,74 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.analysis.surfaces import project
 from globalopt.errors import NumericalError
-from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
 
 @dataclass(frozen=True, eq=False)
-class Sketches:
-    """Hold the weight changes of a layer whose inner products with the gradients are computed.
-
-    Without any, only the output Gram of the layer is.
+class LayerGradients:
+    """Hold what a backward sweep found at one layer.
 
     Args:
-        options: the parts of the weight that the layer's options drop; see `surfaces.sketches`.
-        anchors: residuals of its anchor solutions, or None.
+        output_gram: `A`, the second moment per token of the gradients at the layer's output; None where inner products
+            were computed instead.
+        products: (sequences,) float64, `<G_n, E>` of the gradients of the weight and its change; None without changes.
 
-    >>> Sketches(options=[DenseSketch(torch.ones(3, 2, 2))]).options[0].project(torch.ones(1, 2, 2))
-    tensor([[4., 4., 4.]], dtype=torch.float64)
-    """
-
-    options: Sequence[PrefixSketch | DenseSketch] = ()
-    anchors: DenseSketch | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSensitivity:
-    """Hold the output Gram of one layer and the predicted losses of its options, from a backward sweep.
-
-    Args:
-        output_gram: `A`, the second moment per token of the gradients at the layer's output.
-        error: predicted loss of every option, in nats per token.
-        anchor_error: predicted loss of every anchor solution, in nats per token.
-        products: (anchors, anchors) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)`, with `anchor_error` on
-            the diagonal; None without anchor solutions.
-
-    >>> from globalopt.values.layer import LayerSpec
-    >>> LayerSensitivity(LayerSpec("up", 0, "in", "up", 2, 2), Gram(torch.eye(2), 4), (0.5, 0.0)).anchor_error
-    ()
+    >>> LayerGradients(LayerSpec("up", 0, "in", "up", 2, 2), Gram(torch.eye(2), 4)).products is None
+    True
     """
 
     spec: LayerSpec
-    output_gram: Gram
-    error: tuple[float, ...]
-    anchor_error: tuple[float, ...] = ()
+    output_gram: Gram | None = None
     products: Tensor | None = None
+
+
+def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Compute the gradients of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p.
+
+    Args:
+        hidden: output of the last block, by batch.
+        seed: of the labels.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
+    >>> [gradient.shape for gradient in label_gradients(runner, [torch.ones(4, 16, 16)], seed=0)]
+    [torch.Size([4, 16, 16])]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [_label_gradient(runner, i, states, generator) for i, states in enumerate(hidden)]
 
 
 def backward_sweep(
     runner: BlockRunner,
     inputs: Sequence[Sequence[Tensor]],
     specs: Sequence[LayerSpec],
-    sketches_of: Callable[[LayerSpec], Sketches],
-    seed: int,
+    upstream: Sequence[Tensor],
     device: torch.device | None = None,
-    behind: Callable[[int, Gram], None] = lambda block, outputs: None,
-) -> Iterator[LayerSensitivity]:
-    """Sweep backward over the blocks, recompute each with gradients, and yield the sensitivity of its layers.
+    changes: Callable[[LayerSpec], Tensor] | None = None,
+    behind: Callable[[int, Gram], None] | None = None,
+) -> Iterator[LayerGradients]:
+    """Sweep backward over the blocks, recompute each with gradients, and yield what is found at its layers.
 
     Weight gradients are not computed as such; a layer's inputs and output gradients suffice. Memory is needed for one
-    block and its sketches, the stored inputs, and one gradient per sequence position.
+    block, the stored inputs, and one gradient per sequence position.
 
     Args:
         runner: runs blocks and the model's tail on its batches.
-        inputs: hidden states per block and batch, then once more for the last block's output (`blocks + 1` rows).
-        specs: the layers whose sensitivities are computed.
-        sketches_of: called once per layer, when its block is reached.
-        seed: of the sampled labels.
+        inputs: hidden states per block and batch; more rows are not read.
+        specs: the layers at which gradients are taken.
+        upstream: gradients of the loss at the last block's output, by batch.
         device: where a block is moved for its turn; None leaves it.
+        changes: gives the change `E` (d_out, d_in) of a layer's weight, whose inner products are computed in place of
+            output Grams; called once per layer, when its block is reached.
         behind: called per block with the output Gram `A` of the hidden states that leave it.
     Raises:
-        NumericalError: the gradient at a layer is not finite.
+        NumericalError: the gradient at a layer is not finite, or none reaches it.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.models.walk import Batch
@@ -103,17 +94,23 @@ def backward_sweep(
     >>> states = [runner.first(0)]
     >>> for block in range(2):
     ...     states.append(runner.run(block, 0, states[-1]))
-    >>> found = backward_sweep(runner, [[x] for x in states], layers.specs[:1], lambda spec: Sketches(), seed=0)
+    >>> upstream = label_gradients(runner, states[-1:], seed=0)
+    >>> found = backward_sweep(runner, [[x] for x in states], layers.specs[:1], upstream)
     >>> next(found).output_gram.matrix.shape
     torch.Size([16, 16])
     """
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [_label_gradient(runner, i, inputs[-1][i], generator) for i in range(len(runner.batches))]
+    upstream = list(upstream)
+    wanted = set(specs)
     layers = runner.layers
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
-        behind(index, _second_moment(runner, upstream))
-        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
+        if behind is not None:
+            behind(index, _second_moment(runner, upstream))
+        taps = {
+            spec.name: _Tap(spec, None if changes is None else changes(spec))
+            for spec in layers.of_block(index)
+            if spec in wanted
+        }
         with layers.resident(index, device):
             hooks = [
                 layers.module(name).register_forward_hook(tap.listen, with_kwargs=True) for name, tap in taps.items()
@@ -130,7 +127,8 @@ def backward_sweep(
                             f"Block {index} runs without gradients, so that no loss can be predicted for its layers; "
                             "use --sensitivity none."
                         )
-                    _find_sequences(taps.values(), output, hidden, upstream[i])
+                    if changes is not None:
+                        _find_sequences(taps.values(), output, hidden, upstream[i])
                     torch.autograd.backward(output, upstream[i])
                     for tap in taps.values():
                         tap.end()
@@ -223,26 +221,23 @@ def _product(module: nn.Module, x: Tensor, output: Any) -> Tensor | None:
 
 
 class _Tap:
-    """Sum over the gradients at one linear layer: `g gᵀ` of tokens, and squared inner products of sequences."""
+    """Sum over the gradients at one linear layer: `g gᵀ` of tokens, or inner products of sequences with a change."""
 
-    def __init__(self, spec: LayerSpec, sketches: Sketches) -> None:
+    def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
         self.spec = spec
-        self.sketches = sketches
+        self.change = change
         self.shape: tuple[int, int] = (0, 0)
         self.calls: list[_Call] = []
         self.in_order = False
-        self.of_options: Tensor | None = None
-        self.of_anchors: Tensor | None = None
-        self.squares: Tensor | None = None
-        self.anchor_squares: Tensor | None = None
-        self.products: Tensor | None = None
         self.second: Tensor | None = None
+        self.products: list[Tensor] = []
 
     def begin(self, sequences: int, tokens: int) -> None:
         """Begin a batch of `sequences` of `tokens` each."""
         self.shape = sequences, tokens
         self.calls = []
-        self.of_options = self.of_anchors = None
+        if self.change is not None:
+            self.products.append(torch.zeros(sequences, dtype=torch.float64))
 
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note a call of the layer, and wait for the gradient at its output."""
@@ -285,49 +280,32 @@ class _Tap:
         if not bool(torch.isfinite(g).all()):
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
         rows = g.flatten(0, -2)
-        self.second = _plus(self.second, rows.mT @ rows)
-        options, anchors = self.sketches.options, self.sketches.anchors
-        if options or anchors is not None:
-            per_sequence = self._per_sequence(call, rows)
-            # A layer may be called more than once in a batch: its sums are squared when the batch is done.
-            if options:
-                self.of_options = _plus(self.of_options, project(options, per_sequence))
-            if anchors is not None:
-                self.of_anchors = _plus(self.of_anchors, anchors.project(per_sequence))
+        if self.change is None:
+            part = rows.mT @ rows
+            self.second = part if self.second is None else self.second + part
+        else:
+            # A layer may be called more than once in a batch.
+            self.products[-1] += self._per_sequence(call, rows, self.change)
 
-    def _per_sequence(self, call: _Call, rows: Tensor) -> Tensor:
-        """Compute the gradient of the weight of every sequence, (sequences, d_out, d_in)."""
+    def _per_sequence(self, call: _Call, rows: Tensor, change: Tensor) -> Tensor:
+        """Compute `sum of g (E x)` over the tokens of every sequence, (sequences,) float64."""
         sequences, _ = self.shape
-        x = call.x.float().flatten(0, -2)
+        each = (rows * (call.x.float().flatten(0, -2) @ change.mT)).sum(1).double().cpu()
         if call.sequence is None:
-            return rows.view(sequences, -1, self.spec.d_out).mT @ x.view(sequences, -1, self.spec.d_in)
-        members = (call.sequence == sequence for sequence in range(sequences))
-        return torch.stack([rows[some].mT @ x[some] for some in members])
+            return each.view(sequences, -1).sum(1)
+        return torch.zeros(sequences, dtype=torch.float64).index_add_(0, call.sequence.cpu(), each)
 
     def end(self) -> None:
-        """End a batch: add the squares of the products of every sequence to the sums."""
+        """End a batch."""
         self.calls = []
-        if self.of_options is not None:
-            self.squares = _plus(self.squares, self.of_options.square().sum(0))
-        if self.of_anchors is not None:
-            self.anchor_squares = _plus(self.anchor_squares, self.of_anchors.square().sum(0))
-            self.products = _plus(self.products, self.of_anchors.mT @ self.of_anchors)
 
-    def finish(self, tokens: int) -> LayerSensitivity:
-        """Divide the sums by the number of tokens of all batches."""
+    def finish(self, tokens: int) -> LayerGradients:
+        """Return the sums of all batches, second moments divided by the number of tokens."""
+        if self.change is not None:
+            return LayerGradients(self.spec, products=torch.cat(self.products))
         if self.second is None:
             raise NumericalError(
                 f"No gradient reached layer {self.spec.name}: the model does not use it on this text, or not for its "
                 "output. Use --sensitivity none."
             )
-        error, anchor_error = (
-            () if squares is None else tuple((squares / (2 * tokens)).tolist())
-            for squares in (self.squares, self.anchor_squares)
-        )
-        products = None if self.products is None else self.products.cpu() / (2 * tokens)
-        return LayerSensitivity(self.spec, Gram(self.second.cpu() / tokens, tokens), error, anchor_error, products)
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add to a total that may not have begun."""
-    return part if total is None else total + part
+        return LayerGradients(self.spec, Gram(self.second.cpu() / tokens, tokens))

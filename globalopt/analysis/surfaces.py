@@ -6,99 +6,57 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from globalopt.analysis.grid import AnchorValues, Options
 from globalopt.kernels.projection import keep_nm
-from globalopt.kernels.sketch import DenseSketch, PrefixSketch
 from globalopt.values.budget import Target
-from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
 from globalopt.values.problem import ErrorSurface, interpolate
 from globalopt.values.span import Span
 
 
-def sketches(span: Span, options: Options) -> list[PrefixSketch | DenseSketch]:
-    """Prepare the part of the weight that each option drops for inner products with gradients.
+def span_errors(span: Span, options: Options, metric: Metric) -> list[float]:
+    """Compute the errors of the options of a span, as if inputs and output gradients were uncorrelated.
 
-    Option (rank, nnz) keeps the first `rank` directions of the span and the `nnz` largest entries of their residual,
-    in the span's scaled coordinates; the rest is dropped. The projections of the returned sketches, concatenated, are
-    in the order of `options.targets`.
+        error(rank, nnz) = sum of a_i g_j D_ij² over the entries that are dropped
 
-    >>> from globalopt.analysis.spans import compute_span
-    >>> from globalopt.values.layer import LayerSpec
-    >>> from globalopt.values.metric import Gram
-    >>> W = torch.diag(torch.tensor([3.0, 2.0]))
-    >>> spec, span = LayerSpec("up", 0, "in", "up", 2, 2), compute_span(W, Gram(torch.eye(2), 64), "direct")
-    >>> options = Options.of(spec, max_rank=0)
-    >>> [target.nnz for target in options.targets]
-    [0, 1, 2, 3, 4]
-    >>> project(sketches(span, options), torch.ones(1, 2, 2)).round(decimals=4)
-    tensor([[5., 2., 0., 0., 0.]], dtype=torch.float64)
-    """
-    if options.pattern is not None:
-        dropped = [_dropped_by_pattern(span, rank, options.pattern) for rank, _ in options.rows]
-        return [DenseSketch(torch.stack(dropped))]
-    if options.factors:
-        residuals = [span.unscaled(span.residual(target.rank)) for target in options.targets]
-        dense = Target.dense(options.spec)
-        parts = zip(options.targets, residuals, strict=True)
-        return [DenseSketch(torch.stack([torch.zeros_like(X) if target == dense else X for target, X in parts]))]
-    made: list[PrefixSketch | DenseSketch] = []
-    for rank, counts in options.rows:
-        residual = span.residual(rank)
-        made.append(PrefixSketch.make(residual.abs(), span.unscaled(residual), options.bucket, counts))
-    return made
-
-
-def _dropped_by_pattern(span: Span, rank: int, pattern: NM) -> Tensor:
-    """Compute the entries (d_out, d_in) of a rank's residual that an N:M pattern drops."""
-    residual = span.residual(rank)
-    return span.unscaled(residual.masked_fill(keep_nm(residual.abs(), pattern), 0.0))
-
-
-def project(made: Sequence[PrefixSketch | DenseSketch], gradients: Tensor) -> Tensor:
-    """Compute inner products (b, options) of gradients (b, d_out, d_in) with the part that every option drops.
-
-    >>> project([DenseSketch(torch.eye(2)[None]), DenseSketch(torch.ones(1, 2, 2))], torch.ones(1, 2, 2))
-    tensor([[2., 4.]], dtype=torch.float64)
-    """
-    return torch.cat([sketch.project(gradients) for sketch in made], dim=1)
-
-
-def gram_errors(span: Span, options: Options, metric: Metric) -> tuple[Options, list[float]]:
-    """Compute the output errors `tr(E G Eᵀ)` of the options of a span, where there is no backward pass.
-
-    Every option takes a product with G, so only every fourth nonzero count is kept.
+    with the diagonals `a` of A (ones without A) and `g` of G. Option (rank, nnz) keeps the first `rank` directions of
+    the span and the `nnz` largest entries of their residual, in the span's scaled coordinates; `D` is the rest. Options
+    of one rank are nested, so that they share one sort and one sum.
 
     Returns:
-        The remaining options, and their errors.
+        errors in the order of `options.targets`.
 
     >>> from globalopt.analysis.spans import compute_span
     >>> from globalopt.values.layer import LayerSpec
     >>> from globalopt.values.metric import Gram
-    >>> W, gram = torch.diag(torch.tensor([3.0, 2.0, 1.0])), Gram(torch.eye(3), 64)
-    >>> spec, span = LayerSpec("up", 0, "in", "up", 3, 3), compute_span(W, gram, "none")
-    >>> options, errors = gram_errors(span, Options.of(spec, max_rank=0), Metric(gram))
-    >>> [(target.nnz, round(error, 3)) for target, error in zip(options.targets, errors)]
-    [(0, 14.0), (4, 0.0), (8, 0.0), (9, 0.0)]
+    >>> W, gram = torch.diag(torch.tensor([3.0, 2.0])), Gram(torch.eye(2), 64)
+    >>> spec, span = LayerSpec("up", 0, "in", "up", 2, 2), compute_span(W, gram, "none")
+    >>> options = Options.of(spec, max_rank=0)
+    >>> [round(error, 3) for error in span_errors(span, options, Metric(gram))]  # of 0, 1, ... 4 nonzeros
+    [13.0, 4.0, 0.0, 0.0, 0.0]
     """
-    rows = tuple((rank, tuple(sorted({*counts[::4], counts[-1]}))) for rank, counts in options.rows)
-    coarse = Options(options.spec, options.pattern, rows, options.bucket)
+    scales = metric.inputs.diagonal.to(span.S.device)
+    if metric.outputs is not None:
+        scales = metric.outputs.diagonal.to(span.S.device)[:, None] * scales
+    dense = Target.dense(options.spec)
     errors: list[float] = []
-    for rank, counts in coarse.rows:
-        if coarse.pattern is not None:
-            errors.append(metric.error(_dropped_by_pattern(span, rank, coarse.pattern)))
-            continue
+    for rank, counts in options.rows:
         residual = span.residual(rank)
-        order = residual.abs().flatten().argsort(descending=True, stable=True)
-        dropped = span.unscaled(residual).flatten()
-        start = 0
-        for nnz in counts:
-            dropped[order[start:nnz]] = 0.0
-            start = nnz
-            errors.append(metric.error(dropped.view_as(residual)))
-    return coarse, errors
+        each = span.unscaled(residual).square_().mul_(scales)
+        if options.pattern is not None:
+            errors.append(
+                float(each.masked_fill_(keep_nm(residual.abs(), options.pattern), 0.0).sum(dtype=torch.float64))
+            )
+        elif options.factors:
+            whole = float(each.sum(dtype=torch.float64))
+            errors += [0.0 if Target(rank, count) == dense else whole for count in counts]
+        else:
+            order = residual.abs_().flatten().argsort(descending=True, stable=True)
+            kept = each.flatten()[order].cumsum(0, dtype=torch.float64)
+            whole = float(kept[-1])
+            errors += [max(0.0, whole - float(kept[count - 1])) if count else whole for count in counts]
+    return errors
 
 
 def calibrated_surface(
@@ -126,7 +84,7 @@ def calibrated_surface(
     >>> spec = LayerSpec("up", 0, "in", "up", 10, 10)
     >>> options = Options.of(spec, max_rank=0)
     >>> span_error = [1 - target.nnz / 100 for target in options.targets]
-    >>> anchor_error = [0.46, 0.4, 0.3, 0.15]  # half of the span's, at 8, 20, 40 and 70 nonzeros
+    >>> anchor_error = [0.45, 0.35, 0.2]  # half of the span's, at 10, 30 and 60 nonzeros
     >>> surface = calibrated_surface(options, span_error, anchor_error, zero_error=2.0)
     >>> round(surface.predict(Target(0, 50)), 2), surface.predict(Target.zero())
     (0.25, 2.0)

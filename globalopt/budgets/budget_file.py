@@ -228,6 +228,23 @@ def make(
     )
 
 
+def unpredicted(file: BudgetFile) -> BudgetFile:
+    """Return a budget file without its predicted losses, for an allocator that read none.
+
+    >>> from globalopt.values.problem import ErrorSurface
+    >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 4, 4)
+    >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 16)), (1.0, 0.0))
+    >>> problem = Problem((surface,), Budget(limit=8, total=16))
+    >>> allocation = problem.finish({"up_proj": Target(0, 8)}, by="by hand")
+    >>> file = unpredicted(make(allocation, problem, "f" * 64, 16, 20, 0.5, ErrorUnit.NATS))
+    >>> file.predicted, file.error_unit.value, file.layers[0].predicted
+    (None, 'not predicted', None)
+    """
+    layers = tuple(layer.model_copy(update={"predicted": None}) for layer in file.layers)
+    update = {"predicted": None, "bound": None, "error_unit": ErrorUnit.NOT_PREDICTED, "layers": layers}
+    return file.model_copy(update=update)
+
+
 def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | None) -> LayerEntry:
     """Record the target of a layer; `UsageError` where it has a plane of signs.
 

@@ -107,6 +107,13 @@ def search(
             "span (spans alone)."
         ),
     ] = "anchors",
+    correct: Annotated[
+        bool,
+        typer.Option(
+            help="Correct the predicted losses by what the model loses at the targets they lead to, in a few rounds of "
+            "allocation and measurement."
+        ),
+    ] = True,
     candidates: Annotated[
         str,
         typer.Option(
@@ -175,6 +182,7 @@ def search(
             sensitivity=sensitivity,
             **choices,
             predict_from=predict_from,
+            correct=correct,
             candidates=candidates,
             search_tokens=search_tokens,
             seed=seed,

@@ -132,6 +132,34 @@ class ModelObjective:
             columns.append(torch.stack([column[i] for i in range(len(replacements))]))
         return torch.cat(columns, dim=1)
 
+    def hidden_states(self, replaced: Mapping[str, Weight], chunk: int) -> list[Tensor]:
+        """Put the weights of `replaced` into the model and compute its hidden states on a chunk.
+
+        Returns:
+            hidden states before every block, and after the last.
+        """
+        self._place(replaced)
+        return self._states(chunk)
+
+    def kl_gradient(self, chunk: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the losses of the windows of a chunk from the last block's output, and their gradient there.
+
+        Returns:
+            (windows,) float64, and the gradient of their sum, of the shape of `hidden`.
+        """
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            losses = self._teachers[chunk].kl(self._runner.logits(chunk, hidden)[:, :-1])
+        if not bool(torch.isfinite(losses).all()):
+            raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
+        (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+        return losses.detach(), gradient
+
+    @property
+    def runner(self) -> BlockRunner:
+        """The runner, whose model holds the replacements of the latest call."""
+        return self._runner
+
     def close(self) -> None:
         """Put the dense weights back."""
         for name in self._placed:
@@ -231,6 +259,10 @@ class TargetObjective:
         specs = self.model.specs
         replacements = [{spec.name: self._weight(spec, each, before) for spec in specs} for each in candidates]
         return self.model.losses_of(replacements, chunks)
+
+    def weights(self, candidate: Candidate) -> dict[str, Weight]:
+        """Return the weights of a candidate, by layer name."""
+        return {spec.name: self._weight(spec, candidate, self._weights) for spec in self.model.specs}
 
     def close(self) -> None:
         """Put the dense weights back and let go of the weights that are held."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
-from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective
+from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective, Weight
 from globalopt.protocols import Candidate
 from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import Target
@@ -39,8 +39,9 @@ class SearchObjective(RecordedObjective):
             candidates are cut from the spans.
         limit: tokens a search may spend.
         journal: file of the journal; None keeps the losses in memory.
-        teacher: file in which the metadata of the dense model's predictions are kept beside the journal.
+        teacher: file in which the metadata of the dense model's predictions are kept beside the journal, or None.
         advance: called with a detail for every candidate and chunk whose tokens are counted.
+        beside: problem whose predictions are recorded beside the evaluations; None is `problem`.
 
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
@@ -79,8 +80,9 @@ class SearchObjective(RecordedObjective):
         fitted: Callable[[ErrorSurface, Tensor], AnchoredLayer] | None,
         limit: int,
         journal: Path | None,
-        teacher: Path,
+        teacher: Path | None,
         advance: Callable[[str], None] = lambda detail: None,
+        beside: Problem | None = None,
     ) -> None:
         self.candidates = "span" if fitted is None else "anchors"
         self._start = start
@@ -89,7 +91,7 @@ class SearchObjective(RecordedObjective):
         self._fitted = fitted
         self._span = problem.span
         self._model: TargetObjective | None = None
-        super().__init__(self._losses, selection, problem, limit, journal, advance, self.candidates)
+        super().__init__(self._losses, selection, beside or problem, limit, journal, advance, self.candidates)
 
     def close(self) -> None:
         """Put the dense weights back into the model."""
@@ -98,12 +100,18 @@ class SearchObjective(RecordedObjective):
 
     def search_record(self, loss: float) -> Search:
         """Return the metadata of the search and the tokens it spent; `loss` is that of the chosen allocation."""
-        if not self._teacher.exists():
-            self._prepared()
-        teacher = read_json(self._teacher)
-        return Search(
-            self.tokens, self.limit, self.candidates, teacher["top"], teacher["tail"], loss, tuple(self.evaluations)
-        )
+        if self._teacher is not None and self._teacher.exists():
+            teacher = read_json(self._teacher)
+            top, tail = teacher["top"], teacher["tail"]
+        else:
+            model = self._prepared().model
+            top, tail = model.top, model.tail
+        return Search(self.tokens, self.limit, self.candidates, top, tail, loss, tuple(self.evaluations))
+
+    def weights(self, candidate: Candidate) -> tuple[ModelObjective, dict[str, Weight]]:
+        """Return the model, and the weights of a candidate by layer name, for an attribution of its loss."""
+        prepared = self._prepared()
+        return prepared.model, prepared.weights(candidate)
 
     def _losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         return self._prepared().losses(candidates, chunks)
@@ -112,7 +120,8 @@ class SearchObjective(RecordedObjective):
         if self._model is None:
             model = ModelObjective(self._start())
             self._model = TargetObjective(model, self._materialise(model))
-            write_json(self._teacher, {"top": model.top, "tail": model.tail})
+            if self._teacher is not None:
+                write_json(self._teacher, {"top": model.top, "tail": model.tail})
         return self._model
 
     def _materialise(self, model: ModelObjective) -> Materialise:

@@ -7,17 +7,27 @@ raising the version of one stage leaves the artefacts of the stages before it va
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from globalopt.analysis import anchors, collect, curves, one_layer_losses, predictions, profiles, spans
+from globalopt.analysis import (
+    anchors,
+    collect,
+    corrections,
+    curves,
+    metric_choices,
+    predictions,
+    profiles,
+    spans,
+)
+from globalopt.analysis.corrections import WINDOWS
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.evaluation import perplexity
 from globalopt.matching import model as model_matching
 from globalopt.objective import candidates
-from globalopt.pipeline.plan import OTHER_LABELS, AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
+from globalopt.pipeline.plan import AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Solver
 from globalopt.refine import blocks
@@ -29,15 +39,15 @@ from globalopt.values.layer import NM
 
 VERSIONS: Mapping[Stage, int] = {
     Stage.GRAMS: collect.GRAMS_VERSION,
-    Stage.SPECTRA: curves.VERSION,
+    Stage.LABELS: collect.LABELS_VERSION,
     Stage.PROFILES: profiles.VERSION,
-    Stage.METRICS: one_layer_losses.METRICS_VERSION,
+    Stage.SPECTRA: curves.VERSION,
     Stage.SPANS: spans.VERSION,
     Stage.ANCHORS: anchors.ANCHORS_VERSION,
+    Stage.METRICS: metric_choices.VERSION,
     Stage.GAPS: anchors.GAPS_VERSION,
-    Stage.LOSSES: one_layer_losses.LOSSES_VERSION,
-    Stage.LABELS: collect.LABELS_VERSION,
     Stage.PREDICTIONS: predictions.VERSION,
+    Stage.CORRECTIONS: corrections.VERSION,
     Stage.OBJECTIVE: candidates.VERSION,
     # Version of the problem that is posed and of the stored solution; allocators have versions of their own.
     Stage.ALLOCATION: 1,
@@ -66,16 +76,15 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
     >>> found == analysis_addresses(session, example_plan(0.3).analysis)
     True
     >>> [stage.value for stage in found][:3]
-    ['grams', 'spectra', 'profiles']
+    ['grams', 'labels', 'spectra']
     """
     data = _data(session)
     method = _method(plan.probe, plan.pattern, plan.limits)
-    grams = _grams(data)
-    # Other labels than those of the predictions: a solution that minimises an error in the gradients of some labels
-    # looks too good when the same labels predict its loss.
-    probed = _labels(data, plan.seed ^ OTHER_LABELS)
+    grams, labels = _grams(data), _labels(data, plan.seed)
+    of_outputs = labels.digest if plan.fisher or plan.weighted else None
     found = {
         Stage.GRAMS: grams,
+        Stage.LABELS: labels,
         Stage.SPECTRA: _address(Stage.SPECTRA, {"grams": grams.digest}),
         Stage.PROFILES: _address(Stage.PROFILES, {"grams": grams.digest}),
         Stage.SPANS: _address(
@@ -83,28 +92,23 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
             {
                 "grams": grams.digest,
                 "scaling": plan.scaling,
-                "labels": probed.digest if plan.scaling == "output" else None,
+                "labels": labels.digest if plan.scaling == "output" else None,
             },
         ),
     }
-    if plan.weighted or plan.scaling == "output":
-        found[Stage.PROBE_LABELS] = probed
-    if plan.weighted:
-        found[Stage.METRICS] = _metrics(grams, probed, method)
+    method["low_rank"] = plan.solver.low_rank
     if plan.anchors:
-        inputs = {"spans": found[Stage.SPANS].digest, "metrics": _digest(found, Stage.METRICS), **method}
+        inputs = {"spans": found[Stage.SPANS].digest, "labels": labels.digest if plan.weighted else None, **method}
         found[Stage.ANCHORS] = _address(Stage.ANCHORS, inputs)
-        inputs = {"anchors": found[Stage.ANCHORS].digest, "solver": method_record(plan.solver)}
-        inputs["accounting"] = plan.accounting
+    if plan.weighted:
+        found[Stage.METRICS] = _metrics(grams, labels, method, _digest(found, Stage.ANCHORS))
+    if plan.compared:
+        inputs = {stage: _digest(found, stage) for stage in (Stage.ANCHORS, Stage.METRICS)}
+        inputs |= {"solver": method_record(plan.solver), "accounting": plan.accounting}
         found[Stage.GAPS] = _address(Stage.GAPS, inputs)
-    if plan.single_layer_losses:
-        inputs = {"gaps": found[Stage.GAPS].digest}
-        found[Stage.LOSSES] = _address(Stage.LOSSES, inputs)
-    if plan.fisher:
-        found[Stage.LABELS] = _labels(data, plan.seed)
-    read = (Stage.SPANS, Stage.GAPS, Stage.LOSSES, Stage.LABELS)
+    read = (Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS)
     inputs = {stage: _digest(found, stage) for stage in read}
-    inputs |= {"pattern": method["pattern"], "limits": method["limits"]}
+    inputs |= {name: method[name] for name in ("pattern", "limits", "low_rank")} | {"labels": of_outputs}
     found[Stage.PREDICTIONS] = _address(Stage.PREDICTIONS, inputs)
     return found
 
@@ -118,18 +122,39 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
     >>> session = example_session()
     >>> one, other = (search_addresses(session, example_plan(kept)) for kept in (0.5, 0.3))
     >>> [stage.value for stage in one if one[stage] != other[stage]]
-    ['allocation']
+    ['corrections', 'allocation']
     """
     found = objective_addresses(session, plan)
+    found[Stage.CORRECTIONS] = correction_address(found, plan, [plan.rule.kept])
     inputs = {
         "objective": found[Stage.OBJECTIVE].digest,
         "profiles": found[Stage.PROFILES].digest,
+        "corrections": found[Stage.CORRECTIONS].digest,
         "allocator": method_record(plan.allocator),
         "budget": asdict(plan.rule),
         "search_tokens": plan.search_tokens,
         "seed": plan.seed,
     }
     return {**found, Stage.ALLOCATION: _address(Stage.ALLOCATION, inputs)}
+
+
+def correction_address(found: Addresses, plan: SearchPlan, kept: Sequence[float]) -> Address:
+    """Compute the address of the corrections of predicted losses around budgets that keep the fractions `kept`.
+
+    >>> from globalopt.pipeline.example import example_plan, example_session
+    >>> plan = example_plan()
+    >>> found = objective_addresses(example_session(), plan)
+    >>> correction_address(found, plan, [0.5]) == correction_address(found, plan, [0.3])
+    False
+    """
+    inputs = {
+        "objective": found[Stage.OBJECTIVE].digest,
+        "accounting": plan.rule.accounting,
+        "kept": [*kept],
+        "rounds": plan.rounds,
+        "windows": WINDOWS,
+    }
+    return _address(Stage.CORRECTIONS, inputs)
 
 
 def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]:
@@ -171,16 +196,16 @@ def compress_addresses(
     >>> from globalopt.pipeline.example import example_budget, example_plan, example_refinement, example_session
     >>> from globalopt.pipeline.plan import probe_solver
     >>> session, plan = example_session(), example_refinement()
-    >>> probe = probe_solver(plan.solver.outputs)
+    >>> probe = probe_solver(plan.solver)
     >>> addresses = compress_addresses(session, plan, example_budget(session), probe, pattern=None)
     >>> addresses[Stage.GRAMS] == search_addresses(session, example_plan())[Stage.GRAMS]
     True
     """
     data = _data(session)
     grams, labels = _grams(data), _labels(data, plan.seed)
-    found = {Stage.GRAMS: grams, Stage.PROBE_LABELS: labels}
+    found = {Stage.GRAMS: grams, Stage.LABELS: labels}
     if plan.metric_choices:
-        found[Stage.METRICS] = _metrics(grams, labels, _method(probe, pattern, file.served))
+        found[Stage.METRICS] = _metrics(grams, labels, _method(probe, pattern, file.served), None)
     return refinement_addresses(session, plan, file, found)
 
 
@@ -205,8 +230,6 @@ def refinement_addresses(
     """
     data = _data(session)
     found = {**earlier, Stage.LABELS: _labels(data, plan.seed)}
-    # Where the probe's labels were sampled, their sweep gave the output Grams of the blocks too.
-    found[Stage.MATCH_LABELS] = found.get(Stage.PROBE_LABELS, found[Stage.LABELS])
     record = plan.record()
     distillation = record.pop("distillation")
     inputs: dict[str, Any] = {
@@ -216,8 +239,7 @@ def refinement_addresses(
         "budget": digest(budget_file.record(file)),
         "dtype": str(session.loaded.checkpoint_dtype),
         "metrics": _digest(found, Stage.METRICS) if plan.metric_choices else None,
-        "labels": found[Stage.LABELS].digest if plan.output_grams else None,
-        "match_labels": found[Stage.MATCH_LABELS].digest if plan.block_output_grams else None,
+        "labels": found[Stage.LABELS].digest if plan.output_grams or plan.block_output_grams else None,
     }
     found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
     if distillation is not None:
@@ -263,9 +285,9 @@ def _grams(data: Mapping[str, Any]) -> Address:
     return _address(Stage.GRAMS, data)
 
 
-def _metrics(grams: Address, labels: Address, method: Mapping[str, Any]) -> Address:
-    """Compute the address of the choices of error metrics."""
-    inputs = {"grams": grams.digest, "labels": labels.digest, **method}
+def _metrics(grams: Address, labels: Address, method: Mapping[str, Any], anchors: str | None) -> Address:
+    """Compute the address of the choices of error metrics, by the hash of the anchor solutions where there are any."""
+    inputs = {"grams": grams.digest, "labels": labels.digest, **method, "anchors": anchors}
     return _address(Stage.METRICS, inputs)
 
 

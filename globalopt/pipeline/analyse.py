@@ -1,51 +1,54 @@
 """Run the analysis of a model: all stages up to the predicted loss of every option of every layer.
 
-A stage whose artefacts exist already is skipped.
+Only what the allocator and the solver read is computed. A stage whose artefacts exist already is skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
-from globalopt.analysis.collect import span_layers, write_output_grams
+from globalopt.analysis.collect import write_curves, write_grams, write_output_grams, write_profiles, write_spans
 from globalopt.analysis.layer_analysis import LayerAnalysis
-from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS, write_metric_choices, write_single_layer_losses
-from globalopt.analysis.predictions import predict_by_fisher, predict_by_grams
+from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_target
+from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
-from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import Batch, BlockRunner
-from globalopt.pipeline.plan import OTHER_LABELS, AnalysisPlan
+from globalopt.models.walk import BlockRunner
+from globalopt.objective.kl_to_dense import ModelObjective
+from globalopt.pipeline.plan import AnalysisPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session
-from globalopt.protocols import Solver
+from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,
     CURVES,
+    GRAM,
     METRIC_CHOICE,
     OUTPUT_GRAM,
     PREDICTION,
+    PROBED,
     PROFILE,
-    SINGLE_LAYER_LOSSES,
     SOLVER_GAP,
     SPAN,
-    Artefact,
-    Stage,
 )
 from globalopt.runs.folder import Run
+from globalopt.runs.records import AnchorSolutions
 from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
 
-def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) -> LayerAnalysis:
+def analyse(
+    session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run, reads: Reads = Reads.SURFACES
+) -> LayerAnalysis:
     """Compute the artefacts that an allocation is chosen from, where they are missing.
 
-    In order: output Grams of the probe's labels and the error metric of every layer (where the solver uses output
-    Grams), input Grams and spans, anchor solutions and solver gaps, single-layer losses, and predicted losses.
+    In order: input Grams, and with them output Grams where the solver or the predictions use these; profiles; spectra
+    and spans, anchor solutions, the error metric of every layer (where the solver uses output Grams), solver gaps, and
+    predicted losses.
 
+    Args:
+        reads: what the allocator reads; nothing else is computed, but for what the solver's error metric needs.
     Returns:
         access to the artefacts of the run.
 
@@ -58,69 +61,57 @@ def analyse(session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run) 
     >>> [(target.nnz, error > 0) for target, error in zip(surface.targets, surface.error)][:2]
     [(0, True), (16, True)]
     """
-    layers, device = session.layers, session.loaded.device
-    analysis = LayerAnalysis(layers, run, plan.pattern, plan.limits, plan.weighted)
-    probed = plan.weighted or plan.scaling == "output"
-    if _complete(plan, run, layers, probed):
-        return analysis
-    unpredicted = run.missing(PREDICTION, layers.specs)
-    if plan.fisher:
-        # The same sweep computes the output Grams, which the refinement reads.
-        lacking = {*unpredicted, *run.missing(OUTPUT_GRAM, layers.specs)}
-        unpredicted = [spec for spec in layers.specs if spec in lacking]
-    if probed:
-        seed = plan.seed ^ OTHER_LABELS
-        collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, layers.specs, seed)
-    if plan.weighted:
-        choose_metrics(session, reporter, analysis, plan.probe)
-    runner = session.runner(run.folder)
-    with reporter.stage("span", len(layers.specs), "layers") as advance:
-        inputs = span_layers(runner, run, plan.scaling, plan.fisher and bool(unpredicted), device, advance)
-    if plan.anchors:
+    specs = session.layers.specs
+    analysis = LayerAnalysis(session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank)
+    predicts = Reads.SURFACES in reads
+    unpredicted = run.missing(PREDICTION, specs) if predicts else []
+    if plan.weighted or (unpredicted and (plan.fisher or plan.scaling == "output")):
+        collect_output_grams(session, reporter, run, specs, plan.seed)
+    elif unpredicted or Reads.PROFILES in reads:
+        collect_grams(session, reporter, run)
+    if Reads.PROFILES in reads:
+        _profile(session, reporter, run)
+    if unpredicted or run.missing(CURVES, [spec.name for spec in specs] if predicts else []):
+        _span(session, reporter, run, plan.scaling)
+    if predicts and plan.anchors:
         _solve_anchors(session, reporter, plan, analysis)
-    if plan.single_layer_losses:
-        _measure(session, reporter, analysis)
-    if not unpredicted:
-        return analysis
-    with reporter.stage("predict", len(unpredicted), "layers") as advance:
-        if plan.fisher:
-            behind = partial(run.put, BLOCK_OUTPUT_GRAM.during(Stage.LABELS))
-            found = predict_by_fisher(analysis, runner, inputs, unpredicted, plan.seed, device, behind)
-        else:
-            found = predict_by_grams(analysis, unpredicted)
-        for spec, prediction, output_gram in found:
-            if output_gram is not None:
-                run.put(OUTPUT_GRAM, spec, output_gram)
-            run.put(PREDICTION, spec, prediction)
-            advance(spec.name)
+    if plan.weighted:
+        choose_error_metrics(session, reporter, analysis, plan.probe)
+    if predicts and plan.anchors:
+        _solve_anchors(session, reporter, plan, analysis)
+    if predicts and plan.compared:
+        _compare(session, reporter, plan, analysis)
+    if unpredicted:
+        with reporter.stage("predict", len(unpredicted), "layers") as advance:
+            for spec, prediction in predict(analysis, unpredicted):
+                run.put(PREDICTION, spec, prediction)
+                advance(spec.name)
     return analysis
 
 
-def _complete(plan: AnalysisPlan, run: Run, layers: ModelLayers, probed: bool) -> bool:
-    """Tell whether all artefacts exist that later stages read; others may have been pruned from the cache."""
-    specs = layers.specs
-    read: list[tuple[Artefact[Any, Any], Sequence[Any]]] = [
-        (PREDICTION, specs),
-        (PROFILE, specs),
-        (SPAN, specs),
-        (CURVES, [spec.name for spec in specs]),
-        (METRIC_CHOICE, specs if plan.weighted else ()),
-        (ANCHORS, specs if plan.anchors else ()),
-        (SOLVER_GAP, sampled(specs) if plan.anchors else ()),
-        (OUTPUT_GRAM, specs if plan.fisher else ()),
-        (BLOCK_OUTPUT_GRAM.during(Stage.PROBE_LABELS), range(len(layers.blocks)) if probed else ()),
-    ]
-    return not any(run.missing(artefact, keys) for artefact, keys in read)
+def collect_grams(session: Session, reporter: Reporter, run: Run) -> None:
+    """Compute the input Grams of all sites by one forward pass, if some are missing.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_reporter, example_session
+    >>> session = example_session()
+    >>> with Run.start(Path("grams"), {}, {}) as run:
+    ...     collect_grams(session, example_reporter(), run)
+    ...     run.get(GRAM, session.layers.specs[0].site).tokens
+    64
+    """
+    if run.missing(GRAM, list(dict.fromkeys(spec.site for spec in session.layers.specs))):
+        with reporter.stage("grams", len(session.layers.blocks), "blocks") as advance:
+            write_grams(session.runner(run.folder), run, session.loaded.device, advance)
 
 
-def collect_output_grams(
-    session: Session, reporter: Reporter, run: Run, stage: Stage, specs: Sequence[LayerSpec], seed: int
-) -> None:
+def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: Sequence[LayerSpec], seed: int) -> None:
     """Compute the output Grams of the layers `specs` and of all blocks by one backward sweep, if some are missing.
+
+    The forward pass before it computes the input Grams.
 
     Args:
         run: where they are written.
-        stage: the stage that they belong to.
         seed: of the sampled labels.
 
     >>> from pathlib import Path
@@ -128,23 +119,46 @@ def collect_output_grams(
     >>> session = example_session()
     >>> spec = session.layers.specs[0]
     >>> with Run.start(Path("labels"), {}, {}) as run:
-    ...     collect_output_grams(session, example_reporter(), run, Stage.LABELS, [spec], seed=0)
+    ...     collect_output_grams(session, example_reporter(), run, [spec], seed=0)
     ...     run.get(OUTPUT_GRAM, spec).matrix.shape
     torch.Size([16, 16])
     """
-    missing = run.missing(OUTPUT_GRAM.during(stage), specs)
-    blocks = run.missing(BLOCK_OUTPUT_GRAM.during(stage), range(len(session.layers.blocks)))
-    if missing or blocks:
+    missing = run.missing(OUTPUT_GRAM, specs)
+    if missing or run.missing(BLOCK_OUTPUT_GRAM, range(len(session.layers.blocks))):
         with reporter.stage("labels", len(missing), "layers") as advance:
-            runner = session.runner(run.folder)
-            write_output_grams(runner, run, stage, missing, seed, session.loaded.device, advance)
+            write_output_grams(session.runner(run.folder), run, missing, seed, session.loaded.device, advance)
 
 
-def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
-    """Choose the error metric of every layer that has none yet: `tr(E G Eᵀ)` or `tr(A E G Eᵀ)`.
+def _profile(session: Session, reporter: Reporter, run: Run) -> None:
+    """Compute the profiles of the blocks in which one is missing."""
+    layers = session.layers
+    missing = [block for block in range(len(layers.blocks)) if run.missing(PROFILE, layers.of_block(block))]
+    if missing:
+        with reporter.stage("profile", len(missing), "blocks") as advance:
+            write_profiles(layers, run, missing, advance)
 
-    `G` is the input Gram and `A` the output Gram, both of which must have been computed. The metric whose solution has
-    the lower single-layer loss is chosen (`write_metric_choices`).
+
+def _span(session: Session, reporter: Reporter, run: Run, scaling: str) -> None:
+    """Compute spans and spectra of the layers in which one is missing."""
+    layers = session.layers
+    unspanned = run.missing(SPAN, layers.specs)
+    uncurved = [spec for spec in layers.specs if not run.has(CURVES, spec.name)]
+    if unspanned or uncurved:
+        with reporter.stage("span", len({*unspanned, *uncurved}), "layers") as advance:
+            for spec in layers.specs:
+                if spec in unspanned:
+                    write_spans(layers, run, [spec], scaling)
+                if spec in uncurved:
+                    write_curves(layers, run, [spec])
+                if spec in unspanned or spec in uncurved:
+                    advance(spec.name)
+
+
+def choose_error_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
+    """Choose the error metric of every layer that has none yet: `tr(A E G Eᵀ)` or `tr(E G Eᵀ)`.
+
+    `G` is the input Gram and `A` the output Gram, both of which must have been computed. See `choose_metrics`; a layer
+    is solved at its probed target by the probe solver, where that is not one of its anchors that is solved already.
 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_reporter, example_session
@@ -152,39 +166,50 @@ def choose_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis
     >>> session, reporter = example_session(), example_reporter()
     >>> specs = session.layers.specs
     >>> with Run.start(Path("metrics"), {}, {}) as run:
-    ...     collect_output_grams(session, reporter, run, Stage.PROBE_LABELS, specs, seed=0)
+    ...     collect_output_grams(session, reporter, run, specs, seed=0)
     ...     analysis = LayerAnalysis(session.layers, run, weighted=True)
-    ...     choose_metrics(session, reporter, analysis, get_solver("3basil", {"steps": "2", "outputs": "rows"}))
+    ...     choose_error_metrics(session, reporter, analysis, get_solver("3basil", {"steps": "2", "outputs": "rows"}))
     ...     len(run.missing(METRIC_CHOICE, specs))
     0
     """
-    work = analysis.work
-    missing = work.missing(METRIC_CHOICE, session.layers.specs)
-    if missing:
-        with reporter.stage("metric", len(missing), "layers") as advance:
-            write_metric_choices(analysis, _few(session), missing, probe, advance)
+    work, specs = analysis.work, session.layers.specs
+    if not work.missing(METRIC_CHOICE, specs):
+        return
+
+    def solutions(spec: LayerSpec) -> AnchorSolutions:
+        return work.find(ANCHORS, spec) or work.get(PROBED, spec)
+
+    if unsolved := [spec for spec in specs if not (work.has(ANCHORS, spec) or work.has(PROBED, spec))]:
+        with reporter.stage("probe", len(unsolved), "layers") as advance:
+            for spec in unsolved:
+                target = probed_target(spec, analysis.pattern, analysis.limits)
+                state = probe.prepare(session.layers.weight(spec.name), analysis.loss_metric(spec))
+                work.put(PROBED, spec, AnchorSolutions(((target,),), (probe.solve(state, target).value,)))
+                advance(spec.name)
+    with reporter.stage("metric", len(specs), "layers") as advance:
+        model = ModelObjective(_few(session))
+        for spec, choice in choose_metrics(analysis, model, specs, solutions, probe):
+            work.put(METRIC_CHOICE, spec, choice)
+            advance(spec.name)
 
 
 def _few(session: Session) -> BlockRunner:
-    """Make a runner on the few calibration windows on which single-layer losses are computed."""
-    return BlockRunner(session.layers, [Batch(session.splits.calibration.windows[:MEASURED_WINDOWS])])
+    """Make a runner on a few calibration windows."""
+    return BlockRunner(session.layers, session.batches(session.splits.calibration, windows=WINDOWS))
 
 
 def _solve_anchors(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
-    """Solve every layer at its anchors, and measure the solver gap on a few layers, where that is missing."""
-    specs, work = session.layers.specs, analysis.work
-    if missing := work.missing(ANCHORS, specs):
+    """Solve every layer at its anchors, in its error metric, where that is missing."""
+    missing = [spec for spec in session.layers.specs if not analysis.solved_anchors(spec)]
+    if missing:
         with reporter.stage("anchors", len(missing), "layers") as advance:
             solve_anchors(analysis, missing, plan.probe, advance)
-    if missing := work.missing(SOLVER_GAP, sampled(specs)):
+
+
+def _compare(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
+    """Measure the solver gap on a few layers, where that is missing."""
+    specs = session.layers.specs
+    if missing := analysis.work.missing(SOLVER_GAP, sampled(specs)):
         with reporter.stage("gap", len(missing), "layers") as advance:
             # Only the accounting of this budget is used.
             compare_solvers(analysis, missing, plan.solver, Budget.fraction(1.0, specs, plan.accounting), advance)
-
-
-def _measure(session: Session, reporter: Reporter, analysis: LayerAnalysis) -> None:
-    """Compute the single-layer losses of every layer at its smallest anchors, where they are missing."""
-    missing = analysis.work.missing(SINGLE_LAYER_LOSSES, session.layers.specs)
-    if missing:
-        with reporter.stage("measure", len(missing), "layers") as advance:
-            write_single_layer_losses(analysis, _few(session), missing, advance)

@@ -10,13 +10,13 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import convert_target
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
-from globalopt.pipeline.analyse import choose_metrics, collect_output_grams
+from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.plan import RefinementPlan, probe_solver
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
-from globalopt.runs.artefacts import SUMMARY, Stage
+from globalopt.runs.artefacts import SUMMARY
 from globalopt.runs.cache import Cache
 from globalopt.runs.files import digest
 from globalopt.runs.folder import Run
@@ -66,7 +66,7 @@ def compress(
         file.served.check(convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget), spec)
     patterns = {target.pattern for target in allocation.targets.values()}
     pattern = patterns.pop() if len(patterns) == 1 else None
-    probe = probe_solver(plan.solver.outputs)
+    probe = probe_solver(plan.solver)
     addresses = compress_addresses(session, plan, file, probe, pattern)
     with opened(session, folder, compress_identity(session, plan, file), command, cache, fresh) as (run, at):
         if run.has(SUMMARY, None):
@@ -76,9 +76,9 @@ def compress(
         reused = note_reused(session, reporter, run, addresses)
         budget_file.write(run.budget_path, file)
         if plan.metric_choices:
-            collect_output_grams(session, reporter, run, Stage.LABELS, session.layers.specs, plan.seed)
+            collect_output_grams(session, reporter, run, session.layers.specs, plan.seed)
             analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)
-            choose_metrics(session, reporter, analysis, probe)
+            choose_error_metrics(session, reporter, analysis, probe)
         return finish(session, reporter, run, plan, file, command, reused=reused), run
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from globalopt.analysis.grid import Options
-from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS
+from globalopt.analysis.metric_choices import WINDOWS as MEASURED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.kernels.top_kl import TOP
@@ -79,7 +79,7 @@ class Job:
     >>> from globalopt.pipeline.example import example_plan
     >>> job = search_job(example_plan(budget=0.3), refines=True)
     >>> job.kept, job.solver.name, job.sweeps, job.anchors
-    (0.3, 'wanda', True, False)
+    (0.3, 'wanda', True, True)
     """
 
     kept: float
@@ -126,7 +126,7 @@ def compress_job(plan: RefinementPlan, kept: float) -> Job:
     return Job(
         kept,
         plan.solver,
-        probe_solver(plan.solver.outputs),
+        probe_solver(plan.solver),
         searches=False,
         refines=True,
         sweeps=plan.output_grams or plan.block_output_grams,

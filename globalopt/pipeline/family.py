@@ -12,14 +12,14 @@ from allocators.nested import nested
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.errors import BudgetError, UsageError
-from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, objective_addresses
+from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, correction_address, objective_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.plan import SearchPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
-from globalopt.pipeline.search import budget_of, outcome, pose, true_loss
+from globalopt.pipeline.search import budget_of, corrected, outcome, pose, true_loss
 from globalopt.pipeline.session import Session, versions
-from globalopt.runs.artefacts import FAMILY
+from globalopt.runs.artefacts import FAMILY, Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget
@@ -83,7 +83,9 @@ def family(
     reached = _reached(plan, specs, budgets, leave_out)
     left_out = tuple(sorted(set(budgets) - reached.keys()))
     plan = replace(plan, rule=replace(plan.rule, kept=max(reached)))
-    addresses = objective_addresses(session, plan)
+    around = _around(list(reached.values()))
+    addresses = dict(objective_addresses(session, plan))
+    addresses[Stage.CORRECTIONS] = correction_address(addresses, plan, [budget.kept for budget in around])
     identity = family_identity(session, plan, list(reached))
     with opened(session, folder, identity, command, cache, fresh) as (run, at):
         if run.has(FAMILY, None):
@@ -95,7 +97,8 @@ def family(
         at(addresses)
         note_reused(session, reporter, run, addresses)
         analysis = analyse(session, reporter, plan.analysis, run)
-        problem = pose(session, plan, run)
+        predicted = pose(session, plan, run)
+        problem = corrected(session, reporter, plan, analysis, predicted, around)
         found: list[Allocation] = []
         with reporter.stage("allocate", len(reached), "budgets") as advance:
             for allocation in nested(problem, list(reached.values()), knapsack):
@@ -108,7 +111,7 @@ def family(
         for file in files:
             budget_file.write(run.family_budget_path(file.asked), file)
         flat = [Uniform().allocate(replace(problem, budget=budget)) for budget in reached.values()]
-        outcomes, candidates = _outcomes(session, reporter, plan, analysis, problem, [*found, *flat])
+        outcomes, candidates = _outcomes(session, reporter, plan, analysis, predicted, [*found, *flat])
         selection = session.splits.selection
         made = Family(
             command=command,
@@ -163,6 +166,11 @@ def family_identity(session: Session, plan: SearchPlan, budgets: Sequence[float]
     }
 
 
+def _around(budgets: Sequence[Budget]) -> list[Budget]:
+    """Choose the budgets around which predicted losses are corrected: the least, the middle and the largest one."""
+    return [budgets[i] for i in sorted({0, len(budgets) // 2, len(budgets) - 1})]
+
+
 def _reached(
     plan: SearchPlan, specs: tuple[LayerSpec, ...], budgets: Sequence[float], leave_out: bool
 ) -> Mapping[float, Budget]:
@@ -192,5 +200,9 @@ def _outcomes(
     if not plan.search_tokens:
         return [outcome(one) for one in allocations], None
     whole = replace(plan, search_tokens=len(allocations) * session.splits.selection.windows.numel())
-    with true_loss(session, reporter, whole, analysis, problem, "measure") as objective:
+    chunks = -(-len(session.splits.selection.windows) // session.text_options.batch_size)
+    with (
+        reporter.stage("measure", chunks * len(allocations), "chunks") as advance,
+        true_loss(session, whole, analysis, problem, None, advance) as objective,
+    ):
         return [outcome(one, objective) for one in allocations], objective.candidates

@@ -20,7 +20,7 @@ from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, load_from, versions
 from globalopt.protocols import Solver
 from globalopt.refine.blocks import Refinement, checked, refine
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, SAMPLES, SUMMARY, WINDOWS, Stage
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, SAMPLES, SUMMARY, WINDOWS
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
@@ -69,7 +69,7 @@ def finish(
         reporter.note(note)
     if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):
         # No earlier sweep computed them with those of the layers.
-        collect_output_grams(session, reporter, run, Stage.MATCH_LABELS, (), plan.seed)
+        collect_output_grams(session, reporter, run, (), plan.seed)
     targets = {
         spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
         for spec in layers.specs

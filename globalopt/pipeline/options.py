@@ -40,6 +40,7 @@ class SearchOptions:
         search_tokens: tokens of forward passes on which the allocator may evaluate the objective.
         serving_profile: name of the place where the model will be served, with limits of its own.
         rank_multiple: ranks are multiples of it; None is the profile's own.
+        correct: whether predicted losses are corrected by the loss of the model at the targets they lead to.
     Raises:
         UsageError: an option is unknown, or at odds with another.
 
@@ -63,6 +64,7 @@ class SearchOptions:
     search_tokens: int = 500_000
     serving_profile: str = "dense"
     rank_multiple: int | None = None
+    correct: bool = True
 
     def __post_init__(self) -> None:
         profile = get_profile(self.serving_profile)

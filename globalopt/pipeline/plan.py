@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from allocators import get_allocator
+from globalopt.analysis.corrections import ROUNDS
 from globalopt.analysis.grid import Options
 from globalopt.budgets.serving_limits import ServingProfile, check_solver, get_profile
 from globalopt.errors import UsageError
@@ -19,7 +20,7 @@ from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation
 from globalopt.models.layers import ModelLayers
 from globalopt.pipeline.options import RefineOptions, SearchOptions
-from globalopt.protocols import Allocator, Needs, Outputs, Solver
+from globalopt.protocols import Allocator, Needs, Outputs, Reads, Solver
 from globalopt.refine.blocks import Order
 from globalopt.runs.files import digest
 from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
@@ -28,9 +29,9 @@ from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import ErrorUnit
 from solvers import get_solver
 
-OTHER_LABELS = 2**31
-"""Combined with a seed by exclusive or, gives the seed of independent labels."""
-
+PROBE_STEPS = 30
+"""Steps of ADMM of the probe solver. Its error at a target is about a quarter above that of the default solver, by much
+the same factor in all layers of a kind, so that the solver gap makes up for it."""
 
 NOT_OWN = ("solvers", "allocators", "globalopt", "abc", "builtins", "typing")
 """Packages whose classes are covered by a version; the source of all other base classes is hashed."""
@@ -97,9 +98,9 @@ class AnalysisPlan:
         return self.solver.outputs is not Outputs.NONE and self.fisher
 
     @property
-    def single_layer_losses(self) -> bool:
-        """Tell whether single-layer losses of small anchors are computed; a pattern keeps more than these anchors."""
-        return self.anchors and self.fisher and self.pattern is None
+    def compared(self) -> bool:
+        """Tell whether the probe is compared with the solver of the refinement, where that is another one."""
+        return self.anchors and method_record(self.probe) != method_record(self.solver)
 
     @property
     def unit(self) -> ErrorUnit:
@@ -196,6 +197,16 @@ class SearchPlan:
         """Return the seed of the whole job."""
         return self.analysis.seed
 
+    @property
+    def reads(self) -> Reads:
+        """Return what of the problem is computed: what the allocator reads."""
+        return self.allocator.reads
+
+    @property
+    def rounds(self) -> int:
+        """Return the most rounds in which predicted losses are corrected by the model."""
+        return ROUNDS if self.analysis.fisher and self.words["correct"] else 0
+
     def check_feasible(self, specs: tuple[LayerSpec, ...], budget: Budget) -> None:
         """Refuse a model for which there is no allocation, before anything is computed.
 
@@ -251,17 +262,16 @@ def resolve(
     """
     solver = solver or get_solver(options.solver, options.solver_options)
     allocator = allocator or get_allocator(options.allocator, options.allocator_options)
-    anchors = options.predict_from == "anchors" and solver.needs is Needs.GRAM
+    anchors = options.predict_from == "anchors"
     if options.candidates == "anchors" and not anchors:
         raise UsageError(
-            f"There are no anchor solutions to make candidates from: solver {solver.name} moves no weight it keeps, or "
-            "--predict-from is span. Use --candidates span."
+            "There are no anchor solutions to make candidates from, as --predict-from is span. Use --candidates span."
         )
     check_solver(options.serving_profile, options.limits, solver)
     rule = BudgetRule(options.budget, options.accounting).check()
     analysis = AnalysisPlan(
         solver=solver,
-        probe=probe_solver(solver.outputs),
+        probe=probe_solver(solver),
         accounting=options.accounting,
         fisher=options.sensitivity != "none",
         anchors=anchors,
@@ -302,13 +312,17 @@ def resolve_refinement(options: RefineOptions, solver: Solver, fisher: bool, see
     )
 
 
-def probe_solver(outputs: Outputs) -> Solver:
-    """Make the probe solver: 80 steps of 3BASiL, using the output Gram as the solver of the refinement does.
+def probe_solver(solver: Solver) -> Solver:
+    """Make the probe solver of a solver: a few steps of 3BASiL, using the output Gram as the solver does.
 
-    >>> probe_solver(Outputs.NONE).name
-    '3basil'
+    A solver that only ranks the entries of a layer takes no time, and probes itself.
+
+    >>> probe_solver(get_solver("wanda")).name, probe_solver(get_solver("sparsegpt")).name
+    ('wanda', '3basil')
     """
-    return get_solver("3basil", {"steps": "80", "outputs": str(outputs)})
+    if solver.needs is not Needs.GRAM and not solver.low_rank:
+        return solver
+    return get_solver("3basil", {"steps": str(PROBE_STEPS), "outputs": str(solver.outputs)})
 
 
 def method_record(method: Solver | Allocator) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from globalopt.pipeline.session import Session
 from globalopt.runs.artefacts import (
     ALLOCATED,
     ANCHORS,
+    CORRECTIONS,
     GRAM,
     METRIC_CHOICE,
     OUTPUT_GRAM,
     PREDICTION,
-    SINGLE_LAYER_LOSSES,
     SOLVED_LAYER,
     SOLVER_GAP,
     SPAN,
@@ -108,12 +108,12 @@ def _complete(layers: ModelLayers) -> list[tuple[Artefact[Any, Any], Sequence[An
     return [
         (GRAM, list(dict.fromkeys(spec.site for spec in specs))),
         (OUTPUT_GRAM, specs),
-        (METRIC_CHOICE, specs),
         (SPAN, specs),
         (ANCHORS, specs),
+        (METRIC_CHOICE, specs),
         (SOLVER_GAP, sampled(specs)),
-        (SINGLE_LAYER_LOSSES, specs),
         (PREDICTION, specs),
+        (CORRECTIONS, [None]),
         (ALLOCATED, [None]),
         (SOLVED_LAYER, specs),
     ]

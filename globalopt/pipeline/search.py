@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from allocators import Uniform
+from allocators import Knapsack, Uniform
+from globalopt.analysis.attribution import Attribution, attribute
+from globalopt.analysis.corrections import WINDOWS, correct
+from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
@@ -20,15 +24,18 @@ from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.finish import finish
-from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
-from globalopt.protocols import Solver
-from globalopt.runs.artefacts import ALLOCATED, PREDICTION, PROFILE, SPAN, SUMMARY, TEACHER
+from globalopt.protocols import Reads
+from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, PROFILE, SPAN, SUMMARY, TEACHER
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
+from globalopt.values.budget import Budget, Target
+from globalopt.values.corrections import NO_CORRECTIONS
+from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
 from globalopt.values.results import Outcome, Summary
 from globalopt.values.span import Span
@@ -98,38 +105,108 @@ def allocated(
     >>> allocation.used, problem.budget.limit, run.has(ALLOCATED, None)
     (1088, 1088, True)
     """
-    analysis = analyse(session, reporter, plan.analysis, run)
-    problem = pose(session, plan, run)
+    analysis = analyse(session, reporter, plan.analysis, run, plan.reads)
+    predicted = pose(session, plan, run)
+    problem = corrected(session, reporter, plan, analysis, predicted, [predicted.budget])
     if not run.has(ALLOCATED, None):
-        run.put(ALLOCATED, None, allocate(session, reporter, plan, analysis, problem))
+        run.put(ALLOCATED, None, allocate(session, reporter, plan, analysis, predicted, problem))
     found = run.get(ALLOCATED, None)
     return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found
 
 
+def corrected(
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
+    analysis: LayerAnalysis,
+    problem: Problem,
+    budgets: Sequence[Budget],
+) -> Problem:
+    """Correct the predicted losses of a problem by the model, around the allocations that they lead to.
+
+    Args:
+        problem: with surfaces as predicted.
+        budgets: around which they are corrected, one after the other.
+    Returns:
+        the problem with corrected surfaces; `problem` itself where the plan corrects nothing or predicts nothing.
+
+    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
+    >>> session, reporter, plan = example_session(), example_reporter(), example_plan(allocator="knapsack")
+    >>> with Run.start(Path("corrected"), {}, {}) as run:
+    ...     analysis = analyse(session, reporter, plan.analysis, run)
+    ...     problem = pose(session, plan, run)
+    ...     found = corrected(session, reporter, plan, analysis, problem, [problem.budget])
+    >>> len(found.surfaces), len(run.get(CORRECTIONS, None).losses) > 0
+    (14, True)
+    """
+    run = analysis.work
+    if not plan.rounds or Reads.SURFACES not in plan.reads:
+        return problem
+    if not run.has(CORRECTIONS, None):
+        solve = Knapsack(exact=False).allocate
+        best = NO_CORRECTIONS
+        dense = {spec.name: Target.dense(spec) for spec in problem.specs}
+        with (
+            reporter.stage("correct", plan.rounds * len(budgets), "rounds") as advance,
+            true_loss(session, plan, analysis, problem, WINDOWS) as objective,
+        ):
+
+            def shares(targets: Mapping[str, Target]) -> Attribution:
+                model, weights = objective.weights(targets)
+                return attribute(model, weights, range(model.chunks), session.loaded.device)
+
+            def alone(targets: Mapping[str, Target]) -> dict[str, float]:
+                model, weights = objective.weights({**dense, **targets})
+                losses = model.losses_of([{name: weights[name]} for name in targets], range(model.chunks)).mean(1)
+                return dict(zip(targets, losses.tolist(), strict=True))
+
+            for budget in budgets:
+                posed = replace(problem, budget=budget)
+                for found in correct(posed, solve, shares, alone, plan.rounds, best):
+                    advance(f"loss {found.losses[-1]:.3g}")
+                    best = found
+        run.put(CORRECTIONS, None, best)
+    return run.get(CORRECTIONS, None).apply(problem)
+
+
 def allocate(
-    session: Session, reporter: Reporter, plan: SearchPlan, analysis: LayerAnalysis, problem: Problem
+    session: Session,
+    reporter: Reporter,
+    plan: SearchPlan,
+    analysis: LayerAnalysis,
+    predicted: Problem,
+    problem: Problem,
 ) -> Allocated:
     """Choose the targets of all layers, and predict the loss of the uniform allocation for comparison.
 
     An allocator that uses the objective gets it, and its allocation and the uniform one are evaluated on all of the
     selection text.
 
+    Args:
+        predicted: with surfaces as predicted, of which the candidates of the objective are made.
+        problem: with corrected surfaces.
+
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> session, reporter, plan = example_session(), example_reporter(), example_plan(allocator="knapsack")
     >>> with Run.start(Path("knapsack"), {}, {}) as run:
     ...     analysis = analyse(session, reporter, plan.analysis, run)
     ...     problem = pose(session, plan, run)
-    ...     found = allocate(session, reporter, plan, analysis, problem)
+    ...     found = allocate(session, reporter, plan, analysis, problem, problem)
     >>> found.bound <= problem.finish(found.targets, by="knapsack").predicted <= found.uniform.predicted
     True
     """
     flat = Uniform().allocate(problem)
-    if not plan.allocator.uses_objective:
+    if Reads.OBJECTIVE not in plan.reads:
         with reporter.stage("allocate", 1, "budgets") as advance:
             allocation = plan.allocator.allocate(problem)
             advance(plan.allocator.name)
         return Allocated(allocation.targets, allocation.bound, None, outcome(flat))
-    with true_loss(session, reporter, plan, analysis, problem) as objective:
+    selection = session.splits.selection
+    most = plan.search_tokens // (min(session.text_options.batch_size, len(selection.windows)) * selection.seqlen)
+    with (
+        reporter.stage("search", most, "chunks") as advance,
+        true_loss(session, plan, analysis, predicted, None, advance, problem) as objective,
+    ):
         allocation = plan.allocator.allocate(problem, objective)
         loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
         searched = objective.search_record(loss)
@@ -152,23 +229,31 @@ def outcome(allocation: Allocation, objective: SearchObjective | None = None) ->
     return Outcome(allocation.used, allocation.predicted, float(losses.mean()), stderr)
 
 
-def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
+def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = None) -> Problem:
     """Pose the allocation problem of an analysed model: the error surfaces of its layers, under its budget.
 
+    Where no losses are predicted, as the allocator does not read them, a layer has two options, dense and zero, and its
+    surface is its share of the weights.
+
     Args:
-        run: with predictions, profiles and spans.
+        run: with predictions, profiles and spans, as far as they are read.
+        reads: what is read; None is what the plan's allocator reads.
 
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
-    >>> session, plan = example_session(), example_plan()
+    >>> session, plan = example_session(), example_plan(allocator="knapsack")
     >>> with Run.start(Path("posed"), {}, {}) as run:
     ...     _ = analyse(session, example_reporter(), plan.analysis, run)
     ...     problem = pose(session, plan, run)
     >>> len(problem.specs), problem.budget.limit, {target.rank for target in problem.surfaces[0].targets}
     (14, 2176, {0})
     """
+    reads = plan.reads if reads is None else reads
     specs = {spec.name: spec for spec in session.layers.specs}
-    surfaces = tuple(_offered(run.get(PREDICTION, spec).surface, plan.analysis.solver) for spec in specs.values())
-    profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()}
+    if Reads.SURFACES in reads:
+        surfaces = tuple(run.get(PREDICTION, spec).surface for spec in specs.values())
+    else:
+        surfaces = tuple(_unpredicted(spec, plan.analysis) for spec in specs.values())
+    profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()} if Reads.PROFILES in reads else {}
 
     def span(name: str) -> Span:
         return run.get(SPAN, specs[name])
@@ -184,12 +269,11 @@ def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
     )
 
 
-def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
-    """Keep the options that a solver can meet: of a solver without low-rank part, those of rank 0."""
-    if solver.low_rank:
-        return surface
-    kept = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.rank == 0]
-    return ErrorSurface(surface.spec, tuple(t for t, _ in kept), tuple(e for _, e in kept))
+def _unpredicted(spec: LayerSpec, plan: AnalysisPlan) -> ErrorSurface:
+    """Make a surface that says nothing of a layer but its size; its options are those that a uniform budget needs."""
+    most = spec.max_rank if plan.solver.low_rank else 0
+    targets = Options.of(spec, most, plan.pattern, plan.limits).targets
+    return ErrorSurface(spec, targets, tuple(float(spec.numel - target.params(spec)) for target in targets))
 
 
 def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: Allocation) -> BudgetFile:
@@ -201,10 +285,10 @@ def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: 
     ...     problem, allocation, _ = allocated(session, reporter, plan, run)
     >>> file = budget_of(session, plan, problem, allocation)
     >>> file.allocator, file.used <= file.limit, file.error_unit.value
-    ('uniform', True, 'nats per token')
+    ('uniform', True, 'not predicted')
     """
     coverage = session.layers.coverage
-    return budget_file.make(
+    file = budget_file.make(
         allocation,
         problem,
         session.fingerprint,
@@ -213,16 +297,18 @@ def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: 
         plan.rule.kept,
         plan.analysis.unit,
     )
+    return file if Reads.SURFACES in plan.reads else budget_file.unpredicted(file)
 
 
 @contextlib.contextmanager
 def true_loss(
     session: Session,
-    reporter: Reporter,
     plan: SearchPlan,
     analysis: LayerAnalysis,
     problem: Problem,
-    stage: str = "search",
+    windows: int | None = None,
+    advance: Callable[[str], None] = lambda detail: None,
+    beside: Problem | None = None,
 ) -> Iterator[SearchObjective]:
     """Yield the objective of an analysed model: the KL divergence from the dense model on the selection text.
 
@@ -230,22 +316,24 @@ def true_loss(
 
     Args:
         analysis: of a run; its journal keeps the evaluations.
-        stage: name of the stage on the display.
+        problem: with surfaces as predicted, of which candidates are made.
+        windows: the first windows of the text alone, without a journal; None is all of them.
+        advance: called for every candidate and chunk whose tokens are counted.
+        beside: problem whose predictions are recorded beside the evaluations; None is `problem`.
 
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> session, reporter, plan = example_session(), example_reporter(), example_plan()
     >>> with Run.start(Path("loss"), {}, {}) as run:
     ...     analysis = analyse(session, reporter, plan.analysis, run)
-    ...     problem = pose(session, plan, run)
+    ...     problem = pose(session, plan, run, Reads.SURFACES)
     ...     allocation = Uniform(rank_share=0.0).allocate(problem)
-    ...     with true_loss(session, reporter, plan, analysis, problem) as objective:
+    ...     with true_loss(session, plan, analysis, problem) as objective:
     ...         losses = objective.losses([allocation.targets], [0])
     >>> bool((losses > 0).all())
     True
     """
-    batches = session.batches(session.splits.selection)
+    batches = session.batches(session.splits.selection, windows=windows)
     selection = Selection(tuple(len(batch.input_ids) for batch in batches), session.splits.selection.seqlen)
-    most = plan.search_tokens // max(batch.tokens for batch in batches)
     run = analysis.work
     assert isinstance(run, Run), "the analysis of a run"
     gap = read_gap(analysis)
@@ -256,21 +344,21 @@ def true_loss(
         assert overlap is not None, "anchor solutions were predicted too"
         return AnchoredLayer(surface, residuals.rows, residuals.tensor, overlap)
 
-    with reporter.stage(stage, most, "chunks") as advance:
-        objective = SearchObjective(
-            lambda: BlockRunner(session.layers, batches),
-            selection,
-            problem,
-            fitted if plan.analysis.anchors and plan.candidates != "span" else None,
-            plan.search_tokens,
-            run.journal_path,
-            run.path(TEACHER, None),
-            advance,
-        )
-        try:
-            yield objective
-        finally:
-            objective.close()
+    objective = SearchObjective(
+        lambda: BlockRunner(session.layers, batches),
+        selection,
+        problem,
+        fitted if plan.analysis.anchors and plan.candidates != "span" else None,
+        plan.search_tokens,
+        run.journal_path if windows is None else None,
+        run.path(TEACHER, None) if windows is None else None,
+        advance,
+        beside,
+    )
+    try:
+        yield objective
+    finally:
+        objective.close()
 
 
 def search_identity(session: Session, plan: SearchPlan) -> dict[str, Any]:

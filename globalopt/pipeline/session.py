@@ -85,10 +85,14 @@ class Session:
         """Hash all that the forward pass of the dense model uses; to be read before a stage changes the model."""
         return model_sha256(self.layers, self.loaded.tokenizer)
 
-    def batches(self, split: Split, most: int | None = None) -> list[Batch]:
-        """Split windows into batches of the batch size of the options, or of `most` windows if that is less."""
+    def batches(self, split: Split, most: int | None = None, windows: int | None = None) -> list[Batch]:
+        """Split windows into batches of the batch size of the options, or of `most` windows if that is less.
+
+        Args:
+            windows: the first windows of the split alone; None is all of them.
+        """
         size = self.text_options.batch_size
-        return [Batch(windows) for windows in split.windows.split(size if most is None else min(size, most))]
+        return [Batch(some) for some in split.windows[:windows].split(size if most is None else min(size, most))]
 
     def runner(self, run: Path, most: int | None = None) -> BlockRunner:
         """Make a runner of the blocks on the calibration text.

@@ -18,6 +18,7 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
+from globalopt.values.corrections import Corrections
 from globalopt.values.layer import LayerSpec
 from globalopt.values.results import Family, LayerCurves, Samples, Summary, WindowLosses
 from globalopt.values.scores import Scorecard
@@ -31,27 +32,22 @@ AGAIN = "Delete it and run the command again."
 class Stage(StrEnum):
     """Describe the stages of a run, in order. The artefacts of a stage share one folder, addressed by what made them.
 
-    `PROBE_LABELS`, `LABELS` and `MATCH_LABELS` are one computation, the backward sweep for output Grams, with labels
-    sampled under different seeds: for the probe solver, for predicted losses and refinement, and for matching.
-
     >>> Stage("spans").name
     'SPANS'
     """
 
     GRAMS = "grams"
-    SPECTRA = "spectra"
+    LABELS = "labels"
     PROFILES = "profiles"
-    PROBE_LABELS = "probe-labels"
-    METRICS = "metrics"
+    SPECTRA = "spectra"
     SPANS = "spans"
     ANCHORS = "anchors"
+    METRICS = "metrics"
     GAPS = "solver-gaps"
-    LOSSES = "single-layer-losses"
-    LABELS = "labels"
     PREDICTIONS = "predictions"
+    CORRECTIONS = "corrections"
     OBJECTIVE = "objective"
     ALLOCATION = "allocation"
-    MATCH_LABELS = "match-labels"
     REFINEMENT = "refinement"
     MODEL_MATCHING = "model-matching"
     RESULT = "result"
@@ -235,8 +231,8 @@ class Artefact(Generic[K, T]):
         form: of the file.
         stage: that makes it.
 
-    >>> OUTPUT_GRAM.during(Stage.PROBE_LABELS).stage.value
-    'probe-labels'
+    >>> ANCHORS.during(Stage.METRICS).stage.value
+    'metrics'
     """
 
     folder: str
@@ -266,13 +262,14 @@ GRAM = Artefact("", SITE, _GRAM, Stage.GRAMS)
 CURVES = Artefact("curves", NAME, values(LayerCurves), Stage.SPECTRA)
 PROFILE = Artefact("", LAYER, _PROFILE, Stage.PROFILES)
 OUTPUT_GRAM = Artefact("", LAYER, _GRAM, Stage.LABELS)
-BLOCK_OUTPUT_GRAM = Artefact("", BLOCK, _GRAM, Stage.MATCH_LABELS)
+BLOCK_OUTPUT_GRAM = Artefact("", BLOCK, _GRAM, Stage.LABELS)
+PROBED = Artefact("probed", LAYER, _ANCHORS, Stage.METRICS)
 METRIC_CHOICE = Artefact("", LAYER, _CHOICE, Stage.METRICS)
 SPAN = Artefact("", LAYER, _SPAN, Stage.SPANS)
 ANCHORS = Artefact("", LAYER, _ANCHORS, Stage.ANCHORS)
 SOLVER_GAP = Artefact("", LAYER, _NUMBERS, Stage.GAPS)
-SINGLE_LAYER_LOSSES = Artefact("", LAYER, _NUMBERS, Stage.LOSSES)
 PREDICTION = Artefact("", LAYER, _PREDICTION, Stage.PREDICTIONS)
+CORRECTIONS = Artefact("", only("corrections"), values(Corrections), Stage.CORRECTIONS)
 TEACHER = Artefact("", only("teacher"), _MAPPING, Stage.OBJECTIVE)
 ALLOCATED = Artefact("", only("allocation"), _ALLOCATED, Stage.ALLOCATION)
 SOLVED_LAYER = Artefact("layers", LAYER, _LAYER, Stage.REFINEMENT)

@@ -14,7 +14,15 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from globalopt.runs.records import Allocated, AnchorSolutions, Matched, MetricChoice, Prediction, SolvedLayer
+from globalopt.runs.records import (
+    Allocated,
+    AnchorSolutions,
+    CheckedLoss,
+    Matched,
+    MetricChoice,
+    Prediction,
+    SolvedLayer,
+)
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
@@ -189,19 +197,22 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 def encode_choice(choice: MetricChoice) -> Metadata:
     """Encode a choice of metric.
 
-    >>> encode_choice(MetricChoice(plain=0.02, weighted=0.01))
-    {'plain': 0.02, 'weighted': 0.01}
+    >>> encode_choice(MetricChoice((CheckedLoss(Target(0, 2), predicted=0.1, weighted=0.2, plain=0.3),)))
+    {'checked': [[0, 2, None, 0.1, 0.2, 0.3]]}
     """
-    return asdict(choice)
+    return {"checked": [[*encode_target(c.target), c.predicted, c.weighted, c.plain] for c in choice.checked]}
 
 
 def decode_choice(spec: LayerSpec, record: Metadata) -> MetricChoice:
     """Decode a choice of metric.
 
-    >>> decode_choice(LayerSpec("up", 0, "in", "up", 2, 2), {"plain": 2, "weighted": 1}).uses_output_gram
-    True
+    >>> record = {"checked": [[0, 2, None, 0.1, 0.2, 0.3]]}
+    >>> decode_choice(LayerSpec("up", 0, "in", "up", 2, 2), record).losses
+    {Target(rank=0, nnz=2, pattern=None, signs=False): 0.2}
     """
-    return MetricChoice(float(record["plain"]), float(record["weighted"]))
+    return MetricChoice(
+        tuple(CheckedLoss(decode_target(words[:-3]), *map(float, words[-3:])) for words in record["checked"])
+    )
 
 
 def encode_numbers(numbers: Mapping[Target, float]) -> Metadata:

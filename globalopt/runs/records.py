@@ -38,24 +38,50 @@ class AnchorSolutions:
 
 
 @dataclass(frozen=True)
-class MetricChoice:
-    """Compare the two metrics a layer can be solved in, by the loss of the model with that layer alone replaced.
+class CheckedLoss:
+    """Compare a predicted loss of a layer with what the model loses when that layer alone is replaced.
 
     Args:
-        plain: nats per token after a probe solution in `tr(E G Eᵀ)`.
-        weighted: nats per token after a probe solution in `tr(A E G Eᵀ)`.
+        target: at which the layer was solved.
+        predicted: nats per token, by the metric with the output Gram.
+        weighted: nats per token after a solution in `tr(A E G Eᵀ)`.
+        plain: nats per token after a solution in `tr(E G Eᵀ)`.
 
-    >>> MetricChoice(plain=0.02, weighted=0.01).uses_output_gram
+    >>> CheckedLoss(Target(0, 2), predicted=0.001, weighted=0.02, plain=0.01).plain
+    0.01
+    """
+
+    target: Target
+    predicted: float
+    weighted: float
+    plain: float
+
+
+@dataclass(frozen=True)
+class MetricChoice:
+    """Choose between the two metrics in which a layer can be solved.
+
+    Args:
+        checked: ascending in what is kept; empty where no loss gave a reason to compare.
+
+    >>> MetricChoice((CheckedLoss(Target(0, 2), predicted=0.001, weighted=0.02, plain=0.01),)).uses_output_gram
+    False
+    >>> MetricChoice().uses_output_gram
     True
     """
 
-    plain: float
-    weighted: float
+    checked: tuple[CheckedLoss, ...] = ()
 
     @property
     def uses_output_gram(self) -> bool:
-        """Whether the layer is to be solved in its output Gram `A` too."""
-        return self.weighted <= self.plain
+        """Whether the layer is to be solved in its output Gram `A` too: where it keeps most, that is no worse."""
+        return not self.checked or self.checked[-1].weighted <= self.checked[-1].plain
+
+    @property
+    def losses(self) -> dict[Target, float]:
+        """The measured losses in the metric that is chosen, by target."""
+        uses = self.uses_output_gram
+        return {loss.target: loss.weighted if uses else loss.plain for loss in self.checked}
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from globalopt.pipeline.addresses import (
 )
 from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, resolve, resolve_refinement
-from globalopt.protocols import Outputs, Solver
+from globalopt.protocols import Outputs, Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.values.budget import NO_LIMITS, Budget, Target
@@ -490,7 +490,7 @@ class OwnAllocator:
 
     name = "own"
     paper = ""
-    uses_objective = False
+    reads = Reads.NOTHING
     strength: float = 0.5
 
     def allocate(self, problem: Problem, objective: Any = None) -> Allocation:

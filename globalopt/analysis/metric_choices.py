@@ -1,0 +1,163 @@
+"""Choose the error metric of a layer: with the output Gram, or by the input Gram alone where that is the better one.
+
+The output Gram `A` is the curvature at no loss: an output to which the loss is almost insensitive may still matter
+much once it is far off, as where a gate feeds a channel that the model's norms depend on. Such layers are few. They are
+found in groups: all layers of one block at a time are replaced by cheap solutions, and only in blocks that lose far
+more than is predicted every layer is replaced alone. A layer whose loss contradicts its prediction is solved in the
+other metric too, and the lower loss decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from statistics import median
+
+from torch import Tensor
+
+from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.objective.kl_to_dense import ModelObjective, Weight
+from globalopt.protocols import Solver
+from globalopt.runs.records import AnchorSolutions, CheckedLoss, MetricChoice
+from globalopt.values.budget import NO_LIMITS, Limits, Target
+from globalopt.values.layer import NM, LayerSpec
+
+VERSION = 1
+"""Raised whenever choices of metrics change."""
+
+KEPT = 0.3
+"""Fraction kept at which metrics are compared where there are no anchor solutions."""
+
+CHECKED_KEPT = 0.35
+"""Anchors that keep at most this fraction are checked: losses that grow faster than the square show there."""
+
+CONTRADICTED = 2.0
+"""Times the prediction, and times the usual ratio, by which a measured loss contradicts it."""
+
+LEAST = 1e-30
+"""Predictions below are none."""
+
+WINDOWS = 4
+"""Calibration windows on which losses are computed."""
+
+
+def probed_target(spec: LayerSpec, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> Target:
+    """Return the target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed.
+
+    >>> probed_target(LayerSpec("up", 0, "in", "up", 10, 10))
+    Target(rank=0, nnz=30, pattern=None, signs=False)
+    """
+    if not limits.sparse:
+        return Target(max(1, int(KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)
+    return Target(0, pattern.nnz(spec) if pattern is not None else int(KEPT * spec.numel), pattern)
+
+
+def choose_metrics(
+    analysis: LayerAnalysis,
+    model: ModelObjective,
+    specs: Sequence[LayerSpec],
+    solutions: Callable[[LayerSpec], AnchorSolutions],
+    probe: Solver,
+) -> Iterator[tuple[LayerSpec, MetricChoice]]:
+    """Choose the error metrics of the layers `specs`: `tr(A E G Eᵀ)` or `tr(E G Eᵀ)`.
+
+    Args:
+        analysis: with Grams and output Grams of the layers.
+        model: of the dense model, which it is again whenever a choice is yielded.
+        solutions: reads the solutions of a layer with its output Gram, of which those that keep little are checked.
+        probe: solves the layers that are doubted by their input Gram alone.
+
+    >>> from pathlib import Path
+    >>> from globalopt.analysis.collect import write_output_grams
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> from globalopt.runs.workspace import Workspace
+    >>> from solvers import get_solver
+    >>> import torch
+    >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
+    >>> runner = BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))])
+    >>> write_output_grams(runner, work, layers.specs, seed=0)
+    >>> analysis, probe = LayerAnalysis(layers, work, weighted=True), get_solver("3basil", {"steps": "5"})
+    >>> def solutions(spec):
+    ...     target = probed_target(spec)
+    ...     state = probe.prepare(layers.weight(spec.name), analysis.loss_metric(spec))
+    ...     return AnchorSolutions(((target,),), (probe.solve(state, target).value,))
+    >>> len(dict(choose_metrics(analysis, ModelObjective(runner), layers.specs, solutions, probe)))
+    14
+    """
+    blocks: dict[int, list[LayerSpec]] = {}
+    for spec in specs:
+        blocks.setdefault(spec.block, []).append(spec)
+    # Not all of a model's solutions are held at once: each is read when its weight is put into the model.
+    checked = {spec: _checked(solutions(spec)) for spec in specs}
+    rounds = max(len(targets) for targets in checked.values())
+    doubted: set[int] = set()
+    for turn in range(rounds):
+        targets = {spec: row[min(turn, len(row) - 1)] for spec, row in checked.items()}
+        groups: list[Mapping[str, Weight]] = [
+            {spec.name: partial(_weight, solutions, spec, targets[spec]) for spec in some} for some in blocks.values()
+        ]
+        predicted = [
+            sum(_predicted(analysis, model, spec, _weight(solutions, spec, targets[spec])) for spec in some)
+            for some in blocks.values()
+        ]
+        ratios = [loss / max(guess, LEAST) for loss, guess in zip(_losses(model, groups), predicted, strict=True)]
+        usual = max(1.0, median(ratios))
+        doubted |= {block for block, ratio in zip(blocks, ratios, strict=True) if ratio > CONTRADICTED * usual}
+    for block, some in blocks.items():
+        for spec in some:
+            if block in doubted:
+                yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe)
+            else:
+                yield spec, MetricChoice()
+
+
+def _checked(found: AnchorSolutions) -> tuple[Target, ...]:
+    """Return the targets of a layer's first row of solutions that keep little, and at least the first of them."""
+    row = found.rows[0]
+    value = found.values[0]
+    numel = value.S.numel()
+    per_rank = sum(value.S.shape)
+    few = tuple(t for t in row if t.rank * per_rank + t.nnz <= CHECKED_KEPT * numel)
+    return few or row[:1]
+
+
+def _weight(solutions: Callable[[LayerSpec], AnchorSolutions], spec: LayerSpec, target: Target) -> Tensor:
+    found = solutions(spec)
+    return found.values[found.anchors.index(target)].dense()
+
+
+def _predicted(analysis: LayerAnalysis, model: ModelObjective, spec: LayerSpec, weight: Tensor) -> float:
+    dense = model.dense(spec.name)
+    return analysis.loss_metric(spec).error(dense - weight.to(dense.device)) / 2
+
+
+def _losses(model: ModelObjective, groups: Sequence[Mapping[str, Weight]]) -> list[float]:
+    """Compute the mean loss with each group of weights in the model; the model is dense after it."""
+    try:
+        return model.losses_of(groups, range(model.chunks)).mean(1).tolist()
+    finally:
+        model.close()
+
+
+def _choice(
+    analysis: LayerAnalysis,
+    model: ModelObjective,
+    spec: LayerSpec,
+    targets: Sequence[Target],
+    solutions: Callable[[LayerSpec], AnchorSolutions],
+    probe: Solver,
+) -> MetricChoice:
+    """Replace one layer alone, and where that contradicts its predictions, solve it in the other metric too."""
+    weighted: list[Weight] = [partial(_weight, solutions, spec, target) for target in targets]
+    losses = _losses(model, [{spec.name: weight} for weight in weighted])
+    predicted = [_predicted(analysis, model, spec, _weight(solutions, spec, target)) for target in targets]
+    if not any(loss > CONTRADICTED * guess for loss, guess in zip(losses, predicted, strict=True)):
+        return MetricChoice()
+    state = probe.prepare(model.dense(spec.name), analysis.plain_metric(spec))
+    found = probe.solve_path(state, targets)
+    plain = _losses(model, [{spec.name: solution.value.dense()} for solution in found])
+    return MetricChoice(
+        tuple(CheckedLoss(target, *numbers) for target, *numbers in zip(targets, predicted, losses, plain, strict=True))
+    )
