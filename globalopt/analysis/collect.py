@@ -20,11 +20,11 @@ from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
-GRAMS_VERSION = 1
-"""Raised whenever Grams change."""
+GRAMS_VERSION = 2
+"""Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 1
-"""Raised whenever output Grams, or the labels that are sampled for them, change."""
+LABELS_VERSION = 2
+"""Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
 
 def span_layers(
@@ -57,8 +57,8 @@ def span_layers(
     >>> hidden = span_layers(runner, work, "activation", keep_inputs=True)
     >>> [len(batches) for batches in hidden], tuple(hidden[0][0].shape)
     ([1, 1, 1], (4, 16, 16))
-    >>> work.get(SPAN, layers.specs[0]).S.shape
-    torch.Size([16, 16])
+    >>> work.get(SPAN, layers.specs[0]).scale.shape
+    torch.Size([16])
     """
     layers = runner.layers
     inputs: list[list[Tensor]] = []
@@ -66,7 +66,8 @@ def span_layers(
         grams = _grams(visit, work)
         for spec in work.missing(SPAN, visit.specs):
             outputs = work.get(PROBE_OUTPUT_GRAM, spec) if scaling == "output" else None
-            work.put(SPAN, spec, compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs))
+            span = compute_span(layers.weight(spec.name), grams[spec.site], scaling, outputs)
+            work.put(SPAN, spec, span.basis)
         for spec in visit.specs:
             if not work.has(CURVES, spec.name):
                 work.put(CURVES, spec.name, layer_curves(layers.weight(spec.name), grams[spec.site]))

@@ -15,6 +15,7 @@ from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
+from globalopt.values.span import Span
 
 PROBE_OUTPUT_GRAM = OUTPUT_GRAM.during(Stage.PROBE_LABELS)
 """The output Gram of the metric of probe solutions, from other labels than those that predict their losses."""
@@ -74,6 +75,10 @@ class LayerAnalysis:
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
         return Options.of(spec, self.work.get(SPAN, spec).max_rank, self.pattern, self.limits)
+
+    def span(self, spec: LayerSpec) -> Span:
+        """Read the span of a layer, and compute its entries from the weight, which is to be dense."""
+        return self.work.get(SPAN, spec).span(self.layers.weight(spec.name))
 
     def output_gram(self, spec: LayerSpec) -> Gram | None:
         """Read the output Gram of a layer's error metric, or None where the metric has the input Gram alone."""

@@ -12,7 +12,7 @@ from globalopt.analysis.sensitivity import LayerSensitivity, Sketches, backward_
 from globalopt.analysis.surfaces import calibrated_surface, gram_errors, sketches
 from globalopt.kernels.sketch import DenseSketch
 from globalopt.models.walk import BlockRunner
-from globalopt.runs.artefacts import GRAM, SINGLE_LAYER_LOSSES, SPAN
+from globalopt.runs.artefacts import GRAM, SINGLE_LAYER_LOSSES
 from globalopt.runs.records import Prediction
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -66,7 +66,7 @@ def predict_by_fisher(
     gap = read_gap(analysis)
 
     def sketches_of(spec: LayerSpec) -> Sketches:
-        span = analysis.work.get(SPAN, spec).to(analysis.layers.device_of(spec.block))
+        span = analysis.span(spec).to(analysis.layers.device_of(spec.block))
         made = sketches(span, analysis.options(spec))
         if not analysis.solved_anchors(spec):
             return Sketches(made)
@@ -121,7 +121,7 @@ def predict_by_grams(
     for spec in specs:
         weight = analysis.layers.weight(spec.name)
         metric = Metric(analysis.work.get(GRAM, spec.site).to(weight.device))
-        span = analysis.work.get(SPAN, spec).to(weight.device)
+        span = analysis.span(spec).to(weight.device)
         options, errors = gram_errors(span, analysis.options(spec), metric)
         residuals = analysis.residuals(spec, weight, gap) if analysis.solved_anchors(spec) else None
         anchor_errors, overlap = ([], None) if residuals is None else _in_metric(residuals, metric)

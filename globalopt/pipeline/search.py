@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from allocators import Uniform
@@ -29,6 +31,7 @@ from globalopt.runs.artefacts import ALLOCATED, PREDICTION, PROFILE, SPAN, SUMMA
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
+from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, ErrorSurface, Problem
 from globalopt.values.results import Outcome, Summary
 from globalopt.values.span import Span
@@ -130,7 +133,8 @@ def allocate(
             advance(plan.allocator.name)
         return Allocated(allocation.targets, allocation.bound, None, outcome(flat))
     with true_loss(session, reporter, plan, analysis, problem) as objective:
-        allocation = plan.allocator.allocate(problem, objective)
+        # The spans of the problem itself would be those of a model that holds candidates.
+        allocation = plan.allocator.allocate(replace(problem, spans=objective.span), objective)
         loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
         searched = objective.search_record(loss)
         # After the search, whose tokens it does not use.
@@ -156,7 +160,7 @@ def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
     """Pose the allocation problem of an analysed model: the error surfaces of its layers, under its budget.
 
     Args:
-        run: with predictions, profiles and spans.
+        run: with predictions, profiles and spans. The problem's spans are right while the session's model is dense.
 
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> session, plan = example_session(), example_plan()
@@ -171,7 +175,7 @@ def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
     profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()}
 
     def span(name: str) -> Span:
-        return run.get(SPAN, specs[name])
+        return _span(run, specs[name], session.layers.weight(name))
 
     return Problem(
         surfaces,
@@ -182,6 +186,11 @@ def pose(session: Session, plan: SearchPlan, run: Run) -> Problem:
         plan.analysis.limits,
         span,
     )
+
+
+def _span(run: Run, spec: LayerSpec, weight: Tensor) -> Span:
+    """Read the span of a layer into main memory, given its dense weight."""
+    return run.get(SPAN, spec).span(weight).to(torch.device("cpu"))
 
 
 def _offered(surface: ErrorSurface, solver: Solver) -> ErrorSurface:
@@ -249,6 +258,7 @@ def true_loss(
     run = analysis.work
     assert isinstance(run, Run), "the analysis of a run"
     gap = read_gap(analysis)
+    specs = {spec.name: spec for spec in problem.specs}
 
     def fitted(surface: ErrorSurface, weight: Tensor) -> AnchoredLayer:
         residuals = analysis.residuals(surface.spec, weight, gap)
@@ -266,6 +276,7 @@ def true_loss(
             run.journal_path,
             run.path(TEACHER, None),
             advance,
+            lambda name, weight: _span(run, specs[name], weight),
         )
         try:
             yield objective

@@ -41,7 +41,7 @@ def full(M: Tensor, threshold: float, basis: Tensor | None = None) -> Triples:
 
 
 def subspace(M: Tensor, threshold: float, basis: Tensor | None = None) -> Triples:
-    """By subspace iteration from the previous step's `basis` (d_in, k); a full SVD past a quarter of the smaller side."""
+    """By subspace iteration from the previous step's `basis` (d_in, k); a full SVD past a quarter of the side."""
     width = 8 + (0 if basis is None else basis.shape[1])
     while 4 * width < min(M.shape):
         U, s, Vh = _leading(M, width, basis)
