@@ -18,11 +18,11 @@ from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRA
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 
-GRAMS_VERSION = 1
-"""Raised whenever Grams change."""
+GRAMS_VERSION = 2
+"""Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 1
-"""Raised whenever output Grams, or the labels that are sampled for them, change."""
+LABELS_VERSION = 2
+"""Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
 
 def write_grams(
@@ -127,14 +127,14 @@ def write_spans(
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> write_spans(layers, work, layers.specs[:1], "none")
-    >>> work.get(SPAN, layers.specs[0]).S.shape
-    torch.Size([16, 16])
+    >>> work.get(SPAN, layers.specs[0]).scale.shape
+    torch.Size([16])
     """
     for spec in specs:
         weight = layers.weight(spec.name)
         gram = None if scaling == "none" else work.get(GRAM, spec.site).to(weight.device)
         outputs = work.get(OUTPUT_GRAM, spec) if scaling == "output" else None
-        work.put(SPAN, spec, compute_span(weight, gram, scaling, outputs))
+        work.put(SPAN, spec, compute_span(weight, gram, scaling, outputs).basis)
         advance(spec.name)
 
 

@@ -81,8 +81,8 @@ class LayerAnalysis:
         return Options.of(spec, most, self.pattern, self.limits)
 
     def span(self, spec: LayerSpec) -> Span:
-        """Read the span of a layer, on the layer's device."""
-        return self.work.get(SPAN, spec).to(self.layers.device_of(spec.block))
+        """Read the span of a layer, and compute its entries from the weight, which is to be dense."""
+        return self.work.get(SPAN, spec).span(self.layers.weight(spec.name))
 
     def plain(self, spec: LayerSpec) -> bool:
         """Tell whether a layer is solved without its output Gram, although the solver would weight by it."""

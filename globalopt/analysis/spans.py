@@ -8,14 +8,13 @@ from torch import Tensor
 from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.kernels.rpca import robust_pca
 from globalopt.values.metric import Gram
-from globalopt.values.span import Span
+from globalopt.values.span import Span, SpanBasis
 
 SCALINGS = ("activation", "none", "output", "direct")
 """Scalings of a weight before it is split; see `compute_span`."""
 
-VERSION = 1
-"""Raised whenever spans change."""
-
+VERSION = 2
+"""Raised whenever spans, or what is stored of them, change."""
 
 LEAST_IMPORTANCE = 1e-4
 """Least output scale, squared, relative to the mean, so that a scaling of an output without gradient can be undone."""
@@ -49,7 +48,7 @@ def compute_span(
     gram: Gram | None = None,
     scaling: str = "activation",
     outputs: Gram | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 5e-3,
     max_steps: int = 25,
 ) -> Span:
     """Split a scaled weight exactly into ranked directions and entries: `R W D = U diag(s) Vh + S`.
@@ -70,7 +69,10 @@ def compute_span(
         weight: (d_out, d_in), any float dtype.
         gram: second moment of the inputs; required for every scaling but `none`.
         outputs: second moment of the output gradients `A`; required for `output`.
-        tolerance, max_steps: of `robust_pca`.
+        tolerance, max_steps: of `robust_pca`. On layers of two models and made-up ones (`benchmarks/spans_time.py`), a
+            tolerance of 5e-3 takes a fifth fewer steps than 1e-3 and gives the same span in practice: the leading tenth
+            of the directions overlap by at least 0.999, the largest fifth of the entries by 0.98, and the errors of
+            what is cut from the span are within 0.3 %. A tolerance of 2e-2 changes errors by up to 1.6 %.
     Raises:
         NumericalError: the weight is not finite.
         UsageError: a scaling without its Gram.
@@ -88,16 +90,17 @@ def compute_span(
     scaled = rows * weight.float() * scale
     if scaling == "direct":
         assert gram is not None, "input_scale has refused a missing Gram"
-        return _whitened(weight.float(), gram, scaled, scale, rows)
+        return _whitened(weight.float(), gram, scaled, scale, rows).span(weight)
     split = robust_pca(scaled, tolerance=tolerance, max_steps=max_steps)
-    sparse = scaled - (split.U * split.s) @ split.Vh
     stats = {
         "steps": float(split.steps),
         "residual": split.residual,
         "rank": float(len(split.s)),
         "sparse_nnz": float(torch.count_nonzero(split.S)),
     }
-    return Span(split.U, split.s, split.Vh, sparse, scale, rows, stats)
+    # The products of another memory layout may round otherwise than those of a basis that was stored.
+    U, Vh = split.U.contiguous(), split.Vh.contiguous()
+    return SpanBasis(U, split.s, Vh, scale, rows, stats).span(weight)
 
 
 def _output_scale(outputs: Gram | None, weight: Tensor) -> Tensor:
@@ -111,8 +114,8 @@ def _output_scale(outputs: Gram | None, weight: Tensor) -> Tensor:
     return (diagonal / mean + LEAST_IMPORTANCE).sqrt()[:, None]
 
 
-def _whitened(weight: Tensor, gram: Gram, scaled: Tensor, scale: Tensor, rows: Tensor) -> Span:
-    """Compute the span of the whitened SVD, with as many directions as the smaller side of the weight."""
+def _whitened(weight: Tensor, gram: Gram, scaled: Tensor, scale: Tensor, rows: Tensor) -> SpanBasis:
+    """Compute the basis of the whitened SVD, with as many directions as the smaller side of the weight."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("The weight is not finite.")
     W = weight.double()
@@ -125,4 +128,4 @@ def _whitened(weight: Tensor, gram: Gram, scaled: Tensor, scale: Tensor, rows: T
     right = U.mT @ scaled
     s = torch.linalg.vector_norm(right, dim=1)
     Vh = right / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
-    return Span(U, s, Vh, scaled - (U * s) @ Vh, scale, rows, {"rank": float(len(s))})
+    return SpanBasis(U.contiguous(), s, Vh.contiguous(), scale, rows, {"rank": float(len(s))})

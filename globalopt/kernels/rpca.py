@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from globalopt.errors import NumericalError
 
-OVERSAMPLING = 8  # directions of the subspace iteration beyond those of the basis
+FLOAT32_FLOOR = 7 * 2**-11.5
+"""Least threshold, relative to the spectral norm, at which singular values are found from a float32 Gram.
+
+A float32 Gram `X Xᵀ` has rounding errors of `eps smax²`, so a singular value `s` found from it has one of
+`eps smax² / (2 s)`. At this floor, `7 sqrt(eps)`, that is a hundredth of the threshold; without it values below
+`sqrt(eps) smax` would be lost.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +57,9 @@ def robust_pca(
         mu <- growth mu
 
     with `Y_0 = M / max(||M||_2, ||M||_inf / weight)` and `mu_0 = 1.25 / ||M||_2` (Lin, Chen, Ma 2010,
-    arXiv:1009.5055, algorithm 5). Only the singular values above `1/mu` are computed: by a warm-started subspace
-    iteration whose width follows the rank, and by a full SVD once the rank passes a quarter of the smaller side.
+    arXiv:1009.5055, algorithm 5). The thresholded `L` of `X` comes from the eigenvectors `Q` of the Gram of its smaller
+    side, with the eigenvalues `s²` above `1/mu²`: `L = Q diag(1 - 1 / (mu s)) Qᵀ X` for a wide `X`. Its singular
+    triples are computed once, after the last step.
 
     Args:
         M: (d_out, d_in) float32, not modified.
@@ -77,74 +84,46 @@ def robust_pca(
     if frobenius == 0:
         empty = M.new_zeros(0)
         return RobustPCA(M.new_zeros(d_out, 0), empty, M.new_zeros(0, d_in), M.new_zeros(d_out, d_in), 0, 0.0)
+    if d_out > d_in:
+        found = robust_pca(M.mT, weight, tolerance, max_steps, growth)
+        return replace(found, U=found.Vh.mT, Vh=found.U.mT, S=found.S.mT)
 
-    spectral = float(torch.linalg.matrix_norm(M, ord=2))
+    spectral = float(torch.linalg.eigvalsh(M @ M.mT)[-1].sqrt())
     Y = M / max(spectral, float(M.abs().max()) / weight)
     mu = 1.25 / spectral
     S = torch.zeros_like(M)
-    basis: Tensor | None = None
-    U, s, Vh = M.new_zeros(d_out, 0), M.new_zeros(0), M.new_zeros(0, d_in)
+    Q, projected = M.new_zeros(d_out, 0), M.new_zeros(0, d_in)
     residual = 1.0
     step = 0
     while step < max_steps and residual >= tolerance:
         step += 1
-        U, s, Vh = singular_above(M - S + Y / mu, 1 / mu, basis)
-        basis = Vh.mT
-        s = s - 1 / mu
-        L = (U * s) @ Vh
+        X = M - S + Y / mu
+        Q, s = leading_left(X, 1 / mu, exact=1 / mu < FLOAT32_FLOOR * spectral)
+        projected = (1 - 1 / (mu * s))[:, None] * (Q.mT @ X)
+        L = Q @ projected
         S = torch.nn.functional.softshrink(M - L + Y / mu, weight / mu)
         gap = M - L - S
         Y = Y + mu * gap
         mu *= growth
         residual = float(torch.linalg.matrix_norm(gap)) / frobenius
-    return RobustPCA(U, s, Vh, S, step, residual)
+    U, s, Vh = torch.linalg.svd(projected, full_matrices=False)
+    return RobustPCA(Q @ U, s, Vh, S, step, residual)
 
 
-def singular_above(M: Tensor, threshold: float, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the singular triples of `M` with values above `threshold`.
+def leading_left(X: Tensor, threshold: float, exact: bool = True) -> tuple[Tensor, Tensor]:
+    """Compute the left singular vectors of `X` with singular values above `threshold`, by the eigenvectors of `X Xᵀ`.
 
     Args:
-        M: (d_out, d_in). threshold: >= 0.
-        basis: (d_in, k) a guess of the leading right singular subspace, e.g. of the previous iterate; None starts
-            from a fixed pseudo-random one.
+        X: (n, m) with n <= m. threshold: > 0.
+        exact: whether the Gram is in float64, which takes about twice the time; see `FLOAT32_FLOOR`.
     Returns:
-        U (d_out, r), s (r,) descending, Vh (r, d_in); r may be 0.
+        Q (n, r) with orthonormal columns, s (r,) ascending, both in the dtype of `X`; r may be 0.
 
-    >>> U, s, Vh = singular_above(torch.diag(torch.tensor([5.0, 3.0, 1.0])), threshold=2.0)
+    >>> Q, s = leading_left(torch.diag(torch.tensor([5.0, 3.0, 1.0])), threshold=2.0)
     >>> s.round(decimals=4).tolist()
-    [5.0, 3.0]
+    [3.0, 5.0]
     """
-    smaller = min(M.shape)
-    width = OVERSAMPLING + (0 if basis is None else basis.shape[1])
-    while 4 * width < smaller:
-        U, s, Vh = _subspace_svd(M, width, basis)
-        if s[-1] <= threshold:
-            keep = s > threshold
-            return U[:, keep], s[keep], Vh[keep]
-        # All values found are above the threshold, so that there may be more: widen the subspace that was found.
-        basis, width = Vh.mT, 2 * width
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
-    keep = s > threshold
-    return U[:, keep], s[keep], Vh[keep]
-
-
-def _subspace_svd(
-    M: Tensor, width: int, basis: Tensor | None, tolerance: float = 1e-4, max_passes: int = 30
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `width` leading singular triples by subspace iteration.
-
-    It ends after `max_passes`, or when no value changes by more than `tolerance` times the largest.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(M.shape[1], width, generator=generator).to(M)
-    if basis is not None:
-        start[:, : basis.shape[1]] = basis
-    values = M.new_zeros(width)
-    for _ in range(max_passes):
-        Q = torch.linalg.qr(M @ start)[0]
-        start, R = torch.linalg.qr(M.mT @ Q)
-        before, values = values, torch.linalg.svdvals(R)
-        if float((values - before).abs().max()) <= tolerance * float(values[0]):
-            break
-    U, s, Wh = torch.linalg.svd(M @ start, full_matrices=False)
-    return U, s, Wh @ start.mT
+    wide = X.double() if exact else X
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    kept = values > threshold**2
+    return vectors[:, kept].to(X.dtype), values[kept].sqrt().to(X.dtype)

@@ -18,7 +18,7 @@ from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import ErrorSurface, Problem
 from globalopt.values.results import Search
-from globalopt.values.span import Mask
+from globalopt.values.span import Mask, Span
 
 CANDIDATES = ("auto", "anchors", "span")
 
@@ -42,6 +42,8 @@ class SearchObjective(RecordedObjective):
         teacher: file in which the metadata of the dense model's predictions are kept beside the journal, or None.
         advance: called with a detail for every candidate and chunk whose tokens are counted.
         beside: problem whose predictions are recorded beside the evaluations; None is `problem`.
+        split: makes the span of a layer from its dense weight, where the spans of the problem read the model, which may
+            hold candidates; None where they do not.
 
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
@@ -83,6 +85,7 @@ class SearchObjective(RecordedObjective):
         teacher: Path | None,
         advance: Callable[[str], None] = lambda detail: None,
         beside: Problem | None = None,
+        split: Callable[[str, Tensor], Span] | None = None,
     ) -> None:
         self.candidates = "span" if fitted is None else "anchors"
         self._start = start
@@ -90,6 +93,8 @@ class SearchObjective(RecordedObjective):
         self._surfaces = {surface.spec.name: surface for surface in problem.surfaces}
         self._fitted = fitted
         self._span = problem.span
+        self._split = split
+        self._dense: Callable[[str], Tensor] | None = None
         self._model: TargetObjective | None = None
         super().__init__(self._losses, selection, beside or problem, limit, journal, advance, self.candidates)
 
@@ -97,6 +102,12 @@ class SearchObjective(RecordedObjective):
         """Put the dense weights back into the model."""
         if self._model is not None:
             self._model.close()
+
+    def span(self, name: str) -> Span:
+        """Read the span of a layer, whatever the model holds now."""
+        if self._split is None or self._dense is None:
+            return self._span(name)
+        return self._split(name, self._dense(name))
 
     def search_record(self, loss: float) -> Search:
         """Return the metadata of the search and the tokens it spent; `loss` is that of the chosen allocation."""
@@ -119,6 +130,7 @@ class SearchObjective(RecordedObjective):
     def _prepared(self) -> TargetObjective:
         if self._model is None:
             model = ModelObjective(self._start())
+            self._dense = model.dense
             self._model = TargetObjective(model, self._materialise(model))
             if self._teacher is not None:
                 write_json(self._teacher, {"top": model.top, "tail": model.tail})
@@ -127,7 +139,7 @@ class SearchObjective(RecordedObjective):
     def _materialise(self, model: ModelObjective) -> Materialise:
         largest = max(spec.numel for spec in model.specs)
         held = max(1, ANCHORS_AT_ONCE // (16 * largest * (LAZY_SHARE if model.lazy else 1)))
-        read_span = lru_cache(held)(self._span)
+        read_span = lru_cache(held)(self.span)
         if self._fitted is None:
             return lambda spec, kept: span_weight(read_span(spec.name), kept)
         fitted, surfaces = self._fitted, self._surfaces

@@ -52,7 +52,7 @@ LABEL_COPIES = 5
 """Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
 
 HEADER = 400
-"""Bytes of the header of a file per anchor solution in it: names, types and shapes of four tensors."""
+"""Bytes of the header of a file per packed decomposition in it: names, types and shapes of its tensors."""
 
 ON_A_PATH = 0.7
 """Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
@@ -324,23 +324,24 @@ def _training(shape: _Shape, job: Job) -> int:
 def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     """Bound the bytes on disk, by folder of the run."""
     weights = sum(spec.numel for spec in shape.specs)
-    outputs = sum(4 * spec.d_out**2 for spec in shape.specs)
+    # Of Grams, which are symmetric, one triangle is written.
+    outputs = sum(2 * spec.d_out * (spec.d_out + 1) for spec in shape.specs)
     found: dict[str, int] = {}
     if job.sweeps or job.searches:
-        found["grams"] = sum(4 * specs[0].d_in ** 2 for specs in shape.sites.values())
+        found["grams"] = sum(2 * specs[0].d_in * (specs[0].d_in + 1) for specs in shape.sites.values())
     if job.sweeps:
         found["labels"] = outputs
     if job.searches:
-        # Robust PCA finds at most the rank from which it would compute a full decomposition.
-        factors = sum((spec.d_out + spec.d_in) * spec.max_rank // 4 for spec in shape.specs)
-        found["spans"] = 4 * (weights + factors)
+        found["spans"] = 4 * sum((spec.d_out + spec.d_in + 1) * (spec.max_rank + 1) for spec in shape.specs)
         if job.anchors:
             found["anchors"] = sum(map(_anchor_bytes, shape.specs))
         if job.sweeps and job.solver.outputs is not Outputs.NONE:
             # Output Grams of the probe's labels, beside those of the predictions.
             found["probe labels"] = outputs
     if job.refines:
-        found["layers"] = int((1 + job.kept) * weights * shape.stored)
+        # Packed: the parameters that are kept, and one bit per entry for the support, and one for signs.
+        bits = (1 + job.solver.signs) * weights // 8
+        found["layers"] = int(job.kept * weights * shape.stored) + bits + HEADER * len(shape.specs)
         if job.matching is not None:
             found["matched"] = (1 + (job.distillation is not None)) * found["layers"]
         found["model"] = shape.parameters * shape.stored

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from allocators import Knapsack, Uniform
@@ -207,7 +208,8 @@ def allocate(
         reporter.stage("search", most, "chunks") as advance,
         true_loss(session, plan, analysis, predicted, None, advance, problem) as objective,
     ):
-        allocation = plan.allocator.allocate(problem, objective)
+        # The spans of the problem itself would be those of a model that holds candidates.
+        allocation = plan.allocator.allocate(replace(problem, spans=objective.span), objective)
         loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
         searched = objective.search_record(loss)
         # After the search, whose tokens it does not use.
@@ -236,7 +238,8 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
     surface is its share of the weights.
 
     Args:
-        run: with predictions, profiles and spans, as far as they are read.
+        run: with predictions, profiles and spans, as far as they are read. The problem's spans are right while the
+            session's model is dense.
         reads: what is read; None is what the plan's allocator reads.
 
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
@@ -256,7 +259,7 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
     profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()} if Reads.PROFILES in reads else {}
 
     def span(name: str) -> Span:
-        return run.get(SPAN, specs[name])
+        return _span(run, specs[name], session.layers.weight(name))
 
     return Problem(
         surfaces,
@@ -267,6 +270,11 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
         plan.analysis.limits,
         span,
     )
+
+
+def _span(run: Run, spec: LayerSpec, weight: Tensor) -> Span:
+    """Read the span of a layer into main memory, given its dense weight."""
+    return run.get(SPAN, spec).span(weight).to(torch.device("cpu"))
 
 
 def _unpredicted(spec: LayerSpec, plan: AnalysisPlan) -> ErrorSurface:
@@ -337,6 +345,7 @@ def true_loss(
     run = analysis.work
     assert isinstance(run, Run), "the analysis of a run"
     gap = read_gap(analysis)
+    specs = {spec.name: spec for spec in problem.specs}
 
     def fitted(surface: ErrorSurface, weight: Tensor) -> AnchoredLayer:
         residuals = analysis.residuals(surface.spec, weight, gap)
@@ -354,6 +363,7 @@ def true_loss(
         run.path(TEACHER, None) if windows is None else None,
         advance,
         beside,
+        lambda name, weight: _span(run, specs[name], weight),
     )
     try:
         yield objective

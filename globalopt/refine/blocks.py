@@ -28,8 +28,8 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.results import LayerResult
 
-VERSION = 1
-"""Raised whenever solved layers or matched blocks change, other than by their solver."""
+VERSION = 2
+"""Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
 
 
 class Order(StrEnum):

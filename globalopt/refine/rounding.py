@@ -35,7 +35,8 @@ def rounded(value: Decomposition, weight: Tensor, metric: Metric, dtype: torch.d
     >>> metric.error(W - rounded(value, W, metric, torch.bfloat16).dense()) <= metric.error(W - plain)
     True
     """
-    plain = Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs)
+    # Pruned and rounded entries may be negative zeros. The sum makes them positive, which need not be stored.
+    plain = Decomposition(value.S.to(dtype) + 0.0, value.U.to(dtype), value.V.to(dtype), value.signs)
     if value.rank == 0 or value.signs is not None or torch.finfo(dtype).bits >= 32:
         return plain
     U = plain.U.double()

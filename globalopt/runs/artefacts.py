@@ -245,16 +245,16 @@ class Artefact(Generic[K, T]):
         return replace(self, stage=stage)
 
 
-_GRAM = tensors(codecs.encode_gram, codecs.decode_gram, ("matrix",), ("tokens",))
+_GRAM = tensors(codecs.encode_gram, codecs.decode_gram, (), ("tokens",))
 _PROFILE = json(codecs.encode_profile, codecs.decode_profile)
 _CHOICE = json(codecs.encode_choice, codecs.decode_choice)
-_SPAN = tensors(codecs.encode_span, codecs.decode_span, ("U", "s", "Vh", "S", "scale", "rows"), ("stats",))
+_SPAN = tensors(codecs.encode_span, codecs.decode_span, ("U", "s", "Vh", "scale", "rows"), ("stats",))
 _ANCHORS = tensors(codecs.encode_anchors, codecs.decode_anchors, (), ("anchors",))
 _NUMBERS = json(codecs.encode_numbers, codecs.decode_numbers)
 _PREDICTION = tensors(codecs.encode_prediction, codecs.decode_prediction, (), ("options",))
 _MAPPING = json(dict, lambda _, record: record)
 _ALLOCATED = json(codecs.encode_allocated, codecs.decode_allocated)
-_LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("S", "U", "V"))
+_LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("values", "U", "V"))
 _MATCHED = tensors(codecs.encode_matched, codecs.decode_matched, (), ("layers",))
 
 # The table: folder below the stage's own, key, form, stage.

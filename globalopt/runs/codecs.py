@@ -6,6 +6,7 @@ the wrong kind raises one of Python's own errors, which the caller (`runs.artefa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,7 +30,7 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.problem import ErrorSurface, Profile
 from globalopt.values.results import Outcome, Search
-from globalopt.values.span import Span
+from globalopt.values.span import SpanBasis
 
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]
@@ -56,60 +57,119 @@ def decode_target(words: Sequence[Any]) -> Target:
 
 
 def encode_gram(gram: Gram) -> tuple[Tensors, Metadata]:
-    """Encode a Gram.
+    """Encode a Gram: of a matrix that is symmetric to the last bit, as those of inputs are, its upper triangle.
 
-    >>> encode_gram(Gram(torch.eye(2), 7))[1]
-    {'tokens': 7}
+    >>> tensors, metadata = encode_gram(Gram(torch.eye(2), 7))
+    >>> tensors["upper"], metadata
+    (tensor([1., 0., 1.]), {'tokens': 7})
     """
-    return {"matrix": gram.matrix}, {"tokens": gram.tokens}
+    matrix = gram.matrix
+    symmetric = torch.equal(matrix, matrix.mT)
+    return {"upper": pack_upper(matrix)} if symmetric else {"matrix": matrix}, {"tokens": gram.tokens}
 
 
 def decode_gram(key: Any, tensors: Tensors, metadata: Metadata) -> Gram:
     """Decode a Gram.
 
-    >>> decode_gram("site", *encode_gram(Gram(torch.eye(2), 7))).tokens
-    7
+    >>> decode_gram("site", *encode_gram(Gram(torch.eye(2), 7))).matrix
+    tensor([[1., 0.],
+            [0., 1.]])
     """
-    return Gram(tensors["matrix"], metadata["tokens"])
+    matrix = tensors["matrix"] if "matrix" in tensors else unpack_upper(tensors["upper"])
+    return Gram(matrix, metadata["tokens"])
 
 
-def encode_span(span: Span) -> tuple[Tensors, Metadata]:
-    """Encode a span.
+def pack_upper(matrix: Tensor) -> Tensor:
+    """Pack the upper triangle of a symmetric matrix (n, n), row after row.
+
+    >>> pack_upper(torch.tensor([[1, 2], [2, 3]]))
+    tensor([1, 2, 3])
+    """
+    return torch.cat([row[i:] for i, row in enumerate(matrix)])
+
+
+def unpack_upper(packed: Tensor) -> Tensor:
+    """Unpack what `pack_upper` made of a symmetric matrix.
+
+    >>> unpack_upper(torch.tensor([1, 2, 3]))
+    tensor([[1, 2],
+            [2, 3]])
+    """
+    n = math.isqrt(2 * len(packed))
+    if n * (n + 1) // 2 != len(packed):
+        raise ValueError(f"{len(packed)} entries are not the upper triangle of a matrix.")
+    matrix = packed.new_empty(n, n)
+    for i, row in enumerate(packed.split(list(range(n, 0, -1)))):
+        matrix[i, i:] = matrix[i:, i] = row
+    return matrix
+
+
+def encode_span(basis: SpanBasis) -> tuple[Tensors, Metadata]:
+    """Encode the basis of a span; the rest of the span is computed from the weight.
 
     >>> one = torch.ones(2, 1)
-    >>> span = Span(one, torch.ones(1), one.mT, torch.eye(2), torch.ones(2), one, {"steps": 3.0})
-    >>> encode_span(span)[1]
+    >>> encode_span(SpanBasis(one, torch.ones(1), one.mT, torch.ones(2), one, {"steps": 3.0}))[1]
     {'stats': {'steps': 3.0}}
     """
-    return {
-        "U": span.U,
-        "s": span.s,
-        "Vh": span.Vh,
-        "S": span.S,
-        "scale": span.scale,
-        "rows": span.rows,
-    }, {"stats": dict(span.stats)}
+    tensors = {"U": basis.U, "s": basis.s, "Vh": basis.Vh, "scale": basis.scale, "rows": basis.rows}
+    return tensors, {"stats": dict(basis.stats)}
 
 
-def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Span:
-    """Decode a span.
+def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SpanBasis:
+    """Decode the basis of a span.
 
     >>> spec, one = LayerSpec("up", 0, "in", "up", 2, 2), torch.ones(2, 1)
-    >>> span = Span(one, torch.ones(1), one.mT, torch.eye(2), torch.ones(2), one)
-    >>> decode_span(spec, *encode_span(span)).max_rank
+    >>> decode_span(spec, *encode_span(SpanBasis(one, torch.ones(1), one.mT, torch.ones(2), one))).max_rank
     1
     """
-    return Span(**tensors, stats=metadata["stats"])
+    return SpanBasis(**tensors, stats=metadata["stats"])
 
 
-def parts_of(value: Decomposition) -> dict[str, Tensor]:
-    """Name the tensors of a decomposition by its fields.
+def pack(value: Decomposition) -> dict[str, Tensor]:
+    """Pack a decomposition: of `S` its nonzeros and one bit per entry, of a sign plane one bit per entry.
 
-    >>> sorted(parts_of(Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))))
-    ['S', 'U', 'V']
+    An `S` without zeros, or of zeros alone, needs no bits. `plus` is what a set bit of the signs stands for, in the
+    dtype of their plane. `unpack` gives back the same bits, for which a negative zero of `S` counts as a nonzero.
+
+    >>> pack(Decomposition(torch.eye(2), torch.ones(2, 0), torch.ones(0, 2)))["kept"]
+    tensor([9], dtype=torch.uint8)
     """
-    parts = {"S": value.S, "U": value.U, "V": value.V}
-    return parts if value.signs is None else {**parts, "signs": value.signs}
+    kept = (value.S != 0) | value.S.signbit()
+    parts = {"values": value.S[kept], "U": value.U, "V": value.V}
+    if 0 < len(parts["values"]) < kept.numel():
+        parts["kept"] = pack_bits(kept)
+    if value.signs is not None:
+        parts |= {"signs": pack_bits(value.signs > 0), "plus": value.signs.new_ones(1)}
+    return parts
+
+
+def unpack(tensors: Tensors, end: str = "") -> Decomposition:
+    """Unpack what `pack` made.
+
+    Args:
+        end: of the name in `tensors` of every part.
+    Raises:
+        KeyError: a part is missing, with its name.
+        ValueError: the parts disagree.
+
+    >>> unpack(pack(Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2)))).S
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    values, U, V = (tensors[part + end] for part in ("values", "U", "V"))
+    shape = (len(U), V.shape[1])
+    if f"kept{end}" in tensors or 0 < len(values) < len(U) * V.shape[1]:
+        kept = unpack_bits(tensors[f"kept{end}"], shape)
+    else:
+        kept = torch.full(shape, len(values) > 0)
+    if int(kept.sum()) != len(values):
+        raise ValueError(f"There are {len(values)} values for {int(kept.sum())} entries.")
+    S = values.new_zeros(shape)
+    S[kept] = values
+    if f"signs{end}" not in tensors:
+        return Decomposition(S, U, V)
+    plus = tensors[f"plus{end}"]
+    return Decomposition(S, U, V, torch.where(unpack_bits(tensors[f"signs{end}"], shape), plus, -plus))
 
 
 def encode_layer(solved: SolvedLayer) -> tuple[Tensors, Metadata]:
@@ -119,7 +179,7 @@ def encode_layer(solved: SolvedLayer) -> tuple[Tensors, Metadata]:
     >>> encode_layer(SolvedLayer(kept, {"status": "converged"}))[1]
     {'status': 'converged'}
     """
-    return parts_of(solved.value), solved.metadata
+    return pack(solved.value), solved.metadata
 
 
 def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SolvedLayer:
@@ -130,11 +190,11 @@ def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Solve
     >>> decode_layer(spec, *encode_layer(SolvedLayer(kept, {}))).value.nnz
     2
     """
-    return SolvedLayer(Decomposition(tensors["S"], tensors["U"], tensors["V"], tensors.get("signs")), metadata)
+    return SolvedLayer(unpack(tensors), metadata)
 
 
 def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
-    """Encode anchor solutions: of each `S` its nonzero values and one bit per entry, and the factors.
+    """Encode anchor solutions, each packed, its parts under `part.number`.
 
     All in float32, so that the residuals `W - S - U V` are the same bits after reading as before writing.
 
@@ -143,12 +203,9 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
     >>> tensors["values.0"], metadata["anchors"]
     (tensor([1., 1.]), [[[0, 2, None]]])
     """
-    tensors: dict[str, Tensor] = {}
-    for i, value in enumerate(solutions.values):
-        kept = value.S != 0
-        tensors |= {f"values.{i}": value.S[kept], f"kept.{i}": pack_bits(kept), f"U.{i}": value.U, f"V.{i}": value.V}
-        if value.signs is not None:
-            tensors[f"signs.{i}"] = value.signs
+    tensors = {
+        f"{part}.{i}": tensor for i, value in enumerate(solutions.values) for part, tensor in pack(value).items()
+    }
     return tensors, {"anchors": [[encode_target(target) for target in row] for row in solutions.rows]}
 
 
@@ -162,12 +219,8 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
             [0., 1.]])
     """
     rows = tuple(tuple(decode_target(words) for words in row) for row in metadata["anchors"])
-    values = []
-    for i in range(sum(len(row) for row in rows)):
-        S = tensors[f"values.{i}"].new_zeros(spec.d_out, spec.d_in)
-        S[unpack_bits(tensors[f"kept.{i}"], S.shape)] = tensors[f"values.{i}"]
-        values.append(Decomposition(S, tensors[f"U.{i}"], tensors[f"V.{i}"], tensors.get(f"signs.{i}")))
-    return AnchorSolutions(rows, tuple(values))
+    count = sum(len(row) for row in rows)
+    return AnchorSolutions(rows, tuple(unpack(tensors, f".{i}") for i in range(count)))
 
 
 _WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -190,8 +243,11 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
     tensor([ True, False,  True])
     """
+    count = torch.Size(shape).numel()
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes are not the bits of {count} entries.")
     bits = (packed[:, None] & _WEIGHTS.to(packed.device)) != 0
-    return bits.flatten()[: torch.Size(shape).numel()].view(*shape)
+    return bits.flatten()[:count].view(*shape)
 
 
 def encode_choice(choice: MetricChoice) -> Metadata:
@@ -310,15 +366,15 @@ def decode_allocated(key: None, record: Metadata) -> Allocated:
 
 
 def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
-    """Encode matched layers and norms, each tensor under `part:layer` or `norm:parameter`.
+    """Encode matched layers, packed, and norms, each tensor under `part:layer` or `norm:parameter`.
 
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> sorted(encode_matched(Matched({"up": kept}, {"norm.weight": torch.ones(2)}, {}))[0])
-    ['S:up', 'U:up', 'V:up', 'norm:norm.weight']
+    ['U:up', 'V:up', 'kept:up', 'norm:norm.weight', 'values:up']
     """
     tensors = {f"norm:{name}": norm for name, norm in matched.norms.items()}
     for name, value in matched.values.items():
-        tensors.update({f"{part}:{name}": tensor for part, tensor in parts_of(value).items()})
+        tensors.update({f"{part}:{name}": tensor for part, tensor in pack(value).items()})
     return tensors, {"layers": sorted(matched.values), **matched.metadata}
 
 
@@ -330,11 +386,6 @@ def decode_matched(key: Any, tensors: Tensors, metadata: Metadata) -> Matched:
     >>> decode_matched(0, *encode_matched(matched)).metadata
     {'epochs': 3}
     """
-    values = {
-        name: Decomposition(
-            tensors[f"S:{name}"], tensors[f"U:{name}"], tensors[f"V:{name}"], tensors.get(f"signs:{name}")
-        )
-        for name in metadata["layers"]
-    }
+    values = {name: unpack(tensors, f":{name}") for name in metadata["layers"]}
     norms = {name.removeprefix("norm:"): tensor for name, tensor in tensors.items() if name.startswith("norm:")}
     return Matched(values, norms, {name: found for name, found in metadata.items() if name != "layers"})

@@ -13,6 +13,40 @@ from globalopt.values.budget import Target
 
 
 @dataclass(frozen=True, eq=False)
+class SpanBasis:
+    """Hold the ranked directions of a span and its scalings: all of it that a weight does not give.
+
+    Args:
+        U: (d_out, k) unit columns. s: (k,) >= 0, the most important first. Vh: (k, d_in) unit rows.
+        scale: (d_in,) positive, the scaling of the inputs under which the split was made.
+        rows: (d_out, 1) positive, the scaling of the outputs.
+        stats: figures of the split (steps, residual, nnz of the sparse part).
+
+    >>> u = torch.full((2, 1), 0.5**0.5)
+    >>> basis = SpanBasis(u, torch.tensor([4.0]), u.mT, scale=torch.ones(2), rows=torch.ones(2, 1))
+    >>> [[round(x, 4) for x in row] for row in basis.span(torch.tensor([[2.0, 2.0], [2.0, 7.0]])).S.abs().tolist()]
+    [[0.0, 0.0], [0.0, 5.0]]
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    scale: Tensor
+    rows: Tensor
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def max_rank(self) -> int:
+        """Return the number of directions, k."""
+        return len(self.s)
+
+    def span(self, weight: Tensor) -> Span:
+        """Split a weight (d_out, d_in) exactly, `S = R W D - U diag(s) Vh`, on its own device."""
+        U, s, Vh, scale, rows = (part.to(weight.device) for part in (self.U, self.s, self.Vh, self.scale, self.rows))
+        return Span(U, s, Vh, rows * weight.float() * scale - (U * s) @ Vh, scale, rows, self.stats)
+
+
+@dataclass(frozen=True, eq=False)
 class Span:
     """Split a scaled weight into ranked directions and a sparse rest: `R W D = U diag(s) Vh + S`.
 
@@ -57,6 +91,11 @@ class Span:
     def max_rank(self) -> int:
         """Return the number of directions, k."""
         return len(self.s)
+
+    @property
+    def basis(self) -> SpanBasis:
+        """Return all but `S`, which the weight gives back."""
+        return SpanBasis(self.U, self.s, self.Vh, self.scale, self.rows, self.stats)
 
     def to(self, device: torch.device) -> Span:
         """Copy the span to `device`; one that is there already is returned itself."""

@@ -10,6 +10,8 @@ from globalopt.analysis.spans import SCALINGS, compute_span, input_scale
 from globalopt.analysis.surfaces import calibrated_surface, gram_errors, project, sketches
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.objective.candidates import take
+from globalopt.runs.artefacts import SPAN
+from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM, LayerSpec
@@ -39,6 +41,18 @@ def test_everything_taken_gives_back_the_weight(scaling, d_out, d_in):
     span = compute_span(W, gram, scaling, outputs(len(W)))
     for rank in (0, span.max_rank // 2, span.max_rank):
         torch.testing.assert_close(take(span, Target(rank, W.numel())).dense(), W, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(24, 40), (40, 24)])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_span_that_was_written_is_read_to_the_same_bits(tmp_path, scaling, d_out, d_in):
+    W, gram = layer(d_out, d_in, 200)
+    span = compute_span(W, gram, scaling, outputs(len(W)))
+    spec, work = LayerSpec("a", 0, "a", "a", d_out, d_in), Workspace(tmp_path)
+    work.put(SPAN, spec, span.basis)
+    found = work.get(SPAN, spec).span(W)
+    for part in ("U", "s", "Vh", "S", "scale", "rows"):
+        assert torch.equal(getattr(found, part), getattr(span, part)), part
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(24, 40), (40, 24)])

@@ -18,6 +18,7 @@ from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder
 from globalopt.pipeline import search
 from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY
+from globalopt.runs.codecs import unpack
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
@@ -45,8 +46,7 @@ def saved(folder) -> dict[str, Decomposition]:
     """The factors of every layer of a run, as they are on the disk."""
     made = {}
     for path in (folder / "layers").iterdir():
-        tensors = load_file(path)
-        made[path.name.removesuffix(".safetensors")] = Decomposition(tensors["S"], tensors["U"], tensors["V"])
+        made[path.name.removesuffix(".safetensors")] = unpack(load_file(path))
     return made
 
 

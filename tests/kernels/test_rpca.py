@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from globalopt.errors import NumericalError
-from globalopt.kernels.rpca import robust_pca, singular_above
+from globalopt.kernels.rpca import FLOAT32_FLOOR, leading_left, robust_pca
+from tests.reference import rpca
 
 
 def planted(d_out: int = 60, d_in: int = 80, rank: int = 3, corrupted: float = 0.05):
@@ -16,21 +15,6 @@ def planted(d_out: int = 60, d_in: int = 80, rank: int = 3, corrupted: float = 0
     L = torch.randn(d_out, rank, generator=generator) @ torch.randn(rank, d_in, generator=generator)
     S = torch.where(torch.rand(d_out, d_in, generator=generator) < corrupted, 10.0, 0.0)
     return L, S * torch.randn(d_out, d_in, generator=generator).sign()
-
-
-def slow_twin(M, weight, steps, growth=1.5):
-    """The textbook iteration with a full SVD per step."""
-    S = torch.zeros_like(M)
-    norm = torch.linalg.matrix_norm(M, 2)
-    Y, mu = M / max(norm, M.abs().max() / weight), 1.25 / norm
-    for _ in range(steps):
-        U, s, Vh = torch.linalg.svd(M - S + Y / mu, full_matrices=False)
-        L = U @ torch.diag((s - 1 / mu).clamp_min(0)) @ Vh
-        R = M - L + Y / mu
-        S = R.sign() * (R.abs() - weight / mu).clamp_min(0)
-        Y = Y + mu * (M - L - S)
-        mu = mu * growth
-    return L, S
 
 
 def test_recovers_planted_parts():
@@ -41,14 +25,37 @@ def test_recovers_planted_parts():
     assert torch.equal(found.S.abs() > 1, S != 0)
 
 
-@pytest.mark.parametrize("rank", [2, 25])
-def test_equals_the_iteration_with_full_svds(rank):
-    L, S = planted(rank=rank)
-    found = robust_pca(L + S, tolerance=0.0, max_steps=12)
-    slow_L, slow_S = slow_twin(L + S, 1 / math.sqrt(80), 12)
-    assert found.steps == 12
-    torch.testing.assert_close((found.U * found.s) @ found.Vh, slow_L, atol=2e-3, rtol=1e-3)
-    torch.testing.assert_close(found.S, slow_S, atol=2e-3, rtol=1e-3)
+def decaying(d_out: int, d_in: int, power: float) -> torch.Tensor:
+    """Singular values `i^-power`, and noise in every entry, so that the rank grows with every step."""
+    generator = torch.Generator().manual_seed(2)
+    k = min(d_out, d_in)
+    U = torch.linalg.qr(torch.randn(d_out, k, generator=generator))[0]
+    V = torch.linalg.qr(torch.randn(d_in, k, generator=generator))[0]
+    noise = torch.randn(d_out, d_in, generator=generator)
+    return (U * torch.arange(1.0, k + 1) ** -power) @ V.mT + 3e-4 * noise
+
+
+@pytest.mark.parametrize("above", [rpca.full, rpca.subspace])
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60), (60, 60)])
+@pytest.mark.parametrize("kind", ["low rank", "high rank", "decaying"])
+def test_equals_the_iteration_with_svds(kind, shape, above):
+    decays = kind == "decaying"
+    L, S = planted(*shape, rank=2 if kind == "low rank" else 25)
+    M = decaying(*shape, power=1.0) if decays else L + S
+    tolerance = 1e-4 if decays else 1e-3
+    found = robust_pca(M, tolerance=tolerance)
+    L, S, steps = rpca.iterate(M, above, tolerance)
+    assert found.steps == steps
+    # Its last thresholds, `1 / mu`, are below the floor of float32 Grams.
+    assert not decays or 1.25 * 1.5 ** (steps - 1) > 1 / FLOAT32_FLOOR
+    # Both of the same rank, but for values at the threshold.
+    values = torch.linalg.svdvals(L)
+    torch.testing.assert_close(
+        torch.nn.functional.pad(found.s, (0, len(values) - len(found.s))), values, rtol=0, atol=1e-4 * float(values[0])
+    )
+    size = torch.linalg.matrix_norm(M)
+    assert torch.linalg.matrix_norm((found.U * found.s) @ found.Vh - L) < 2e-4 * size
+    assert torch.linalg.matrix_norm(found.S - S) < 2e-4 * size
 
 
 def test_singular_values_are_positive_descending_and_factors_orthonormal():
@@ -60,18 +67,35 @@ def test_singular_values_are_positive_descending_and_factors_orthonormal():
     torch.testing.assert_close(found.Vh @ found.Vh.mT, torch.eye(len(found.s)), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("count", [0, 5, 39])
-def test_singular_above_finds_exactly_those_above(count):
+def with_values(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A wide matrix with the singular values `s`, and its left singular vectors."""
     generator = torch.Generator().manual_seed(1)
-    U = torch.linalg.qr(torch.randn(70, 40, generator=generator))[0]
-    V = torch.linalg.qr(torch.randn(90, 40, generator=generator))[0]
+    U = torch.linalg.qr(torch.randn(len(s), len(s), generator=generator))[0]
+    V = torch.linalg.qr(torch.randn(90, len(s), generator=generator))[0]
+    return (U * s) @ V.mT, U
+
+
+@pytest.mark.parametrize("count", [0, 5, 39, 40])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exactly_the_values_above_the_threshold_are_found(exact, count):
     s = torch.linspace(40, 1, 40)
-    U_found, s_found, Vh_found = singular_above((U * s) @ V.mT, 40.5 - count)
-    assert len(s_found) == count
-    torch.testing.assert_close(s_found, s[:count], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        (U_found * s_found) @ Vh_found, (U[:, :count] * s[:count]) @ V[:, :count].mT, atol=2e-2, rtol=0
-    )
+    X, U = with_values(s)
+    Q, found = leading_left(X, 40.5 - count, exact)
+    assert len(found) == count
+    torch.testing.assert_close(found, s[:count].flip(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(Q @ Q.mT, U[:, :count] @ U[:, :count].mT, atol=1e-4, rtol=0)
+
+
+def test_values_are_right_within_a_hundredth_of_the_threshold_down_to_the_floor():
+    s = torch.logspace(0, -4.5, 60)
+    X, _ = with_values(s)
+    _, rough = leading_left(X, FLOAT32_FLOOR, exact=False)
+    above = s[s > FLOAT32_FLOOR].flip(0)
+    assert len(rough) == len(above)
+    assert bool(((rough - above).abs() < FLOAT32_FLOOR / 100).all())
+    # A float32 Gram loses the smallest of them, and a float64 Gram none.
+    _, exact = leading_left(X, 2e-5)
+    torch.testing.assert_close(exact, s.flip(0), rtol=0, atol=1e-6)
 
 
 def test_zero_and_not_finite():

@@ -103,6 +103,24 @@ def test_masks_are_cut_from_the_span_whatever_the_candidates(layers, tmp_path):
     assert float(found.losses([whole], [0]).abs().max()) < 1e-5
 
 
+def test_spans_are_those_of_the_dense_weights_while_the_model_holds_candidates(layers, tmp_path):
+    problem = posed(layers, 0.5)
+    spans = {spec.name: problem.span(spec.name) for spec in problem.specs}
+    reading = replace(problem, spans=lambda name: spans[name].basis.span(layers.weight(name)))
+    files = (tmp_path / "study.log", tmp_path / "teacher.json")
+    start, selection = Prepared(layers), Selection((2, 2), TOKENS)
+    found = SearchObjective(
+        start, selection, reading, None, 10**6, *files, split=lambda name, weight: spans[name].basis.span(weight)
+    )
+    assert start.count == 0
+    zero = {spec.name: Target.zero() for spec in problem.specs}
+    losses = [found.losses([candidate], [0]) for candidate in (half(problem), zero, half(problem))]
+    name = problem.specs[0].name
+    assert not torch.equal(reading.span(name).S, spans[name].S)
+    assert torch.equal(found.span(name).S, spans[name].S)
+    assert torch.equal(losses[0], losses[2])
+
+
 def test_another_budget_is_answered_by_the_same_journal(layers, tmp_path):
     first, second = posed(layers, 0.5), posed(layers, 0.3)
     start = Prepared(layers)

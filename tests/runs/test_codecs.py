@@ -14,7 +14,17 @@ from torch import Tensor
 from globalopt.errors import ArtefactError
 from globalopt.runs import artefacts
 from globalopt.runs.artefacts import Artefact
-from globalopt.runs.codecs import decode_target, encode_target, pack_bits, unpack_bits
+from globalopt.runs.codecs import (
+    decode_gram,
+    decode_target,
+    encode_gram,
+    encode_target,
+    pack,
+    pack_bits,
+    unpack,
+    unpack_bits,
+    unpack_upper,
+)
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
 from globalopt.runs.records import Allocated, AnchorSolutions, Matched, MetricChoice, Prediction, SolvedLayer
 from globalopt.runs.workspace import Workspace
@@ -41,7 +51,7 @@ from globalopt.values.results import (
     WindowLosses,
 )
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
-from globalopt.values.span import Span
+from globalopt.values.span import SpanBasis
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)
 OTHER = LayerSpec("block.0.down", 0, "block.0.in", "down", 4, 8)
@@ -149,7 +159,7 @@ MATCHED = Matched(
 )
 
 EXAMPLES = {
-    "GRAM": Example("block.0.in", gram(8), "block.0.out", "matrix"),
+    "GRAM": Example("block.0.in", gram(8), "block.0.out", "upper"),
     "CURVES": Example(
         SPEC.name,
         LayerCurves(Curve(4, (1, 4), (THIRD, 0.25)), Curve(32, (1, 6, 32), (1.0, 0.25, 0.0))),
@@ -158,15 +168,14 @@ EXAMPLES = {
     ),
     "PROFILE": Example(SPEC, Profile({3: THIRD, 10: 0.0}, 2.5), OTHER, "alpha"),
     "OUTPUT_GRAM": Example(SPEC, gram(4), OTHER, "tokens"),
-    "BLOCK_OUTPUT_GRAM": Example(1, gram(8), 0, "matrix"),
+    "BLOCK_OUTPUT_GRAM": Example(1, gram(8), 0, "upper"),
     "METRIC_CHOICE": Example(SPEC, MetricChoice(THIRD, 0.25), OTHER, "weighted"),
     "SPAN": Example(
         SPEC,
-        Span(
+        SpanBasis(
             random(4, 2),
             torch.tensor([2.0, THIRD]),
             random(2, 8),
-            sparse(),
             random(8).abs() + 1,
             torch.ones(4, 1),
             {"k": 1.0},
@@ -187,9 +196,9 @@ EXAMPLES = {
         None,
         "targets",
     ),
-    "SOLVED_LAYER": Example(SPEC, SOLVED, OTHER, "U"),
-    "MATCHED_BLOCK": Example(1, MATCHED, 0, f"V:{SPEC.name}"),
-    "MATCHED_MODEL": Example(None, MATCHED, None, "layers"),
+    "SOLVED_LAYER": Example(SPEC, SOLVED, OTHER, "values"),
+    "MATCHED_BLOCK": Example(1, MATCHED, 0, f"kept:{SPEC.name}"),
+    "MATCHED_MODEL": Example(None, MATCHED, None, f"plus:{OTHER.name}"),
     "SUMMARY": Example(None, SUMMARY, None, "error_unit"),
     "WINDOWS": Example(None, (WindowLosses("test", "ab12", (THIRD,), (0.5,), (0.0,)),), None, None),
     "SAMPLES": Example(None, Samples("test", 2, 3, (Sample("ü<b>", "a", "b", 1),)), None, "samples"),
@@ -339,6 +348,63 @@ def test_bits_survive(shape):
     packed = pack_bits(mask)
     assert len(packed) == -(-mask.numel() // 8)
     assert torch.equal(unpack_bits(packed, shape), mask)
+
+
+def bits(value: Decomposition) -> list[tuple[torch.dtype, torch.Size, bytes]]:
+    """All that tells two decompositions apart, zeros of either sign included."""
+    parts = [part for part in (value.S, value.U, value.V, value.signs) if part is not None]
+    return [(part.dtype, part.shape, part.contiguous().view(torch.uint8).numpy().tobytes()) for part in parts]
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "zero", "pattern", "negative zeros"])
+def test_a_decomposition_is_packed_and_unpacked_to_the_same_bits(kind, dtype, signs):
+    S = {
+        "sparse": sparse(0.3),
+        "dense": random(4, 8),
+        "zero": torch.zeros(4, 8),
+        "pattern": torch.where(torch.tensor([True, False, False, True]).repeat(2), random(4, 8), 0.0),
+        "negative zeros": torch.where(torch.eye(4, 8) == 1, -0.0, sparse(0.3)),
+    }[kind].to(dtype)
+    # Odd sizes, so that the last byte of bits is not full.
+    S = S[:3, :7] if kind == "sparse" else S
+    plane = random(*S.shape).sign() if signs else None
+    value = Decomposition(S, random(len(S), 2, dtype=dtype), random(2, S.shape[1], dtype=dtype), plane)
+    packed = pack(value)
+    assert ("kept" in packed) == (kind not in ("dense", "zero"))
+    assert bits(unpack(packed)) == bits(value)
+    if kind == "negative zeros":
+        assert bool((value.S.signbit() & (value.S == 0)).any())
+    else:
+        assert len(packed["values"]) == value.nnz
+
+
+def test_packed_parts_that_disagree_are_refused():
+    packed = pack(Decomposition(sparse(), random(4, 1), random(1, 8)))
+    with pytest.raises(ValueError, match="values for"):
+        unpack({**packed, "values": packed["values"][1:]})
+    with pytest.raises(ValueError, match="not the bits of"):
+        unpack({**packed, "kept": packed["kept"][1:]})
+    with pytest.raises(KeyError, match="kept"):
+        unpack({name: part for name, part in packed.items() if name != "kept"})
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+def test_grams_survive_to_the_last_bit(size):
+    matrix = gram(size).matrix
+    matrix = (matrix + matrix.mT) / 2
+    packed, facts = encode_gram(Gram(matrix, 7))
+    assert packed["upper"].numel() == size * (size + 1) // 2
+    assert torch.equal(decode_gram("in", packed, facts).matrix, matrix)
+    rounded = matrix.clone()
+    rounded[0, -1] *= 1 + 1e-6
+    assert torch.equal(decode_gram("in", *encode_gram(Gram(rounded, 7))).matrix, rounded)
+
+
+def test_an_upper_triangle_of_no_size_is_broken():
+    with pytest.raises(ValueError, match="triangle"):
+        unpack_upper(torch.ones(4))
 
 
 def test_targets_stay_in_model_order(work):
