@@ -22,8 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
+from globalopt.analysis import corrections, metric_choices
 from globalopt.analysis.layer_analysis import LayerAnalysis
-from globalopt.analysis.one_layer_losses import MEASURED_WINDOWS
 from globalopt.budgets import budget_file
 from globalopt.errors import GlobalOptError, UsageError
 from globalopt.objective.of_run import SearchObjective
@@ -36,6 +36,7 @@ from globalopt.pipeline.plan import SearchPlan, method_record
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import opened
 from globalopt.pipeline.session import Session
+from globalopt.protocols import Reads
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import FOLDER, Address, Cache
 from globalopt.runs.files import read_json, write_json
@@ -151,11 +152,11 @@ class Analysed:
 
     def problem(self, plan: SearchPlan) -> Problem:
         """The allocation problem of a search on this analysis."""
-        return pipeline.pose(self.session, plan, self.run)
+        return pipeline.pose(self.session, plan, self.run, Reads.SURFACES)
 
     def objective(self, plan: SearchPlan, problem: Problem) -> AbstractContextManager[SearchObjective]:
         """The objective of that search, with a journal in the shared cache."""
-        return pipeline.true_loss(self.session, reporter(), plan, self.analysis, problem)
+        return pipeline.true_loss(self.session, plan, self.analysis, problem)
 
     def loss(self, plan: SearchPlan, targets: Mapping[str, Target]) -> float:
         """KL of `targets` on the selection text, of the candidates that this search evaluates."""
@@ -188,15 +189,16 @@ def analysis_tokens(session: Session, predicted: bool) -> int:
     """What an analysis reads, in forward tokens: one walk over the calibration text for the Grams.
 
     Args:
-        predicted: with the sweeps for output Grams and for predicted losses, each a walk and a pass forward and
-            backward (a backward token counts as two), and with every layer replaced alone twice to choose its metric
-            and about five times at its lowest options, on a few windows.
+        predicted: with the sweep for output Grams, a walk and a pass forward and backward (a backward token counts as
+            two), the check of every block at two anchors on a few windows, of half of the model on average, and the
+            rounds of corrections, each a pass forward and one forward and backward.
     """
     windows = session.splits.calibration.windows
     if not predicted:
         return windows.numel()
-    replaced = 7 * len(session.layers.specs) * min(len(windows), MEASURED_WINDOWS)
-    return 8 * windows.numel() + replaced * windows.shape[1]
+    checked = len(session.layers.blocks) * min(len(windows), metric_choices.WINDOWS)
+    measured = 4 * corrections.ROUNDS * min(len(session.splits.selection.windows), corrections.WINDOWS)
+    return 4 * windows.numel() + (checked + measured) * windows.shape[1]
 
 
 def search(session: Session, plan: SearchPlan, folder: Path, command: str, cache: Cache) -> Summary:
