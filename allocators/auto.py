@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from allocators._calibration import Calibration
@@ -16,12 +16,13 @@ from allocators._race import Race
 from allocators._trials import OutOfTokens, Trials, present, t_statistic
 from allocators.alpha import Alpha
 from allocators.depth_ramp import depth_ramp
-from allocators.knapsack import Knapsack
+from allocators.knapsack import Knapsack, relaxed_knapsack
 from allocators.owl import Owl
 from allocators.uniform import Uniform
 from globalopt.protocols import Objective
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Allocation, Problem
 
 Targets = Mapping[str, Target]
@@ -74,7 +75,7 @@ class Auto:
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = ""
     uses_objective: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     rounds: int = 3
     designs: int = 16
     spread: float = 0.3
@@ -100,20 +101,23 @@ class Auto:
 
     def _calibrated(
         self, trials: Trials, starts: Sequence[Targets], part: Sequence[int], rng: random.Random
-    ) -> Problem:
-        """Calibrate the surfaces by evaluated losses and return the problem with them; nominate its knapsacks."""
-        problem = corrected = trials.problem
-        measured = [*starts]
+    ) -> OptionTable:
+        """Calibrate the surfaces by evaluated losses and return the table with them; nominate its knapsacks."""
+        table = corrected = trials.problem.table
+        measured = [(table.sizes(start), start) for start in starts]
         for _ in range(self.rounds):
-            measured += [_knapsack(_disturbed(corrected, self.spread, rng)) for _ in range(self.designs)]
-            losses = trials.losses(measured, part).mean(1).tolist()
-            calibration = Calibration.fit(problem, list(zip(measured, losses, strict=True)))
-            proposals = [_knapsack(calibration.apply(problem, share)) for share in STEPS]
-            trials.losses(proposals, trials.all_chunks)
-            for proposal in proposals:
+            designs = [relaxed_knapsack(_disturbed(corrected, self.spread, rng)) for _ in range(self.designs)]
+            measured += [(sizes, table.targets(sizes)) for sizes in designs]
+            losses = trials.losses([targets for _, targets in measured], part).mean(1).tolist()
+            told = [(sizes, loss) for (sizes, _), loss in zip(measured, losses, strict=True)]
+            calibration = Calibration.fit(table, told)
+            solved = [relaxed_knapsack(calibration.apply(table, share)) for share in STEPS]
+            proposals = [(sizes, table.targets(sizes)) for sizes in solved]
+            trials.losses([targets for _, targets in proposals], trials.all_chunks)
+            for _, proposal in proposals:
                 trials.nominate(proposal)
             measured += proposals
-            corrected = calibration.apply(problem)
+            corrected = calibration.apply(table)
         return corrected
 
 
@@ -139,13 +143,7 @@ def _undecided(objective: Objective, candidates: Sequence[Targets], part: Sequen
     return [c for c, own in zip(candidates, losses, strict=True) if t_statistic(own - best) < DECISIVE]
 
 
-def _knapsack(problem: Problem) -> Targets:
-    return Knapsack(exact=False).allocate(problem).targets
-
-
-def _disturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
-    """Return the problem with every surface multiplied by `exp(spread (x_kind + x_layer))`, `x` standard normal."""
-    kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in problem.specs})}
-    own = {name: rng.gauss(0, spread) for name in sorted(spec.name for spec in problem.specs)}
-    factors = {spec.name: math.exp(kinds[spec.kind] + own[spec.name]) for spec in problem.specs}
-    return problem.scaled(factors)
+def _disturbed(table: OptionTable, spread: float, rng: random.Random) -> OptionTable:
+    """Return the table with the errors of every layer times `exp(spread (x_kind + x_layer))`, `x` standard normal."""
+    kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in table.specs})}
+    return table.scaled(np.exp([kinds[spec.kind] + rng.gauss(0, spread) for spec in table.specs]))
