@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from globalopt.errors import UsageError
 from globalopt.values.budget import Budget, Limits, Target, bytes_kept, index_bits, params_kept
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class OptionTable:
         budget: its accounting is that of the costs.
         pattern: of every `S`, or None.
         limits: of the ranks.
+    Raises:
+        UsageError: an option has another pattern, or signs.
 
     >>> from allocators.example import example_problem
     >>> table = example_problem().table
@@ -80,6 +83,9 @@ class OptionTable:
 
     def __init__(self, surfaces: Sequence[ErrorSurface], budget: Budget, pattern: NM | None, limits: Limits) -> None:
         ordered = sorted(surfaces, key=lambda surface: surface.spec.name)
+        for surface in ordered:
+            if any(target.pattern != pattern or target.signs for target in surface.targets):
+                raise UsageError(f"Layer {surface.spec.name} has options of another pattern than {pattern}, or signs.")
         self.budget, self.pattern, self.limits = budget, pattern, limits
         self.specs = tuple(surface.spec for surface in ordered)
         self.names = tuple(spec.name for spec in self.specs)

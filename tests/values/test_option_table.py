@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from globalopt.errors import UsageError
 from globalopt.values.budget import Limits, Target
 from globalopt.values.layer import NM
 from tests.surfaces import problem
@@ -67,3 +69,9 @@ def test_scaled_errors_have_the_same_hull():
     again = table.with_errors(table.error * factors[table.layer])
     assert (scaled.hull[0] == again.hull[0]).all()
     assert scaled.hull[1] == pytest.approx(again.hull[1])
+
+
+def test_options_of_another_pattern_are_refused():
+    p = problem(0.8, pattern=NM(2, 4))
+    with pytest.raises(UsageError, match="another pattern than None"):
+        replace(p, pattern=None)
