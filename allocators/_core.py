@@ -6,17 +6,14 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, hstack
 
-from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes, first_least
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +22,28 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a layer's choices: one option, or all targets between two neighbours that differ in nonzeros alone.
+class Pieces:
+    """Describe parts of layers' choices: one target, or all targets between two neighbours that differ in nonzeros.
 
     Args:
-        layer: number of the surface.
-        start, end: the neighbours; the same target for a single option.
-        cost, error: of `start`.
-        rise, fall: the cost of `end` less that of `start`, and the error of `start` less that of `end`.
+        layer: (pieces,) the places of their layers in the table.
+        start, end: (pieces,) the ranks and nonzeros of the neighbours; the same for a single target.
+        cost, error: (pieces,) of `start`.
+        rise, fall: (pieces,) the cost of `end` less that of `start`, and the error of `start` less that of `end`.
     """
 
-    layer: int
-    start: Target
-    end: Target
-    cost: int
-    error: float
-    rise: int
-    fall: float
+    layer: Ints
+    start: tuple[Ints, Ints]
+    end: tuple[Ints, Ints]
+    cost: Ints
+    error: Floats
+    rise: Ints
+    fall: Floats
 
 
 def solve_core(
-    problem: Problem, price: float, bound: float, least: float, gap: float, nodes: int
-) -> tuple[dict[str, Target] | None, float]:
+    table: OptionTable, price: float, bound: float, least: float, gap: float, nodes: int
+) -> tuple[Sizes | None, float]:
     """Solve for the best choice of one piece per layer; return it with a bound, or None where HiGHS found none.
 
     At a `price` of a unit of budget the reduced cost of an option is its `error + price cost` less the least of its
@@ -69,27 +66,21 @@ def solve_core(
     """
     if least - bound <= gap * least:
         return None, bound
-    pieces = [
-        piece
-        for layer, surface in enumerate(problem.surfaces)
-        for piece in _pieces(problem, layer, surface, price, least - bound)
-    ]
-    count, layers = len(pieces), np.array([piece.layer for piece in pieces])
-    cost, rise = (np.array([[getattr(piece, name) for piece in pieces]], float) for name in ("cost", "rise"))
-    error, fall = (np.array([getattr(piece, name) for piece in pieces]) for name in ("error", "fall"))
-    choose = csr_array((np.ones(count), (layers, np.arange(count))), shape=(len(problem.surfaces), count))
+    pieces = _pieces(table, price, least - bound)
+    count, layers = len(pieces.layer), len(table.names)
+    choose = csr_array((np.ones(count), (pieces.layer, np.arange(count))), shape=(layers, count))
     scale = max(least, 1e-30)
     # Costs are whole: half a unit more admits no other choice of whole pieces, and absorbs HiGHS' tolerance.
-    room = 0.5 if problem.axis == "rank" else 0.0
+    room = 0.5 if table.axis == "rank" else 0.0
     with _silent():
         result = milp(
-            np.concatenate([error, -fall]) / scale,
+            np.concatenate([pieces.error, -pieces.fall]) / scale,
             integrality=np.repeat([1, 0], count),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(hstack([choose, csr_array(choose.shape)]), 1, 1),
                 LinearConstraint(hstack([-eye_array(count), eye_array(count)]), -np.inf, 0),
-                LinearConstraint(np.hstack([cost, rise]), -np.inf, problem.budget.limit + room),
+                LinearConstraint(np.concatenate([pieces.cost, pieces.rise])[None], -np.inf, table.budget.limit + room),
             ],
             options={"mip_rel_gap": gap, "node_limit": nodes},
         )
@@ -98,69 +89,74 @@ def solve_core(
         return None, bound
     proved = max(bound, min(least, float(result.mip_dual_bound) * scale))
     y, t = np.split(result.x, 2)
-    targets = _within(problem, [(pieces[i], t[i]) for i in _chosen(problem, pieces, y)])
+    # For every layer the piece with the largest y.
+    chosen = first_least(-y, np.searchsorted(pieces.layer, table.every))
+    sizes = _within(table, pieces, chosen, t)
     # In bytes a count between two others may cost more than the line between them says.
-    return (targets if problem.used(targets) <= problem.budget.limit else None), proved
+    return (sizes if table.slack(sizes) >= 0 else None), proved
 
 
-def _pieces(problem: Problem, layer: int, surface: ErrorSurface, price: float, slack: float) -> Iterator[Piece]:
-    """Return the pieces of a layer whose reduced cost is at most `slack`, at one of their ends."""
-    budget, spec, axis = problem.budget, surface.spec, problem.axis
-
-    def value(target: Target) -> float:
-        return surface.predict(target) + price * budget.cost(target, spec)
-
-    most = min(value(target) for target in surface.targets) + slack
-    for row in _rows(surface.targets, axis):
-        points = row if axis == "nnz" else _whole_ranks(problem, row)
-        ends = pairwise(points) if axis == "nnz" and len(points) > 1 else zip(points, points, strict=True)
-        for start, end in ends:
-            if min(value(start), value(end)) <= most:
-                cost, error = budget.cost(start, spec), surface.predict(start)
-                rise, fall = budget.cost(end, spec) - cost, error - surface.predict(end)
-                yield Piece(layer, start, end, cost, error, rise, fall)
-
-
-def _rows(targets: Iterable[Target], axis: str) -> Iterator[list[Target]]:
-    """Return the targets that differ in `axis` alone, in ascending order."""
-    rows: dict[Target, list[Target]] = {}
-    for target in targets:
-        rows.setdefault(replace(target, **{axis: 0}), []).append(target)
-    for row in rows.values():
-        yield sorted(row, key=lambda target: getattr(target, axis))
-
-
-def _whole_ranks(problem: Problem, row: Sequence[Target]) -> list[Target]:
-    """Return a row of ranks, with all ranks between them that are within the limits."""
-    step = problem.limits.rank_multiple
-    return [replace(row[0], rank=rank) for rank in range(row[0].rank, row[-1].rank + 1, step)]
+def _pieces(table: OptionTable, price: float, slack: float) -> Pieces:
+    """Find the pieces whose reduced cost is at most `slack`, at one of their ends; ordered by layer."""
+    value = table.error + price * table.cost
+    most = np.minimum.reduceat(value, table.starts) + slack
+    if table.axis == "nnz":
+        layer, rank, nnz = table.layer, table.rank, table.nnz
+        cost, error = table.cost, table.error
+        follows = np.append((layer[1:] == layer[:-1]) & (rank[1:] == rank[:-1]), False)
+        alone = ~follows & ~np.append(False, follows[:-1])
+        start = np.flatnonzero(follows | alone)
+        end = start + follows[start]
+    else:
+        layer, rank, nnz = _whole_ranks(table)
+        cost, error = table.costs(layer, rank, nnz), table.predict(layer, rank, nnz)
+        value = error + price * cost
+        start = end = np.arange(len(layer))
+    near = np.minimum(value[start], value[end]) <= most[layer[start]]
+    start, end = start[near], end[near]
+    return Pieces(
+        layer[start],
+        (rank[start], nnz[start]),
+        (rank[end], nnz[end]),
+        cost[start],
+        error[start],
+        cost[end] - cost[start],
+        error[start] - error[end],
+    )
 
 
-def _chosen(problem: Problem, pieces: Sequence[Piece], y: NDArray[np.float64]) -> list[int]:
-    """For every layer the number of its piece with the largest `y`."""
-    best: dict[int, int] = {}
-    for i, piece in enumerate(pieces):
-        if piece.layer not in best or y[i] > y[best[piece.layer]]:
-            best[piece.layer] = i
-    return [best[layer] for layer in range(len(problem.surfaces))]
+def _whole_ranks(table: OptionTable) -> tuple[Ints, Ints, Ints]:
+    """Return the options with all ranks between two of the same nonzeros that are within the limits."""
+    order = np.lexsort((table.rank, table.nnz, table.layer))
+    layer, rank, nnz = table.layer[order], table.rank[order], table.nnz[order]
+    step = table.limits.rank_multiple
+    follows = np.append((layer[1:] == layer[:-1]) & (nnz[1:] == nnz[:-1]), False)
+    # Every option stands for itself and for the ranks up to the next one.
+    counts = np.where(follows, (np.append(rank[1:], 0) - rank) // step, 1)
+    each = np.repeat(np.arange(len(layer)), counts)
+    place = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return layer[each], rank[each] + place * step, nnz[each]
 
 
-def _within(problem: Problem, chosen: Sequence[tuple[Piece, float]]) -> dict[str, Target]:
+def _within(table: OptionTable, pieces: Pieces, chosen: Ints, t: Floats) -> Sizes:
     """Return the targets of a solution: pieces at one of their ends, and one between them on the rest of the budget.
 
     One constraint leaves at most one piece between its ends.
+
+    Args:
+        chosen: (layers,) the pieces. t: (pieces,) how far each is taken.
     """
-    found = {}
-    middle = None
-    for (piece, t), spec in zip(chosen, problem.specs, strict=True):
-        found[spec.name] = piece.end if t > 0.5 else piece.start
-        if TOLERANCE < t < 1 - TOLERANCE:
-            found[spec.name], middle = piece.start, (piece, spec)
-    if middle is not None:
-        piece, spec = middle
-        left = problem.budget.limit - problem.used(found)
-        found[spec.name] = problem.grow(piece.start, spec, "nnz", piece.end.nnz, piece.cost + left)
-    return found
+    t = t[chosen]
+    between = (t > TOLERANCE) & (t < 1 - TOLERANCE)
+    ended = t >= 1 - TOLERANCE
+    rank, nnz = (np.where(ended, pieces.end[i][chosen], pieces.start[i][chosen]) for i in (0, 1))
+    if between.any():
+        middle = np.flatnonzero(between)[-1:]
+        piece = chosen[middle]
+        left = table.slack(Sizes(rank, nnz))
+        limit = pieces.cost[piece] + left
+        rank[middle], nnz[middle] = table.grow(middle, rank[middle], nnz[middle], pieces.end[1][piece], limit)
+    return Sizes(rank, nnz)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from allocators._moves import LayerMoves, layers_of, spend_rest
+import numpy as np
+
+from allocators._moves import Moves
 from allocators._trials import Trials
 from globalopt.protocols import Candidate
 from globalopt.values.budget import BYTES_PER_VALUE, Target
+from globalopt.values.option_table import Ints, Sizes
 from globalopt.values.problem import Problem
 
 LEVELS = 8
@@ -24,8 +27,6 @@ MOST_SWAPS = 3
 DRAWS = 8
 """Mutations drawn per offspring before a generation is smaller: a small problem has fewer different ones."""
 
-Levels = dict[str, int]
-
 
 def swaps_of_a_mutation(rng: random.Random) -> int:
     """Draw `min(U{1..3}, U{1..3})`: 1, 2 or 3 with probability 5/9, 3/9, 1/9."""
@@ -38,36 +39,47 @@ class Database:
     `step = ½ min(s, 1 - s) / LEVELS hidden²` weights, s the sparsity (1 - budget) and hidden the smallest input
     dimension; the same for all layers, so that a swap keeps the budget. Where only rank is free a level is a step of
     it at least.
+
+    The levels of an allocation are an array (layers,), in the order of the table; `least` and `most` are the ends.
     """
 
     def __init__(self, problem: Problem, start: Mapping[str, Target]) -> None:
-        self.problem = problem
-        self.layers = layers_of(problem)
+        self.table = table = problem.table
+        self.moves = moves = Moves(table)
         kept, hidden = problem.budget.kept, min(spec.d_in for spec in problem.specs)
         weights = round(0.5 * min(kept, 1 - kept) / LEVELS * hidden**2)
-        rank = 0 if problem.axis == "nnz" else max(layer.unit for layer in self.layers.values())
+        rank = 0 if problem.axis == "nnz" else int(moves.unit.max())
         self.step = max(1, rank, weights * (BYTES_PER_VALUE if problem.budget.accounting == "bytes" else 1))
-        self.levels = {name: self._levels(layer, start[name]) for name, layer in self.layers.items()}
+        sizes = table.sizes(start)
+        now = table.every, sizes.rank, sizes.nnz
+        spare, room = moves.spare(*now), moves.room(*now)
+        self.least = -np.minimum(LEVELS, spare // self.step)
+        self.most = np.minimum(LEVELS, room // self.step)
+        at = []
+        for level in range(-LEVELS, LEVELS + 1):
+            # What a layer does not have is not looked up; its ends stand there.
+            amount = abs(level) * self.step
+            if level < 0:
+                at.append(moves.shrunk(*now, np.minimum(amount, spare)))
+            else:
+                at.append(moves.grown(*now, np.minimum(amount, room)) if level else (sizes.rank, sizes.nnz))
+        self._rank, self._nnz = (np.stack([found[i] for found in at]) for i in (0, 1))
 
-    def _levels(self, layer: LayerMoves, start: Target) -> dict[int, Target]:
-        down = min(LEVELS, layer.spare(start) // self.step)
-        up = min(LEVELS, layer.room(start) // self.step)
-        found = {-level: layer.shrunk(start, level * self.step) for level in range(1, down + 1)}
-        return found | {level: layer.grown(start, level * self.step) for level in range(1, up + 1)} | {0: start}
+    def sizes(self, levels: Ints) -> Sizes:
+        """Return the targets at `levels`."""
+        return Sizes(self._rank[levels + LEVELS, self.table.every], self._nnz[levels + LEVELS, self.table.every])
 
-    def targets(self, levels: Levels) -> dict[str, Target]:
+    def targets(self, levels: Ints) -> dict[str, Target]:
         """Return the allocation of `levels`, with the rest that rounding leaves in bytes or under a pattern spent."""
-        found = {name: self.levels[name][level] for name, level in levels.items()}
-        return spend_rest(self.problem, self.layers, found)
+        return self.table.targets(self.moves.spend_rest(self.sizes(levels)))
 
-    def mutate(self, levels: Levels, rng: random.Random) -> Levels:
+    def mutate(self, levels: Ints, rng: random.Random) -> Ints:
         """Return a copy in which some random layers give up a level, and as many others take one."""
-        mutant = dict(levels)
+        mutant = levels.copy()
         for _ in range(swaps_of_a_mutation(rng)):
-            givers = [name for name, level in mutant.items() if level - 1 in self.levels[name]]
-            takers = [name for name, level in mutant.items() if level + 1 in self.levels[name]]
-            if givers and takers:
-                giver, taker = rng.choice(givers), rng.choice(takers)
+            givers, takers = np.flatnonzero(mutant > self.least), np.flatnonzero(mutant < self.most)
+            if len(givers) and len(takers):
+                giver, taker = givers[rng.randrange(len(givers))], takers[rng.randrange(len(takers))]
                 if giver != taker:
                     mutant[giver] -= 1
                     mutant[taker] += 1
@@ -80,25 +92,28 @@ def evopress(trials: Trials, start: Mapping[str, Target], generations: int, rng:
     Each stage evaluates all candidates on the same random chunks; the parent joins the last stage.
     """
     database = Database(trials.problem, start)
-    parent = dict.fromkeys(sorted(start), 0)
+    parent = np.zeros(len(start), np.int64)
     for _ in range(generations):
-        offspring: list[Levels] = []
+        known, offspring = {parent.tobytes()}, []
         for _ in range(DRAWS * OFFSPRING):
             mutant = database.mutate(parent, rng)
-            if mutant != parent and mutant not in offspring:
+            if mutant.tobytes() not in known:
+                known.add(mutant.tobytes())
                 offspring.append(mutant)
             if len(offspring) == OFFSPRING:
                 break
         if not offspring:
             return
+        made = [(levels, database.targets(levels)) for levels in offspring]
         for survivors, tokens in zip(SURVIVORS, TOKENS, strict=True):
             if survivors == SURVIVORS[-1]:
-                offspring = [parent, *offspring]
-            kept = fittest(trials, [database.targets(levels) for levels in offspring], tokens, survivors, rng)
-            offspring = [offspring[i] for i in kept]
-        if offspring[0] != parent:
-            parent = offspring[0]
-            trials.nominate(database.targets(parent))
+                made = [(parent, database.targets(parent)), *made]
+            kept = fittest(trials, [targets for _, targets in made], tokens, survivors, rng)
+            made = [made[i] for i in kept]
+        levels, targets = made[0]
+        if levels is not parent:
+            parent = levels
+            trials.nominate(targets)
 
 
 def fittest(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from torch import Tensor
 
-from globalopt.values.budget import Target
-from globalopt.values.problem import Problem
+from globalopt.values.option_table import Floats, OptionTable, Sizes
 
 PRIOR = 0.5
 """Standard deviation of a layer's multiplier, relative to the common scale."""
@@ -26,37 +23,51 @@ class Feedback:
         min sum_i (y_i - sum_l m_l d_il)² / (se_i² + misfit_i²) + sum_l (m_l - scale)² / (PRIOR scale)²
 
     with `y_i` a mean paired difference, `se_i` its standard error, `d_il` the predicted change of layer l's error and
-    `misfit_i = MISFIT scale sum_l |d_il|`.
+    `misfit_i = MISFIT scale sum_l |d_il|`. The solution is taken through the products of the differences with each
+    other, of which there are as many as evaluated candidates: `m = scale + P dᵀ (P d dᵀ + diag(variance))⁻¹ (y - d
+    scale)`, `P = (PRIOR scale)²`. So the cost is linear in layers.
 
     Args:
         scale: evaluated over predicted loss, the value of every multiplier before any difference is known.
     """
 
-    def __init__(self, problem: Problem, scale: float) -> None:
-        self._problem = problem
-        self._surfaces = {s.spec.name: s for s in sorted(problem.surfaces, key=lambda s: s.spec.name)}
+    def __init__(self, table: OptionTable, scale: float) -> None:
+        self._table = table
         self._scale = scale
-        self._precision = np.eye(len(self._surfaces)) / (PRIOR * scale) ** 2
-        self._moment = self._precision.sum(1) * scale
+        self._changes: list[Floats] = []
+        self._variances: list[float] = []
+        self._surprises: list[float] = []
+        self._products = np.zeros((0, 0))
 
-    def tell(self, before: Mapping[str, Target], after: Mapping[str, Target], differences: Tensor) -> None:
+    def tell(self, before: Sizes, after: Sizes, differences: Tensor) -> None:
         """Add `differences` (windows,), the losses of `after` less those of `before`."""
-        change = np.array(
-            [surface.predict(after[name]) - surface.predict(before[name]) for name, surface in self._surfaces.items()]
-        )
+        table = self._table
+        errors = [table.predict(table.every, sizes.rank, sizes.nnz) for sizes in (before, after)]
+        change = errors[1] - errors[0]
         error = float(differences.var()) / len(differences) if len(differences) > 1 else 0.0
         variance = error + (MISFIT * self._scale * np.abs(change).sum()) ** 2
         if variance > 0:
-            self._precision += np.outer(change, change) / variance
-            self._moment += change * float(differences.mean()) / variance
+            self._changes.append(change)
+            self._variances.append(variance)
+            self._surprises.append(float(differences.mean()) - self._scale * float(change.sum()))
 
     @property
-    def multipliers(self) -> dict[str, float]:
-        """The estimates, by layer name."""
-        solved = np.linalg.solve(self._precision, self._moment)
-        clipped = np.clip(solved, self._scale / CLIP, self._scale * CLIP)
-        return dict(zip(self._surfaces, clipped.tolist(), strict=True))
+    def multipliers(self) -> Floats:
+        """The estimates, (layers,) in the order of the table."""
+        count = len(self._changes)
+        if not count:
+            return np.full(len(self._table.names), self._scale)
+        d = np.stack(self._changes)
+        known = len(self._products)
+        products = np.empty((count, count))
+        products[:known, :known] = self._products
+        products[known:] = d[known:] @ d.T
+        products[:known, known:] = products[known:, :known].T
+        self._products = products
+        prior = (PRIOR * self._scale) ** 2
+        weights = np.linalg.solve(prior * products + np.diag(self._variances), np.array(self._surprises))
+        return np.clip(self._scale + prior * (weights @ d), self._scale / CLIP, self._scale * CLIP)
 
-    def corrected(self) -> Problem:
-        """Return the problem with the errors of every surface times its multiplier."""
-        return self._problem.scaled(self.multipliers)
+    def corrected(self) -> OptionTable:
+        """Return the table with the errors of every layer times its multiplier."""
+        return self._table.scaled(self.multipliers)

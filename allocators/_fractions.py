@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from allocators._spend import spend
+import numpy as np
+
+from allocators._spend import spend_sizes
 from globalopt.errors import UsageError
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem, Profile
+from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.problem import Problem, Profile
 
 BISECTIONS = 64
 ROUNDING = 1e-13
@@ -59,15 +61,15 @@ def unit_range(scores: Mapping[int, float]) -> dict[int, float]:
 
 def least_kept(problem: Problem) -> float:
     """Compute the least fraction of the budget's total that can be kept: 0, or under a pattern that of its nonzeros."""
-    layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
-    return math.fsum(layer.least * layer.dense for layer in layers) / problem.budget.total
+    ranges = _FractionRanges(problem.table)
+    return math.fsum((ranges.least * ranges.dense).tolist()) / problem.budget.total
 
 
 def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float) -> dict[str, Target]:
     """Compute targets that keep the fraction `kept[b] + shift` of every layer of block b and use the whole budget.
 
     The shift is common to all blocks and found by bisection; each layer's fraction is clipped to its range
-    (`_FractionRange`). So the shape of the profile stays, and blocks of unequal sizes, clipped fractions and the least
+    (`_FractionRanges`). So the shape of the profile stays, and blocks of unequal sizes, clipped fractions and the least
     fraction of a pattern do not change the budget. The part of it that rounding leaves is spent on the layers that gain
     most.
 
@@ -77,64 +79,60 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
             + d_in))`, at most the largest its surface offers, and within the problem's limits. Where only rank is free,
             all parameters are in the rank.
     """
-    layers = [_FractionRange.of(surface, problem) for surface in problem.surfaces]
+    table = problem.table
+    ranges = _FractionRanges(table)
+    wanted = np.array([kept[spec.block] for spec in table.specs])
     limit = problem.budget.limit
 
     def used(shift: float) -> float:
-        return math.fsum(layer.clip(kept[layer.spec.block] + shift) * layer.dense for layer in layers)
+        return math.fsum((ranges.clip(wanted + shift) * ranges.dense).tolist())
 
-    low = min(layer.least - kept[layer.spec.block] for layer in layers)
-    high = max(layer.most - kept[layer.spec.block] for layer in layers)
+    low = float((ranges.least - wanted).min())
+    high = float((ranges.most - wanted).max())
     if used(high) <= limit:
         low = high
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if used(middle) <= limit else (low, middle)
-    targets = {layer.spec.name: layer.target(kept[layer.spec.block] + low, problem, rank_share) for layer in layers}
-    return spend(problem, targets)
+    return table.targets(spend_sizes(table, ranges.sizes(wanted + low, rank_share)))
 
 
-@dataclass(frozen=True)
-class _FractionRange:
-    """Describe the range of the fraction that one layer can keep.
+class _FractionRanges:
+    """Describe the ranges of the fractions that layers can keep, as arrays (layers,) in the order of the table.
 
-    Args:
-        dense: cost of the untouched layer.
-        least, most: the fractions of it that can be kept: 0 and 1, or under a pattern those of its nonzeros alone and
-            with the largest rank the surface offers. Without sparse parts there is nothing between that rank and 1.
+    `dense` is the cost of the untouched layer. `least` and `most` are the fractions of it that can be kept: 0 and 1, or
+    under a pattern those of its nonzeros alone and with the largest rank the surface offers. Without sparse parts there
+    is nothing between that rank and 1.
     """
 
-    spec: LayerSpec
-    most_rank: int
-    dense: int
-    least: float
-    most: float
+    def __init__(self, table: OptionTable) -> None:
+        self._table = table
+        self.dense = table.dense
+        self._bare = np.zeros(len(table.names), np.int64)
+        self.least, self.most = np.zeros(len(table.names)), np.ones(len(table.names))
+        if table.pattern is not None:
+            self._bare = np.array([table.pattern.nnz(spec) for spec in table.specs], np.int64)
+            self.least = table.costs(table.every, 0 * self._bare, self._bare) / self.dense
+            most = table.costs(table.every, table.most_rank, self._bare) / self.dense
+            self.most = np.maximum(self.least, np.minimum(most, 1.0))
 
-    @classmethod
-    def of(cls, surface: ErrorSurface, problem: Problem) -> _FractionRange:
-        spec, pattern, budget = surface.spec, problem.pattern, problem.budget
-        most_rank = max(target.rank for target in surface.targets)
-        dense = budget.cost(Target.dense(spec), spec)
-        if pattern is None:
-            return cls(spec, most_rank, dense, 0.0, 1.0)
-        nnz = pattern.nnz(spec)
-        least, most = (budget.cost(Target(rank, nnz, pattern), spec) / dense for rank in (0, most_rank))
-        return cls(spec, most_rank, dense, least, max(least, min(most, 1.0)))
+    def clip(self, fractions: Floats) -> Floats:
+        """Clip fractions to what the layers can keep."""
+        return np.maximum(self.least, np.minimum(fractions, self.most))
 
-    def clip(self, fraction: float) -> float:
-        return max(self.least, min(fraction, self.most))
-
-    def target(self, fraction: float, problem: Problem, rank_share: float) -> Target:
-        """Compute the target that costs at most the clipped `fraction`."""
-        spec = self.spec
-        kept = self.clip(fraction)
-        limit = math.floor(kept * self.dense * (1 + ROUNDING))
-        if problem.pattern is not None:
-            nnz = Target(0, problem.pattern.nnz(spec), problem.pattern)
-            return problem.grow(nnz, spec, "rank", self.most_rank, limit)
-        if limit == self.dense:
-            return Target.dense(spec)
-        if problem.axis == "rank":
-            return problem.grow(Target.zero(), spec, "rank", self.most_rank, limit)
-        rank = min(int(rank_share * limit / self.dense * spec.numel / (spec.d_out + spec.d_in)), self.most_rank)
-        return problem.grow(Target(problem.limits.floor(rank), 0), spec, "nnz", spec.numel - 1, limit)
+    def sizes(self, fractions: Floats, rank_share: float) -> Sizes:
+        """Compute the targets that cost at most the clipped `fractions`."""
+        table = self._table
+        every = table.every
+        limit = np.floor(self.clip(fractions) * self.dense * (1 + ROUNDING)).astype(np.int64)
+        zero = np.zeros_like(limit)
+        if table.axis == "rank":
+            rank, nnz = table.grow(every, zero, self._bare, table.most_rank, limit)
+        else:
+            share = (rank_share * limit / self.dense * table.numel / table.per_rank).astype(np.int64)
+            rank = table.floor(np.minimum(share, table.most_rank))
+            rank, nnz = table.grow(every, rank, zero, table.numel - 1, limit)
+        if table.pattern is None:
+            whole = limit == self.dense
+            rank, nnz = np.where(whole, 0, rank), np.where(whole, table.numel, nnz)
+        return Sizes(rank, nnz)

@@ -65,7 +65,9 @@ class Groups:
         self.stacks = [
             self._stack(name, axis, top, start[name]) for name in names for axis, top in tops[name].items() if top
         ]
-        self._columns = {name: [i for i, stack in enumerate(self.stacks) if stack.name == name] for name in names}
+        self._columns: dict[str, list[int]] = {name: [] for name in names}
+        for column, stack in enumerate(self.stacks):
+            self._columns[stack.name].append(column)
         self._known: dict[tuple[str, tuple[int, ...]], tuple[Target, float]] = {}
 
     @property

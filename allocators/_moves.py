@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import betaincinv
 
 from allocators._trials import t_statistic
 from globalopt.protocols import Objective
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem, interpolate
-
-Targets = Mapping[str, Target]
+from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes
+from globalopt.values.problem import Problem
 
 UNIFORM_SHARE = 0.2
 """Part of the guided moves that is drawn uniformly, because guidance alone ends on a plateau and stays there."""
@@ -29,99 +29,240 @@ CONFIDENCE = 0.95
 """Paired t above which a swap counts as improving, and the confidence of the bound on how many do."""
 
 
-def level_swap(problem: Problem, targets: Targets, giver: str, taker: str, delta: int) -> dict[str, Target] | None:
-    """Move `delta` of cost from the layer `giver` to `taker`, in nonzeros, or in ranks where only these are free.
+class Trades(NamedTuple):
+    """Hold trades of rank for nonzeros: the layers, their ranks and nonzeros afterwards, and the predicted gains."""
 
-    Less is moved where the giver has no more or the taker no more room; more where one rank of the taker costs more.
-    The part that the taker cannot use goes back to the giver, and the part that neither can use (a rank or an index
-    costs more) is spent where it gains most. In parameters and without a pattern the cost stays exactly the same.
-
-    Args:
-        targets: one per layer, within the budget.
-        delta: in the budget's unit, at least 1.
-    Returns: the new targets, or None where these layers cannot.
-    """
-    return _swap(problem, layers_of(problem), targets, giver, taker, delta)
+    layer: Ints
+    rank: Ints
+    nnz: Ints
+    gain: Floats
 
 
-def trade(problem: Problem, targets: Targets, name: str, ranks: int) -> dict[str, Target] | None:
-    """Change one layer's rank by `ranks`, within the ranks its surface offers, and pay for it in nonzeros.
+class Moves:
+    """Describe the moves of all layers, which stay within the options of their surfaces and the costs of dense layers.
 
-    Returns: the new targets, or None where the layer cannot; where only ranks are free, always.
-    """
-    layers = layers_of(problem)
-    moved = layers[name].traded(targets[name], ranks, _slack(problem, targets))
-    return None if moved is None else spend_rest(problem, layers, {**targets, name: moved})
-
-
-def random_swap(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
-    """Make a level swap of two layers drawn uniformly from those that can give and can take; None if there is none."""
-    layers = layers_of(problem)
-    givers = [name for name, layer in layers.items() if layer.spare(targets[name]) > 0]
-    takers = [name for name, layer in layers.items() if layer.room(targets[name]) > 0]
-    for _ in range(ATTEMPTS if givers and takers else 0):
-        giver, taker = rng.choice(givers), rng.choice(takers)
-        moved = _swap(problem, layers, targets, giver, taker, delta) if giver != taker else None
-        if moved is not None:
-            return moved
-    return None
-
-
-def random_trade(problem: Problem, targets: Targets, delta: int, rng: random.Random) -> dict[str, Target] | None:
-    """Make a trade of about `delta` between rank and nonzeros of a layer drawn uniformly; None if there is none."""
-    layers = layers_of(problem)
-    trades = _trades(problem, layers, targets, delta)
-    if not trades:
-        return None
-    name, moved, _ = rng.choice(trades)
-    return spend_rest(problem, layers, {**targets, name: moved})
-
-
-def guided(
-    problem: Problem, targets: Targets, delta: int, rng: random.Random, temperature: float
-) -> dict[str, Target] | None:
-    """Draw a level swap or a trade with probability proportional to `exp(predicted gain / temperature)`.
-
-    The gain of a swap is the taker's gain less the giver's loss, so that one pass over the layers covers all pairs: the
-    taker is drawn with `exp(gain_t) sum_{g != t} exp(-loss_g)`, then the giver. `UNIFORM_SHARE` of the moves are
-    uniform over swaps or, as likely, over trades.
+    Every method that moves returns the new targets, or None where nothing can move. Draws do not depend on the order of
+    the surfaces: layers are in the order of their names.
 
     Args:
-        delta: in the budget's unit, at least 1.
-        temperature: above 0, in units of the mean change of a layer's error that `delta` makes.
-    Returns: the new targets, or None where nothing can move.
+        table: the options of the layers; its errors guide.
     """
-    if rng.random() < UNIFORM_SHARE:
-        first, second = rng.sample([random_swap, random_trade], 2)
-        return first(problem, targets, delta, rng) or second(problem, targets, delta, rng)
-    layers = layers_of(problem)
-    give, take = {}, {}
-    for name, layer in layers.items():
-        now = targets[name]
-        if layer.spare(now) > 0:
-            give[name] = layer.gain(now, layer.shrunk(now, min(delta, layer.spare(now))))
-        if layer.room(now) > 0:
-            take[name] = layer.gain(now, layer.grown(now, max(delta, layer.unit)))
-    trades = _trades(problem, layers, targets, delta)
-    changes = [abs(gain) for gain in (*give.values(), *take.values())]
-    scale = temperature * sum(changes) / max(1, len(changes)) or 1.0
-    top_give, top_take = max(give.values(), default=0.0), max(take.values(), default=0.0)
-    # Swaps and trades are normalised alike; the cap keeps a trade far better than any swap from overflowing.
-    give = {name: math.exp((gain - top_give) / scale) for name, gain in give.items()}
-    take = {name: math.exp((gain - top_take) / scale) for name, gain in take.items()}
-    traded = [math.exp(min(500.0, (gain - top_give - top_take) / scale)) for _, _, gain in trades]
-    given = math.fsum(give.values())
-    paired = {name: weight * max(0.0, given - give.get(name, 0.0)) for name, weight in take.items()}
-    swaps, all_trades = math.fsum(paired.values()), math.fsum(traded)
-    if rng.random() * (swaps + all_trades) < all_trades:
-        ((name, moved, _),) = rng.choices(trades, traded)
-        return spend_rest(problem, layers, {**targets, name: moved})
-    if swaps <= 0:
+
+    def __init__(self, table: OptionTable) -> None:
+        self.table = table
+        self.axis = table.axis
+        self.multiple = table.limits.rank_multiple
+        self.dense = table.dense
+
+    # ------------------------------------------------------------------------------------ what layers can do
+
+    @cached_property
+    def unit(self) -> Ints:
+        """Costs that are enough for one more of the free axis: a rank, a parameter, or a 16-bit value and its index."""
+        every = self.table.every
+        if self.axis == "rank":
+            return self.table.costs(every, np.full_like(every, self.multiple), 0 * every)
+        return np.full_like(every, 1 if self.table.budget.accounting == "params" else 4)
+
+    def spare(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+        """Compute the most cost that targets can give up."""
+        return self.table.costs(layer, rank, nnz) - self.table.costs(layer, *self._bare(layer, rank, nnz))
+
+    def room(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+        """Compute the most cost that targets can take."""
+        grown = self.grown(layer, rank, nnz, self.dense[layer])
+        return self.table.costs(layer, *grown) - self.table.costs(layer, rank, nnz)
+
+    def shrunk(self, layer: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
+        """Find the largest targets that cost an amount less, which is at most their `spare`."""
+        top = rank if self.axis == "rank" else nnz
+        limit = self.table.costs(layer, rank, nnz) - amount
+        return self.table.grow(layer, *self._bare(layer, rank, nnz), top, limit)
+
+    def grown(self, layer: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
+        """Find the largest targets that cost at most an amount more."""
+        table = self.table
+        if self.axis == "rank":
+            top = np.minimum(table.most_rank[layer], (table.numel[layer] - nnz) // table.per_rank[layer])
+        else:
+            top = table.numel[layer] - rank * table.per_rank[layer]
+        limit = np.minimum(self.dense[layer], table.costs(layer, rank, nnz) + amount)
+        return table.grow(layer, rank, nnz, top, limit)
+
+    def traded(
+        self, layer: Ints, rank: Ints, nnz: Ints, ranks: Ints, slack: int
+    ) -> tuple[NDArray[np.bool_], Ints, Ints]:
+        """Find the targets with so many ranks more, and the nonzeros that their costs and a slack pay for.
+
+        Returns: which there are, their ranks and their nonzeros.
+        """
+        table = self.table
+        # To the next multiple at least, or nothing would move.
+        change = np.maximum(self.multiple, abs(ranks) // self.multiple * self.multiple)
+        then = np.where(ranks > 0, rank + change, rank - change).clip(table.least_rank[layer], table.most_rank[layer])
+        if self.axis == "rank":
+            return np.zeros(len(layer), bool), rank, nnz
+        least = self._bare(layer, then, table.numel[layer])
+        limit = np.minimum(self.dense[layer], table.costs(layer, rank, nnz) + slack)
+        cost = table.costs(layer, *least)
+        fits = least[0] * table.per_rank[layer] + least[1] <= table.numel[layer]
+        can = (then != rank) & (cost <= limit) & fits
+        return can, *self.grown(layer, *least, limit - cost)
+
+    def gain(self, layer: Ints, rank: Ints, nnz: Ints, then: tuple[Ints, Ints]) -> Floats:
+        """Predict the falls of the errors."""
+        return self.table.predict(layer, rank, nnz) - self.table.predict(layer, *then)
+
+    def _bare(self, layer: Ints, rank: Ints, nnz: Ints) -> tuple[Ints, Ints]:
+        """Return the targets at the lower end of their free axis."""
+        if self.axis == "rank":
+            return np.minimum(rank, self.table.least_rank[layer]), nnz
+        # Below the options of the neighbouring ranks the prediction is a constant, which would look like a free gain.
+        return rank, np.minimum(nnz, self.table.least_nnz(layer, rank))
+
+    # ------------------------------------------------------------------------------------ moves
+
+    def swap(self, sizes: Sizes, giver: int, taker: int, delta: int) -> Sizes | None:
+        """Move `delta` of cost from the layer `giver` to `taker`, in nonzeros, or in ranks where only these are free.
+
+        Less is moved where the giver has no more or the taker no more room; more where one rank of the taker costs
+        more. The part that the taker cannot use goes back to the giver, and the part that neither can use (a rank or an
+        index costs more) is spent where it gains most. In parameters and without a pattern the cost stays exactly the
+        same.
+
+        Args:
+            sizes: the targets, within the budget.
+            giver, taker: places of the layers.
+            delta: in the budget's unit, at least 1.
+        """
+        table = self.table
+        slack = table.slack(sizes)
+        give, take = (_one(sizes, layer) for layer in (giver, taker))
+        spare, room = int(self.spare(*give)[0]), int(self.room(*take)[0])
+        wanted = min(delta, room - slack)
+        for amount in (min(wanted, spare), int(self.unit[taker]) - slack):
+            if wanted < 1 or not 1 <= amount <= spare:
+                continue
+            shrunk = self.shrunk(*give, np.array([amount]))
+            freed = int((table.costs(*give) - table.costs(give[0], *shrunk))[0]) + slack
+            grown = self.grown(*take, np.array([freed]))
+            paid = int((table.costs(take[0], *grown) - table.costs(*take))[0])
+            if (grown[0][0], grown[1][0]) != (take[1][0], take[2][0]):
+                given = self.grown(give[0], *shrunk, np.array([freed - paid]))
+                moved = sizes.with_layer(giver, *_numbers(given)).with_layer(taker, *_numbers(grown))
+                moved = self.spend_rest(moved)
+                return None if moved == sizes else moved
         return None
-    (taker,) = rng.choices(list(paired), list(paired.values()))
-    givers = [name for name in give if name != taker]
-    (giver,) = rng.choices(givers, [give[name] for name in givers])
-    return _swap(problem, layers, targets, giver, taker, delta)
+
+    def trade(self, sizes: Sizes, layer: int, ranks: int) -> Sizes | None:
+        """Change one layer's rank by `ranks`, within the ranks its surface offers, and pay for it in nonzeros."""
+        can, rank, nnz = self.traded(*_one(sizes, layer), np.array([ranks]), self.table.slack(sizes))
+        return self.spend_rest(sizes.with_layer(layer, int(rank[0]), int(nnz[0]))) if can[0] else None
+
+    def spend_rest(self, sizes: Sizes) -> Sizes:
+        """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
+        every = self.table.every
+        while (slack := self.table.slack(sizes)) > 0:
+            rank, nnz = self.grown(every, sizes.rank, sizes.nnz, np.full_like(every, slack))
+            able = np.flatnonzero((rank != sizes.rank) | (nnz != sizes.nnz))
+            if not len(able):
+                break
+            gain = self.gain(able, sizes.rank[able], sizes.nnz[able], (rank[able], nnz[able]))
+            best = int(able[gain.argmax()])
+            sizes = sizes.with_layer(best, int(rank[best]), int(nnz[best]))
+        return sizes
+
+    def random_swap(self, sizes: Sizes, delta: int, rng: random.Random) -> Sizes | None:
+        """Make a level swap of two layers drawn uniformly from those that can give and can take."""
+        every = self.table.every
+        givers = np.flatnonzero(self.spare(every, sizes.rank, sizes.nnz) > 0).tolist()
+        takers = np.flatnonzero(self.room(every, sizes.rank, sizes.nnz) > 0).tolist()
+        for _ in range(ATTEMPTS if givers and takers else 0):
+            giver, taker = rng.choice(givers), rng.choice(takers)
+            moved = self.swap(sizes, giver, taker, delta) if giver != taker else None
+            if moved is not None:
+                return moved
+        return None
+
+    def random_trade(self, sizes: Sizes, delta: int, rng: random.Random) -> Sizes | None:
+        """Make a trade of about `delta` between rank and nonzeros of a layer drawn uniformly."""
+        trades = self._trades(sizes, delta)
+        if not len(trades.layer):
+            return None
+        return self._traded(sizes, trades, rng.randrange(len(trades.layer)))
+
+    def guided(self, sizes: Sizes, delta: int, rng: random.Random, temperature: float) -> Sizes | None:
+        """Draw a level swap or a trade with probability proportional to `exp(predicted gain / temperature)`.
+
+        The gain of a swap is the taker's gain less the giver's loss, so that one pass over the layers covers all pairs:
+        the taker is drawn with `exp(gain_t) sum_{g != t} exp(-loss_g)`, then the giver. `UNIFORM_SHARE` of the moves
+        are uniform over swaps or, as likely, over trades.
+
+        Args:
+            delta: in the budget's unit, at least 1.
+            temperature: above 0, in units of the mean change of a layer's error that `delta` makes.
+        """
+        if rng.random() < UNIFORM_SHARE:
+            first, second = rng.sample([self.random_swap, self.random_trade], 2)
+            return first(sizes, delta, rng) or second(sizes, delta, rng)
+        every = self.table.every
+        spare = self.spare(every, sizes.rank, sizes.nnz)
+        givers = np.flatnonzero(spare > 0)
+        takers = np.flatnonzero(self.room(every, sizes.rank, sizes.nnz) > 0)
+        now = givers, sizes.rank[givers], sizes.nnz[givers]
+        give = self.gain(*now, self.shrunk(*now, np.minimum(delta, spare[givers])))
+        now = takers, sizes.rank[takers], sizes.nnz[takers]
+        take = self.gain(*now, self.grown(*now, np.maximum(delta, self.unit[takers])))
+        trades = self._trades(sizes, delta)
+        changes = abs(np.concatenate([give, take]))
+        scale = temperature * float(changes.sum()) / max(1, len(changes)) or 1.0
+        top_give, top_take = give.max(initial=0.0), take.max(initial=0.0)
+        # Swaps and trades are normalised alike; the cap keeps a trade far better than any swap from overflowing.
+        give, take = np.exp((give - top_give) / scale), np.exp((take - top_take) / scale)
+        traded = np.exp(np.minimum(500.0, (trades.gain - top_give - top_take) / scale))
+        given = math.fsum(give.tolist())
+        own = np.zeros(len(every))
+        own[givers] = give
+        paired = take * np.maximum(0.0, given - own[takers])
+        swaps, all_trades = math.fsum(paired.tolist()), math.fsum(traded.tolist())
+        if rng.random() * (swaps + all_trades) < all_trades:
+            return self._traded(sizes, trades, _draw(traded, rng))
+        if swaps <= 0:
+            return None
+        taker = int(takers[_draw(paired, rng)])
+        others = givers != taker
+        giver = int(givers[others][_draw(give[others], rng)])
+        return self.swap(sizes, giver, taker, delta)
+
+    def _trades(self, sizes: Sizes, delta: int) -> Trades:
+        """Find every trade of about `delta`, by layer and of fewer ranks before more."""
+        table = self.table
+        layer = np.repeat(table.every, 2)
+        rank, nnz = sizes.rank[layer], sizes.nnz[layer]
+        per_rank = table.costs(layer, np.ones_like(layer), np.zeros_like(layer))
+        ranks = np.maximum(1, delta // per_rank) * np.tile([-1, 1], len(table.names))
+        can, *then = self.traded(layer, rank, nnz, ranks, table.slack(sizes))
+        layer, rank, nnz, then = layer[can], rank[can], nnz[can], (then[0][can], then[1][can])
+        return Trades(layer, *then, self.gain(layer, rank, nnz, then))
+
+    def _traded(self, sizes: Sizes, trades: Trades, chosen: int) -> Sizes:
+        layer, rank, nnz = (int(part[chosen]) for part in (trades.layer, trades.rank, trades.nnz))
+        return self.spend_rest(sizes.with_layer(layer, rank, nnz))
+
+
+def _one(sizes: Sizes, layer: int) -> tuple[Ints, Ints, Ints]:
+    """Return a layer and its target as arrays of one element."""
+    return np.array([layer]), sizes.rank[[layer]], sizes.nnz[[layer]]
+
+
+def _numbers(target: tuple[Ints, Ints]) -> tuple[int, int]:
+    return int(target[0][0]), int(target[1][0])
+
+
+def _draw(weights: Floats, rng: random.Random) -> int:
+    """Draw a place with probability in proportion to its weight."""
+    summed = weights.cumsum()
+    return min(int(np.searchsorted(summed, rng.random() * summed[-1], "right")), len(weights) - 1)
 
 
 class ImprovingShare(NamedTuple):
@@ -133,7 +274,7 @@ class ImprovingShare(NamedTuple):
 
 
 def improving_share(
-    problem: Problem, objective: Objective, targets: Targets, swaps: int, rng: random.Random
+    problem: Problem, objective: Objective, targets: Mapping[str, Target], swaps: int, rng: random.Random
 ) -> ImprovingShare:
     """Estimate the local optimality of `targets` on the loss of the model, from random swaps.
 
@@ -146,185 +287,20 @@ def improving_share(
         swaps: how many to try; fewer where the objective's limit comes first, none where nothing can move.
     """
     chunks = range(objective.chunks)
-    delta = default_delta(problem)
+    moves = Moves(problem.table)
+    delta, sizes = default_delta(problem.table), problem.table.sizes(targets)
     improving = tried = 0
     for _ in range(swaps):
-        moved = random_swap(problem, targets, delta, rng)
+        moved = moves.random_swap(sizes, delta, rng)
         if moved is None or objective.tokens + 2 * len(chunks) * objective.chunk_tokens > objective.limit:
             break
-        now, then = objective.losses([targets, moved], chunks)
+        now, then = objective.losses([targets, problem.table.targets(moved)], chunks)
         improving += t_statistic(now - then) > SIGNIFICANT
         tried += 1
     bound = 1.0 if improving == tried else float(betaincinv(improving + 1, tried - improving, CONFIDENCE))
     return ImprovingShare(improving, tried, bound)
 
 
-def default_delta(problem: Problem) -> int:
+def default_delta(table: OptionTable) -> int:
     """Return a 64th of the mean dense layer in the budget's unit: about one step between a surface's options."""
-    return max(1, problem.budget.total // (64 * len(problem.surfaces)))
-
-
-class LayerMoves:
-    """Describe the moves of one layer, which stay within the options of its surface and the cost of the dense layer.
-
-    Results are kept, because a search needs the same ones of most layers again and again.
-
-    Args:
-        problem: whose budget and pattern apply.
-        surface: of the layer.
-    """
-
-    spare: Callable[[Target], int]
-    """The most cost a target can give up."""
-
-    room: Callable[[Target], int]
-    """The most cost it can take."""
-
-    shrunk: Callable[[Target, int], Target]
-    """The largest target that costs an amount less, which is at most its `spare`."""
-
-    grown: Callable[[Target, int], Target]
-    """The largest target that costs at most an amount more."""
-
-    traded: Callable[[Target, int, int], Target | None]
-    """The target with so many ranks more, and the nonzeros that its cost and a slack pay for; None if there is none."""
-
-    def __init__(self, problem: Problem, surface: ErrorSurface) -> None:
-        self.problem = problem
-        self.budget = problem.budget
-        self.spec = surface.spec
-        self.axis = problem.axis
-        self.multiple = problem.limits.rank_multiple
-        self.dense = self.cost(Target.dense(self.spec))
-        self.per_rank = self.spec.d_out + self.spec.d_in
-        least: dict[int, int] = {}
-        for target in surface.targets:
-            least[target.rank] = min(target.nnz, least.get(target.rank, target.nnz))
-        self.ranks = sorted(least)
-        self.counts = [least[rank] for rank in self.ranks]
-        self.error = cache(surface.predict)
-        self.spare = cache(lambda target: self.cost(target) - self.cost(self._bare(target)))
-        self.room = cache(lambda target: self.cost(self.grown(target, self.dense)) - self.cost(target))
-        self.shrunk, self.grown, self.traded = cache(self._shrunk), cache(self._grown), cache(self._traded)
-
-    def cost(self, target: Target) -> int:
-        return self.budget.cost(target, self.spec)
-
-    def gain(self, now: Target, then: Target) -> float:
-        """Predict the fall of the error."""
-        return self.error(now) - self.error(then)
-
-    @property
-    def unit(self) -> int:
-        """A cost that is enough for one more of the free axis: a rank, a parameter, or a 16-bit value and its index."""
-        if self.axis == "rank":
-            return self.cost(Target(self.multiple, 0))
-        return 1 if self.budget.accounting == "params" else 4
-
-    def _bare(self, target: Target) -> Target:
-        """Return the target at the lower end of its free axis."""
-        if self.axis == "rank":
-            return replace(target, rank=min(target.rank, self.ranks[0]))
-        # Below the options of the neighbouring ranks the prediction is a constant, which would look like a free gain.
-        least = math.ceil(interpolate(self.ranks, self.counts, target.rank))
-        return replace(target, nnz=min(target.nnz, least))
-
-    def _shrunk(self, target: Target, amount: int) -> Target:
-        top = getattr(target, self.axis)
-        return self.problem.grow(self._bare(target), self.spec, self.axis, top, self.cost(target) - amount)
-
-    def _grown(self, target: Target, amount: int) -> Target:
-        if self.axis == "rank":
-            top = min(self.ranks[-1], (self.spec.numel - target.nnz) // self.per_rank)
-        else:
-            top = self.spec.numel - target.rank * self.per_rank
-        if top <= getattr(target, self.axis):
-            return target
-        limit = min(self.dense, self.cost(target) + amount)
-        return self.problem.grow(target, self.spec, self.axis, top, limit)
-
-    def _traded(self, target: Target, ranks: int, slack: int) -> Target | None:
-        # To the next multiple at least, or nothing would move.
-        change = max(self.multiple, abs(ranks) // self.multiple * self.multiple)
-        rank = min(max(target.rank + (change if ranks > 0 else -change), self.ranks[0]), self.ranks[-1])
-        if self.axis == "rank" or rank == target.rank:
-            return None
-        least = self._bare(replace(target, rank=rank, nnz=self.spec.numel))
-        limit = min(self.dense, self.cost(target) + slack)
-        if self.cost(least) > limit or least.params(self.spec) > self.spec.numel:
-            return None
-        return self.grown(least, limit - self.cost(least))
-
-
-def layers_of(problem: Problem) -> dict[str, LayerMoves]:
-    """Make the moves of every layer, in the order of names: draws do not depend on the order of the surfaces."""
-    return _layers_of(_Same(problem))
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """Describe a problem as the key of a cache: only itself is equal to it."""
-
-    problem: Problem
-
-    def __hash__(self) -> int:
-        return id(self.problem)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.problem is other.problem
-
-
-@lru_cache(maxsize=2)
-def _layers_of(same: _Same) -> dict[str, LayerMoves]:
-    surfaces = sorted(same.problem.surfaces, key=lambda s: s.spec.name)
-    return {surface.spec.name: LayerMoves(same.problem, surface) for surface in surfaces}
-
-
-def _slack(problem: Problem, targets: Targets) -> int:
-    return problem.budget.limit - problem.used(targets)
-
-
-def spend_rest(problem: Problem, layers: Mapping[str, LayerMoves], targets: dict[str, Target]) -> dict[str, Target]:
-    """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
-    while (slack := _slack(problem, targets)) > 0:
-        grown = {name: layer.grown(targets[name], slack) for name, layer in layers.items()}
-        able = [name for name in layers if grown[name] != targets[name]]
-        if not able:
-            break
-        best = max(able, key=lambda name: layers[name].gain(targets[name], grown[name]))
-        targets = {**targets, best: grown[best]}
-    return targets
-
-
-def _swap(
-    problem: Problem, layers: Mapping[str, LayerMoves], targets: Targets, giver: str, taker: str, delta: int
-) -> dict[str, Target] | None:
-    give, take = layers[giver], layers[taker]
-    slack, spare = _slack(problem, targets), give.spare(targets[giver])
-    wanted = min(delta, take.room(targets[taker]) - slack)
-    for amount in (min(wanted, spare), take.unit - slack):
-        if wanted < 1 or not 1 <= amount <= spare:
-            continue
-        shrunk = give.shrunk(targets[giver], amount)
-        freed = give.cost(targets[giver]) - give.cost(shrunk) + slack
-        grown = take.grown(targets[taker], freed)
-        if grown != targets[taker]:
-            left = freed + take.cost(targets[taker]) - take.cost(grown)
-            moved = spend_rest(problem, layers, {**targets, giver: give.grown(shrunk, left), taker: grown})
-            return None if moved == targets else moved
-    return None
-
-
-def _trades(
-    problem: Problem, layers: Mapping[str, LayerMoves], targets: Targets, delta: int
-) -> list[tuple[str, Target, float]]:
-    """`(layer, target, predicted gain)` of every trade of about `delta`."""
-    found = []
-    slack = _slack(problem, targets)
-    for name, layer in layers.items():
-        ranks = max(1, delta // layer.cost(Target(1, 0)))
-        for sign in (-1, 1):
-            moved = layer.traded(targets[name], sign * ranks, slack)
-            if moved is not None:
-                found.append((name, moved, layer.gain(targets[name], moved)))
-    return found
+    return max(1, table.budget.total // (64 * len(table.names)))

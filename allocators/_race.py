@@ -12,11 +12,11 @@ from torch import Tensor
 
 from allocators._evopress import swaps_of_a_mutation
 from allocators._feedback import Feedback
-from allocators._moves import default_delta, guided
+from allocators._moves import Moves, default_delta
 from allocators._trials import Trials, t_statistic
-from allocators.knapsack import Knapsack
+from allocators.knapsack import relaxed_knapsack
 from globalopt.values.budget import Target
-from globalopt.values.problem import Problem
+from globalopt.values.option_table import OptionTable, Sizes
 
 Targets = Mapping[str, Target]
 
@@ -49,23 +49,24 @@ class Race:
     Args:
         trials: evaluates the losses.
         starts: the incumbent is the best of them.
-        problem: its surfaces guide the moves; those of `trials` if not given.
+        table: its errors guide the moves; those of the problem of `trials` if not given.
     """
 
     def __init__(
-        self, trials: Trials, starts: Sequence[Targets], rng: random.Random, problem: Problem | None = None
+        self, trials: Trials, starts: Sequence[Targets], rng: random.Random, table: OptionTable | None = None
     ) -> None:
         self.trials = trials
         self.rng = rng
-        problem = problem or trials.problem
+        self.table = table or trials.problem.table
         losses = trials.judge(starts)
         best = int(torch.argmin(losses.mean(1)))
-        self.incumbent, self.losses = starts[best], losses[best]
-        predicted = problem.predicted(self.incumbent)
+        begun = [self.table.sizes(start) for start in starts]
+        self.incumbent, self.losses = begun[best], losses[best]
+        predicted = self.table.predicted(self.incumbent)
         measured = float(self.losses.mean())
-        self.feedback = Feedback(problem, measured / predicted if min(measured, predicted) > 0 else 1.0)
+        self.feedback = Feedback(self.table, measured / predicted if min(measured, predicted) > 0 else 1.0)
         self.tests = 0
-        self.tried = {_key(start) for start in starts}
+        self.tried = {start.key for start in begun}
 
     def run(self, generations: int) -> None:
         """Race until the loss is zero or too many candidates failed; `OutOfTokens` where the tokens do not suffice."""
@@ -78,32 +79,34 @@ class Race:
             if failed >= PATIENCE:
                 return
 
-    def _propose(self) -> list[dict[str, Target]]:
+    def _propose(self) -> list[Sizes]:
         """Make new candidates: the knapsack on the corrected surfaces, and chains of moves from the incumbent."""
         corrected = self.feedback.corrected()
-        proposals = [dict(Knapsack(exact=False).allocate(corrected).targets)]
+        moves = Moves(corrected)
+        proposals = [relaxed_knapsack(corrected)]
         for _ in range(OFFSPRING):
-            moved: Mapping[str, Target] | None = self.incumbent
+            moved = self.incumbent
             for _ in range(swaps_of_a_mutation(self.rng)):
                 delta = max(1, round(self.rng.choice(STEPS) * default_delta(corrected)))
-                moved = guided(corrected, moved, delta, self.rng, TEMPERATURE) or moved
-            proposals.append(dict(moved))
-        new: list[dict[str, Target]] = []
-        for targets in proposals:
-            if _key(targets) not in self.tried:
-                self.tried.add(_key(targets))
-                new.append(targets)
+                moved = moves.guided(moved, delta, self.rng, TEMPERATURE) or moved
+            proposals.append(moved)
+        new: list[Sizes] = []
+        for sizes in proposals:
+            if sizes.key not in self.tried:
+                self.tried.add(sizes.key)
+                new.append(sizes)
         return new
 
-    def _race(self, candidates: Sequence[Targets]) -> bool:
+    def _race(self, candidates: Sequence[Sizes]) -> bool:
         """Race `candidates` and tell whether one of them became the incumbent."""
+        targets = [self.table.targets(sizes) for sizes in candidates]
         total = len(self.trials.all_chunks)
         known = [torch.empty(0, dtype=torch.float64)] * len(candidates)
         running, seen = list(range(len(candidates))), 0
         for count in sorted({math.ceil(stage * total) for stage in STAGES}):
             if not running:
                 return False
-            found = self.trials.losses([candidates[i] for i in running], range(seen, count))
+            found = self.trials.losses([targets[i] for i in running], range(seen, count))
             seen = count
             for i, losses in zip(running, found, strict=True):
                 known[i] = torch.cat((known[i], losses))
@@ -116,18 +119,14 @@ class Race:
                 if seen == total or i not in better:
                     self.feedback.tell(self.incumbent, candidates[i], differences[i])
             running = better
-        return any(self._accept(candidates[i], known[i]) for i in running)
+        return any(self._accept(candidates[i], targets[i], known[i]) for i in running)
 
-    def _accept(self, targets: Targets, losses: Tensor) -> bool:
+    def _accept(self, sizes: Sizes, targets: Targets, losses: Tensor) -> bool:
         """Test a candidate on the whole text, and make it the incumbent if it passes."""
         self.tests += 1
         level = ALPHA / (self.tests * (self.tests + 1))
         if -t_statistic(losses - self.losses) < -stdtrit(len(losses) - 1, level):
             return False
-        self.incumbent, self.losses, self.tests = targets, losses, 0
+        self.incumbent, self.losses, self.tests = sizes, losses, 0
         self.trials.nominate(targets)
         return True
-
-
-def _key(targets: Targets) -> frozenset[tuple[str, Target]]:
-    return frozenset(targets.items())

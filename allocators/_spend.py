@@ -4,61 +4,58 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import replace
+
+import numpy as np
 
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes
+from globalopt.values.problem import Problem
 
 
 def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Spend the rest of the budget of `targets` by layer name, as `spend_sizes` does."""
+    table = problem.table
+    return table.targets(spend_sizes(table, table.sizes(targets)))
+
+
+def spend_sizes(table: OptionTable, sizes: Sizes) -> Sizes:
     """Spend the rest of the budget in nonzeros (in rank where only that is free), where it lowers the error fastest.
 
     Each step goes at most to the next option of the same layer, so the predicted error stays an interpolation
     between neighbouring options; the largest gain per unit of cost is taken first. Targets that exceed the budget are
     returned as they are: `Problem.finish` refuses them.
-
-    Args:
-        problem: surfaces, budget, pattern, limits.
-        targets: one per layer.
     """
-    axis = problem.axis
-    chosen = dict(targets)
-    slack = problem.budget.limit - problem.used(chosen)
-    surfaces = {surface.spec.name: surface for surface in problem.surfaces}
-    queue: list[tuple[float, str, Target]] = []
-
-    def offer(name: str) -> None:
-        surface = surfaces[name]
-        step = _step(surface, chosen[name], axis)
-        if step is not None:
-            cost = problem.budget.cost(step, surface.spec) - problem.budget.cost(chosen[name], surface.spec)
-            gain = surface.predict(chosen[name]) - surface.predict(step)
-            heapq.heappush(queue, (-gain / max(cost, 1), name, step))
-
-    for name in chosen:
-        offer(name)
+    slack = table.slack(sizes)
+    if slack <= 0:
+        return sizes
+    rank, nnz = sizes.rank.copy(), sizes.nnz.copy()
+    axis = rank if table.axis == "rank" else nnz
+    offers = _offers(table, table.every, rank, nnz)
+    # Of equal gains the first name.
+    queue = list(zip((-offers[1]).tolist(), offers[0].tolist(), offers[2].tolist(), strict=True))
+    heapq.heapify(queue)
     while slack > 0 and queue:
-        _, name, step = heapq.heappop(queue)
-        spec = surfaces[name].spec
-        before = problem.budget.cost(chosen[name], spec)
-        reached = problem.grow(chosen[name], spec, axis, getattr(step, axis), before + slack)
-        slack -= problem.budget.cost(reached, spec) - before
-        moved = reached != chosen[name]
-        chosen[name] = reached
-        if moved and reached == step:
-            offer(name)
-    return chosen
+        _, number, step = heapq.heappop(queue)
+        layer = np.array([number])
+        here = rank[layer], nnz[layer]
+        before = int(table.costs(layer, *here)[0])
+        reached = table.grow(layer, *here, np.array([step]), np.array([before + slack]))
+        slack -= int(table.costs(layer, *reached)[0]) - before
+        moved = (reached[0][0], reached[1][0]) != (here[0][0], here[1][0])
+        rank[layer], nnz[layer] = reached
+        if moved and axis[number] == step:
+            for offer in zip(*_offers(table, layer, *reached), strict=True):
+                heapq.heappush(queue, (-float(offer[1]), number, int(offer[2])))
+    return Sizes(rank, nnz)
 
 
-def _step(surface: ErrorSurface, target: Target, axis: str) -> Target | None:
-    """Return the layer's next larger option along its free axis, or None at the end; a dense layer cannot grow."""
-    here = getattr(target, axis)
-    others = {getattr(t, axis) for t in surface.targets if axis == "rank" or t.rank == target.rank}
-    if axis == "nnz" and len(others) < 2:
-        # The rank is between two options: any count up to the dense layer's cost will do.
-        others = {t.nnz for t in surface.targets}
-    larger = [v for v in others if v > here]
-    if not larger:
-        return None
-    step = replace(target, **{axis: min(larger)})
-    return step if step.params(surface.spec) <= surface.spec.numel else None
+def _offers(table: OptionTable, layer: Ints, rank: Ints, nnz: Ints) -> tuple[Ints, Floats, Ints]:
+    """Find the layers with a next larger option, its gain per unit of cost, and its value of the axis."""
+    step = table.next_option(layer, rank, nnz)
+    then = (step, nnz) if table.axis == "rank" else (rank, step)
+    # A dense layer cannot grow.
+    can = (step >= 0) & (then[0] * table.per_rank[layer] + then[1] <= table.numel[layer])
+    layer, rank, nnz, step, then = layer[can], rank[can], nnz[can], step[can], (then[0][can], then[1][can])
+    cost = table.costs(layer, *then) - table.costs(layer, rank, nnz)
+    gain = table.predict(layer, rank, nnz) - table.predict(layer, *then)
+    return layer, gain / np.maximum(cost, 1), step

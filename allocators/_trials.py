@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from globalopt.values.span import Mask
 
 FINALISTS = 4
 """Number of the latest nominees that are evaluated on the whole selection text, beside all starts."""
+
+
+_Key = frozenset[tuple[str, Target | Mask]]
 
 
 class OutOfTokens(Exception):
@@ -38,9 +42,9 @@ class Trials:
             raise ValueError("A search needs a start.")
         self.problem = problem
         self.objective = present(objective)
-        self._starts = [dict(start) for start in starts]
-        self._nominees: list[dict[str, Target]] = []
-        self._evaluated: set[tuple[frozenset[tuple[str, Target | Mask]], int]] = set()
+        self._starts = [_Known.of(start) for start in starts]
+        self._nominees: list[_Known] = []
+        self._evaluated: set[tuple[_Key, int]] = set()
 
     @property
     def all_chunks(self) -> range:
@@ -51,7 +55,7 @@ class Trials:
     def left(self) -> int:
         """Tokens that may be spent before the verdict on all starts and `FINALISTS` nominees."""
         finalists = self._nominees[-FINALISTS:]
-        known = self._cost([*self._starts, *finalists], self.all_chunks)
+        known = self._cost([known.key for known in (*self._starts, *finalists)], self.all_chunks)
         unknown = (FINALISTS - len(finalists)) * self.objective.chunks * self.objective.chunk_tokens
         return self.objective.limit - self.objective.tokens - known - unknown
 
@@ -61,27 +65,28 @@ class Trials:
         Raises:
             OutOfTokens: they may cost more tokens than remain.
         """
-        if self._cost(candidates, chunks) > max(0, self.left):
+        keys = [_key(candidate) for candidate in candidates]
+        if self._cost(keys, chunks) > max(0, self.left):
             raise OutOfTokens
-        return self._evaluate(candidates, chunks)
+        return self._evaluate(candidates, keys, chunks)
 
-    def _cost(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> int:
+    def _cost(self, keys: Sequence[_Key], chunks: Sequence[int]) -> int:
         """Return the most tokens that the candidates not evaluated before cost."""
-        new = {(_key(candidate), chunk) for candidate in candidates for chunk in chunks} - self._evaluated
+        new = {(key, chunk) for key in keys for chunk in chunks} - self._evaluated
         return len(new) * self.objective.chunk_tokens
 
-    def _evaluate(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
+    def _evaluate(self, candidates: Sequence[Candidate], keys: Sequence[_Key], chunks: Sequence[int]) -> Tensor:
         losses = self.objective.losses(candidates, chunks)
-        self._evaluated.update((_key(candidate), chunk) for candidate in candidates for chunk in chunks)
+        self._evaluated.update((key, chunk) for key in keys for chunk in chunks)
         return losses
 
     def judge(self, candidates: Sequence[Candidate]) -> Tensor:
         """Evaluate the losses (candidates, windows) of starts and finalists on the whole text, also beyond `left`."""
-        return self._evaluate(candidates, self.all_chunks)
+        return self._evaluate(candidates, [_key(candidate) for candidate in candidates], self.all_chunks)
 
     def nominate(self, targets: Mapping[str, Target]) -> None:
         """Nominate `targets` for the verdict; of more than `FINALISTS` nominees the latest are evaluated."""
-        nominee = dict(targets)
+        nominee = _Known.of(targets)
         if nominee in self._nominees:
             self._nominees.remove(nominee)
         self._nominees.append(nominee)
@@ -93,11 +98,23 @@ class Trials:
         """
         finalists = [*self._starts]
         finalists += [nominee for nominee in self._nominees[-FINALISTS:] if nominee not in finalists]
-        return finalists[int(torch.argmin(self.judge(finalists).mean(1)))]
+        return finalists[int(torch.argmin(self.judge([known.targets for known in finalists]).mean(1)))].targets
 
 
-def _key(candidate: Candidate) -> frozenset[tuple[str, Target | Mask]]:
+def _key(candidate: Candidate) -> _Key:
     return frozenset(candidate.items())
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Hold targets and their key, which is as large as they are and should be made once."""
+
+    key: _Key
+    targets: dict[str, Target] = field(compare=False)
+
+    @classmethod
+    def of(cls, targets: Mapping[str, Target]) -> _Known:
+        return cls(_key(targets), dict(targets))
 
 
 def present(objective: Objective | None) -> Objective:

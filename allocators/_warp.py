@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import Problem
+from globalopt.values.option_table import OptionTable
 
 MOST_KINDS = 9
 """Most coefficients of kinds; of more kinds the largest `MOST_KINDS - 1` have their own and the others share one."""
@@ -44,37 +43,31 @@ class Warp:
     blocks: tuple[int, int]
 
     @classmethod
-    def of(cls, problem: Problem) -> Warp:
-        """Make the warp of a problem's kinds and blocks, the same for any order of its layers."""
+    def of(cls, specs: Sequence[LayerSpec]) -> Warp:
+        """Make the warp of the kinds and blocks of layers, the same for any order of them."""
         sizes: Counter[str] = Counter()
-        for spec in problem.specs:
+        for spec in specs:
             sizes[spec.kind] += spec.numel
         kinds = [f"kind:{kind}" for kind in sorted(sizes, key=lambda kind: (-sizes[kind], kind))]
         if len(kinds) > MOST_KINDS:
             kinds = [*kinds[: MOST_KINDS - 1], OTHERS]
-        blocks = [spec.block for spec in problem.specs]
+        blocks = [spec.block for spec in specs]
         return cls((*kinds, "depth", "depth²", "share"), (min(blocks), max(blocks)))
 
-    def features(self, spec: LayerSpec, targets: Sequence[Target]) -> NDArray[np.float64]:
-        """Compute the factors of the coefficients in the exponent, (targets, coefficients)."""
+    def features(self, specs: Sequence[LayerSpec]) -> NDArray[np.float64]:
+        """Compute the factors in the exponent of all coefficients but the last, `share`: (layers, coefficients - 1)."""
         first, last = self.blocks
-        z = 2 * (spec.block - first) / (last - first) - 1 if last > first else 0.0
-        kind = f"kind:{spec.kind}"
-        rows = np.zeros((len(targets), len(self.names)))
-        rows[:, self.names.index(kind if kind in self.names else OTHERS)] = 1
-        rows[:, -3] = z
-        rows[:, -2] = z * z
-        rows[:, -1] = [target.rank_share(spec) for target in targets]
+        rows = np.zeros((len(specs), len(self.names) - 1))
+        columns = {name: column for column, name in enumerate(self.names)}
+        for row, spec in zip(rows, specs, strict=True):
+            kind = f"kind:{spec.kind}"
+            z = 2 * (spec.block - first) / (last - first) - 1 if last > first else 0.0
+            row[columns[kind if kind in columns else OTHERS]] = 1
+            row[-2:] = z, z * z
         return rows
 
-    def factors(self, spec: LayerSpec, targets: Sequence[Target], theta: ArrayLike) -> NDArray[np.float64]:
-        """Compute the factors of the errors of `targets`, (targets,)."""
-        return np.exp(self.features(spec, targets) @ np.asarray(theta, dtype=np.float64))
-
-    def apply(self, problem: Problem, theta: ArrayLike) -> Problem:
-        """Return the problem with the errors of every surface warped."""
-        surfaces = []
-        for surface in problem.surfaces:
-            error = np.asarray(surface.error) * self.factors(surface.spec, surface.targets, theta)
-            surfaces.append(replace(surface, error=tuple(error.tolist())))
-        return replace(problem, surfaces=tuple(surfaces))
+    def apply(self, table: OptionTable, theta: ArrayLike) -> OptionTable:
+        """Return the table with all errors warped."""
+        *fixed, share = np.asarray(theta, dtype=np.float64)
+        exponent = (self.features(table.specs) @ np.array(fixed))[table.layer] + share * table.share
+        return table.with_errors(table.error * np.exp(exponent))

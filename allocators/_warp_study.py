@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from allocators._trials import Trials, t_statistic
 from allocators._warp import Sampler, Warp
-from allocators.knapsack import Knapsack
+from allocators.knapsack import relaxed_knapsack
 from globalopt.errors import ArtefactError
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.problem import Problem
 
 Theta = tuple[float, ...]
 Told = list[tuple[Theta, float]]
@@ -35,34 +35,32 @@ PRUNE = 2.0
 """Paired t against the best trial so far above which a trial is pruned: one in 44 that are as good falls to a test."""
 
 
-def nearest(problem: Problem, warp: Warp, targets: Mapping[str, Target]) -> Theta:
-    """Estimate the coefficients under which `targets` are closest to a solution of the knapsack.
+def nearest(table: OptionTable, warp: Warp, sizes: Sizes) -> Theta:
+    """Estimate the coefficients under which targets are closest to a solution of the knapsack.
 
     In a solution the slope `-d error' / d cost` is the same for every layer: `features theta + constant = -log slope`,
     solved by least squares over the layers. Layers whose slope is not positive are left out.
     """
-    rows, rest = [], []
-    for surface in sorted(problem.surfaces, key=lambda s: s.spec.name):
-        slope = _slope(problem, surface, targets[surface.spec.name])
-        if slope > 0:
-            rows.append(np.append(warp.features(surface.spec, [targets[surface.spec.name]])[0], 1.0))
-            rest.append(-math.log(slope))
-    if not rows:
+    slopes = _slopes(table, sizes)
+    rising = slopes > 0
+    if not rising.any():
         return (0.0,) * len(warp.names)
-    solution = np.linalg.lstsq(np.stack(rows), np.array(rest), rcond=None)[0]
+    share = table.shares(table.every, sizes.rank, sizes.nnz)
+    rows = np.column_stack([warp.features(table.specs), share, np.ones(len(share))])[rising]
+    solution = np.linalg.lstsq(rows, -np.log(slopes[rising]), rcond=None)[0]
     return tuple(solution[:-1].tolist())
 
 
-def _slope(problem: Problem, surface: ErrorSurface, target: Target) -> float:
-    """Mean fall of the error per unit of cost, from a tenth less to a tenth more of the free axis."""
-    axis = problem.axis
-    spec = surface.spec
-    top = spec.numel if axis == "nnz" else max(t.rank for t in surface.targets)
-    here = getattr(target, axis)
-    less = replace(target, **{axis: math.floor(0.9 * here)})
-    more = replace(target, **{axis: min(top, math.ceil(1.1 * here) + 1)})
-    cost = problem.budget.cost(more, spec) - problem.budget.cost(less, spec)
-    return (surface.predict(less) - surface.predict(more)) / cost if cost > 0 else 0.0
+def _slopes(table: OptionTable, sizes: Sizes) -> Floats:
+    """Mean falls of the errors per unit of cost, from a tenth less to a tenth more of the free axis."""
+    ranks = table.axis == "rank"
+    here, top = (sizes.rank, table.most_rank) if ranks else (sizes.nnz, table.numel)
+    less = np.floor(0.9 * here).astype(np.int64)
+    more = np.minimum(top, np.ceil(1.1 * here).astype(np.int64) + 1)
+    ends = [(end, sizes.nnz) if ranks else (sizes.rank, end) for end in (less, more)]
+    costs, errors = ([of(table.every, *end) for end in ends] for of in (table.costs, table.predict))
+    cost = costs[1] - costs[0]
+    return np.where(cost > 0, (errors[0] - errors[1]) / np.where(cost > 0, cost, 1), 0.0)
 
 
 class WarpStudy:
@@ -85,13 +83,13 @@ class WarpStudy:
         self.worker = worker
         self.problem = problem
         self.trials = trials
-        self.warp = Warp.of(problem)
+        self.warp = Warp.of(problem.table.specs)
         self.space = {name: FloatDistribution(-spread, spread) for name in self.warp.names}
         self.path = path
         self.study = _open(path)
         self._solved: dict[Theta, dict[str, Target]] = {}
         self.knapsack = trials.judge([starts[0]])[0]
-        near = [nearest(problem, self.warp, start) for start in starts[1:]]
+        near = [nearest(problem.table, self.warp, problem.table.sizes(start)) for start in starts[1:]]
         clipped = np.clip(near, -spread, spread)
         self.warm: list[Theta] = [(0.0,) * len(self.warp.names), *(tuple(theta.tolist()) for theta in clipped)]
         self._told = optuna.create_study()
@@ -123,8 +121,8 @@ class WarpStudy:
 
     def _targets(self, theta: Theta) -> dict[str, Target]:
         if theta not in self._solved:
-            found = Knapsack(exact=False).allocate(self.warp.apply(self.problem, theta))
-            self._solved[theta] = dict(found.targets)
+            table = self.problem.table
+            self._solved[theta] = table.targets(relaxed_knapsack(self.warp.apply(table, theta)))
         return self._solved[theta]
 
     def _evaluate_again(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from allocators._calibration import Calibration
@@ -16,12 +16,13 @@ from allocators._race import Race
 from allocators._trials import OutOfTokens, Trials, present, t_statistic
 from allocators.alpha import Alpha
 from allocators.depth_ramp import depth_ramp
-from allocators.knapsack import Knapsack
+from allocators.knapsack import Knapsack, relaxed_knapsack
 from allocators.owl import Owl
 from allocators.uniform import Uniform
 from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
 from globalopt.values.budget import Target
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Allocation, Problem
 
 Targets = Mapping[str, Target]
@@ -39,6 +40,10 @@ DECISIVE = 4.0
 GENERATIONS = 400
 """Most generations of the last stage, which ends with the tokens or when nothing improves any more."""
 
+GAIN = 0.005
+"""Relative gain in the loss below which a round of calibration is the last. If the first one gains less, the surfaces
+rank allocations as the model does, and local moves are not tried."""
+
 STEPS = (0.5, 1.0)
 """Shares of the calibration's log multipliers that proposals are made with."""
 
@@ -53,6 +58,9 @@ class Auto:
        once. A `Calibration` is fitted to all losses so far, and the knapsacks on the surfaces it corrects, at two
        lengths of the step, are evaluated on the whole text. The next round is around the corrected surfaces.
     3. A `Race` of guided moves on the corrected surfaces spends the tokens that remain, from the best so far.
+
+    Rounds end when one gains little, and where even the first gained little the race is left out: the surfaces rank
+    allocations as the model does, and more tokens find nothing.
 
     On the whole selection text the allocation is never worse than the best start. Its bound is that of the knapsack, on
     the surfaces before any correction.
@@ -74,7 +82,7 @@ class Auto:
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = ""
     reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     rounds: int = 3
     designs: int = 16
     spread: float = 0.3
@@ -93,28 +101,40 @@ class Auto:
         starts = _undecided(present(objective), portfolio(problem, knapsack.targets), part)
         trials = Trials(problem, objective, starts)
         with contextlib.suppress(OutOfTokens):
-            corrected = self._calibrated(trials, starts, part, rng)
-            if self.local:
+            corrected, gained = self._calibrated(trials, starts, part, rng)
+            if self.local and gained:
                 Race(trials, [trials.verdict()], rng, corrected).run(GENERATIONS)
         return problem.finish(trials.verdict(), by=self.name, bound=knapsack.bound)
 
     def _calibrated(
         self, trials: Trials, starts: Sequence[Targets], part: Sequence[int], rng: random.Random
-    ) -> Problem:
-        """Calibrate the surfaces by evaluated losses and return the problem with them; nominate its knapsacks."""
-        problem = corrected = trials.problem
-        measured = [*starts]
+    ) -> tuple[OptionTable, bool]:
+        """Calibrate the surfaces by evaluated losses, and nominate its knapsacks.
+
+        Returns:
+            the table with calibrated surfaces, and whether a knapsack on them was better than the starts.
+        """
+        table = corrected = trials.problem.table
+        least = float(trials.losses([trials.verdict()], trials.all_chunks).mean())
+        gained = False
+        measured = [(table.sizes(start), start) for start in starts]
         for _ in range(self.rounds):
-            measured += [_knapsack(_disturbed(corrected, self.spread, rng)) for _ in range(self.designs)]
-            losses = trials.losses(measured, part).mean(1).tolist()
-            calibration = Calibration.fit(problem, list(zip(measured, losses, strict=True)))
-            proposals = [_knapsack(calibration.apply(problem, share)) for share in STEPS]
-            trials.losses(proposals, trials.all_chunks)
-            for proposal in proposals:
+            designs = [relaxed_knapsack(_disturbed(corrected, self.spread, rng)) for _ in range(self.designs)]
+            measured += [(sizes, table.targets(sizes)) for sizes in designs]
+            losses = trials.losses([targets for _, targets in measured], part).mean(1).tolist()
+            told = [(sizes, loss) for (sizes, _), loss in zip(measured, losses, strict=True)]
+            calibration = Calibration.fit(table, told)
+            solved = [relaxed_knapsack(calibration.apply(table, share)) for share in STEPS]
+            proposals = [(sizes, table.targets(sizes)) for sizes in solved]
+            found = float(trials.losses([targets for _, targets in proposals], trials.all_chunks).mean(1).min())
+            for _, proposal in proposals:
                 trials.nominate(proposal)
             measured += proposals
-            corrected = calibration.apply(problem)
-        return corrected
+            corrected = calibration.apply(table)
+            if found > (1 - GAIN) * least:
+                break
+            least, gained = found, True
+        return corrected, gained
 
 
 def portfolio(problem: Problem, knapsack: Targets) -> list[Targets]:
@@ -139,13 +159,7 @@ def _undecided(objective: Objective, candidates: Sequence[Targets], part: Sequen
     return [c for c, own in zip(candidates, losses, strict=True) if t_statistic(own - best) < DECISIVE]
 
 
-def _knapsack(problem: Problem) -> Targets:
-    return Knapsack(exact=False).allocate(problem).targets
-
-
-def _disturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
-    """Return the problem with every surface multiplied by `exp(spread (x_kind + x_layer))`, `x` standard normal."""
-    kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in problem.specs})}
-    own = {name: rng.gauss(0, spread) for name in sorted(spec.name for spec in problem.specs)}
-    factors = {spec.name: math.exp(kinds[spec.kind] + own[spec.name]) for spec in problem.specs}
-    return problem.scaled(factors)
+def _disturbed(table: OptionTable, spread: float, rng: random.Random) -> OptionTable:
+    """Return the table with the errors of every layer times `exp(spread (x_kind + x_layer))`, `x` standard normal."""
+    kinds = {kind: rng.gauss(0, spread) for kind in sorted({spec.kind for spec in table.specs})}
+    return table.scaled(np.exp([kinds[spec.kind] + rng.gauss(0, spread) for spec in table.specs]))

@@ -64,7 +64,9 @@ class Bernoulli:
     same random chunks and takes the leave-one-out gradient of `f - alpha J`, with f the loss, J the predicted error and
     alpha the slope of f on J in all earlier samples, plus alpha times the gradient of `E[J]`; the step is the natural
     gradient's, as long as the trust region allows. The best samples of the last updates and the most probable choices
-    along the way are compared with the knapsack and the uniform allocation on the whole selection text.
+    along the way are compared with the knapsack and the uniform allocation on the whole selection text. Its time and
+    memory grow with groups times kept groups, and a layer has one or two groups at least: with thousands of layers it
+    is slow, and another allocator should be taken.
 
     `cap`: arXiv:2505.03801 on the components of the spans, three iterations on the whole selection text; the result is
     rounded and not compared with any other. Choices that the paper leaves open: the projection is Euclidean; the start

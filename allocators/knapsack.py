@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from allocators._core import solve_core
-from allocators._spend import spend
+from allocators._spend import spend_sizes
 from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
-from globalopt.values.budget import Target
+from globalopt.values.option_table import OptionTable, Sizes
 from globalopt.values.problem import Allocation, Problem
-
-BISECTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Knapsack:
 
         min sum_l sum_c error_l(c) x_lc   s.t.  sum_c x_lc = 1,  sum_lc cost_l(c) x_lc <= limit,  x binary
 
-    First comes the Lagrangian relaxation: `c_l(price) = argmin error + price * cost`, the price bisected to the budget
-    (Sinha and Zoltners 1979). Its dual value `sum_l min_c (error + price cost) - price limit` bounds from below every
-    choice of options, and of targets between options. Then HiGHS solves the core (`allocators._core`): all options that
-    can still be in a better allocation, and the nonzeros between two of them (under a pattern the ranks). That mostly
-    closes the gap from both sides, and the bound then holds for these choices. In both allocations the rest of the
-    budget is spent; the better one is returned.
+    First comes the Lagrangian relaxation: `c_l(price) = argmin error + price * cost` at the price that meets the
+    budget (Sinha and Zoltners 1979). Its dual value `sum_l min_c (error + price cost) - price limit` bounds from below
+    every choice of options, and of targets between options. Then HiGHS solves the core (`allocators._core`): all
+    options that can still be in a better allocation, and the nonzeros between two of them (under a pattern the ranks).
+    That mostly closes the gap from both sides, and the bound then holds for these choices. In both allocations the rest
+    of the budget is spent; the better one is returned.
 
     Args:
         exact: solve the core after the relaxation.
@@ -58,62 +56,55 @@ class Knapsack:
         at_least(1, nodes=self.nodes)
 
     def allocate(self, problem: Problem, objective: Objective | None = None) -> Allocation:
-        """Return the best allocation found on the surfaces, with the proved bound; the objective is not used."""
-        table = _Table(problem)
-        chosen, price, bound = table.relax()
-        best = spend(problem, table.targets(chosen))
+        """Return the optimum of the surfaces; the objective is not used."""
+        table = problem.table
+        relaxed, price, bound = relax(table)
+        best = spend_sizes(table, relaxed)
         if self.exact:
-            solved, bound = solve_core(problem, price, bound, problem.predicted(best), self.gap, self.nodes)
+            least = table.predicted(best)
+            solved, bound = solve_core(table, price, bound, least, self.gap, self.nodes)
             if solved is not None:
-                best = min(best, spend(problem, solved), key=problem.predicted)
-        return problem.finish(best, by=self.name, bound=min(bound, problem.predicted(best)))
+                best = min(best, spend_sizes(table, solved), key=table.predicted)
+        targets = table.targets(best)
+        return problem.finish(targets, by=self.name, bound=min(bound, problem.predicted(targets)))
 
 
-class _Table:
-    """Describe the undominated options of all layers, flattened: `cost`, `error`, `layer` of each, in layer order."""
+def relaxed_knapsack(table: OptionTable) -> Sizes:
+    """Return the Lagrangian relaxation's allocation, with the rest of the budget spent: the knapsack, but for a gap.
 
-    def __init__(self, problem: Problem) -> None:
-        frontiers = [surface.frontier(problem.budget) for surface in problem.surfaces]
-        self.names = [surface.spec.name for surface in problem.surfaces]
-        self.limit = problem.budget.limit
-        self.options = [target for frontier in frontiers for target, _, _ in frontier]
-        self.cost = np.array([cost for frontier in frontiers for _, cost, _ in frontier], dtype=np.int64)
-        self.error = np.array([error for frontier in frontiers for _, _, error in frontier])
-        sizes = [len(frontier) for frontier in frontiers]
-        ends = np.cumsum(sizes, dtype=np.intp)
-        self.starts = ends - np.array(sizes, dtype=np.intp)
+    >>> from allocators.example import example_problem
+    >>> problem = example_problem(kept=0.5)
+    >>> table = problem.table
+    >>> table.targets(relaxed_knapsack(table)) == dict(Knapsack(exact=False).allocate(problem).targets)
+    True
+    """
+    return spend_sizes(table, relax(table)[0])
 
-    @property
-    def size(self) -> int:
-        return len(self.options)
 
-    def targets(self, chosen: NDArray[np.intp]) -> dict[str, Target]:
-        return {name: self.options[i] for name, i in zip(self.names, chosen, strict=True)}
+def relax(table: OptionTable) -> tuple[Sizes, float, float]:
+    """Solve the Lagrangian relaxation: a feasible choice, the price of a unit of budget, and the largest dual value.
 
-    def relax(self) -> tuple[NDArray[np.intp], float, float]:
-        """Bisect the price of a unit of budget: (feasible choice, price, best dual bound)."""
-        chosen = self._at(0.0)
-        if self.cost[chosen].sum() <= self.limit:
-            return chosen, 0.0, float(self.error[chosen].sum())
-        low = 0.0
-        high = float(self.error.max()) + 1e-30
-        bound = 0.0
-        # At this price one unit outweighs any error, so every layer takes its cheapest option, which fits.
-        for _ in range(BISECTIONS):
-            price = (low + high) / 2
-            at = self._at(price)
-            used = int(self.cost[at].sum())
-            bound = max(bound, float(self.error[at].sum() + price * (used - self.limit)))
-            if used <= self.limit:
-                high = price
-            else:
-                low = price
-        return self._at(high), high, bound
+    The options that are best at some price are the corners of each layer's convex hull. At the optimal price every
+    layer has taken the steps between its corners that gain more per unit; so the price is the gain of the first step
+    that does not fit, all steps taken from the largest gain down. Equal gains are taken together or not at all: the
+    cheaper option on ties.
 
-    def _at(self, price: float) -> NDArray[np.intp]:
-        """Per layer the option with the least `error + price * cost`; the cheaper one on ties."""
-        value = self.error + price * self.cost
-        least = np.minimum.reduceat(value, self.starts)
-        hit = np.flatnonzero(value <= np.repeat(least, np.diff([*self.starts, self.size])))
-        first = np.searchsorted(hit, self.starts)
-        return hit[first]
+    >>> from allocators.example import example_problem
+    >>> table = example_problem(kept=0.5).table
+    >>> sizes, price, bound = relax(table)
+    >>> sizes.nnz.tolist(), round(bound, 4), table.predicted(sizes) >= bound
+    ([16, 80, 64, 32], 0.4781, True)
+    """
+    options, slopes = table.hull
+    first = np.flatnonzero(np.isinf(slopes))
+    cost, error = table.cost[options], table.error[options]
+    limit = table.budget.limit
+    steps = np.flatnonzero(~np.isinf(slopes))
+    steps = steps[np.argsort(-slopes[steps], kind="stable")]
+    used = int(cost[first].sum()) + np.cumsum(cost[steps] - cost[steps - 1])
+    over = int(np.searchsorted(used, limit, "right"))
+    price = float(slopes[steps[over]]) if over < len(steps) else 0.0
+    taken = np.bincount(table.layer[options[steps[slopes[steps] > price]]], minlength=len(first))
+    at = first + taken
+    spent, total = int(cost[at].sum()), math.fsum(error[at].tolist())
+    return table.chosen(options[at]), price, total + price * (spent - limit)

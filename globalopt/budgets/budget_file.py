@@ -203,7 +203,9 @@ def make(
     >>> file.used, file.predicted
     (8, 0.25)
     """
-    budget = allocation.budget
+    budget, table = allocation.budget, problem.table
+    sizes = table.sizes(allocation.targets)
+    errors = dict(zip(table.names, table.predict(table.every, sizes.rank, sizes.nnz).tolist(), strict=True))
     return BudgetFile(
         schema_version=SCHEMA_VERSION,
         fingerprint=fingerprint,
@@ -219,11 +221,7 @@ def make(
         error_unit=error_unit,
         predicted=allocation.predicted,
         bound=allocation.bound,
-        layers=tuple(
-            _entry(surface.spec, target, budget, surface.predict(target))
-            for surface in problem.surfaces
-            for target in [allocation.targets[surface.spec.name]]
-        ),
+        layers=tuple(_entry(spec, allocation.targets[spec.name], budget, errors[spec.name]) for spec in problem.specs),
         limits=None if problem.limits == NO_LIMITS else LimitsEntry(**asdict(problem.limits)),
     )
 

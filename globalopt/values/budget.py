@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.values.layer import NM, HasShape, LayerSpec
@@ -19,7 +20,7 @@ ACCOUNTINGS = ("params", "bytes")
 BYTES_PER_VALUE = 2  # values are stored in 16 bits in every format we count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """Give the size of a layer's compressed form: the rank of `L = U V`, and the number of nonzeros of `S`.
 
@@ -75,8 +76,7 @@ class Target:
 
     def params(self, spec: HasShape) -> int:
         """Count the parameters kept: `rank (d_out + d_in) + nnz`, plus one 16-bit value per 16 bits of a sign plane."""
-        plane = math.ceil(spec.numel / 16) if self.signs else 0
-        return self.rank * (spec.d_out + spec.d_in) + self.nnz + plane
+        return params_kept(self.rank, self.nnz, self.signs, spec.d_out, spec.d_in)
 
     def rank_share(self, spec: HasShape) -> float:
         """Compute the share of the kept parameters that lies in the factors `U` and `V`; 0 where nothing is kept."""
@@ -96,17 +96,57 @@ class Target:
         >>> Target(rank=0, nnz=64).bytes(spec)  # values 2 x 64, column indices 2 x 64, row pointers 4 x 65
         516
         """
-        low_rank = BYTES_PER_VALUE * self.rank * (spec.d_out + spec.d_in)
-        plane = math.ceil(spec.numel / 8) if self.signs else 0
-        if self.nnz in (0, spec.numel):
-            index = 0
-        elif self.pattern is not None:
-            index = math.ceil(self.nnz * math.ceil(math.log2(self.pattern.of)) / 8)
-        else:
-            index = math.ceil(spec.numel / 8)
-            if spec.d_in <= 2**16:
-                index = min(index, 2 * self.nnz + 4 * (spec.d_out + 1))
-        return low_rank + plane + BYTES_PER_VALUE * self.nnz + index
+        bits = index_bits(self.pattern)
+        return bytes_kept(self.rank, self.nnz, self.signs, bits, spec.d_out, spec.d_in)
+
+
+def index_bits(pattern: NM | None) -> int:
+    """Compute the bits of the index of a value under a pattern, `ceil(log2 M)`; 0 without one.
+
+    >>> index_bits(NM(2, 4)), index_bits(None)
+    (2, 0)
+    """
+    return 0 if pattern is None else math.ceil(math.log2(pattern.of))
+
+
+Whole = Any
+"""An integer, or an array of integers: the same formula counts one target or the targets of many layers."""
+
+
+def params_kept(rank: Whole, nnz: Whole, signs: Whole, d_out: Whole, d_in: Whole) -> Whole:
+    """Count the parameters of targets, as `Target.params` says.
+
+    Args:
+        rank, nnz, signs: of the targets. d_out, d_in: of their layers.
+
+    >>> import numpy as np
+    >>> params_kept(np.array([0, 8]), 1024, 0, 64, 64).tolist()
+    [1024, 2048]
+    """
+    return rank * (d_out + d_in) + nnz + signs * -(-(d_out * d_in) // 16)
+
+
+def bytes_kept(rank: Whole, nnz: Whole, signs: Whole, bits: int, d_out: Whole, d_in: Whole) -> Whole:
+    """Count the bytes of targets, as `Target.bytes` says.
+
+    Args:
+        rank, nnz, signs: of the targets. d_out, d_in: of their layers.
+        bits: of the index of a value under the pattern; 0 without one.
+
+    >>> import numpy as np
+    >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 0, 64, 64).tolist()
+    [516, 4608, 8192]
+    """
+    numel = d_out * d_in
+    bitmap = -(-numel // 8)
+    if bits:
+        index = -(-nnz * bits // 8)
+    else:
+        # Column indices of 16 bits do not reach further: then they are made dearer than the bitmap.
+        columns = 2 * nnz + 4 * (d_out + 1) + (d_in > 2**16) * bitmap
+        index = (bitmap + columns - abs(bitmap - columns)) // 2  # the smaller of the two
+    partly = (nnz > 0) * (nnz < numel)
+    return BYTES_PER_VALUE * (rank * (d_out + d_in) + nnz) + signs * bitmap + partly * index
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from globalopt.errors import BudgetError, NumericalError, UsageError
 from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.option_table import OptionTable
 from globalopt.values.span import Span
 
 OUTLIER_THRESHOLDS = (3, 5, 7, 10)
@@ -64,8 +68,23 @@ class ErrorSurface:
             raise NumericalError(f"Layer {self.spec.name}: {len(self.targets)} options, {len(self.error)} errors.")
         if not all(math.isfinite(e) and e >= 0 for e in self.error):
             raise NumericalError(f"Layer {self.spec.name}: a predicted error is negative or not finite.")
-        for target in self.targets:
-            target.check(self.spec)
+        if any(target.pattern is not None for target in self.targets):
+            for target in self.targets:
+                target.check(self.spec)
+        else:
+            # The largest values alone tell whether all fit; of those that do not, the first is named.
+            most = max(t.rank for t in self.targets), max(t.nnz for t in self.targets)
+            if most[0] > self.spec.max_rank or most[1] > self.spec.numel:
+                for target in self.targets:
+                    target.check(self.spec)
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """The ranks, nonzeros and errors of the options, ordered by rank and then by nonzeros; not to be modified."""
+        rank = np.array([target.rank for target in self.targets], np.int64)
+        nnz = np.array([target.nnz for target in self.targets], np.int64)
+        order = np.lexsort((nnz, rank))
+        return rank[order], nnz[order], np.array(self.error)[order]
 
     @cached_property
     def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
@@ -83,8 +102,11 @@ class ErrorSurface:
     def predict(self, target: Target) -> float:
         """Interpolate the loss of any target: linearly between options in nnz, then in rank; constant outside them."""
         ranks, rows = self._rows
-        at = [interpolate(nnz, error, target.nnz) for nnz, error in rows]
-        return interpolate(ranks, at, target.rank)
+        # Only the neighbours in rank matter.
+        right = bisect.bisect_left(ranks, target.rank)
+        near = slice(max(0, right - 1), right + 1)
+        at = [interpolate(nnz, error, target.nnz) for nnz, error in rows[near]]
+        return interpolate(ranks[near], at, target.rank)
 
     def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
         """Select the undominated options as `(target, cost, error)`: costs strictly ascend, errors strictly descend."""
@@ -196,7 +218,7 @@ class Problem:
             for surface in self.surfaces:
                 for target in surface.targets:
                     self.limits.check(target, surface.spec)
-        least = sum(min(self.budget.cost(t, s.spec) for t in s.targets) for s in self.surfaces)
+        least = int(np.minimum.reduceat(self.table.cost, self.table.starts).sum())
         if least > self.budget.limit:
             share = least / self.budget.total
             why = f" with pattern {self.pattern}" if self.pattern else ""
@@ -204,6 +226,11 @@ class Problem:
                 f"A budget of {self.budget.kept:.4g} keeps {self.budget.limit} {self.budget.accounting}; the cheapest "
                 f"allocation{why} needs {least}. Raise --budget to at least {math.ceil(share * 1e4) / 1e4:g}."
             )
+
+    @cached_property
+    def table(self) -> OptionTable:
+        """Return the options of all layers as arrays."""
+        return OptionTable(self.surfaces, self.budget, self.pattern, self.limits)
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
@@ -246,7 +273,7 @@ class Problem:
 
     def predicted(self, targets: Mapping[str, Target]) -> float:
         """Sum the predicted losses of all layers at `targets`."""
-        return math.fsum(surface.predict(targets[surface.spec.name]) for surface in self.surfaces)
+        return self.table.predicted(self.table.sizes(targets))
 
     def used(self, targets: Mapping[str, Target]) -> int:
         """Sum the costs of `targets`, in the budget's unit."""

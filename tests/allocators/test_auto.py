@@ -11,7 +11,7 @@ from allocators import Knapsack
 from allocators._race import Race
 from allocators.auto import Auto, portfolio
 from globalopt.errors import UsageError
-from globalopt.values.problem import Problem
+from globalopt.values.option_table import OptionTable
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 
@@ -50,24 +50,22 @@ def test_the_race_is_guided_by_the_corrected_surfaces(monkeypatch):
     """They know the true multipliers of the layers better than the surfaces as they were predicted."""
     p = problem(0.4, layers=10)
     objective = BentObjective(p, bend=0.6)
-    guides: list[Problem] = []
+    guides: list[OptionTable] = []
 
     class Spied(Race):
-        def __init__(self, trials, starts, rng, problem=None):
-            guides.append(problem or trials.problem)
-            super().__init__(trials, starts, rng, problem)
+        def __init__(self, trials, starts, rng, table=None):
+            guides.append(table or trials.problem.table)
+            super().__init__(trials, starts, rng, table)
 
     monkeypatch.setattr("allocators.auto.Race", Spied)
     Auto().allocate(p, objective)
     (corrected,) = guides
-    wanted = np.log([objective.multipliers[spec.name] for spec in p.specs])
+    table = p.table
+    wanted = np.log([objective.multipliers[name] for name in table.names])
     # Per layer the mean of what the correction multiplies its errors by.
-    found = np.array(
-        [
-            np.mean([np.log(b / a) for a, b in zip(before.error, after.error, strict=True) if a > 0])
-            for before, after in zip(p.surfaces, corrected.surfaces, strict=True)
-        ]
-    )
+    known = table.error > 0
+    ratios = np.log(corrected.error[known] / table.error[known])
+    found = np.bincount(table.layer[known], ratios) / np.bincount(table.layer[known])
     assert np.corrcoef(found, wanted)[0, 1] > 0.8
     assert np.std(wanted - found) < 0.6 * np.std(wanted)
 

@@ -8,13 +8,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from allocators import Knapsack, Uniform
 from allocators._evopress import LEVELS, Database, evopress, swaps_of_a_mutation
-from allocators._feedback import Feedback
-from allocators._moves import random_swap
+from allocators._feedback import MISFIT, PRIOR, Feedback
+from allocators._moves import Moves
 from allocators._trials import Trials
 from allocators.evolution import Evolution, Preset
 from globalopt.errors import UsageError
@@ -75,20 +76,24 @@ def test_levels_cost_the_same_everywhere(accounting, pattern):
     p = problem(0.6 if pattern else 0.5, accounting=accounting, pattern=pattern)
     start = dict(Uniform(rank_share=0.0).allocate(p).targets)
     database = Database(p, start)
-    for spec in p.specs:
-        levels = database.levels[spec.name]
-        assert levels[0] == start[spec.name]
-        assert sorted(levels) == list(range(min(levels), max(levels) + 1))
-        assert max(map(abs, levels)) <= LEVELS
-        for level, target in levels.items():
-            less = p.budget.cost(start[spec.name], spec) + level * database.step - p.budget.cost(target, spec)
-            assert less == 0 if accounting == "params" and not pattern else less >= 0
+    table, begun = p.table, p.table.sizes(start)
+    before = table.costs(table.every, begun.rank, begun.nnz)
+    assert database.sizes(0 * database.least) == begun
+    assert database.least.min() >= -LEVELS
+    assert database.most.max() <= LEVELS
+    for level in range(-LEVELS, LEVELS + 1):
+        sizes = database.sizes(np.full(len(start), level))
+        less = before + level * database.step - table.costs(table.every, sizes.rank, sizes.nnz)
+        less = less[(database.least <= level) & (level <= database.most)]
+        assert (less == 0).all() if accounting == "params" and not pattern else (less >= 0).all()
     rng = random.Random(0)
-    parent = dict.fromkeys(sorted(start), 0)
+    parent = np.zeros(len(start), np.int64)
     for _ in range(50):
         mutant = database.mutate(parent, rng)
-        assert sum(mutant.values()) == 0
-        assert sum(abs(mutant[name] - parent[name]) for name in parent) <= 6
+        assert mutant.sum() == 0
+        assert abs(mutant - parent).sum() <= 6
+        assert (database.least <= mutant).all()
+        assert (mutant <= database.most).all()
         assert p.used(database.targets(mutant)) <= p.budget.limit
         parent = mutant
 
@@ -167,32 +172,53 @@ def test_a_killed_search_ends_with_the_same_answer(preset, tmp_path):
 
 def test_feedback_learns_the_multipliers():
     p = problem(0.4, layers=6)
+    table = p.table
     objective = BentObjective(p, power=1.0)
     rng = random.Random(0)
-    before = dict(Uniform().allocate(p).targets)
-    feedback = Feedback(p, 1.0)
-    assert feedback.multipliers == pytest.approx(dict.fromkeys(before, 1.0))
+    before = table.sizes(Uniform().allocate(p).targets)
+    feedback = Feedback(table, 1.0)
+    assert feedback.multipliers.tolist() == [1.0] * 6
     for _ in range(60):
-        after = random_swap(p, before, 12, rng)
+        after = Moves(table).random_swap(before, 12, rng)
         assert after is not None
-        now, then = objective.losses([before, after], range(6))
+        now, then = objective.losses([table.targets(before), table.targets(after)], range(6))
         feedback.tell(before, after, (then - now) / objective.scales.mean())
         before = after
-    for name, multiplier in feedback.multipliers.items():
-        assert multiplier == pytest.approx(objective.multipliers[name], rel=0.3)
-    corrected = feedback.corrected()
-    for surface, other in zip(p.surfaces, corrected.surfaces, strict=True):
-        assert other.error == pytest.approx([feedback.multipliers[surface.spec.name] * e for e in surface.error])
+    wanted = [objective.multipliers[name] for name in table.names]
+    assert feedback.multipliers == pytest.approx(wanted, rel=0.3)
+    assert feedback.corrected().error == pytest.approx(feedback.multipliers[table.layer] * table.error)
+
+
+def test_feedback_is_the_ridge_solution_of_all_layers():
+    """Against the normal equations, whose size is that of the layers."""
+    p = problem(0.4, layers=6)
+    table = p.table
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    before = table.sizes(Uniform().allocate(p).targets)
+    feedback = Feedback(table, 2.0)
+    precision = np.eye(6) / (PRIOR * 2.0) ** 2
+    moment = precision.sum(1) * 2.0
+    for _ in range(15):
+        after = Moves(table).random_swap(before, 12, rng)
+        assert after is not None
+        differences = 0.1 * torch.randn(24, generator=generator).double()
+        feedback.tell(before, after, differences)
+        errors = [table.predict(table.every, sizes.rank, sizes.nnz) for sizes in (before, after)]
+        change = errors[1] - errors[0]
+        variance = float(differences.var()) / 24 + (MISFIT * 2.0 * abs(change).sum()) ** 2
+        precision += np.outer(change, change) / variance
+        moment += change * float(differences.mean()) / variance
+        assert feedback.multipliers == pytest.approx(np.linalg.solve(precision, moment).clip(0.2, 20.0), rel=1e-9)
 
 
 def test_feedback_of_noise_stays_near_the_scale():
     p = problem(0.4, layers=6)
-    before = dict(Uniform().allocate(p).targets)
-    feedback = Feedback(p, 2.0)
-    after = random_swap(p, before, 12, random.Random(0))
+    before = p.table.sizes(Uniform().allocate(p).targets)
+    feedback = Feedback(p.table, 2.0)
+    after = Moves(p.table).random_swap(before, 12, random.Random(0))
     assert after is not None
     feedback.tell(before, after, torch.randn(24, generator=torch.Generator().manual_seed(0)).double() * 1e3)
-    assert all(1.5 < m < 2.5 for m in feedback.multipliers.values())
+    assert all(1.5 < m < 2.5 for m in feedback.multipliers)
 
 
 def test_options_out_of_range():

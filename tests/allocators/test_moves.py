@@ -9,15 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from allocators import Knapsack, Uniform
-from allocators._moves import (
-    default_delta,
-    guided,
-    improving_share,
-    level_swap,
-    random_swap,
-    random_trade,
-    trade,
-)
+from allocators._moves import Moves, default_delta, improving_share
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
 from globalopt.values.problem import Problem
@@ -35,6 +27,34 @@ CASES = [
         (0.7, "bytes", NM(2, 4)),
     ]
 ]
+
+
+def by_name(p: Problem, targets, move, *arguments) -> dict[str, Target] | None:
+    """Make a move of targets by layer name."""
+    found = move(Moves(p.table), p.table.sizes(targets), *arguments)
+    return None if found is None else p.table.targets(found)
+
+
+def random_swap(p, targets, delta, rng):
+    return by_name(p, targets, Moves.random_swap, delta, rng)
+
+
+def random_trade(p, targets, delta, rng):
+    return by_name(p, targets, Moves.random_trade, delta, rng)
+
+
+def guided(p, targets, delta, rng, temperature):
+    return by_name(p, targets, Moves.guided, delta, rng, temperature)
+
+
+def level_swap(p, targets, giver, taker, delta):
+    return by_name(p, targets, Moves.swap, p.table.names.index(giver), p.table.names.index(taker), delta)
+
+
+def trade(p, targets, name, ranks):
+    return by_name(p, targets, Moves.trade, p.table.names.index(name), ranks)
+
+
 MOVES = {
     "swap": random_swap,
     "trade": random_trade,
@@ -181,4 +201,4 @@ def test_the_certificate_stops_at_the_limit():
 
 def test_default_step():
     p = problem(0.4)
-    assert default_delta(p) == p.budget.total // (64 * 6)
+    assert default_delta(p.table) == p.budget.total // (64 * 6)

@@ -12,10 +12,12 @@ import pytest
 from allocators import Knapsack, Uniform
 from allocators._warp import Sampler, Warp
 from allocators._warp_study import nearest
+from allocators.knapsack import relaxed_knapsack
 from allocators.optuna_warp import OptunaWarp
 from globalopt.errors import ArtefactError
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.values.layer import NM
+from globalopt.values.option_table import Sizes
 from globalopt.values.problem import Allocation, Problem
 from tests.objectives import BentObjective
 from tests.surfaces import problem
@@ -171,24 +173,25 @@ def test_pruning_saves_tokens():
 
 
 def test_the_nearest_warp_of_uniform_is_nearer_than_the_knapsack():
-    p = with_kinds(problem(0.4, layers=12))
-    warp = Warp.of(p)
-    uniform = Uniform().allocate(p).targets
-    theta = nearest(p, warp, uniform)
+    table = with_kinds(problem(0.4, layers=12)).table
+    warp = Warp.of(table.specs)
+    uniform = table.sizes(Uniform().allocate(with_kinds(problem(0.4, layers=12))).targets)
 
-    def distance(targets) -> float:
-        logs = [np.log(max(1, targets[s.name].params(s)) / uniform[s.name].params(s)) for s in p.specs]
-        return float(np.linalg.norm(logs))
+    def params(sizes: Sizes) -> np.ndarray:
+        return np.maximum(1, sizes.rank * table.per_rank + sizes.nnz)
 
-    near = Knapsack().allocate(warp.apply(p, theta)).targets
-    assert distance(near) < distance(Knapsack().allocate(p).targets)
+    def distance(sizes: Sizes) -> float:
+        return float(np.linalg.norm(np.log(params(sizes) / params(uniform))))
+
+    near = relaxed_knapsack(warp.apply(table, nearest(table, warp, uniform)))
+    assert distance(near) < distance(relaxed_knapsack(table))
 
 
 def test_nearest_finds_the_coefficients_of_a_warped_knapsack():
-    p = with_kinds(problem(0.5, layers=12))
-    warp = Warp.of(p)
+    table = with_kinds(problem(0.5, layers=12)).table
+    warp = Warp.of(table.specs)
     theta = np.array([1.0, 0.0, -1.0, 0.0, 0.0, 0.0])
-    found = np.array(nearest(p, warp, Knapsack().allocate(warp.apply(p, theta)).targets))
+    found = np.array(nearest(table, warp, relaxed_knapsack(warp.apply(table, theta))))
     assert np.corrcoef(found[:3], theta[:3])[0, 1] > 0.5
 
 

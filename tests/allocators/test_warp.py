@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from allocators._warp import MOST_KINDS, Warp
-from globalopt.values.budget import Target
 from globalopt.values.problem import Problem
 from tests.surfaces import problem
 
@@ -22,50 +21,52 @@ def with_kinds(count: int) -> Problem:
 
 
 def test_zero_changes_nothing():
-    p = with_kinds(6)
-    warp = Warp.of(p)
-    assert warp.apply(p, [0.0] * len(warp.names)) == p
+    table = with_kinds(6).table
+    warp = Warp.of(table.specs)
+    assert (warp.apply(table, [0.0] * len(warp.names)).error == table.error).all()
 
 
 def test_at_most_twelve_coefficients():
-    p = with_kinds(14)
-    warp = Warp.of(p)
+    specs = with_kinds(14).specs
+    warp = Warp.of(specs)
     assert len(warp.names) == MOST_KINDS + 3 == 12
-    shared = [s.spec for s in p.surfaces if f"kind:{s.spec.kind}" not in warp.names]
+    shared = [spec for spec in specs if f"kind:{spec.kind}" not in warp.names]
     assert len(shared) == 6
-    assert max(s.numel for s in shared) <= min(s.numel for s in p.specs if s not in shared)
-    theta = [float(name == "kind:others") for name in warp.names]
-    for spec in p.specs:
-        assert warp.factors(spec, [Target.zero()], theta)[0] == pytest.approx(math.e if spec in shared else 1.0)
+    assert max(s.numel for s in shared) <= min(s.numel for s in specs if s not in shared)
+    others = warp.features(specs)[:, warp.names.index("kind:others")]
+    assert others.tolist() == [float(spec in shared) for spec in specs]
 
 
 def test_nine_kinds_keep_their_own():
-    assert "kind:others" not in Warp.of(with_kinds(9)).names
-    assert len(Warp.of(with_kinds(10)).names) == 12
+    assert "kind:others" not in Warp.of(with_kinds(9).specs).names
+    assert len(Warp.of(with_kinds(10).specs).names) == 12
 
 
 def test_order_of_layers_does_not_matter():
-    p = with_kinds(12)
-    assert Warp.of(replace(p, surfaces=p.surfaces[::-1])) == Warp.of(p)
+    specs = with_kinds(12).specs
+    assert Warp.of(specs[::-1]) == Warp.of(specs)
 
 
 def test_the_formula():
     p = with_kinds(12)
-    warp = Warp.of(p)
+    table = p.table
+    warp = Warp.of(table.specs)
     theta = np.linspace(-1, 1, len(warp.names))
     by_name = dict(zip(warp.names, theta, strict=True))
-    for before, after in zip(p.surfaces, warp.apply(p, theta).surfaces, strict=True):
-        spec = before.spec
+    warped = warp.apply(table, theta)
+    for layer, rank, nnz, before, after in zip(
+        table.layer, table.rank, table.nnz, table.error, warped.error, strict=True
+    ):
+        spec = table.specs[layer]
         z = {0: -1.0, 1: 0.0, 2: 1.0}[spec.block]
-        for target, error, warped in zip(before.targets, before.error, after.error, strict=True):
-            low_rank = target.rank * (spec.d_out + spec.d_in)
-            share = low_rank / (low_rank + target.nnz) if low_rank else 0.0
-            exponent = by_name.get(f"kind:{spec.kind}", by_name["kind:others"])
-            exponent += by_name["depth"] * z + by_name["depth²"] * z**2 + by_name["share"] * share
-            assert warped == pytest.approx(error * math.exp(exponent))
+        low_rank = rank * (spec.d_out + spec.d_in)
+        share = low_rank / (low_rank + nnz) if low_rank else 0.0
+        exponent = by_name.get(f"kind:{spec.kind}", by_name["kind:others"])
+        exponent += by_name["depth"] * z + by_name["depth²"] * z**2 + by_name["share"] * share
+        assert after == pytest.approx(before * math.exp(exponent))
 
 
 def test_one_block_has_no_depth():
-    p = problem(0.5, layers=3)
-    warp = Warp.of(p)
-    assert warp.apply(p, [0.0, 1.0, 1.0, 0.0]) == p
+    table = problem(0.5, layers=3).table
+    warp = Warp.of(table.specs)
+    assert (warp.apply(table, [0.0, 1.0, 1.0, 0.0]).error == table.error).all()
