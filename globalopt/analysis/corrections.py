@@ -35,7 +35,10 @@ WINDOWS = 24
 """Windows of the selection text on which an allocation is measured."""
 
 GAIN = 0.01
-"""Relative gain in the loss below which no further round is made."""
+"""Relative change of the least loss below which no further round is made."""
+
+PATIENCE = 2
+"""Rounds in a row without a lower loss after which no further one is made."""
 
 CLIFF = 3.0
 """Times the least loss so far, or the predicted one, beyond which the shares in a loss say little."""
@@ -95,7 +98,7 @@ def correct(
     surfaces = {surface.spec.name: surface for surface in problem.surfaces}
     best, tried = known, known
     losses: list[float] = []
-    centre = 0.0
+    centre, worse = 0.0, 0
     for turn in range(max(1, rounds)):
         targets = allocate(tried.apply(problem)).targets
         found = attribute(targets)
@@ -116,7 +119,8 @@ def correct(
             }
         elif not cliff:
             centre = usual
-            if turn and loss > (1 - GAIN) * least:
+            worse = worse + 1 if loss >= least else 0
+            if worse == PATIENCE or abs(loss - least) <= GAIN * least:
                 return
         tried = tried.with_ratios(problem, targets, ratios)
 

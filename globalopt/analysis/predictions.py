@@ -53,7 +53,7 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
         errors, overlap = [], None
         if analysis.solved_anchors(spec):
             residuals = analysis.residuals(spec, weight, gap)
-            products = _products(residuals.tensor.float(), metric)
+            products = _products(residuals.tensor, metric)
             checked = analysis.checked_losses(spec)
             errors = [
                 max(scale * error, checked.get(anchor, 0.0))
@@ -65,10 +65,20 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
         yield spec, Prediction(calibrated_surface(options, shape, errors, zero), overlap)
 
 
-def _products(E: Tensor, metric: Metric) -> Tensor:
-    """Compute the inner products (k, k) float64 of residuals (k, d_out, d_in) in a metric."""
-    AE = E if metric.outputs is None else metric.outputs.matrix.to(E) @ E
-    return (AE.flatten(1).double() @ (E @ metric.inputs.matrix.to(E)).flatten(1).double().mT).cpu()
+def _products(residuals: Tensor, metric: Metric) -> Tensor:
+    """Compute the inner products (k, k) float64 of residuals (k, d_out, d_in) in a metric.
+
+    One residual is multiplied by the Grams at a time: of a large layer, no more than a few copies are held.
+    """
+    count = len(residuals)
+    found = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        product = residuals[i].float() @ metric.inputs.matrix
+        if metric.outputs is not None:
+            product = metric.outputs.matrix @ product
+        for j in range(i + 1):
+            found[i, j] = found[j, i] = float((product * residuals[j]).sum(dtype=torch.float64))
+    return found
 
 
 def _cosines(products: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from dataclasses import dataclass
 
 import torch
 
-from globalopt.analysis.grid import Options
-from globalopt.analysis.metric_choices import WINDOWS as MEASURED_WINDOWS
+from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
+from globalopt.analysis.grid import ANCHORS, Options
+from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
+from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.kernels.top_kl import TOP
@@ -41,7 +43,7 @@ from globalopt.pipeline import timing
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.pipeline.session import WORKING_BLOCKS
-from globalopt.protocols import Needs, Outputs, Solver
+from globalopt.protocols import Needs, Outputs, Reads, Solver
 from globalopt.values.layer import LayerSpec
 from globalopt.values.results import DryRun
 
@@ -54,7 +56,7 @@ LABEL_COPIES = 5
 HEADER = 400
 """Bytes of the header of a file per packed decomposition in it: names, types and shapes of its tensors."""
 
-ON_A_PATH = 0.7
+ON_A_PATH = 0.9
 """Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
 
 TRAINED = 5 * 4 + 8
@@ -69,26 +71,30 @@ class Job:
         kept: fraction kept of the compressible parameters.
         solver: solver of the refinement.
         probe: probe solver of the analysis.
-        searches: whether an analysis and an allocation come first.
         refines: whether layers are refined and a model is saved; not in a family of budgets.
-        sweeps: whether a backward sweep predicts losses or computes output Grams.
+        sweeps: whether a backward sweep computes output Grams.
+        reads: what the allocator reads, which an analysis computes; nothing where there is no allocator.
         anchors: whether the analysis computes anchor solutions.
+        compared: whether the solver is compared with the probe on a few layers.
+        rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
 
     >>> from globalopt.pipeline.example import example_plan
     >>> job = search_job(example_plan(budget=0.3), refines=True)
-    >>> job.kept, job.solver.name, job.sweeps, job.anchors
-    (0.3, 'wanda', True, True)
+    >>> job.kept, job.solver.name, job.sweeps, job.anchors  # a uniform budget reads nothing
+    (0.3, 'wanda', False, False)
     """
 
     kept: float
     solver: Solver
     probe: Solver
-    searches: bool
     refines: bool
     sweeps: bool
+    reads: Reads = Reads.NOTHING
     anchors: bool = False
+    compared: bool = False
+    rounds: int = 0
     search_tokens: int = 0
     matching: Training | None = None
     distillation: Training | None = None
@@ -98,18 +104,23 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
     """Describe the work of a search, or with `refines` False of a family of budgets.
 
     >>> from globalopt.pipeline.example import example_plan
-    >>> search_job(example_plan(solver="3basil"), refines=True).anchors
+    >>> search_job(example_plan(solver="3basil", allocator="knapsack"), refines=True).anchors
     True
     """
+    analysis, predicts = plan.analysis, Reads.SURFACES in plan.reads
     return Job(
         plan.rule.kept,
-        plan.analysis.solver,
-        plan.analysis.probe,
-        searches=True,
+        analysis.solver,
+        analysis.probe,
         refines=refines,
-        sweeps=plan.analysis.fisher,
-        anchors=plan.analysis.anchors,
-        search_tokens=plan.search_tokens,
+        sweeps=analysis.weighted
+        or (predicts and (analysis.fisher or analysis.scaling == "output"))
+        or (refines and plan.refinement.block_output_grams),
+        reads=plan.reads,
+        anchors=predicts and analysis.anchors,
+        compared=predicts and analysis.compared,
+        rounds=plan.rounds if predicts else 0,
+        search_tokens=plan.search_tokens if Reads.OBJECTIVE in plan.reads else 0,
         matching=plan.refinement.matching,
         distillation=plan.refinement.distillation,
     )
@@ -120,14 +131,13 @@ def compress_job(plan: RefinementPlan, kept: float) -> Job:
 
     >>> from globalopt.pipeline.example import example_refinement
     >>> job = compress_job(example_refinement("sparsegpt"), kept=0.5)
-    >>> job.searches, job.refines
+    >>> job.anchors, job.refines
     (False, True)
     """
     return Job(
         kept,
         plan.solver,
         probe_solver(plan.solver),
-        searches=False,
         refines=True,
         sweeps=plan.output_grams or plan.block_output_grams,
         matching=plan.matching,
@@ -296,10 +306,13 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
 
 def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
     """Estimate the bytes of dense weights, candidate weights and anchor residuals that a search holds."""
-    if not (job.searches or job.sweeps):
+    # The dense weights beside the model's, while metrics are chosen, losses are corrected or candidates are evaluated.
+    if not (_weighted(job) or job.rounds or job.search_tokens):
         return 0
     weights, part = sum(4 * spec.numel for spec in shape.specs), LAZY_SHARE if lazy else 1
-    fits = 2 * min(ANCHORS_AT_ONCE // part, 4 * weights) if job.searches and job.search_tokens else 0
+    # Residuals in bfloat16, and the spans.
+    anchors = len([anchor for _, kept in ANCHORS for anchor in kept])
+    fits = 2 * min(ANCHORS_AT_ONCE // part, anchors * weights // 2) if job.rounds or job.search_tokens else 0
     return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
 
@@ -327,17 +340,18 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     # Of Grams, which are symmetric, one triangle is written.
     outputs = sum(2 * spec.d_out * (spec.d_out + 1) for spec in shape.specs)
     found: dict[str, int] = {}
-    if job.sweeps or job.searches:
+    predicts = Reads.SURFACES in job.reads
+    if job.sweeps or predicts or Reads.PROFILES in job.reads:
         found["grams"] = sum(2 * specs[0].d_in * (specs[0].d_in + 1) for specs in shape.sites.values())
     if job.sweeps:
-        found["labels"] = outputs
-    if job.searches:
+        found["labels"] = outputs + shape.blocks * 2 * shape.width * (shape.width + 1)
+    if predicts:
         found["spans"] = 4 * sum((spec.d_out + spec.d_in + 1) * (spec.max_rank + 1) for spec in shape.specs)
-        if job.anchors:
-            found["anchors"] = sum(map(_anchor_bytes, shape.specs))
-        if job.sweeps and job.solver.outputs is not Outputs.NONE:
-            # Output Grams of the probe's labels, beside those of the predictions.
-            found["probe labels"] = outputs
+    if job.anchors:
+        found["anchors"] = sum(map(_anchor_bytes, shape.specs))
+    elif _weighted(job):
+        target = 4 * METRIC_KEPT + 1 / 8
+        found["metrics"] = int(target * weights) + HEADER * len(shape.specs)
     if job.refines:
         # Packed: the parameters that are kept, and one bit per entry for the support, and one for signs.
         bits = (1 + job.solver.signs) * weights // 8
@@ -364,27 +378,36 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     def fits(seconds: float, specs: Sequence[LayerSpec] = shape.specs) -> float:
         return sum(seconds * timing.size(spec) for spec in specs)
 
-    tokens = shape.tokens
+    tokens, window = shape.tokens, texts.seqlen
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
-    # To evaluate one replaced layer, half of the blocks are run again on average.
-    single_layer = len(shape.specs) * forward(MEASURED_WINDOWS * texts.seqlen) / 2
+    predicts, weighted = Reads.SURFACES in job.reads, _weighted(job)
     found: dict[str, float] = {}
-    weighted = job.sweeps and job.solver.outputs is not Outputs.NONE
     probed = timing.fit_seconds(job.probe, job.kept, device) if weighted or job.anchors else 0.0
-    # Matching needs the output Grams of the blocks, in a sweep of its own where the solver uses none.
-    if weighted or (job.sweeps and job.matching is not None):
+    anchors = len([anchor for _, kept in ANCHORS for anchor in kept])
+    if job.sweeps:
         found["labels"] = 4 * forward(tokens) + grams + outputs
+    elif predicts or Reads.PROFILES in job.reads:
+        found["grams"] = forward(tokens) + grams
+    if Reads.PROFILES in job.reads:
+        found["profile"] = 2 * sum(2 * spec.numel * min(spec.d_out, spec.d_in) for spec in shape.specs) / rate
+    if predicts:
+        found["span"] = fits(timing.span_seconds(device))
+    if job.anchors:
+        found["anchors"] = ON_A_PATH * anchors * fits(probed)
+    elif weighted:
+        found["probe"] = fits(probed)
     if weighted:
-        found["metric"] = 2 * single_layer + 2 * fits(probed)
-    if job.searches:
-        found["span"] = forward(tokens) + grams + fits(timing.span_seconds(device))
-        if job.anchors:
-            found["gap"] = 8 * fits(probed + fit, sampled(shape.specs))
-            found["anchors"] = ON_A_PATH * 8 * fits(probed)
-            found["measure"] = 4 * single_layer
-        if job.sweeps:
-            found["predict"] = 3 * forward(tokens) + outputs
+        # To evaluate one replaced block, half of the blocks are run again on average.
+        found["metric"] = shape.blocks * forward(CHECKED_WINDOWS * window)
+    if job.compared:
+        found["gap"] = anchors * fits(fit, sampled(shape.specs))
+    if predicts:
+        products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
+        found["predict"] = (anchors if job.anchors else 1) * products / rate
+    if job.rounds:
+        found["correct"] = 4 * job.rounds * forward(CORRECTION_WINDOWS * window)
+    if job.search_tokens:
         found["search"] = forward(job.search_tokens)
     if job.refines:
         found["refine"] = 2 * forward(tokens) + grams + fits(fit)
@@ -395,3 +418,8 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
     return found
+
+
+def _weighted(job: Job) -> bool:
+    """Tell whether the error metric of layers is chosen."""
+    return job.sweeps and job.solver.outputs is not Outputs.NONE

@@ -282,7 +282,8 @@ def resolve(
     )
     refinement = replace(
         resolve_refinement(refining or RefineOptions(), solver, analysis.fisher, options.seed),
-        output_grams=analysis.fisher,
+        # Where losses were predicted there are output Grams, so that errors are reported in nats too.
+        output_grams=analysis.weighted or (analysis.fisher and Reads.SURFACES in allocator.reads),
         metric_choices=analysis.weighted,
     )
     profile = get_profile(options.serving_profile)

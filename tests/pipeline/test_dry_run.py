@@ -58,9 +58,10 @@ def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Pat
     assert record["covered"] + sum(record["skipped"].values()) == record["parameters"]
     assert record["peak_bytes"] == sum(record["memory"].values())
     assert record["disk_bytes"] == sum(record["disk"].values())
-    folders = {"grams", "labels", "probe labels", "spans", "anchors", "layers", "matched", "model"}
+    folders = {"grams", "labels", "spans", "anchors", "layers", "matched", "model"}
     assert set(record["disk"]) == folders
-    assert {"span", "anchors", "predict", "search", "refine", "match blocks", "evaluate"} <= set(record["seconds"])
+    stages = {"labels", "span", "anchors", "metric", "gap", "predict", "correct", "search"}
+    assert set(record["seconds"]) == stages | {"refine", "match blocks", "evaluate"}
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert contents(tmp_path) == before
 
@@ -81,7 +82,7 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "globalopt-cache"
     folders = {name: list((cache / name).iterdir()) for name in ("grams", "labels", "anchors")}
     folders |= {name: [tmp_path / "run" / name] for name in ("layers", "matched", "model")}
-    disk = {**record["disk"], "labels": record["disk"]["labels"] + record["disk"]["probe labels"]}
+    disk = record["disk"]
     for name, places in folders.items():
         files = [path for place in places for path in place.glob("*.safetensors")]
         written = sum(path.stat().st_size for path in files)
@@ -103,9 +104,29 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     assert "belongs to another model" in said
 
 
+STAGES = {
+    "uniform": ({"labels", "probe", "metric"}, set()),
+    "owl": ({"labels", "probe", "metric", "profile"}, {"grams", "profile"}),
+    "knapsack": (
+        {"labels", "span", "anchors", "metric", "gap", "predict", "correct"},
+        {"labels", "span", "anchors", "predict", "correct"},
+    ),
+}
+"""The stages before refinement by allocator: of a search for 3BASiL, and of one for Wanda."""
+
+
+@pytest.mark.parametrize("allocator", STAGES)
+def test_only_what_allocator_and_solver_read_is_estimated(allocator: str, model: Path, tmp_path: Path) -> None:
+    for solver, expected in zip(("3basil", "wanda"), STAGES[allocator], strict=True):
+        words = ("search", model, "--out", tmp_path / "run", *WINDOWS, "--dry-run", "--json", "--match", "none")
+        record = json.loads(done(*words, "--solver", solver, "--allocator", allocator).stdout)
+        assert set(record["seconds"]) == expected | {"refine", "evaluate"}, solver
+        assert ("anchors" in record["disk"]) == ("anchors" in expected)
+
+
 def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "resident", lambda: 10**6)
-    job = Job(0.5, get_solver("wanda"), get_solver("wanda"), searches=False, refines=True, sweeps=True)
+    job = Job(0.5, get_solver("wanda"), get_solver("wanda"), refines=True, sweeps=True)
     size = 4 * parameter_count(tiny_model("llama"))
     states = 4 * 8 * 16 * 32 * 3
     assert not planned(ModelOptions(str(model), max_memory=str(10**6 + 3 * size + states)), job)["lazy"]
@@ -123,7 +144,7 @@ def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("solver", ["magnitude", "svd", "slab", "3basil"])
 def test_every_kind_of_solver_can_be_timed(solver: str, model: Path) -> None:
-    job = Job(0.5, get_solver(solver), get_solver(solver), searches=False, refines=True, sweeps=False)
+    job = Job(0.5, get_solver(solver), get_solver(solver), refines=True, sweeps=False)
     plan = planned(ModelOptions(str(model)), job)
     assert plan["fit_seconds"] > 0
     assert plan["memory"]["hidden states"] == 2 * 4 * 8 * 16 * 32
