@@ -190,13 +190,13 @@ def analysis_tokens(session: Session, predicted: bool) -> int:
 
     Args:
         predicted: with the sweep for output Grams, a walk and a pass forward and backward (a backward token counts as
-            two), the check of every block at two anchors on a few windows, of half of the model on average, and the
-            rounds of corrections, each a pass forward and one forward and backward.
+            two), such a pass on a few windows for the metrics, and the rounds of corrections, each a pass forward and one
+            forward and backward.
     """
     windows = session.splits.calibration.windows
     if not predicted:
         return windows.numel()
-    checked = len(session.layers.blocks) * min(len(windows), metric_choices.WINDOWS)
+    checked = 5 * min(len(windows), metric_choices.WINDOWS)
     measured = 4 * corrections.ROUNDS * min(len(session.splits.selection.windows), corrections.WINDOWS)
     return 4 * windows.numel() + (checked + measured) * windows.shape[1]
 

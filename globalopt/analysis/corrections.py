@@ -28,7 +28,7 @@ from globalopt.values.problem import Allocation, Problem
 VERSION = 1
 """Raised whenever corrections change."""
 
-ROUNDS = 6
+ROUNDS = 8
 """Largest number of allocations that the model is asked about."""
 
 WINDOWS = 24
@@ -120,7 +120,7 @@ def correct(
         elif not cliff:
             centre = usual
             worse = worse + 1 if loss >= least else 0
-            if worse == PATIENCE or abs(loss - least) <= GAIN * least:
+            if worse == PATIENCE or (turn and abs(loss - least) <= GAIN * least):
                 return
         tried = tried.with_ratios(problem, targets, ratios)
 
@@ -132,8 +132,8 @@ def log_ratios(
 
     A share is the mean over few windows, so that an estimate is the posterior mode under a prior: Student's t with
     `FREEDOM` degrees of freedom and scale `SPREAD`, about the median of all layers; the mean share over prediction is
-    normal with the standard error of the windows. A layer whose share is noise stays with the others, and one that is
-    far off hardly is held back.
+    normal, with the standard error of the windows, part of which is in proportion to the share. A layer whose share is
+    noise stays with the others, and one that is far off hardly is held back.
 
     Args:
         shares: by layer name, (windows,).
@@ -149,22 +149,24 @@ def log_ratios(
     >>> [round(ratio, 2) for ratio in ratios.values()], round(usual, 2)
     ([0.69, 0.69, 0.69, 0.69], 0.69)
     """
-    means, errors = {}, {}
+    means, spreads = {}, {}
     for surface in problem.surfaces:
         name = surface.spec.name
         predicted = surface.predict(targets[name])
         if predicted > 0:
             windows = shares[name].double()
             means[name] = float(windows.mean()) / predicted
-            spread = float(windows.std()) / len(windows) ** 0.5 / predicted if len(windows) > 1 else abs(means[name])
-            errors[name] = math.hypot(spread, NOISE * abs(means[name]))
+            spreads[name] = float(windows.std()) / len(windows) ** 0.5 / predicted if len(windows) > 1 else 0.0
     positive = [mean for mean in means.values() if mean > 0]
     centre = math.log(float(np.median(positive))) if positive else 0.0
-    grid = np.linspace(centre - 4, centre + 8, 2401)
+    usual = float(np.median(list(spreads.values()))) if spreads else 0.0
+    grid = np.linspace(centre - 4, centre + 10, 2801)
     prior = (FREEDOM + 1) / 2 * np.log1p(((grid - centre) / SPREAD) ** 2 / FREEDOM)
     levels = np.exp(grid)
     found = dict.fromkeys(targets, centre)
     for name, mean in means.items():
-        error = max(errors[name], 1e-3 * math.exp(centre))
-        found[name] = float(grid[np.argmin(prior + ((mean - levels) / error) ** 2 / 2)])
+        relative = max(NOISE, spreads[name] / abs(mean)) if mean else 1.0
+        # Part of the noise is the layer's own loss, which differs between windows, and grows with it.
+        errors = np.maximum(min(spreads[name], usual), np.minimum(relative, 1.0) * levels) + LEAST
+        found[name] = float(grid[np.argmin(prior + np.log(errors) + ((mean - levels) / errors) ** 2 / 2)])
     return found, centre

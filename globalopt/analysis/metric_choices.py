@@ -2,9 +2,9 @@
 
 The output Gram `A` is the curvature at no loss: an output to which the loss is almost insensitive may still matter
 much once it is far off, as where a gate feeds a channel that the model's norms depend on. Such layers are few. They are
-found in groups: all layers of one block at a time are replaced by cheap solutions, and only in blocks that lose far
-more than is predicted every layer is replaced alone. A layer whose loss contradicts its prediction is solved in the
-other metric too, and the lower loss decides.
+found with one pass forward and backward: all layers are replaced by cheap solutions, and those whose share in the loss
+(`attribution`) is far above what is predicted are replaced alone. A layer whose loss then contradicts its prediction is
+solved in the other metric too, and the lower loss decides.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 
+import torch
 from torch import Tensor
 
+from globalopt.analysis.attribution import attribute
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.protocols import Solver
@@ -37,8 +39,8 @@ CONTRADICTED = 2.0
 LEAST = 1e-30
 """Predictions below are none."""
 
-WINDOWS = 4
-"""Calibration windows on which losses are computed."""
+WINDOWS = 16
+"""Calibration windows on which shares and losses are computed."""
 
 
 def probed_target(spec: LayerSpec, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> Target:
@@ -58,6 +60,7 @@ def choose_metrics(
     specs: Sequence[LayerSpec],
     solutions: Callable[[LayerSpec], AnchorSolutions],
     probe: Solver,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[LayerSpec, MetricChoice]]:
     """Choose the error metrics of the layers `specs`: `tr(A E G Eᵀ)` or `tr(E G Eᵀ)`.
 
@@ -66,6 +69,7 @@ def choose_metrics(
         model: of the dense model, which it is again whenever a choice is yielded.
         solutions: reads the solutions of a layer with its output Gram, of which those that keep little are checked.
         probe: solves the layers that are doubted by their input Gram alone.
+        device: where a block is moved for its turn; None leaves it.
 
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_output_grams
@@ -74,7 +78,6 @@ def choose_metrics(
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.workspace import Workspace
     >>> from solvers import get_solver
-    >>> import torch
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> runner = BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))])
     >>> write_output_grams(runner, work, layers.specs, seed=0)
@@ -86,31 +89,23 @@ def choose_metrics(
     >>> len(dict(choose_metrics(analysis, ModelObjective(runner), layers.specs, solutions, probe)))
     14
     """
-    blocks: dict[int, list[LayerSpec]] = {}
-    for spec in specs:
-        blocks.setdefault(spec.block, []).append(spec)
     # Not all of a model's solutions are held at once: each is read when its weight is put into the model.
     checked = {spec: _checked(solutions(spec)) for spec in specs}
-    rounds = max(len(targets) for targets in checked.values())
-    doubted: set[int] = set()
-    for turn in range(rounds):
-        targets = {spec: row[min(turn, len(row) - 1)] for spec, row in checked.items()}
-        groups: list[Mapping[str, Weight]] = [
-            {spec.name: partial(_weight, solutions, spec, targets[spec]) for spec in some} for some in blocks.values()
-        ]
-        predicted = [
-            sum(_predicted(analysis, model, spec, _weight(solutions, spec, targets[spec])) for spec in some)
-            for some in blocks.values()
-        ]
-        ratios = [loss / max(guess, LEAST) for loss, guess in zip(_losses(model, groups), predicted, strict=True)]
-        usual = max(1.0, median(ratios))
-        doubted |= {block for block, ratio in zip(blocks, ratios, strict=True) if ratio > CONTRADICTED * usual}
-    for block, some in blocks.items():
-        for spec in some:
-            if block in doubted:
-                yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe)
-            else:
-                yield spec, MetricChoice()
+    weights = {spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()}
+    try:
+        shares = attribute(model, weights, range(model.chunks), device).shares
+    finally:
+        model.close()
+    ratios = {}
+    for spec in specs:
+        predicted = _predicted(analysis, model, spec, weights[spec.name]())
+        ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
+    usual = max(1.0, median(ratios.values()))
+    for spec in specs:
+        if ratios[spec] > CONTRADICTED * usual:
+            yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe)
+        else:
+            yield spec, MetricChoice()
 
 
 def _checked(found: AnchorSolutions) -> tuple[Target, ...]:

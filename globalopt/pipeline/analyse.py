@@ -188,7 +188,7 @@ def choose_error_metrics(session: Session, reporter: Reporter, analysis: LayerAn
                 advance(spec.name)
     with reporter.stage("metric", len(specs), "layers") as advance:
         model = ModelObjective(_few(session))
-        for spec, choice in choose_metrics(analysis, model, specs, solutions, probe):
+        for spec, choice in choose_metrics(analysis, model, specs, solutions, probe, session.loaded.device):
             work.put(METRIC_CHOICE, spec, choice)
             advance(spec.name)
 

@@ -398,8 +398,8 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     elif weighted:
         found["probe"] = fits(probed)
     if weighted:
-        # To evaluate one replaced block, half of the blocks are run again on average.
-        found["metric"] = shape.blocks * forward(CHECKED_WINDOWS * window)
+        # The dense model, the model with all layers replaced, forward and backward, and a few layers alone.
+        found["metric"] = (5 + len(shape.specs) / 20) * forward(CHECKED_WINDOWS * window)
     if job.compared:
         found["gap"] = anchors * fits(fit, sampled(shape.specs))
     if predicts:
