@@ -190,8 +190,8 @@ def analysis_tokens(session: Session, predicted: bool) -> int:
 
     Args:
         predicted: with the sweep for output Grams, a walk and a pass forward and backward (a backward token counts as
-            two), such a pass on a few windows for the metrics, and the rounds of corrections, each a pass forward and one
-            forward and backward.
+            two), such a pass on a few windows for the metrics, and the rounds of corrections, each one too,
+            and another pass forward.
     """
     windows = session.splits.calibration.windows
     if not predicted:

@@ -18,7 +18,7 @@ NNZ_LEVELS = 64
 PATTERN_LEVELS = 24
 """Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
 
-ANCHORS = ((0.0, (0.1, 0.3, 0.6)), (0.3, (0.2, 0.5)))
+ANCHORS = ((0.0, (0.1, 0.3, 0.6)), (0.3, (0.25, 0.5)))
 """The anchors of a layer, in rows: the share of rank in what they keep, and the fractions that they keep."""
 
 LEAST_KEPT = 0.05
@@ -41,7 +41,7 @@ class Options:
     >>> [(rank, len(counts)) for rank, counts in options.rows]
     [(0, 62), (1, 59), (2, 55), (3, 50), (5, 41), (8, 28)]
     >>> [(target.rank, target.nnz) for target in options.anchors[1]]
-    [(1, 691), (4, 1536)]
+    [(2, 768), (4, 1536)]
     """
 
     spec: LayerSpec

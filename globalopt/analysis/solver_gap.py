@@ -92,10 +92,26 @@ def sampled(specs: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     return tuple(found.values())
 
 
+def compared_anchors(rows: Sequence[Sequence[Target]]) -> list[Target]:
+    """Select the anchors at which solvers are compared: the middle of the row without rank, and all with rank.
+
+    Without rank the gap hardly depends on what is kept: at 30 steps of 3BASiL its logarithm is -.27 at .2 kept and -.24
+    at .5 (21 layers of the bundled model), against -1.06 with a rank share of .3. Of a single row, both ends are taken.
+
+    >>> found = compared_anchors([(Target(0, 2), Target(0, 6), Target(0, 8)), (Target(1, 0), Target(2, 0))])
+    >>> [(target.rank, target.nnz) for target in found]
+    [(0, 6), (1, 0), (2, 0)]
+    """
+    if len(rows) == 1:
+        return [rows[0][0], rows[0][-1]] if len(rows[0]) > 1 else [*rows[0]]
+    sparse, *ranked = rows
+    return [sparse[len(sparse) // 2], *(anchor for row in ranked for anchor in row)]
+
+
 def measure_gap(
     spec: LayerSpec, weight: Tensor, metric: Metric, solutions: AnchorSolutions, solver: Solver, budget: Budget
 ) -> dict[Target, float]:
-    """Measure the solver gap of one layer at its anchors; anchors that the solver cannot meet are left out.
+    """Measure the solver gap of one layer at `compared_anchors`; those that the solver cannot meet are left out.
 
     Args:
         weight: (d_out, d_in), dense.
@@ -116,7 +132,7 @@ def measure_gap(
     True
     """
     targets: dict[Target, Target] = {}
-    for anchor in solutions.anchors:
+    for anchor in compared_anchors(solutions.rows):
         with contextlib.suppress(UsageError):
             targets[anchor] = convert_target(anchor, spec, solver, budget)
     least = LEAST * metric.error(weight)
