@@ -9,6 +9,7 @@ from torch import Tensor
 
 from globalopt.analysis.layer_analysis import LayerAnalysis, Residuals, read_gap
 from globalopt.analysis.sensitivity import LayerSensitivity, Sketches, backward_sweep
+from globalopt.analysis.solver_gap import SolverGap
 from globalopt.analysis.surfaces import calibrated_surface, gram_errors, sketches
 from globalopt.kernels.sketch import DenseSketch
 from globalopt.models.walk import BlockRunner
@@ -18,7 +19,7 @@ from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 
-VERSION = 1
+VERSION = 2
 """Raised whenever predicted losses change."""
 
 
@@ -78,14 +79,21 @@ def predict_by_fisher(
 
 
 def _predicted(analysis: LayerAnalysis, found: LayerSensitivity) -> Prediction:
-    """Predict one layer from its sensitivity; single-layer losses replace predicted ones where they were computed."""
+    """Predict one layer from its sensitivity; single-layer losses replace predicted ones where they were computed.
+
+    A single-layer loss of zero does not count: no token of the few windows that it is measured on reached the layer.
+    """
     spec, options = found.spec, analysis.options(found.spec)
     weight = analysis.layers.weight(spec.name)
     gram = analysis.work.get(GRAM, spec.site).to(weight.device)
-    dropped = Metric(gram, found.output_gram.to(weight.device)).error(weight) / 2
+    metric = Metric(gram, found.output_gram.to(weight.device))
+    if not found.output_gram.tokens:
+        # As if it had the inputs and the gradients of its siblings.
+        return _predicted_by_grams(analysis, spec, metric, read_gap(analysis))
+    dropped = metric.error(weight) / 2
     measured = analysis.work.find(SINGLE_LAYER_LOSSES, spec) or {}
     anchors = [anchor for row in options.anchors for anchor in row] if found.anchor_error else []
-    losses = [measured.get(anchor, error) for anchor, error in zip(anchors, found.anchor_error, strict=True)]
+    losses = [measured.get(anchor) or error for anchor, error in zip(anchors, found.anchor_error, strict=True)]
     zero = max(dropped, measured.get(Target.zero(), 0.0))
     overlap = None if found.products is None else _cosines(found.products)
     return Prediction(calibrated_surface(options, found.error, losses, zero), overlap)
@@ -119,19 +127,27 @@ def predict_by_grams(
     """
     gap = read_gap(analysis)
     for spec in specs:
-        weight = analysis.layers.weight(spec.name)
-        metric = Metric(analysis.work.get(GRAM, spec.site).to(weight.device))
-        span = analysis.work.get(SPAN, spec).to(weight.device)
-        options, errors = gram_errors(span, analysis.options(spec), metric)
-        residuals = analysis.residuals(spec, weight, gap) if analysis.solved_anchors(spec) else None
-        anchor_errors, overlap = ([], None) if residuals is None else _in_metric(residuals, metric)
-        yield spec, Prediction(calibrated_surface(options, errors, anchor_errors, metric.error(weight)), overlap), None
+        metric = Metric(analysis.work.get(GRAM, spec.site).to(analysis.layers.device_of(spec.block)))
+        yield spec, _predicted_by_grams(analysis, spec, metric, gap), None
+
+
+def _predicted_by_grams(analysis: LayerAnalysis, spec: LayerSpec, metric: Metric, gap: SolverGap) -> Prediction:
+    """Predict one layer from its Grams: its output error, or with an output Gram half of that, in nats per token."""
+    weight = analysis.layers.weight(spec.name)
+    unit = 1.0 if metric.outputs is None else 0.5
+    span = analysis.work.get(SPAN, spec).to(weight.device)
+    options, errors = gram_errors(span, analysis.options(spec), metric)
+    residuals = analysis.residuals(spec, weight, gap) if analysis.solved_anchors(spec) else None
+    anchor_errors, overlap = ([], None) if residuals is None else _in_metric(residuals, metric)
+    errors, anchor_errors = ([unit * error for error in some] for some in (errors, anchor_errors))
+    return Prediction(calibrated_surface(options, errors, anchor_errors, unit * metric.error(weight)), overlap)
 
 
 def _in_metric(residuals: Residuals, metric: Metric) -> tuple[list[float], Tensor]:
-    """Compute the errors of residuals, and their cosines, in a metric without output Gram."""
+    """Compute the errors of residuals, and their cosines, in a metric."""
     E = residuals.tensor.float()
-    products = ((E @ metric.inputs.matrix).flatten(1) @ E.flatten(1).mT).cpu().double()
+    AE = E if metric.outputs is None else metric.outputs.matrix @ E
+    products = ((E @ metric.inputs.matrix).flatten(1) @ AE.flatten(1).mT).cpu().double()
     return [metric.error(residual) for residual in E], _cosines(products)
 
 

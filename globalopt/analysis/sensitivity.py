@@ -13,17 +13,17 @@ out). It takes one inner product per sequence and option, and the options of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from globalopt.analysis.surfaces import project
 from globalopt.errors import NumericalError
 from globalopt.kernels.sketch import DenseSketch, PrefixSketch
+from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
@@ -52,9 +52,11 @@ class LayerSensitivity:
     """Hold the output Gram of one layer and the predicted losses of its options, from a backward sweep.
 
     Args:
-        output_gram: `A`, the second moment per token of the gradients at the layer's output.
-        error: predicted loss of every option, in nats per token.
-        anchor_error: predicted loss of every anchor solution, in nats per token.
+        output_gram: `A`, the second moment per token of the gradients at the layer's output. Where no gradient reached
+            it (an expert without tokens), the one that stands in for it: the mean of its siblings', or a multiple of
+            the identity with the mean square of the gradients behind the block.
+        error: predicted loss of every option, in nats per token; empty where no gradient reached the layer.
+        anchor_error: predicted loss of every anchor solution, in nats per token; empty likewise.
         products: (anchors, anchors) float64, `sum_n <G_n, D(c)> <G_n, D(d)> / (2 sum_n T_n)`, with `anchor_error` on
             the diagonal; None without anchor solutions.
 
@@ -112,8 +114,14 @@ def backward_sweep(
     layers = runner.layers
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
-        behind(index, _second_moment(runner, upstream))
-        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in layers.of_block(index) if spec in specs}
+        outputs = _second_moment(runner, upstream)
+        behind(index, outputs)
+        wanted = [spec for spec in layers.of_block(index) if spec in specs]
+        taps = {spec.name: _Tap(spec, sketches_of(spec)) for spec in wanted}
+        for spec in wanted:
+            for sibling in spec.siblings(layers.of_block(index)):
+                # Its output Gram may have to stand in for another.
+                taps.setdefault(sibling.name, _Tap(sibling, Sketches()))
         with layers.resident(index, device):
             hooks = [
                 layers.module(name).register_forward_hook(tap.listen, with_kwargs=True) for name, tap in taps.items()
@@ -143,8 +151,8 @@ def backward_sweep(
             finally:
                 for hook in hooks:
                     hook.remove()
-        for tap in reversed(taps.values()):
-            yield tap.finish(tokens)
+        for spec in reversed(wanted):
+            yield _sensitivity(spec, taps, outputs, tokens)
 
 
 def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,6 +199,26 @@ def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstre
         tap.learn_order(call)
 
 
+def _sensitivity(spec: LayerSpec, taps: Mapping[str, _Tap], outputs: Gram, tokens: int) -> LayerSensitivity:
+    """Return the sensitivity of a layer; where no gradient reached it, one made from its siblings or its block.
+
+    Args:
+        taps: of the layer and its siblings, by name.
+        outputs: output Gram of the block.
+        tokens: of all batches.
+    """
+    found = taps[spec.name].finish(tokens)
+    # An expert that computes every token, and whose result is dropped, gets gradients of zero.
+    if found is not None and bool(found.output_gram.matrix.any()):
+        return found
+    siblings = spec.siblings(tap.spec for tap in taps.values())
+    others = [made.output_gram for sibling in siblings if (made := taps[sibling.name].finish(tokens)) is not None]
+    known = [gram for gram in others if bool(gram.matrix.any())]
+    if found is not None and not known:
+        return found
+    return LayerSensitivity(spec, Gram.stand_in(known, spec.d_out, float(outputs.diagonal.double().mean())), ())
+
+
 @dataclass(eq=False)
 class _Call:
     """Hold the input of one call of a layer until its gradient arrives.
@@ -204,22 +232,6 @@ class _Call:
     x: Tensor
     sequence: Tensor | None = None
     digit: int | None = None
-
-
-@torch.no_grad()
-def _product(module: nn.Module, x: Tensor, output: Any) -> Tensor | None:
-    """Choose the tensor of a layer's output that is the product of its weight and `x`; None where none is.
-
-    A layer with a forward pass of its own may return scores beside the product, or in its place.
-    """
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return output
-    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    product = kind.forward(module, x)  # pyright: ignore[reportArgumentType]
-    for y in output if isinstance(output, tuple | list) else (output,):
-        if isinstance(y, Tensor) and y.shape == product.shape and torch.allclose(y, product, rtol=1e-2, atol=1e-3):
-            return y
-    return None
 
 
 class _Tap:
@@ -247,17 +259,17 @@ class _Tap:
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note a call of the layer, and wait for the gradient at its output."""
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        y = _product(module, x, output)
+        if not x.numel() or not torch.is_grad_enabled():
+            return
+        y = product_of(module, x, output)
         if y is None:
             raise NumericalError(
                 f"Layer {self.spec.name} does not return the product of its weight and its input, so that no loss can "
                 "be predicted for it; use --sensitivity none."
             )
         if not y.requires_grad:
-            raise NumericalError(
-                f"Layer {self.spec.name} runs without gradients, so that no loss can be predicted for it; use "
-                "--sensitivity none."
-            )
+            # Its inputs do not come from the hidden states that enter the block.
+            y.requires_grad_()
         sequences, tokens = self.shape
         rows = y.numel() // self.spec.d_out
         known = sequences == 1 or y.shape[:2] == self.shape or (self.in_order and rows == sequences * tokens)
@@ -313,13 +325,10 @@ class _Tap:
             self.anchor_squares = _plus(self.anchor_squares, self.of_anchors.square().sum(0))
             self.products = _plus(self.products, self.of_anchors.mT @ self.of_anchors)
 
-    def finish(self, tokens: int) -> LayerSensitivity:
-        """Divide the sums by the number of tokens of all batches."""
+    def finish(self, tokens: int) -> LayerSensitivity | None:
+        """Divide the sums by the number of tokens of all batches; None if no gradient arrived."""
         if self.second is None:
-            raise NumericalError(
-                f"No gradient reached layer {self.spec.name}: the model does not use it on this text, or not for its "
-                "output. Use --sensitivity none."
-            )
+            return None
         error, anchor_error = (
             () if squares is None else tuple((squares / (2 * tokens)).tolist())
             for squares in (self.squares, self.anchor_squares)

@@ -29,6 +29,7 @@ from globalopt.pipeline.options import (
     TextOptions,
 )
 from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.unreached import left_dense
 from globalopt.runs.folder import Run
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits, reference_splits
@@ -169,6 +170,8 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
         advance("text")
     if model.model is None:
         reporter.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    for note in left_dense(layers):
+        reporter.note(note)
     return Session(model, text, loaded, layers, splits)
 
 
