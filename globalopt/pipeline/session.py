@@ -224,7 +224,7 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
 
 
 def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
-    """Return the arguments of `make_splits` for a model: number, length and seed of windows.
+    """Return the arguments of `make_splits` for a model: number, length, beginning and seed of windows.
 
     >>> from globalopt.pipeline.example import example_session
     >>> sizes(example_session().loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
@@ -235,6 +235,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
         "seqlen": text.seqlen,
         "seed": seed,
         "eval_windows": text.eval_windows,
+        "bos": text.bos,
         **limits(loaded),
     }
 
@@ -289,6 +290,7 @@ def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
     run = Run.open(folder)
     facts = run.manifest.get("facts", {})
     try:
-        return run, ModelOptions(**facts["model_options"]), TextOptions(**facts["text_options"])
+        # A run that does not say so is older than the option.
+        return run, ModelOptions(**facts["model_options"]), TextOptions(**{"bos": "no", **facts["text_options"]})
     except (KeyError, TypeError):
         raise ArtefactError(f"{folder}: the manifest does not say which model and text it was made with.") from None
