@@ -139,8 +139,7 @@ REFUSED: Mapping[str, tuple[str, Callable[[], tf.PreTrainedConfig]]] = {
     "zamba": (
         "use the same weight",
         lambda: tf.ZambaConfig(
-            **{**_GROUPED, "num_hidden_layers": 4},
-            layer_types=["mamba", "hybrid", "mamba", "hybrid"],
+            **{**_GROUPED, "num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
             mamba_d_state=8,
             n_mamba_heads=1,
             use_mamba_kernels=False,

@@ -78,8 +78,9 @@ def linear_experts(called: str = "chosen", never: int | None = None, seed: int =
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.25)
-        for layer in model.model.layers:
-            gate: Any = layer.mlp.gate
+        layers: Any = model.model.layers
+        for layer in layers:
+            gate = layer.mlp.gate
             nn.init.zeros_(gate.bias)
             if never is not None:
                 gate.bias.data[never] = -1e4

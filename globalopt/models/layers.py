@@ -584,7 +584,7 @@ def _trace(
     ids = torch.arange(TRACE_TOKENS, device=embedding.weight.device)[None] % embedding.num_embeddings
     # The second row ends in another token, for `_check_causal`.
     ids = torch.cat([ids, torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % embedding.num_embeddings], 1)])
-    watched = unreached(blocks, found, lazy_blocks(model))
+    watched = unreached(list(blocks), found, lazy_blocks(model))
     with input_hooks({name: module for _, name, module in found}, record), watched as apart:
         try:
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -41,7 +41,7 @@ def product_of(module: nn.Module, x: Tensor, output: Any) -> Tensor | None:
 
 @contextmanager
 def unreached(
-    blocks: Sequence[nn.Module], found: Sequence[tuple[int, str, nn.Module]], lazy: LazyBlocks | None = None
+    blocks: Sequence[nn.Module], found: Sequence[tuple[int, str, nn.Linear | Conv1D]], lazy: LazyBlocks | None = None
 ) -> Iterator[set[str]]:
     """Collect the names of the layers that their block's output does not depend on, as the model runs in the context.
 
@@ -84,7 +84,9 @@ def unreached(
 class _Watch:
     """Run one block with gradients, cut off from the blocks before and after it, and note what its output reaches."""
 
-    def __init__(self, index: int, modules: dict[str, nn.Module], lazy: LazyBlocks | None, names: set[str]) -> None:
+    def __init__(
+        self, index: int, modules: dict[str, nn.Linear | Conv1D], lazy: LazyBlocks | None, names: set[str]
+    ) -> None:
         self.index = index
         self.modules = modules
         self.lazy = lazy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, tiny_llama, tiny
     """A run records it, and is evaluated so again; a run of before the option had no such windows."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     tokenizer = tiny_tokenizer()
-    backend = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend: Any = tokenizer.backend_tokenizer
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save_pretrained(model)
     words = "search", model, "--calibration", tiny_text, *WINDOWS, "--solver", "magnitude", "--sensitivity", "none"

@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -286,7 +287,7 @@ def begun(template: str, **special: str) -> transformers.PreTrainedTokenizerBase
     tokenizer = make_word_tokenizer()
     tokenizer.add_tokens(["</s>", "[gMASK]"], special_tokens=True)
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>", "[gMASK]")]
-    backend = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend: Any = tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return tokenizer
 
@@ -364,7 +365,7 @@ def test_a_short_text_is_refused_with_the_tokens_there_are_and_the_tokens_needed
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_wherever_it_stands(word_tokenizer):
-    arguments = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
+    arguments: dict[str, Any] = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
     make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1002)
     with pytest.raises(CalibrationError, match=r"Token 1000 of 1000 words has id 1001, and the model knows 1001 "):
         make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1001)
