@@ -96,6 +96,7 @@ def search(
     seqlen: int = 256,
     eval_windows: int = 128,
     batch_size: int = 8,
+    bos: str = "auto",
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -113,7 +114,7 @@ def search(
             source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
         accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, correct, nsamples, seqlen,
-            eval_windows, batch_size, seed: as the options of `globalopt search`.
+            eval_windows, batch_size, bos, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; `RefineOptions()` matches nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -149,7 +150,7 @@ def search(
         correct=correct,
     )
     plan = resolve(options, refining, own)
-    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
+    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size, bos=bos)
     reporter = Reporter(_progress(progress))
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
@@ -172,6 +173,7 @@ def compress(
     seqlen: int = 256,
     eval_windows: int = 128,
     batch_size: int = 8,
+    bos: str = "auto",
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -184,7 +186,7 @@ def compress(
         budget: path of a budget file, or `Compressed.budget` as `search` returns it.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
-        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, seed,
+        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, bos, seed,
             out, fresh, cache, progress: as in `search`.
     Raises:
         GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
@@ -204,7 +206,7 @@ def compress(
     check_word("sensitivity", sensitivity, SENSITIVITIES)
     chosen = get_solver(solver, _texts(solver_options)) if isinstance(solver, str) else solver
     plan = resolve_refinement(refining, chosen, fisher=sensitivity != "none", seed=seed)
-    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size)
+    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size, bos=bos)
     reporter = Reporter(_progress(progress))
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:

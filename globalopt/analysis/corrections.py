@@ -152,9 +152,9 @@ def log_ratios(
     means, spreads = {}, {}
     for surface in problem.surfaces:
         name = surface.spec.name
-        predicted = surface.predict(targets[name])
-        if predicted > 0:
-            windows = shares[name].double()
+        predicted, windows = surface.predict(targets[name]), shares[name].double()
+        # A layer that no token of these windows reached stays with the others.
+        if predicted > 0 and bool(windows.any()):
             means[name] = float(windows.mean()) / predicted
             spreads[name] = float(windows.std()) / len(windows) ** 0.5 / predicted if len(windows) > 1 else 0.0
     positive = [mean for mean in means.values() if mean > 0]

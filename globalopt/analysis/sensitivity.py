@@ -9,15 +9,15 @@ per sequence, say what each layer has to do with that loss (`attribution`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import NumericalError
+from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
@@ -29,7 +29,9 @@ class LayerGradients:
 
     Args:
         output_gram: `A`, the second moment per token of the gradients at the layer's output; None where inner products
-            were computed instead.
+            were computed instead. Where no gradient reached the layer (an expert without tokens), the one that stands
+            in for it: the mean of its siblings', or a multiple of the identity with the mean square of the gradients
+            behind the block.
         products: (sequences,) float64, `<G_n, E>` of the gradients of the weight and its change; None without changes.
 
     >>> LayerGradients(LayerSpec("up", 0, "in", "up", 2, 2), Gram(torch.eye(2), 4)).products is None
@@ -104,13 +106,18 @@ def backward_sweep(
     layers = runner.layers
     tokens = sum(batch.tokens for batch in runner.batches)
     for index in reversed(range(len(layers.blocks))):
+        here = [spec for spec in layers.of_block(index) if spec in wanted]
+        outputs = None
         if behind is not None:
-            behind(index, _second_moment(runner, upstream))
-        taps = {
-            spec.name: _Tap(spec, None if changes is None else changes(spec))
-            for spec in layers.of_block(index)
-            if spec in wanted
-        }
+            outputs = _second_moment(runner, upstream)
+            behind(index, outputs)
+        taps = {spec.name: _Tap(spec, None if changes is None else changes(spec)) for spec in here}
+        if changes is None:
+            outputs = _second_moment(runner, upstream) if outputs is None else outputs
+            for spec in here:
+                for sibling in spec.siblings(layers.of_block(index)):
+                    # Its output Gram may have to stand in for another.
+                    taps.setdefault(sibling.name, _Tap(sibling, None))
         with layers.resident(index, device):
             hooks = [
                 layers.module(name).register_forward_hook(tap.listen, with_kwargs=True) for name, tap in taps.items()
@@ -141,8 +148,11 @@ def backward_sweep(
             finally:
                 for hook in hooks:
                     hook.remove()
-        for tap in reversed(taps.values()):
-            yield tap.finish(tokens)
+        for spec in reversed(here):
+            if outputs is None or changes is not None:
+                yield LayerGradients(spec, products=torch.cat(taps[spec.name].products))
+            else:
+                yield LayerGradients(spec, _output_gram(spec, taps, outputs, tokens))
 
 
 def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,6 +167,26 @@ def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torc
             picked = picked * batch.attention_mask.to(picked)
     (gradient,) = torch.autograd.grad(picked.sum(), hidden)
     return gradient
+
+
+def _output_gram(spec: LayerSpec, taps: Mapping[str, _Tap], outputs: Gram, tokens: int) -> Gram:
+    """Return the output Gram of a layer; where no gradient reached it, one made from its siblings or its block.
+
+    Args:
+        taps: of the layer and its siblings, by name.
+        outputs: output Gram of the block.
+        tokens: of all batches.
+    """
+    found = taps[spec.name].output_gram(tokens)
+    # An expert that computes every token, and whose result is dropped, gets gradients of zero.
+    if found is not None and bool(found.matrix.any()):
+        return found
+    siblings = spec.siblings(tap.spec for tap in taps.values())
+    others = [gram for sibling in siblings if (gram := taps[sibling.name].output_gram(tokens)) is not None]
+    known = [gram for gram in others if bool(gram.matrix.any())]
+    if found is not None and not known:
+        return found
+    return Gram.stand_in(known, spec.d_out, float(outputs.diagonal.double().mean()))
 
 
 def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
@@ -189,41 +219,7 @@ def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstre
         tap.learn_order(call)
 
 
-@dataclass(eq=False)
-class _Call:
-    """Hold the input of one call of a layer until its gradient arrives.
-
-    Args:
-        x: (..., d_in).
-        sequence: (rows,) the sequence of every row, found digit by digit; None where rows follow the tokens in order.
-        digit: the binary digit that the coming gradient tells of; None for the gradient to be taken.
-    """
-
-    x: Tensor
-    sequence: Tensor | None = None
-    digit: int | None = None
-
-
-@torch.no_grad()
-def _product(module: nn.Module, x: Tensor, output: Any) -> Tensor | None:
-    """Choose the tensor of a layer's output that is the product of its weight and `x`; None where none is.
-
-    A layer with a forward pass of its own may return scores beside the product, or in its place.
-    """
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return output
-    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    product = kind.forward(module, x)  # pyright: ignore[reportArgumentType]
-    for y in output if isinstance(output, tuple | list) else (output,):
-        if isinstance(y, Tensor) and y.shape == product.shape and torch.allclose(y, product, rtol=1e-2, atol=1e-3):
-            return y
-    return None
-
-
-class _Tap:
-    """Sum over the gradients at one linear layer: `g gᵀ` of tokens, or inner products of sequences with a change."""
-
-    def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
+def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
         self.spec = spec
         self.change = change
         self.shape: tuple[int, int] = (0, 0)
@@ -242,17 +238,17 @@ class _Tap:
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note a call of the layer, and wait for the gradient at its output."""
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        y = _product(module, x, output)
+        if not x.numel() or not torch.is_grad_enabled():
+            return
+        y = product_of(module, x, output)
         if y is None:
             raise NumericalError(
                 f"Layer {self.spec.name} does not return the product of its weight and its input, so that no loss can "
                 "be predicted for it; use --sensitivity none."
             )
         if not y.requires_grad:
-            raise NumericalError(
-                f"Layer {self.spec.name} runs without gradients, so that no loss can be predicted for it; use "
-                "--sensitivity none."
-            )
+            # Its inputs do not come from the hidden states that enter the block.
+            y.requires_grad_()
         sequences, tokens = self.shape
         rows = y.numel() // self.spec.d_out
         known = sequences == 1 or y.shape[:2] == self.shape or (self.in_order and rows == sequences * tokens)
@@ -299,13 +295,6 @@ class _Tap:
         """End a batch."""
         self.calls = []
 
-    def finish(self, tokens: int) -> LayerGradients:
-        """Return the sums of all batches, second moments divided by the number of tokens."""
-        if self.change is not None:
-            return LayerGradients(self.spec, products=torch.cat(self.products))
-        if self.second is None:
-            raise NumericalError(
-                f"No gradient reached layer {self.spec.name}: the model does not use it on this text, or not for its "
-                "output. Use --sensitivity none."
-            )
-        return LayerGradients(self.spec, Gram(self.second.cpu() / tokens, tokens))
+    def output_gram(self, tokens: int) -> Gram | None:
+        """Divide the second moment of all batches by the number of tokens; None if no gradient arrived."""
+        return None if self.second is None else Gram(self.second.cpu() / tokens, tokens)

@@ -12,6 +12,7 @@ from globalopt.commands.arguments import chosen_cache, default_folder, one_model
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
+    Bos,
     CacheFolder,
     Calibration,
     Device,
@@ -73,6 +74,7 @@ def compress(
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
     batch_size: BatchSize = 8,
+    bos: Bos = "auto",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -108,7 +110,7 @@ def compress(
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)

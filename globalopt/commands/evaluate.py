@@ -86,6 +86,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    bos: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether every window begins with the BOS token: auto, yes or no. If it is left out, that of the run "
+            "is used, or auto.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -135,6 +143,7 @@ def evaluate(
             "text_column": text_column,
             "seqlen": seqlen,
             "eval_windows": eval_windows,
+            "bos": bos,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         texts = replace(texts, batch_size=batch_size, **chosen)

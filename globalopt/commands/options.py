@@ -84,6 +84,13 @@ TextColumn = Annotated[
 ]
 Nsamples = Annotated[int, typer.Option(help="Number of calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Number of tokens per window.")]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Whether every window begins with the BOS token: auto (if the tokenizer puts one in front of a text), yes "
+        "or no."
+    ),
+]
 EvalWindows = Annotated[
     int, typer.Option(help="Largest number of windows in each of the selection, validation and test parts.")
 ]

@@ -12,6 +12,7 @@ from globalopt.commands.arguments import chosen_cache, default_folder, one_model
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
     BatchSize,
+    Bos,
     CacheFolder,
     Calibration,
     Device,
@@ -138,6 +139,7 @@ def search(
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
     batch_size: BatchSize = 8,
+    bos: Bos = "auto",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -195,7 +197,7 @@ def search(
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size)
+        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos)
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"

@@ -43,9 +43,10 @@ def evaluate(
 ) -> Metrics:
     """Compute the perplexity of a model on the windows of a split, and its KL divergence from the dense model.
 
-    With windows `x` of T tokens and `p(. | x_<t)` the model, `q` the dense one:
+    With windows `x` of T tokens, the first g of them given (one, or what the tokenizer begins a text with), and
+    `p(. | x_<t)` the model, `q` the dense one:
 
-        nll = mean over windows and 1 <= t < T of -log p(x_t | x_<t),   perplexity = exp(nll)
+        nll = mean over windows and g <= t < T of -log p(x_t | x_<t),   perplexity = exp(nll)
         kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
 
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
@@ -144,7 +145,7 @@ def _measure(
         for i, window in enumerate(windows, first):
             reference = None if dense_logits is None else dense_logits[i - first]
             where = f"{split.name} window {i}"
-            nll[i], dense_nll[i], kl[i] = _window_means(logits[i - first], reference, window, where)
+            nll[i], dense_nll[i], kl[i] = _window_means(logits[i - first], reference, window, split.given, where)
             if advance is not None:
                 advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
     measured = _metrics(model, split, nll, None if dense is None else kl)
@@ -164,7 +165,7 @@ def _metrics(model: PreTrainedModel, split: Split, nll: Tensor, kl: Tensor | Non
         kl_stderr=None if kl is None else _standard_error(kl),
         windows=count,
         seqlen=seqlen,
-        tokens=count * (seqlen - 1),
+        tokens=count * (seqlen - split.given),
         text_sha256=split.sha256,
         dtype=str(dtype_of(model)).removeprefix("torch."),
     )
@@ -186,15 +187,19 @@ def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path 
     return lambda number: runner.logits(number, hidden[number])[:, :-1]
 
 
-def _window_means(logits: Tensor, dense: Tensor | None, window: Tensor, where: str) -> tuple[float, float, float]:
+def _window_means(
+    logits: Tensor, dense: Tensor | None, window: Tensor, given: int, where: str
+) -> tuple[float, float, float]:
     """Average over the positions of a window: the losses of model and dense model, and KL(dense || model).
 
     Args:
         logits, dense: (T - 1, vocabulary), on any device; without `dense` the last two means are 0.
         window: (T,) token ids.
+        given: how many of its first tokens are not predicted.
         where: the window, for messages.
     """
-    labels = window[1:].to(logits.device)
+    logits, dense = logits[given - 1 :], None if dense is None else dense[given - 1 :]
+    labels = window[given:].to(logits.device)
     nll = dense_nll = kl = 0.0
     for positions in _chunks(len(logits), logits.shape[1]):
         log_p = _log_softmax(logits[positions], where)

@@ -51,7 +51,11 @@ def write_samples(
         for start, one, other in zip(prompts, *written, strict=True):
             differ = (one != other).nonzero()
             agreed = int(differ[0]) if len(differ) else new
-            samples.append(Sample(_text(tokenizer, start), _text(tokenizer, one), _text(tokenizer, other), agreed))
+            samples.append(
+                Sample(
+                    _text(tokenizer, start[len(split.prefix) :]), _text(tokenizer, one), _text(tokenizer, other), agreed
+                )
+            )
     # Tokenizers differ in what they raise for ids that they do not know.
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as cause:
         return _none(split, f"the tokenizer cannot turn tokens into text ({cause!r})")

@@ -26,7 +26,7 @@ from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
 
-VERSION = 1
+VERSION = 2
 """Raised whenever matched models change."""
 
 

@@ -144,6 +144,10 @@ def train(
             with torch.enable_grad():
                 loss = loss_of(i)
                 loss.backward()
+            for parameter in parameters:
+                if parameter.grad is None:
+                    # An expert that no token of the batch was routed to.
+                    parameter.grad = torch.zeros_like(parameter)
             seen.append(loss.detach().double())
             adam.step()
             step += 1

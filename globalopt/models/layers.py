@@ -27,6 +27,7 @@ from globalopt.errors import (
     UsageError,
     one_line,
 )
+from globalopt.models.reach import unreached
 from globalopt.models.streaming import LazyBlocks, lazy_blocks
 from globalopt.values.layer import LayerSpec
 
@@ -38,6 +39,8 @@ FORESIGHT = 5e-4
 """Largest change of logits before a token that was changed, as a share of the change at it, in a causal model."""
 FORESIGHT_16_BITS = 0.05
 """The same in bfloat16 and float16, where rounding may differ between the rows of a batch."""
+UNREACHED = "layers that the loss does not reach"
+"""What the linear layers of the blocks are called that stay dense, among the parameters that are not covered."""
 LEAST_SHARE = 0.5
 """Smallest share of the block parameters that the compressible layers must cover."""
 
@@ -78,6 +81,7 @@ class ModelLayers:
         blocks: its decoder blocks. blocks_path: their module path.
         specs: the compressible layers.
         coverage: how much of the model these are.
+        apart: other linear layers of the blocks, which the loss does not reach; they stay dense.
 
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama())
@@ -94,6 +98,7 @@ class ModelLayers:
     blocks_path: str
     specs: tuple[LayerSpec, ...]
     coverage: Coverage
+    apart: tuple[str, ...] = ()
 
     @cached_property
     def _modules(self) -> Mapping[str, Linear]:
@@ -281,23 +286,22 @@ def find_layers(model: PreTrainedModel, allow_low_coverage: bool = False) -> Mod
             f"The decoder blocks {path} of {_architecture(model)} contain no linear layer to compress."
         )
     _check_weights(model, [(name, module) for _, name, module in found])
-    coverage = _coverage(model, blocks, [module for _, _, module in found])
-    if coverage.share < LEAST_SHARE and not allow_low_coverage:
-        inside = _skipped(blocks, {id(module.weight) for _, _, module in found}, None)
-        missing = ", ".join(f"{what} ({count:,})" for what, count in inside.items())
-        raise UnsupportedModelError(
-            f"Only {coverage.share:.1%} of the {coverage.block_params:,} block parameters of {_architecture(model)} "
-            f"can be compressed. Not covered: {missing}. Pass --allow-low-coverage to compress the rest."
-        )
-    sites = _input_sites(model, found)
+    # Before the trace, which reads all of a model that is larger than memory.
+    coverage = _covered(model, blocks, found, (), allow_low_coverage)
+    inputs, unreachable = _trace(model, blocks, found)
+    taken = [entry for entry in found if entry[1] not in unreachable]
+    apart = [entry for entry in found if entry[1] in unreachable]
+    if apart:
+        coverage = _covered(model, blocks, taken, apart, allow_low_coverage)
+    sites = _input_sites(taken, inputs)
     kinds: dict[str, str] = {}
     for index in range(len(blocks)):
-        names = [name for block, name, _ in found if block == index]
+        names = [name for block, name, _ in taken if block == index]
         kinds.update(_kinds(names, f"{path}.{index}."))
     specs = tuple(
-        LayerSpec(name, index, sites[name], kinds[name], *_as_linear(module).shape) for index, name, module in found
+        LayerSpec(name, index, sites[name], kinds[name], *_as_linear(module).shape) for index, name, module in taken
     )
-    return ModelLayers(model, blocks, path, specs, coverage)
+    return ModelLayers(model, blocks, path, specs, coverage, tuple(name for _, name, _ in apart))
 
 
 def check_finite(layers: ModelLayers) -> None:
@@ -446,25 +450,55 @@ def _identity(parameter: Tensor) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
-def _coverage(model: PreTrainedModel, blocks: nn.ModuleList, modules: Sequence[Linear]) -> Coverage:
-    """Count the parameters of `modules`, of the blocks, and of the rest of the model."""
-    weights = {id(module.weight): _as_linear(module).numel() for module in modules}
-    return Coverage(
-        covered=sum(weights.values()),
-        block_params=sum(parameter.numel() for parameter in blocks.parameters()),
-        skipped=MappingProxyType(_skipped(model, set(weights), model.get_output_embeddings())),
+def _covered(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    taken: Sequence[tuple[int, str, Linear]],
+    apart: Sequence[tuple[int, str, Linear]],
+    allow_low_coverage: bool,
+) -> Coverage:
+    """Count what the layers `taken` cover, where the loss does not reach the layers `apart`.
+
+    Raises:
+        UnsupportedModelError: there is none, or they are less than half of the block parameters and that is not
+            allowed.
+    """
+    coverage = _coverage(model, blocks, [module for _, _, module in taken], [module for _, _, module in apart])
+    if taken and (coverage.share >= LEAST_SHARE or allow_low_coverage):
+        return coverage
+    covered, unreached = ({id(module.weight) for _, _, module in some} for some in (taken, apart))
+    inside = _skipped(blocks, covered, None, unreached)
+    missing = ", ".join(f"{what} ({count:,})" for what, count in inside.items())
+    raise UnsupportedModelError(
+        f"Only {coverage.share:.1%} of the {coverage.block_params:,} block parameters of {_architecture(model)} "
+        f"can be compressed. Not covered: {missing}."
+        + (" Pass --allow-low-coverage to compress the rest." if taken else "")
     )
 
 
-def _skipped(root: nn.Module, covered: set[int], head: nn.Module | None) -> dict[str, int]:
-    """Count the parameters of `root` outside `covered` (ids of parameters) by what they are."""
+def _coverage(
+    model: PreTrainedModel, blocks: nn.ModuleList, modules: Sequence[Linear], apart: Sequence[Linear] = ()
+) -> Coverage:
+    """Count the parameters of `modules`, of the blocks, and of the rest of the model, with `apart` by itself."""
+    weights = {id(module.weight): _as_linear(module).numel() for module in modules}
+    unreached = {id(module.weight) for module in apart}
+    return Coverage(
+        covered=sum(weights.values()),
+        block_params=sum(parameter.numel() for parameter in blocks.parameters()),
+        skipped=MappingProxyType(_skipped(model, set(weights), model.get_output_embeddings(), unreached)),
+    )
+
+
+def _skipped(root: nn.Module, covered: set[int], head: nn.Module | None, unreached: set[int]) -> dict[str, int]:
+    """Count the parameters of `root` outside `covered` by what they are; both sets are ids of parameters."""
     counts: Counter[str] = Counter()
     seen = set(covered)
     for owner in root.modules():
         for parameter in owner.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[_what(owner, parameter, head)] += parameter.numel()
+                what = UNREACHED if id(parameter) in unreached else _what(owner, parameter, head)
+                counts[what] += parameter.numel()
     return dict(counts)
 
 
@@ -526,8 +560,14 @@ def input_hooks(modules: Mapping[str, nn.Module], record: Any) -> Iterator[None]
 
 
 @torch.no_grad()
-def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Module]]) -> dict[str, str]:
-    """Find the input site of every layer: the first layer of its block that reads the same tensors."""
+def _trace(
+    model: PreTrainedModel, blocks: nn.ModuleList, found: Sequence[tuple[int, str, Linear]]
+) -> tuple[Mapping[str, tuple[Any, ...]], set[str]]:
+    """Run a short forward pass, and return the identities of every layer's inputs, and the layers that are unreached.
+
+    Raises:
+        UnsupportedModelError: the model cannot run, or is not causal.
+    """
     seen: defaultdict[str, tuple[Any, ...]] = defaultdict(tuple)
     held: list[Tensor] = []
 
@@ -537,14 +577,15 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
         if x.numel():
             # The version changes with every operation in place on the tensor.
             seen[name] += ((x.data_ptr(), x.shape, x.stride(), x._version),)
-            # The tensor is held, or its address might be used for another one.
-            held.append(x)
+            # The tensor is held, or its address might be used for another one; not so the graph that it is from.
+            held.append(x.detach())
 
     embedding = token_embedding(model)
     ids = torch.arange(TRACE_TOKENS, device=embedding.weight.device)[None] % embedding.num_embeddings
     # The second row ends in another token, for `_check_causal`.
     ids = torch.cat([ids, torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % embedding.num_embeddings], 1)])
-    with input_hooks({name: module for _, name, module in found}, record):
+    watched = unreached(list(blocks), found, lazy_blocks(model))
+    with input_hooks({name: module for _, name, module in found}, record), watched as apart:
         try:
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
@@ -557,11 +598,16 @@ def _input_sites(model: PreTrainedModel, found: Sequence[tuple[int, str, nn.Modu
                 f"{reason}). Check its config.json, and that transformers alone runs it."
             ) from cause
     _check_causal(model, getattr(outputs, "logits", None))
+    return seen, apart
 
+
+def _input_sites(found: Sequence[tuple[int, str, Linear]], seen: Mapping[str, tuple[Any, ...]]) -> dict[str, str]:
+    """Find the input site of every layer: the first layer of its block that reads the same tensors, as `seen`."""
     sites: dict[str, str] = {}
     first: dict[Any, str] = {}
     for block, name, _ in found:
-        sites[name] = first.setdefault((block, seen[name]), name) if seen[name] else name
+        inputs = seen.get(name)
+        sites[name] = first.setdefault((block, inputs), name) if inputs else name
     return sites
 
 

@@ -541,7 +541,24 @@ def _empty(source: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     check_towers(source, config, model)
     # Parameters that move to the meta device as they are made are not tied any more.
     model.tie_weights()
+    _compute_buffers(model)
     return model
+
+
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds, such as tables of positions, as a whole load does.
+
+    A model that is made in a type of 16 bits computes them in it; a whole load does so in float32, and then rounds.
+    """
+    makers = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    with torch.random.fork_rng(devices=[]):
+        for path, module in model.named_modules():
+            if module._non_persistent_buffers_set:
+                _, maker = max(
+                    (m for m in makers if not m[0] or f"{path}.".startswith(f"{m[0]}.")), key=lambda m: len(m[0])
+                )
+                maker._init_weights(module)
 
 
 def _fill(

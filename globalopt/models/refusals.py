@@ -284,8 +284,16 @@ def listed(names: Sequence[str]) -> str:
     >>> listed(["a", "b", "c", "d"])
     '4 tensors of the checkpoint: a, b, c, ...'
     """
-    more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} of the checkpoint: {', '.join(names[:_SHOWN])}{more}"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} of the checkpoint: {shown(names)}"
+
+
+def shown(names: Sequence[str]) -> str:
+    """Write the first of some names.
+
+    >>> shown(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join([*names[:_SHOWN], *["..."] * (len(names) > _SHOWN)])
 
 
 def check_towers(source: str, config: Any, model: PreTrainedModel) -> None:

@@ -425,8 +425,13 @@ def fill(
     matrices = {names[0] for names in present.values()} - vectors
     for name, tensor in chain(source.read(matrices, narrow), source.read(vectors, precision)):
         other = others.get(name)
+        other = None if other is None else other.detach()
         same = other is not None and _equal(other, tensor)
         found[name] = nn.Parameter(other if same and other is not None else tensor, requires_grad=False)
+    if narrow != precision:
+        found = {
+            name: found[name] if name in vectors else _Narrow.of(found[name], precision.computed) for name in found
+        }
     for name, names in present.items():
         _check_tied(source, names, narrow)
         _put(model, name, found[names[0]])
@@ -470,6 +475,27 @@ def _check_names(
             raise ArtefactError(
                 f"The weights do not have the shapes its config.json says: {name} is {found[name]}, not {shape}."
             )
+
+
+class _Narrow(nn.Parameter):
+    """Hold a parameter in a narrower type than it is computed in, and tell models the latter.
+
+    Models cast their hidden states to the type of a weight outside of the call that uses it, where it is not widened.
+    """
+
+    _computed: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, computed: torch.dtype) -> _Narrow:
+        """Share the memory of a parameter that is computed in the type `computed`."""
+        made = cls(parameter.data, requires_grad=False)
+        made._computed = computed
+        return made
+
+    @property
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return the type that it is computed in; `element_size` is that of the type it is held in."""
+        return self._computed
 
 
 def _widening(module: nn.Module, forward: Callable[..., Any], computed: torch.dtype) -> Callable[..., Any]:

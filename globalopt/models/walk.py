@@ -7,7 +7,7 @@ is written again here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -318,27 +318,42 @@ class BlockVisit:
     def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
         """Compute the Gram `G = mean over real tokens of x xᵀ` of each input site, in one forward pass of the block.
 
-        The outputs of that pass are kept, so that an unchanged block is not run again when the walk goes on.
+        The outputs of that pass are kept, so that an unchanged block is not run again when the walk goes on. Where no
+        token reached a site, its Gram is the mean of those of the site's siblings (`LayerSpec.siblings`: the other
+        experts), or the identity, which is about what a norm leaves; its `tokens` are 0.
 
         Args:
             sites: which sites; all of this block by default.
 
         Raises:
             UnknownNameError: a site is not one of this block.
-            CalibrationError: a site's inputs are not finite, or no token reached it.
+            CalibrationError: a site's inputs are not finite.
         """
         known = dict.fromkeys(spec.site for spec in self.specs)
         wanted = tuple(known) if sites is None else tuple(sites)
         for site in wanted:
             if site not in known:
                 raise UnknownNameError("site", site, known)
-        moments = {site: _Moment(site) for site in wanted}
-        self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
-        # Each sum is freed when its Gram is made: with wide layers the sums are larger than the block.
-        grams = {site: moments.pop(site).gram() for site in tuple(moments)}
+        found = self._moments(wanted)
+        if lacking := [site for site, gram in found.items() if gram is None]:
+            stands_for = {site: next(spec for spec in self.specs if spec.site == site) for site in lacking}
+            beside = {site: [spec.site for spec in stands_for[site].siblings(self.specs)] for site in lacking}
+            found |= self._moments([site for sites in beside.values() for site in sites if site not in found])
+            for site, sites in beside.items():
+                known = [gram for sibling in dict.fromkeys(sites) if (gram := found[sibling]) is not None]
+                found[site] = Gram.stand_in(known, stands_for[site].d_in)
         if self.layers.lazy is not None:
             trim_memory()
-        return grams
+        return {site: gram for site in wanted if (gram := found[site]) is not None}
+
+    def _moments(self, sites: Iterable[str]) -> dict[str, Gram | None]:
+        """Compute the Gram of every site in one forward pass of the block; None where no token reached it."""
+        moments = {site: _Moment(site) for site in sites}
+        if not moments:
+            return {}
+        self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
+        # Each sum is freed when its Gram is made: with wide layers the sums are larger than the block.
+        return {site: moments.pop(site).gram() for site in tuple(moments)}
 
     def outputs(self) -> list[Tensor]:
         """Compute the outputs (b, t, d) of the block, by batch; they are kept until `replaced` is called."""
@@ -414,17 +429,16 @@ class _Moment:
         self.sum.addmm_(x.mT, x)
         self.tokens += len(x)
 
-    def gram(self) -> Gram:
+    def gram(self) -> Gram | None:
         """Compute the Gram, the sum divided by the number of tokens, made exactly symmetric; the sum is freed.
 
+        Returns:
+            The Gram, or None where no token reached the site.
         Raises:
-            CalibrationError: no token reached the site, or the sum is not finite.
+            CalibrationError: the sum is not finite.
         """
         if self.sum is None or self.tokens == 0:
-            raise CalibrationError(
-                f"No token reached layer {self.site}: no expert of it was chosen, then use more calibration text "
-                "(--nsamples), or the model uses its weight without calling it, then it cannot be compressed."
-            )
+            return None
         if not bool(torch.isfinite(self.sum).all()):
             raise CalibrationError(
                 f"The inputs of layer {self.site} are not finite: the activations overflow or a weight before it is "

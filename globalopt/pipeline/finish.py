@@ -18,6 +18,7 @@ from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.plan import RefinementPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, load_from, versions
+from globalopt.pipeline.unreached import left_dense, without_tokens
 from globalopt.protocols import Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, SAMPLES, SUMMARY, WINDOWS
@@ -75,6 +76,8 @@ def finish(
         for spec in layers.specs
     }
     results = _refined(session, reporter, run, plan, file, targets)
+    for note in (unreached := without_tokens(run, layers)):
+        reporter.note(note)
     if plan.distillation is not None:
         match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
     run.publish(layers.specs, len(layers.blocks))
@@ -111,7 +114,7 @@ def finish(
         stages=reporter.costs,
         splits={split.name: split.record() for split in session.splits},
         versions=versions(),
-        notes=(*reused, *notes),
+        notes=(*reused, *left_dense(layers), *notes, *unreached),
         search=found and found.search,
         uniform=found and found.uniform,
         matching=run.matches(len(layers.blocks)),

@@ -19,6 +19,7 @@ from globalopt.models.refusals import check_config
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, flush_denormals, sizes
+from globalopt.pipeline.unreached import left_dense
 from globalopt.text.reading import Text, join, read_text
 from globalopt.text.splits import make_splits
 
@@ -77,6 +78,8 @@ def live_session(
         evaluation = None if eval_text is None else read_documents(eval_text)
         splits = make_splits(tokenizer, calibration, evaluation, **sizes(loaded, texts, seed))
         advance("text")
+    for note in left_dense(layers):
+        reporter.note(note)
     options = ModelOptions(loaded.name, in_memory=True, allow_low_coverage=allow_low_coverage, device=str(device))
     named = {"calibration": calibration.spec, "eval_text": evaluation and evaluation.spec}
     texts = TextOptions(**{**vars(texts), **named})

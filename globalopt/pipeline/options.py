@@ -13,6 +13,7 @@ from globalopt.matching.block import Loss, Matching
 from globalopt.matching.model import Distillation
 from globalopt.objective.of_run import CANDIDATES
 from globalopt.refine.blocks import Order
+from globalopt.text.splits import BOS_CHOICES
 from globalopt.values.budget import Limits
 
 SENSITIVITIES = ("fisher", "none")
@@ -151,6 +152,7 @@ class TextOptions:
         seqlen: tokens per window, at least 2.
         eval_windows: windows of validation, and of test.
         batch_size: windows of a forward pass.
+        bos: whether every window begins as the tokenizer begins a text: one of `BOS_CHOICES`.
     Raises:
         UsageError: a number is too small.
 
@@ -166,8 +168,10 @@ class TextOptions:
     seqlen: int = 256
     eval_windows: int = 128
     batch_size: int = 8
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
+        check_word("bos", self.bos, BOS_CHOICES)
         for name in ("nsamples", "seqlen", "eval_windows", "batch_size"):
             least = 2 if name == "seqlen" else 1
             if getattr(self, name) < least:

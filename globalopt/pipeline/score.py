@@ -82,7 +82,13 @@ def score(
             advance("model")
     splits += [
         consecutive_split(
-            loaded.tokenizer, read_text(path, texts.text_column), name, texts.seqlen, None, **limits(loaded)
+            loaded.tokenizer,
+            read_text(path, texts.text_column),
+            name,
+            texts.seqlen,
+            None,
+            **limits(loaded),
+            bos=texts.bos,
         )
         for name, path in options.texts.items()
     ]

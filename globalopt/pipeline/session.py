@@ -29,6 +29,7 @@ from globalopt.pipeline.options import (
     TextOptions,
 )
 from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.unreached import left_dense
 from globalopt.runs.folder import Run
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits, reference_splits
@@ -173,6 +174,8 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
         advance("text")
     if model.model is None:
         reporter.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
+    for note in left_dense(layers):
+        reporter.note(note)
     return Session(model, text, loaded, layers, splits)
 
 
@@ -225,7 +228,7 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
 
 
 def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
-    """Return the arguments of `make_splits` for a model: number, length and seed of windows.
+    """Return the arguments of `make_splits` for a model: number, length, beginning and seed of windows.
 
     >>> from globalopt.pipeline.example import example_session
     >>> sizes(example_session().loaded, TextOptions(nsamples=4, seqlen=16), seed=0)["nsamples"]
@@ -236,6 +239,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
         "seqlen": text.seqlen,
         "seed": seed,
         "eval_windows": text.eval_windows,
+        "bos": text.bos,
         **limits(loaded),
     }
 
@@ -290,6 +294,7 @@ def recorded(folder: Path) -> tuple[Run, ModelOptions, TextOptions]:
     run = Run.open(folder)
     facts = run.manifest.get("facts", {})
     try:
-        return run, ModelOptions(**facts["model_options"]), TextOptions(**facts["text_options"])
+        # A run that does not say so is older than the option.
+        return run, ModelOptions(**facts["model_options"]), TextOptions(**{"bos": "no", **facts["text_options"]})
     except (KeyError, TypeError):
         raise ArtefactError(f"{folder}: the manifest does not say which model and text it was made with.") from None

@@ -296,6 +296,8 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> So
             "status": solution.status.value,
             "damping": float(solution.stats.get("damping", 0.0)),
             "seconds": seconds,
+            # 0: another Gram stood in for one of this layer's own.
+            "tokens": min(gram.tokens for gram in (job.metric.inputs, job.metric.outputs) if gram is not None),
             "trace": solution.trace,
         },
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from globalopt.errors import UnknownNameError, UsageError
+
+_NUMBER = re.compile(r"(?<![^._])\d+(?![^.])")
+"""A number that is a part of a module path of its own, as in `experts.7` and `expert_7`, but not in `fc1`."""
 
 
 @dataclass(frozen=True)
@@ -132,3 +137,18 @@ class LayerSpec(HasShape):
     @property
     def label(self) -> str:
         return f"Layer {self.name}"
+
+    def siblings(self, specs: Iterable[LayerSpec]) -> list[LayerSpec]:
+        """Find the layers of the same kind and shape in the same block, such as those of other experts.
+
+        Their paths differ in a number alone; a layer is not its own sibling.
+
+        >>> experts = [LayerSpec(f"blocks.0.experts.{i}.up", 0, "in", f"{i}.up", 4, 4) for i in range(3)]
+        >>> [spec.name for spec in experts[1].siblings(experts)]
+        ['blocks.0.experts.0.up', 'blocks.0.experts.2.up']
+        """
+
+        def like(spec: LayerSpec) -> tuple[int, str, int, int]:
+            return spec.block, _NUMBER.sub("*", spec.name), spec.d_out, spec.d_in
+
+        return [spec for spec in specs if spec != self and like(spec) == like(self)]

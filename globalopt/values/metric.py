@@ -6,6 +6,7 @@ positive definite version of the same norm, `globalopt.kernels.norm.Norm`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,9 @@ class Gram:
 
     Args:
         matrix: (d, d) float32, symmetric up to rounding, positive semidefinite; never modified.
-        tokens: how many tokens the mean was taken over, >= 1.
+        tokens: how many tokens the mean was taken over; 0 where none reached the layer, and `matrix` stands in for it.
     Raises:
-        CalibrationError: the matrix is not square, symmetric and finite, or has a negative diagonal; or there is no
-            token.
+        CalibrationError: the matrix is not square, symmetric and finite, or has a negative diagonal.
 
     >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])  # two tokens
     >>> gram = Gram(x.mT @ x / 2, tokens=2)
@@ -43,8 +43,8 @@ class Gram:
         m = self.matrix
         if m.ndim != 2 or m.shape[0] != m.shape[1]:
             raise CalibrationError(f"A Gram must be square; got shape {tuple(m.shape)}.")
-        if self.tokens < 1:
-            raise CalibrationError("A Gram needs at least one token; no token reached this input.")
+        if self.tokens < 0:
+            raise CalibrationError(f"A Gram is a mean over tokens; got {self.tokens} of them.")
         # A strip at a time, as temporary copies of a whole Gram would set the peak memory of a run.
         strips = [slice(first, first + STRIP) for first in range(0, len(m), STRIP)]
         if not all(bool(torch.isfinite(m[rows]).all()) for rows in strips):
@@ -54,6 +54,24 @@ class Gram:
         scale = max(m[rows].abs().max() for rows in strips)
         if any(bool((m[rows] - m.mT[rows]).abs().max() > 1e-4 * scale) for rows in strips):
             raise CalibrationError("The Gram is not symmetric; it is no second moment.")
+
+    @classmethod
+    def stand_in(cls, others: Iterable[Gram], d: int, scale: float = 1.0) -> Gram:
+        """Make the Gram of a layer that no token reached: the mean of those of its siblings, or a multiple of identity.
+
+        Args:
+            others: Grams of the layer's siblings; of those that stand in themselves nothing is taken.
+            d: size of the matrix.
+            scale: of the identity, where there are no siblings.
+
+        >>> Gram.stand_in([Gram(torch.eye(2), 5), Gram(3 * torch.eye(2), 5)], 2)
+        Gram(matrix=tensor([[2., 0.],
+                [0., 2.]]), tokens=0)
+        """
+        known = [gram for gram in others if gram.tokens]
+        if not known:
+            return cls(scale * torch.eye(d), 0)
+        return cls(sum((gram.matrix for gram in known[1:]), known[0].matrix) / len(known), 0)
 
     @property
     def diagonal(self) -> Tensor:

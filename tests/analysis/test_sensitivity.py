@@ -11,7 +11,6 @@ from globalopt.analysis.grid import Options
 from globalopt.analysis.sensitivity import Sketches, backward_sweep
 from globalopt.analysis.spans import compute_span
 from globalopt.analysis.surfaces import sketches
-from globalopt.errors import NumericalError
 from globalopt.kernels.sketch import DenseSketch
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
@@ -254,6 +253,62 @@ def test_errors_follow_the_rows_that_a_layer_was_called_with(make):
 
 
 @pytest.mark.parametrize("make", [WithoutGradient, lambda width: Scored(width, ScoresAlone)], ids=["no_grad", "scores"])
-def test_a_layer_whose_gradient_cannot_be_had_is_named_with_the_way_out(make):
-    with pytest.raises(NumericalError, match=r"Layer model\.layers\.1\.mlp\.(index|up) .*--sensitivity none"):
-        swept_against_autograd(model_with(make))
+def test_a_layer_whose_gradient_cannot_be_had_is_none_of_the_layers(make):
+    found, expected = swept_against_autograd(model_with(make))
+    assert found.keys() == expected.keys()
+    left = {name.rpartition("mlp.")[2] for name in found if ".mlp." in name}
+    assert left == ({"up"} if make is WithoutGradient else set())
+
+
+class FromElsewhere(nn.Module):
+    """A layer whose input does not come from the hidden states that enter the block."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.place = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1] * x.shape[2]).view(x.shape[1:]) / x[0].numel()
+        return self.up(x) + self.place(places.expand_as(x).contiguous())
+
+
+class Spare(nn.Module):
+    """An expert that is never chosen, beside one that always is, and a layer that is never called."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.spare = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_a_layer_apart_from_the_hidden_states_has_a_loss():
+    found, expected = swept_against_autograd(model_with(FromElsewhere))
+    for name, wanted in expected.items():
+        torch.testing.assert_close(torch.tensor(found[name].error, dtype=torch.float64), wanted, rtol=1e-3, atol=0)
+
+
+def test_output_grams_of_siblings_or_of_the_block_stand_in_where_no_gradient_comes():
+    layers = find_layers(model_with(Spare), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(torch.randint(3, 120, (3, 12), generator=torch.Generator().manual_seed(0)))])
+    inputs = [[runner.first(0)]]
+    for block in range(2):
+        inputs.append([runner.run(block, 0, inputs[-1][0])])
+    behind = {}
+    # The sibling is swept too, though nobody asks for it.
+    asked = [spec for spec in layers.specs if spec.name.endswith(("experts.1", "spare"))]
+    some = backward_sweep(runner, inputs, asked, lambda s: Sketches(), SEED, behind=behind.__setitem__)
+    every = backward_sweep(runner, inputs, layers.specs, lambda s: Sketches(), SEED)
+    some, every = ({found.spec.name: found for found in each} for each in (some, every))
+    assert some.keys() == {spec.name for spec in asked}
+    for block in range(2):
+        mlp = f"model.layers.{block}.mlp"
+        chosen, never, spare = (f"{mlp}.experts.0", f"{mlp}.experts.1", f"{mlp}.spare")
+        assert every[chosen].output_gram.tokens == 36
+        for found in (some, every):
+            assert (found[never].output_gram.tokens, found[never].error) == (0, ())
+            torch.testing.assert_close(found[never].output_gram.matrix, every[chosen].output_gram.matrix)
+            scale = behind[block].diagonal.mean()
+            torch.testing.assert_close(found[spare].output_gram.matrix, scale * torch.eye(5))

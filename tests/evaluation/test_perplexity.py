@@ -55,7 +55,7 @@ def by_definition(model: LlamaForCausalLM, dense: LlamaForCausalLM, split: Split
     nll, kl = [], []
     for window in split.windows:
         window_nll, window_kl = [], []
-        for t in range(1, split.seqlen):
+        for t in range(split.given, split.seqlen):
             p = torch.softmax(model(input_ids=window[None, :t]).logits[0, -1].double(), 0)
             q = torch.softmax(dense(input_ids=window[None, :t]).logits[0, -1].double(), 0)
             window_nll.append(-math.log(p[window[t]]))
@@ -69,6 +69,19 @@ def by_definition(model: LlamaForCausalLM, dense: LlamaForCausalLM, split: Split
         return mean, math.sqrt(variance / len(values))
 
     return dict(zip(("nll", "nll_stderr", "kl", "kl_stderr"), mean_and_error(nll) + mean_and_error(kl), strict=True))
+
+
+@pytest.mark.parametrize("given", [1, 2, 3])
+def test_what_every_window_begins_with_is_given_and_not_predicted(given):
+    model, dense, split = tiny_llama(0), tiny_llama(1), random_windows()
+    windows = split.windows.clone()
+    windows[:, :given] = windows[0, :given]
+    begun = dataclasses.replace(split, windows=windows, prefix=tuple(windows[0, :given].tolist()))
+    metrics = evaluate(model, begun, dense)
+    expected = by_definition(model, dense, begun)
+    assert metrics.nll == pytest.approx(expected["nll"], rel=1e-5)
+    assert metrics.kl == pytest.approx(expected["kl"], rel=1e-5)
+    assert metrics.tokens == len(windows) * (split.seqlen - given)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -309,12 +309,13 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         visit.grams()
 
 
-def test_a_layer_no_token_reaches_is_named() -> None:
+def test_a_layer_that_no_token_reaches_has_the_inputs_that_a_norm_leaves() -> None:
     model = tiny_model("llama")
     model.get_submodule("model.layers.0").spare = nn.Linear(32, 8)
     visit = next(walk_blocks(BlockRunner(find_layers(model), [Batch(tiny_ids(1, 4))])))
-    with pytest.raises(CalibrationError, match=r"No token reached.*layers\.0\.spare"):
-        visit.grams()
+    found = visit.grams()["model.layers.0.spare"]
+    assert found.tokens == 0
+    assert torch.equal(found.matrix, torch.eye(32))
 
 
 def test_padding_that_cannot_be_told_apart_is_refused() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from typing import Any
+
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from globalopt.errors import CalibrationError, UsageError
 from globalopt.pipeline import session
@@ -12,6 +17,7 @@ from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.score import ScoreOptions, score
 from reports import QuietProgress
+from tests.command import WINDOWS, done, read, refused
 from tests.tiny_models import VOCAB, save_tiny, tiny_tokenizer
 
 
@@ -41,6 +47,39 @@ def test_a_token_without_an_embedding_is_refused_before_anything_is_computed(tmp
         session.set_up(models, TextOptions(late, nsamples=2, seqlen=16, eval_windows=2), 0, reporter)
     with pytest.raises(CalibrationError, match=f"the model knows {VOCAB} tokens"):
         score(models, TextOptions(seqlen=16), ScoreOptions(None, False, {"late": late}), reporter, "globalopt eval")
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, tiny_llama, tiny_text):
+    """A run records it, and is evaluated so again; a run of before the option had no such windows."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    backend: Any = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(model)
+    words = "search", model, "--calibration", tiny_text, *WINDOWS, "--solver", "magnitude", "--sensitivity", "none"
+    words += "--allocator", "uniform", "--match", "none", "-q"
+    found = {}
+    for bos in ("auto", "no"):
+        out = tmp_path / bos
+        done(*words, "--out", out, "--bos", bos)
+        found[bos] = read(out / "summary.json")
+        assert read(out / "manifest.json")["facts"]["text_options"]["bos"] == bos
+        expected = [1] if bos == "auto" else []
+        assert {tuple(split["prefix"]) for split in found[bos]["splits"].values()} == {tuple(expected)}
+        again = json.loads(done("eval", out, "--json", "-q").stdout)
+        assert [m["nll"] for m in again["model"]["metrics"]] == [m["nll"] for m in found[bos]["compressed"]]
+        assert {tuple(text["prefix"]) for text in again["texts"].values()} == {tuple(expected)}
+    shas = [found[bos]["splits"]["calibration"]["sha256"] for bos in found]
+    assert shas[0] != shas[1]
+    assert found["auto"]["dense"][0]["tokens"] == found["no"]["dense"][0]["tokens"] == 2 * 15
+    assert "different calibration" in refused(1, *words, "--out", tmp_path / "auto", "--bos", "no")
+
+    manifest = tmp_path / "no" / "manifest.json"
+    old = read(manifest)
+    del old["facts"]["text_options"]["bos"]
+    manifest.write_text(json.dumps(old))
+    again = json.loads(done("eval", tmp_path / "no", "--json", "-q").stdout)
+    assert [m["nll"] for m in again["model"]["metrics"]] == [m["nll"] for m in found["no"]["compressed"]]
 
 
 def test_windows_longer_than_the_context_are_refused_under_any_name_of_it(tmp_path, tiny_text):

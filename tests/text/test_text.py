@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -272,6 +273,63 @@ def test_special_tokens_are_added_once_and_long_texts_pass_without_a_warning(cap
     assert split.record()["special_tokens"] == 1
 
 
+BEGINS = {
+    "bos": ("<s> $A", (0,)),
+    "bos and eos": ("<s> $A </s>", (0,)),
+    "two tokens": ("[gMASK] <s> $A", (5003, 0)),
+    "eos": ("$A </s>", ()),
+    "nothing": ("$A", ()),
+}
+
+
+def begun(template: str, **special: str) -> transformers.PreTrainedTokenizerBase:
+    """The word tokenizer, with another template of a text."""
+    tokenizer = make_word_tokenizer()
+    tokenizer.add_tokens(["</s>", "[gMASK]"], special_tokens=True)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>", "[gMASK]")]
+    backend: Any = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("template", "prefix"), BEGINS.values(), ids=BEGINS)
+def test_every_window_begins_as_the_tokenizer_begins_a_text(template, prefix):
+    tokenizer = begun(template)
+    assert splits.prefix_of(tokenizer, "auto") == prefix
+    assert splits.prefix_of(tokenizer, "yes") == (prefix or (0,))
+    assert splits.prefix_of(tokenizer, "no") == ()
+    made = make_splits(tokenizer, words(1000), None, 20, 8, seed=3, eval_windows=None, bos="auto")
+    plain = make_splits(tokenizer, words(1000), None, 20, 8, seed=3, eval_windows=None, bos="no")
+    for split, other in zip(made, plain, strict=True):
+        assert split.windows.shape[1] == split.seqlen == 8
+        assert split.record()["prefix"] == list(prefix)
+        assert (split.sha256 == other.sha256) == (not prefix)
+        assert not split.overlapping
+        for window, start in zip(split.windows.tolist(), split.starts, strict=True):
+            assert tuple(window[: len(prefix)]) == prefix
+            if prefix:
+                # The text alone, without the special tokens of a whole text.
+                assert window[len(prefix) :] == list(range(start + 2, start + 2 + 8 - len(prefix)))
+    for one, two in itertools.combinations(made, 2):
+        assert not {s + i for s in one.starts for i in range(one.body)} & {
+            s + i for s in two.starts for i in range(two.body)
+        }
+
+
+def test_a_beginning_that_cannot_be_had_is_refused(word_tokenizer):
+    without = begun("$A")
+    without.bos_token = None
+    assert splits.prefix_of(without, "auto") == ()
+    with pytest.raises(UsageError, match="--bos yes needs a tokenizer with a BOS token"):
+        consecutive_split(without, words(100), "test", 8, bos="yes")
+    with pytest.raises(UsageError, match="--bos is auto or yes or no; got maybe"):
+        consecutive_split(word_tokenizer, words(100), "test", 8, bos="maybe")
+    with pytest.raises(UsageError, match="--seqlen 2 leaves no room for text after 2 tokens"):
+        consecutive_split(begun("[gMASK] <s> $A"), words(100), "test", 2, bos="auto")
+    with pytest.raises(CalibrationError, match="begins a text with token id 5003, and the model knows 2000"):
+        consecutive_split(begun("[gMASK] <s> $A"), words(100), "test", 8, vocabulary=2000, bos="auto")
+
+
 def test_the_record_is_json_and_says_how_to_make_the_split_again(word_tokenizer):
     splits = make_splits(word_tokenizer, words(1000), None, 20, 8, seed=3, eval_windows=4)
     record = json.loads(json.dumps(splits.record()))
@@ -286,6 +344,7 @@ def test_the_record_is_json_and_says_how_to_make_the_split_again(word_tokenizer)
         "seqlen": 8,
         "region": [834, 1001],
         "special_tokens": 1,
+        "prefix": [],
         "seed": None,
         "starts": None,
         "overlapping": False,
@@ -306,7 +365,7 @@ def test_a_short_text_is_refused_with_the_tokens_there_are_and_the_tokens_needed
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_wherever_it_stands(word_tokenizer):
-    arguments = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
+    arguments: dict[str, Any] = {"nsamples": 4, "seqlen": 8, "seed": 0, "eval_windows": 2}
     make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1002)
     with pytest.raises(CalibrationError, match=r"Token 1000 of 1000 words has id 1001, and the model knows 1001 "):
         make_splits(word_tokenizer, words(1000), None, **arguments, vocabulary=1001)
