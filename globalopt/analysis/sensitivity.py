@@ -219,7 +219,25 @@ def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstre
         tap.learn_order(call)
 
 
-def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
+@dataclass(eq=False)
+class _Call:
+    """Hold the input of one call of a layer until its gradient arrives.
+
+    Args:
+        x: (..., d_in).
+        sequence: (rows,) the sequence of every row, found digit by digit; None where rows follow the tokens in order.
+        digit: the binary digit that the coming gradient tells of; None for the gradient to be taken.
+    """
+
+    x: Tensor
+    sequence: Tensor | None = None
+    digit: int | None = None
+
+
+class _Tap:
+    """Sum over the gradients at one linear layer: `g gᵀ` of tokens, or inner products of sequences with a change."""
+
+    def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
         self.spec = spec
         self.change = change
         self.shape: tuple[int, int] = (0, 0)
