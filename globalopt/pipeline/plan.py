@@ -282,7 +282,8 @@ def resolve(
     )
     refinement = replace(
         resolve_refinement(refining or RefineOptions(), solver, analysis.fisher, options.seed),
-        output_grams=analysis.fisher,
+        # Where losses are predicted from gradients, there are output Grams whether or not the solver reads them.
+        output_grams=analysis.weighted or (analysis.fisher and Reads.SURFACES in allocator.reads),
         metric_choices=analysis.weighted,
     )
     profile = get_profile(options.serving_profile)
