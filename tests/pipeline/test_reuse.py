@@ -208,7 +208,7 @@ def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path)
     # Seconds of a layer are of the solver that found it.
     assert_alike(again.figures(), base[0].figures())
     (note,) = again.notes
-    assert note.startswith(f"Used again from {cache}: grams, labels, metrics, spans, anchors, solver-gaps, ")
+    assert note.startswith(f"Used again from {cache}: grams, labels, spans, anchors, metrics, solver-gaps, ")
     # The report says it too: a table of stages without the analysis would look as if there had been none.
     assert note in again.summary.notes
 
@@ -232,7 +232,7 @@ CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], 
     ),
     "matching": (SEARCH, RefineOptions(match="block"), {Stage.REFINEMENT: LAYERS + 2}, set()),
     "solver preset": (
-        replace(SEARCH, solver_options={"steps": "4"}),
+        replace(SEARCH, solver_options={"steps": "5"}),
         None,
         {Stage.GAPS: 7, Stage.PREDICTIONS: LAYERS, **FOUND},
         {"gap", "predict", "correct"},
