@@ -352,9 +352,7 @@ def decode_corrections(key: None, record: Metadata) -> Corrections:
     >>> decode_corrections(None, {"points": {"up": [[0.5, 0.7]]}, "losses": [0.1]}).points
     {'up': ((0.5, 0.7),)}
     """
-    points = {
-        name: tuple((float(kept), float(log)) for kept, log in pairs) for name, pairs in record["points"].items()
-    }
+    points = {name: tuple((float(kept), float(log)) for kept, log in pairs) for name, pairs in record["points"].items()}
     return Corrections(points, tuple(float(loss) for loss in record["losses"]))
 
 

@@ -79,7 +79,7 @@ def test_near_the_dense_model_shares_add_up_to_the_loss(kind):
 
 
 def test_of_two_layers_that_undo_each_other_each_share_knows_of_the_other():
-    layers, model, residuals = posed("llama", 0.02)
+    layers, model, _ = posed("llama", 0.02)
     # Values and the projection after them: a factor in one is the same factor in the other.
     value, output = (next(s.name for s in layers.specs if s.name.endswith(f"{kind}_proj")) for kind in "vo")
     scaled = {value: -0.1 * model.dense(value), output: 0.1 * model.dense(output)}
@@ -132,5 +132,3 @@ def test_a_model_that_breaks_is_named_by_its_chunk():
     _, model, residuals = posed("llama", 0.1)
     with pytest.raises(NumericalError, match="chunk 0 is not finite"):
         attribute(model, {name: 1e30 * model.dense(name) for name in residuals}, CHUNKS)
-
-

@@ -363,6 +363,7 @@ def test_a_ratio_replaces_those_nearby_and_leaves_those_far_off():
     assert found.losses == (0.5,)
     assert known.points == {"up": ((0.2, 1.0), (0.41, 2.0), (0.8, 3.0))}, "not changed itself"
     # A layer without a ratio stays as it is.
-    assert known.with_ratios(posed, {"up": Target(0, 40), "down": Target(0, 60)}, {"down": 0.25}).points["up"] == (
-        known.points["up"]
+    assert (
+        known.with_ratios(posed, {"up": Target(0, 40), "down": Target(0, 60)}, {"down": 0.25}).points["up"]
+        == (known.points["up"])
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,10 +50,21 @@ def swept(
     runner = BlockRunner(layers, some)
     states = states_of(runner)
     upstream = label_gradients(runner, states[-1], SEED)
-    found = backward_sweep(
-        runner, states, layers.specs, upstream, changes=changes and (lambda s: changes[s.name]), behind=behind
-    )
+    change = None if changes is None else lambda spec: changes[spec.name]
+    found = backward_sweep(runner, states, layers.specs, upstream, changes=change, behind=behind)
     return {each.spec.name: each for each in found}
+
+
+def noting(kept: list[Tensor], place: int) -> Callable[..., None]:
+    """A hook that keeps the output of a module, or the one at `place` of several, with its gradient."""
+
+    def note(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        y = output[place] if isinstance(output, tuple) else output
+        if y.requires_grad:
+            y.retain_grad()
+            kept.append(y)
+
+    return note
 
 
 def by_autograd(layers: ModelLayers, some: list[Batch], changes: dict[str, Tensor]):
@@ -74,18 +86,9 @@ def by_autograd(layers: ModelLayers, some: list[Batch], changes: dict[str, Tenso
         for row in range(len(labels)):
             outputs: dict[str, list[Tensor]] = {s.name: [] for s in layers.specs}
             leaving: list[Tensor] = []
-
-            def note(kept: list[Tensor], y) -> None:
-                y = y[-1] if isinstance(y, tuple) and kept is not leaving else y[0] if isinstance(y, tuple) else y
-                if y.requires_grad:
-                    y.retain_grad()
-                    kept.append(y)
-
-            hooks = [
-                layers.module(name).register_forward_hook(lambda m, args, y, kept=kept: note(kept, y))
-                for name, kept in outputs.items()
-            ]
-            hooks += [b.register_forward_hook(lambda m, args, y: note(leaving, y)) for b in layers.blocks]
+            # Of a router that returns scores and logits the logits are the product; a block's states come first.
+            hooks = [layers.module(name).register_forward_hook(noting(kept, -1)) for name, kept in outputs.items()]
+            hooks += [block.register_forward_hook(noting(leaving, 0)) for block in layers.blocks]
             weights = [layers.module(s.name).weight.requires_grad_() for s in layers.specs]
             one = None if mask is None else mask[row : row + 1]
             logits = model(input_ids=batch.input_ids[row : row + 1], attention_mask=one).logits.float()
@@ -135,14 +138,14 @@ def test_products_and_output_grams_are_those_of_plain_gradients(kind):
     products, moments, blocks = by_autograd(layers, batches(), changes)
     assert set(found) == set(weighted) == {spec.name for spec in layers.specs}
     for name, expected in products.items():
-        assert found[name].output_gram is None
-        assert found[name].products is not None
-        assert_near(found[name].products, expected)
-        assert weighted[name].products is None
-        assert weighted[name].output_gram is not None
+        each, gram = found[name].products, weighted[name].output_gram
+        assert each is not None
+        assert gram is not None
+        assert found[name].output_gram is weighted[name].products is None
+        assert_near(each, expected)
         # Padding carries no label, so that no gradient comes from it, and it counts as no token.
-        assert weighted[name].output_gram.tokens == 60 - 4
-        assert_near(weighted[name].output_gram.matrix, moments[name])
+        assert gram.tokens == 60 - 4
+        assert_near(gram.matrix, moments[name])
     assert sorted(behind) == list(range(len(blocks)))
     for block, expected in enumerate(blocks):
         assert_near(behind[block].matrix, expected)

@@ -28,7 +28,7 @@ from globalopt.pipeline.addresses import (
 )
 from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, resolve, resolve_refinement
-from globalopt.protocols import Outputs, Reads, Solver
+from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.values.budget import NO_LIMITS, Budget, Target
@@ -245,8 +245,8 @@ def test_a_refinement_reads_the_choices_that_the_search_made_by_what_it_computed
     own = planned(allocator="uniform")
     assert changed(BASE, everything(own, budget(), session())) >= {Stage.METRICS, Stage.REFINEMENT}
     # Without output Grams there is nothing to choose, whatever was solved before.
-    plain = {"solver": "sparsegpt"}
-    one, other = (everything(planned(allocator=name, **plain), budget(), session()) for name in ("uniform", "knapsack"))
+    plain = (planned(allocator=name, solver="sparsegpt") for name in ("uniform", "knapsack"))
+    one, other = (everything(plan, budget(), session()) for plan in plain)
     # Errors of layers are in another unit.
     assert changed(one, other) == {Stage.ALLOCATION, Stage.REFINEMENT, Stage.MODEL_MATCHING}
     # Two that read none share their choices.
@@ -254,7 +254,7 @@ def test_a_refinement_reads_the_choices_that_the_search_made_by_what_it_computed
     assert changed(one, other) == {Stage.ALLOCATION}
 
 
-FROM_LABELS = set(REFINED) - {Stage.RESULT, Stage.GRAMS}
+FROM_LABELS: set[Stage] = {stage for stage in REFINED if stage not in (Stage.RESULT, Stage.GRAMS)}
 
 COMPRESS_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "model": ({"data": {"model": "x"}}, {Stage.GRAMS, *FROM_LABELS}),

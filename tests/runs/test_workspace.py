@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from globalopt.errors import ArtefactError
-from globalopt.runs.artefacts import ANCHORS, CURVES, METRIC_CHOICE, PROBED, SOLVER_GAP, Stage
+from globalopt.runs.artefacts import ANCHORS, CURVES, METRIC_CHOICE, PROBED, SOLVER_GAP, Artefact, Stage
 from globalopt.runs.records import CheckedLoss, MetricChoice
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
@@ -51,7 +52,7 @@ def test_one_kind_of_artefact_is_made_in_several_stages(tmp_path):
 
 def test_what_one_stage_makes_of_a_layer_does_not_overwrite_another(tmp_path):
     work = Workspace(tmp_path)
-    artefacts = (METRIC_CHOICE, PROBED, ANCHORS.during(Stage.METRICS))
+    artefacts: list[Artefact[Any, Any]] = [METRIC_CHOICE, PROBED, ANCHORS.during(Stage.METRICS)]
     assert {artefact.stage for artefact in artefacts} == {Stage.METRICS}
     assert len({work.path(artefact, SPEC) for artefact in artefacts}) == 3
 
