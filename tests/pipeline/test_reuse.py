@@ -218,7 +218,7 @@ ALLOCATED = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
 FOUND = {Stage.CORRECTIONS: 1, **ALLOCATED}
 
 ONE_SHOT = {Stage.METRICS: 2 * LAYERS, **ALLOCATED}
-"""Of an allocator that reads no predictions: of every layer a solution by which its metric is chosen, and the choice."""
+"""Of an allocator that reads no predictions: of every layer a solution to choose its metric by, and the choice."""
 
 CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], set[str]]] = {
     "budget": (replace(SEARCH, budget=0.4), None, FOUND, {"correct"}),
