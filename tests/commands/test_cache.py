@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 def quick(tiny_llama: Path, tiny_text: Path) -> tuple[object, ...]:
     """A search of a second, all but its `--out`."""
     texts = ("--calibration", tiny_text, "--nsamples", 8, "--seqlen", 16, "--eval-windows", 2)
-    options = ("--solver", "wanda", "--allocator", "uniform", "--match", "none", "-q")
+    options = ("--solver", "wanda", "--allocator", "knapsack", "--predict-from", "span", "--match", "none", "-q")
     return ("search", tiny_llama, *texts, *options)
 
 
@@ -64,6 +64,7 @@ def test_it_lies_beside_the_run_or_where_it_is_said(quick, shared, tmp_path, mon
         "spans",
         "labels",
         "predictions",
+        "corrections",
         "objective",
         "allocation",
         "refinement",
