@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ def choose_metrics(
     for spec in specs:
         predicted = _predicted(analysis, model, spec, weights[spec.name]())
         ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
-    usual = max(1.0, median(ratios.values()))
+    # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one.
+    usual = median_low([1.0, *ratios.values()])
     for spec in specs:
         if ratios[spec] > CONTRADICTED * usual:
             yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe)

@@ -29,7 +29,7 @@ from globalopt.matching import model as model_matching
 from globalopt.objective import candidates
 from globalopt.pipeline.plan import AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
 from globalopt.pipeline.session import Session
-from globalopt.protocols import Solver
+from globalopt.protocols import Reads, Solver
 from globalopt.refine import blocks
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
@@ -67,8 +67,12 @@ Addresses = Mapping[Stage, Address]
 """The address of every stage of a job."""
 
 
-def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Address]:
+def analysis_addresses(session: Session, plan: AnalysisPlan, reads: Reads = Reads.SURFACES) -> dict[Stage, Address]:
     """Compute the addresses of the stages up to the predicted losses. The budget is none of their inputs.
+
+    Args:
+        reads: what the allocator reads. Where that is no surfaces, no anchors are solved, and error metrics are chosen
+            at the probed targets instead.
 
     >>> from globalopt.pipeline.example import example_plan, example_session
     >>> session = example_session()
@@ -96,19 +100,20 @@ def analysis_addresses(session: Session, plan: AnalysisPlan) -> dict[Stage, Addr
             },
         ),
     }
-    method["low_rank"] = plan.solver.low_rank
+    options = {"pattern": method["pattern"], "limits": method["limits"], "low_rank": plan.solver.low_rank}
     if plan.anchors:
-        inputs = {"spans": found[Stage.SPANS].digest, "labels": labels.digest if plan.weighted else None, **method}
-        found[Stage.ANCHORS] = _address(Stage.ANCHORS, inputs)
+        inputs = {"spans": found[Stage.SPANS].digest, "labels": labels.digest if plan.weighted else None}
+        found[Stage.ANCHORS] = _address(Stage.ANCHORS, {**inputs, **method, **options})
     if plan.weighted:
-        found[Stage.METRICS] = _metrics(grams, labels, method, _digest(found, Stage.ANCHORS))
+        checked = _digest(found, Stage.ANCHORS) if Reads.SURFACES in reads else None
+        found[Stage.METRICS] = _metrics(grams, labels, method, checked)
     if plan.compared:
         inputs = {stage: _digest(found, stage) for stage in (Stage.ANCHORS, Stage.METRICS)}
         inputs |= {"solver": method_record(plan.solver), "accounting": plan.accounting}
         found[Stage.GAPS] = _address(Stage.GAPS, inputs)
     read = (Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS)
     inputs = {stage: _digest(found, stage) for stage in read}
-    inputs |= {name: method[name] for name in ("pattern", "limits", "low_rank")} | {"labels": of_outputs}
+    inputs |= {**options, "labels": of_outputs}
     found[Stage.PREDICTIONS] = _address(Stage.PREDICTIONS, inputs)
     return found
 
@@ -169,7 +174,7 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
     >>> [stage.value for stage in one if one[stage] != other[stage]]
     ['objective']
     """
-    found = analysis_addresses(session, plan.analysis)
+    found = analysis_addresses(session, plan.analysis, plan.reads)
     inputs = {
         "predictions": found[Stage.PREDICTIONS].digest,
         "low_rank": plan.analysis.solver.low_rank,

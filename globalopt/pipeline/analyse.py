@@ -64,29 +64,44 @@ def analyse(
     specs = session.layers.specs
     analysis = LayerAnalysis(session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank)
     predicts = Reads.SURFACES in reads
-    unpredicted = run.missing(PREDICTION, specs) if predicts else []
-    if plan.weighted or (unpredicted and (plan.fisher or plan.scaling == "output")):
-        collect_output_grams(session, reporter, run, specs, plan.seed)
-    elif unpredicted or Reads.PROFILES in reads:
+    anchors = predicts and plan.anchors
+    if _unfinished(plan, analysis, run, reads):
+        if plan.weighted or (predicts and (plan.fisher or plan.scaling == "output")):
+            collect_output_grams(session, reporter, run, specs, plan.seed)
         collect_grams(session, reporter, run)
     if Reads.PROFILES in reads:
         _profile(session, reporter, run)
-    if unpredicted or run.missing(CURVES, [spec.name for spec in specs] if predicts else []):
+    if predicts:
         _span(session, reporter, run, plan.scaling)
-    if predicts and plan.anchors:
+    if anchors:
         _solve_anchors(session, reporter, plan, analysis)
     if plan.weighted:
-        choose_error_metrics(session, reporter, analysis, plan.probe)
-    if predicts and plan.anchors:
+        choose_error_metrics(session, reporter, analysis, plan.probe, anchors)
+    if anchors:
         _solve_anchors(session, reporter, plan, analysis)
     if predicts and plan.compared:
         _compare(session, reporter, plan, analysis)
-    if unpredicted:
+    if unpredicted := run.missing(PREDICTION, specs) if predicts else []:
         with reporter.stage("predict", len(unpredicted), "layers") as advance:
             for spec, prediction in predict(analysis, unpredicted):
                 run.put(PREDICTION, spec, prediction)
                 advance(spec.name)
     return analysis
+
+
+def _unfinished(plan: AnalysisPlan, analysis: LayerAnalysis, run: Run, reads: Reads) -> bool:
+    """Tell whether an artefact that is read later is missing; Grams alone may have been pruned from the cache."""
+    specs = analysis.layers.specs
+    predicts = Reads.SURFACES in reads
+    return bool(
+        run.missing(PREDICTION, specs if predicts else ())
+        or run.missing(SPAN, specs if predicts else ())
+        or run.missing(CURVES, [spec.name for spec in specs] if predicts else ())
+        or run.missing(METRIC_CHOICE, specs if plan.weighted else ())
+        or run.missing(SOLVER_GAP, sampled(specs) if predicts and plan.compared else ())
+        or run.missing(PROFILE, specs if Reads.PROFILES in reads else ())
+        or (predicts and plan.anchors and not all(map(analysis.solved_anchors, specs)))
+    )
 
 
 def collect_grams(session: Session, reporter: Reporter, run: Run) -> None:
@@ -154,11 +169,17 @@ def _span(session: Session, reporter: Reporter, run: Run, scaling: str) -> None:
                     advance(spec.name)
 
 
-def choose_error_metrics(session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver) -> None:
+def choose_error_metrics(
+    session: Session, reporter: Reporter, analysis: LayerAnalysis, probe: Solver, anchors: bool = False
+) -> None:
     """Choose the error metric of every layer that has none yet: `tr(A E G Eᵀ)` or `tr(E G Eᵀ)`.
 
-    `G` is the input Gram and `A` the output Gram, both of which must have been computed. See `choose_metrics`; a layer
-    is solved at its probed target by the probe solver, where that is not one of its anchors that is solved already.
+    `G` is the input Gram and `A` the output Gram, both of which must have been computed. See `choose_metrics`.
+
+    Args:
+        probe: the probe solver.
+        anchors: whether the anchor solutions are checked, which must have been computed; otherwise every layer is
+            solved at its probed target first.
 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_reporter, example_session
@@ -177,9 +198,9 @@ def choose_error_metrics(session: Session, reporter: Reporter, analysis: LayerAn
         return
 
     def solutions(spec: LayerSpec) -> AnchorSolutions:
-        return work.find(ANCHORS, spec) or work.get(PROBED, spec)
+        return work.get(ANCHORS if anchors else PROBED, spec)
 
-    if unsolved := [spec for spec in specs if not (work.has(ANCHORS, spec) or work.has(PROBED, spec))]:
+    if unsolved := [] if anchors else work.missing(PROBED, specs):
         with reporter.stage("probe", len(unsolved), "layers") as advance:
             for spec in unsolved:
                 target = probed_target(spec, analysis.pattern, analysis.limits)

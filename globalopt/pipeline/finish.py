@@ -21,7 +21,7 @@ from globalopt.pipeline.session import Session, load_from, versions
 from globalopt.pipeline.unreached import left_dense, without_tokens
 from globalopt.protocols import Solver
 from globalopt.refine.blocks import Refinement, checked, refine
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, SAMPLES, SUMMARY, WINDOWS
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SAMPLES, SUMMARY, WINDOWS
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
@@ -68,9 +68,11 @@ def finish(
         notes.append(f"The result lacks {listed(session.loaded.unused)}; the model's class does not use them.")
     for note in notes:
         reporter.note(note)
-    if plan.block_output_grams and run.missing(BLOCK_OUTPUT_GRAM, range(len(layers.blocks))):
-        # No earlier sweep computed them with those of the layers.
-        collect_output_grams(session, reporter, run, (), plan.seed)
+    weighted = layers.specs if plan.output_grams else ()
+    blocks = range(len(layers.blocks)) if plan.block_output_grams else ()
+    if run.missing(OUTPUT_GRAM, weighted) or run.missing(BLOCK_OUTPUT_GRAM, blocks):
+        # No earlier sweep computed them, or they were pruned from the cache since.
+        collect_output_grams(session, reporter, run, weighted, plan.seed)
     targets = {
         spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
         for spec in layers.specs

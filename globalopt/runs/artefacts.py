@@ -18,7 +18,6 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
-from globalopt.values.corrections import Corrections
 from globalopt.values.layer import LayerSpec
 from globalopt.values.results import Family, LayerCurves, Samples, Summary, WindowLosses
 from globalopt.values.scores import Scorecard
@@ -252,6 +251,7 @@ _SPAN = tensors(codecs.encode_span, codecs.decode_span, ("U", "s", "Vh", "scale"
 _ANCHORS = tensors(codecs.encode_anchors, codecs.decode_anchors, (), ("anchors",))
 _NUMBERS = json(codecs.encode_numbers, codecs.decode_numbers)
 _PREDICTION = tensors(codecs.encode_prediction, codecs.decode_prediction, (), ("options",))
+_CORRECTIONS = json(codecs.encode_corrections, codecs.decode_corrections)
 _MAPPING = json(dict, lambda _, record: record)
 _ALLOCATED = json(codecs.encode_allocated, codecs.decode_allocated)
 _LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("values", "U", "V"))
@@ -269,7 +269,7 @@ SPAN = Artefact("", LAYER, _SPAN, Stage.SPANS)
 ANCHORS = Artefact("", LAYER, _ANCHORS, Stage.ANCHORS)
 SOLVER_GAP = Artefact("", LAYER, _NUMBERS, Stage.GAPS)
 PREDICTION = Artefact("", LAYER, _PREDICTION, Stage.PREDICTIONS)
-CORRECTIONS = Artefact("", only("corrections"), values(Corrections), Stage.CORRECTIONS)
+CORRECTIONS = Artefact("", only("corrections"), _CORRECTIONS, Stage.CORRECTIONS)
 TEACHER = Artefact("", only("teacher"), _MAPPING, Stage.OBJECTIVE)
 ALLOCATED = Artefact("", only("allocation"), _ALLOCATED, Stage.ALLOCATION)
 SOLVED_LAYER = Artefact("layers", LAYER, _LAYER, Stage.REFINEMENT)

@@ -25,6 +25,7 @@ from globalopt.runs.records import (
     SolvedLayer,
 )
 from globalopt.values.budget import Target
+from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
@@ -334,6 +335,25 @@ def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> 
         spec, tuple(decode_target(words[:-1]) for words in options), tuple(words[-1] for words in options)
     )
     return Prediction(surface, tensors.get("overlap"))
+
+
+def encode_corrections(corrections: Corrections) -> Metadata:
+    """Encode corrections of predicted losses.
+
+    >>> encode_corrections(Corrections({"up": ((0.5, 0.7),)}, losses=(0.1,)))
+    {'points': {'up': ((0.5, 0.7),)}, 'losses': (0.1,)}
+    """
+    return {"points": dict(corrections.points), "losses": corrections.losses}
+
+
+def decode_corrections(key: None, record: Metadata) -> Corrections:
+    """Decode corrections of predicted losses.
+
+    >>> decode_corrections(None, {"points": {"up": [[0.5, 0.7]]}, "losses": [0.1]}).points
+    {'up': ((0.5, 0.7),)}
+    """
+    points = {name: tuple((float(kept), float(log)) for kept, log in pairs) for name, pairs in record["points"].items()}
+    return Corrections(points, tuple(float(loss) for loss in record["losses"]))
 
 
 def encode_allocated(allocated: Allocated) -> Metadata:

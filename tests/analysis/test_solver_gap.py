@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
-from globalopt.analysis.collect import span_layers
+from globalopt.analysis.collect import write_grams, write_spans
 from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sampled
@@ -130,7 +130,8 @@ def test_residuals_are_scaled_to_what_the_solver_leaves(tmp_path, pattern):
     layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
     runner = BlockRunner(layers, [Batch(tiny_ids(8, 12))])
     analysis = LayerAnalysis(layers, Workspace(tmp_path), pattern)
-    span_layers(runner, analysis.work, "activation", keep_inputs=False)
+    write_grams(runner, analysis.work)
+    write_spans(layers, analysis.work, layers.specs, "activation")
     solve_anchors(analysis, layers.specs, PROBE)
     assert read_gap(analysis) == NO_GAP
     compare_solvers(analysis, sampled(layers.specs), get_solver("oats", {"steps": "2"}), budget_of(*layers.specs))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from globalopt.analysis.grid import LARGEST_SHARE, Options
 from globalopt.analysis.spans import SCALINGS, compute_span, input_scale
-from globalopt.analysis.surfaces import calibrated_surface, gram_errors, project, sketches
+from globalopt.analysis.surfaces import calibrated_surface, span_errors
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.objective.candidates import take
 from globalopt.runs.artefacts import SPAN
 from globalopt.runs.workspace import Workspace
-from globalopt.values.budget import Target
+from globalopt.values.budget import Limits, Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
+from globalopt.values.problem import interpolate
+from globalopt.values.span import Span
 from solvers import get_solver
 from tests.synthetic import layer
 
@@ -98,18 +103,50 @@ def test_dead_inputs_keep_the_scaling_invertible():
         compute_span(W)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_sketches_are_inner_products_with_what_is_dropped(made, pattern):
-    """Against the slow twin: materialise every option and multiply."""
-    W, _, span = made
+def slow_errors(W: Tensor, span: Span, options: Options, metric: Metric) -> list[float]:
+    """Every option cut from the span, and the entries that are dropped summed one by one."""
+    found = []
+    for target in options.targets:
+        dropped = (W - take(span, target).dense()).double().square() * metric.inputs.diagonal.double()
+        if metric.outputs is not None:
+            dropped = dropped * metric.outputs.diagonal.double()[:, None]
+        found.append(float(dropped.sum()))
+    return found
+
+
+@pytest.mark.parametrize("pattern", [None, NM(2, 4), NM(1, 4)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["inputs", "inputs and outputs"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_span_errors_are_those_of_the_entries_that_each_option_drops(scaling, weighted, pattern):
+    W, gram = layer(24, 40, 200)
+    span = compute_span(W, gram, scaling, outputs(24))
+    metric = Metric(gram, outputs(24) if weighted else None)
     options = Options.of(SPEC, span.max_rank, pattern)
-    gradients = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
-    fast = project(sketches(span, options), gradients)
-    assert fast.shape == (3, len(options.targets))
-    for j, target in enumerate(options.targets):
-        dropped = W - take(span, target).dense()
-        slow = (gradients * dropped).flatten(1).double().sum(1)
-        torch.testing.assert_close(fast[:, j], slow, atol=1e-3, rtol=1e-3)
+    assert len(options.rows) > 2
+    fast, slow = span_errors(span, options, metric), slow_errors(W, span, options, metric)
+    assert len(fast) == len(options.targets)
+    assert fast == pytest.approx(slow, rel=1e-3, abs=1e-5 * max(slow))
+
+
+def test_span_errors_of_factors_alone_are_those_of_the_ranks_that_are_left():
+    W, gram = layer(24, 40, 200)
+    span, metric = compute_span(W, gram, "direct"), Metric(gram, outputs(24))
+    options = Options.of(SPEC, span.max_rank, limits=Limits(sparse=False))
+    assert options.factors
+    fast, slow = span_errors(span, options, metric), slow_errors(W, span, options, metric)
+    assert len(fast) == len(options.targets) > 4
+    assert fast == pytest.approx(slow, rel=1e-3, abs=1e-5 * max(slow))
+    assert fast[options.targets.index(Target.dense(SPEC))] == 0.0
+
+
+def test_with_uncorrelated_inputs_and_gradients_span_errors_are_those_of_the_metric():
+    W, gram = layer(24, 40, 200)
+    A = outputs(24)
+    metric = Metric(Gram(torch.diag(gram.diagonal), 200), Gram(torch.diag(A.diagonal), 300))
+    span = compute_span(W, gram)
+    options = Options.of(SPEC, span.max_rank)
+    expected = [metric.error(W - take(span, target).dense()) for target in options.targets]
+    assert span_errors(span, options, metric) == pytest.approx(expected, rel=1e-3, abs=1e-5 * max(expected))
 
 
 def test_options_include_dense_and_zero_and_none_above_dense(made):
@@ -132,23 +169,11 @@ def test_under_a_pattern_only_the_rank_is_free(made):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_gram_errors_are_those_of_what_is_taken(made, pattern):
-    W, gram, span = made
-    metric = Metric(gram)
-    options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
-    for target, error in zip(options.targets, errors, strict=True):
-        expected = metric.error(W - take(span, target).dense())
-        assert error == pytest.approx(expected, rel=1e-3, abs=1e-6 * metric.error(W))
-    if pattern is None:
-        assert Target.dense(SPEC) in options.targets
-        assert Target.zero() in options.targets
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_calibrated_surface_passes_through_its_anchors(made, pattern):
     W, gram, span = made
     metric = Metric(gram)
-    options, errors = gram_errors(span, Options.of(SPEC, span.max_rank, pattern), metric)
+    options = Options.of(SPEC, span.max_rank, pattern)
+    errors = span_errors(span, options, metric)
     targets = [target for row in options.anchors for target in row]
     solver = get_solver("3basil")
     found = solver.solve_path(solver.prepare(W, metric), [anchor for row in options.anchors for anchor in row])
@@ -174,19 +199,21 @@ def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_s
     spec = LayerSpec("layer", 0, "layer", "gate_proj", 640, 480)
     options = Options.of(spec, spec.max_rank)
     # A span that loses much where a little is kept as rank.
-    hump = [(1 - t.params(spec) / spec.numel) * (4.0 if 0 < t.rank_share(spec) < 0.2 else 1.0) for t in options.targets]
+    hump = [(1 - t.params(spec) / spec.numel) * (4.0 if 0 < t.rank < 10 else 1.0) for t in options.targets]
+    assert any(0 < rank < 10 for rank, _ in options.rows)
     anchors = [target for row in options.anchors for target in row]
     fitted = {anchor: (1 - anchor.params(spec) / spec.numel) ** 2 * (0.5 if anchor.rank else 1.0) for anchor in anchors}
     surface = calibrated_surface(options, hump, list(fitted.values()), 1.0)
-    low, high = options.sharing(0.4, 0.0), options.sharing(0.4, 0.25)
-    for share in (0.05, 0.1, 0.15, 0.2):
+    most = max(anchor.rank_share(spec) for anchor in options.anchors[1])
+    for share in (0.04, 0.1, 0.15, 0.2, 0.25):
         target = min(
             (t for t in options.targets if t.nnz < spec.numel),
             key=lambda t: abs(t.params(spec) / spec.numel - 0.4) + abs(t.rank_share(spec) - share),
         )
-        t = target.rank_share(spec) / high.rank_share(spec)
-        expected = fitted[low] ** (1 - t) * fitted[high] ** t
-        # The target keeps about as much as the anchors do.
-        assert surface.predict(target) == pytest.approx(expected, rel=0.08)
+        kept, t = target.params(spec) / spec.numel, target.rank_share(spec) / most
+        # Along a row: the span's error 1 - kept times what is linear in logarithms between the anchors.
+        low = (1 - kept) * math.exp(interpolate((0.3, 0.6), (math.log(0.7), math.log(0.4)), kept))
+        high = (1 - kept) * 0.5 * math.exp(interpolate((0.2, 0.5), (math.log(0.8), math.log(0.5)), kept))
+        assert surface.predict(target) == pytest.approx(low ** (1 - t) * high**t, rel=0.02)
     dense = surface.predict(Target.dense(spec))
     assert dense == 0.0

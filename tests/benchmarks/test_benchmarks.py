@@ -103,7 +103,7 @@ def test_allocation_measures_every_cell_and_reads_finished_ones_back(tiny, tmp_p
     assert cells[0]["analysis_seconds"] > 0
 
     monkeypatch.setattr(search, "finish", never)
-    monkeypatch.setattr(analyse, "span_layers", never)
+    monkeypatch.setattr(analyse, "write_spans", never)
     monkeypatch.setattr(search, "BlockRunner", never)
     assert allocation.main(command) == 0
     assert json.loads((out / "allocation.json").read_text()) == result
@@ -253,7 +253,7 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
     command = [*runs, "--out", str(out), "--swaps", "6"]
     with monkeypatch.context() as patched:
         # The analysis is found in the cache of the benchmark.
-        patched.setattr(analyse, "span_layers", never)
+        patched.setattr(analyse, "write_spans", never)
         assert optimality.main(command) == 0
     assert "Swaps that still improve" in capsys.readouterr().out
     result = json.loads((out / "local_optimality.json").read_text())

@@ -453,7 +453,7 @@ def test_memory_that_runs_out(tiny_search, tmp_path, monkeypatch):
     def out_of_memory(*arguments):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr("globalopt.pipeline.analyse.span_layers", out_of_memory)
+    monkeypatch.setattr("globalopt.pipeline.analyse.write_spans", out_of_memory)
     message = refused(FAILED, *tiny_search, "--out", tmp_path / "run", "-q")
     assert "80 GiB" in message
     assert "--batch-size" in message

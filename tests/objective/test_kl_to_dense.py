@@ -229,3 +229,42 @@ def test_a_name_that_is_no_layer_is_refused():
     _, objective = made("llama")
     with pytest.raises(UnknownNameError, match="head"):
         objective.model.losses_of([{"head": torch.zeros(2, 2)}], [0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_gradient_is_that_of_the_loss_of_every_window(kind):
+    layers, objective = made(kind)
+    model = objective.model
+    weights = {spec.name: 0.9 * model.dense(spec.name) for spec in layers.specs}
+    *_, last = model.hidden_states(weights, 1)
+    losses, gradient = model.kl_gradient(1, last)
+    torch.testing.assert_close(losses, model.losses_of([weights], [1])[0], rtol=1e-4, atol=1e-8)
+    assert gradient.shape == last.shape
+    # Window by window, along a random direction: no window's gradient is in another's.
+    step = torch.randn(last.shape, generator=torch.Generator().manual_seed(0)) * float(last.std())
+    up, down = (model.kl_gradient(1, last + sign * 0.01 * step)[0] for sign in (1, -1))
+    slopes = (gradient * step).flatten(1).double().sum(1)
+    torch.testing.assert_close((up - down) / 0.02, slopes, rtol=0.02, atol=0.01 * float(slopes.abs().max()))
+    # The dense model is a minimum of the loss.
+    model.close()
+    dense, flat = model.kl_gradient(1, model.hidden_states({}, 1)[-1])
+    assert float(dense.abs().max()) < 1e-6
+    assert float(flat.norm()) < 1e-3 * float(gradient.norm())
+
+
+def test_hidden_states_are_those_of_the_model_that_holds_the_weights():
+    layers, objective = made("llama")
+    model = objective.model
+    dense = model.hidden_states({}, 0)
+    assert len(dense) == len(layers.blocks) + 1
+    last = layers.of_block(len(layers.blocks) - 1)[0]
+    changed = model.hidden_states({last.name: 0.5 * model.dense(last.name)}, 0)
+    torch.testing.assert_close(changed[-2], dense[-2], rtol=1e-5, atol=1e-6)
+    assert float((changed[-1] - dense[-1]).norm()) > 0.01 * float(dense[-1].norm())
+
+
+def test_a_loss_that_is_not_finite_has_no_gradient():
+    layers, objective = made("llama")
+    huge = {spec.name: objective.model.dense(spec.name) * 1e30 for spec in layers.specs}
+    with pytest.raises(NumericalError, match="chunk 1 is not finite"):
+        objective.model.kl_gradient(1, objective.model.hidden_states(huge, 1)[-1])

@@ -121,6 +121,22 @@ def test_spans_are_those_of_the_dense_weights_while_the_model_holds_candidates(l
     assert torch.equal(losses[0], losses[2])
 
 
+@pytest.mark.parametrize("fits", [None, fitted])
+def test_the_weights_of_a_candidate_are_those_whose_loss_is_measured(layers, tmp_path, fits):
+    problem = posed(layers, 0.5)
+    found = objective(Prepared(layers), problem, tmp_path, fits)
+    losses = found.losses([half(problem)], [0, 1])
+    model, weights = found.weights(half(problem))
+    assert list(weights) == [spec.name for spec in problem.specs]
+    assert torch.allclose(model.losses_of([weights], [0, 1]), losses, rtol=1e-4, atol=1e-8)
+    # One layer by itself; asking for weights spends no tokens.
+    name = problem.specs[0].name
+    alone = model.losses_of([{name: weights[name]}], [0, 1])
+    assert float(alone.mean()) < float(losses.mean())
+    assert found.tokens == WINDOWS * TOKENS
+    found.close()
+
+
 def test_another_budget_is_answered_by_the_same_journal(layers, tmp_path):
     first, second = posed(layers, 0.5), posed(layers, 0.3)
     start = Prepared(layers)

@@ -28,7 +28,7 @@ from globalopt.pipeline.addresses import (
 )
 from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, resolve, resolve_refinement
-from globalopt.protocols import Outputs, Reads, Solver
+from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.values.budget import NO_LIMITS, Budget, Target
@@ -87,26 +87,24 @@ def _digest(found: Addresses, stage: Stage) -> str | None:
 
 BASE = everything(planned(), budget(), session())
 
-UP_TO_ALLOCATION = set(BASE) - {Stage.MATCH_LABELS, Stage.REFINEMENT, Stage.MODEL_MATCHING}
+UP_TO_ALLOCATION = set(BASE) - {Stage.REFINEMENT, Stage.MODEL_MATCHING}
 
-# What a stage reads of others, by default. That of the labels is one algorithm.
+# What a stage reads of others, by default.
 READS: Mapping[Stage, set[Stage]] = {
     Stage.GRAMS: set(),
+    Stage.LABELS: set(),
     Stage.SPECTRA: {Stage.GRAMS},
     Stage.PROFILES: {Stage.GRAMS},
-    Stage.PROBE_LABELS: {Stage.LABELS},
-    Stage.METRICS: {Stage.GRAMS, Stage.PROBE_LABELS},
     Stage.SPANS: {Stage.GRAMS},
-    Stage.ANCHORS: {Stage.SPANS, Stage.METRICS},
-    Stage.GAPS: {Stage.ANCHORS},
-    Stage.LOSSES: {Stage.GAPS},
-    Stage.LABELS: set(),
-    Stage.PREDICTIONS: {Stage.SPANS, Stage.GAPS, Stage.LOSSES, Stage.LABELS},
+    Stage.ANCHORS: {Stage.SPANS, Stage.LABELS},
+    Stage.METRICS: {Stage.GRAMS, Stage.LABELS, Stage.ANCHORS},
+    Stage.GAPS: {Stage.ANCHORS, Stage.METRICS},
+    Stage.PREDICTIONS: {Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS, Stage.LABELS},
     Stage.OBJECTIVE: {Stage.PREDICTIONS},
-    Stage.ALLOCATION: {Stage.OBJECTIVE, Stage.PROFILES},
-    Stage.MATCH_LABELS: {Stage.PROBE_LABELS},
+    Stage.CORRECTIONS: {Stage.OBJECTIVE},
+    Stage.ALLOCATION: {Stage.OBJECTIVE, Stage.PROFILES, Stage.CORRECTIONS},
     # The allocation enters by the budget that it is, whoever found it.
-    Stage.REFINEMENT: {Stage.GRAMS, Stage.METRICS, Stage.LABELS, Stage.MATCH_LABELS},
+    Stage.REFINEMENT: {Stage.GRAMS, Stage.METRICS, Stage.LABELS},
     Stage.MODEL_MATCHING: {Stage.REFINEMENT},
 }
 
@@ -124,8 +122,8 @@ def followers(*stages: Stage) -> set[Stage]:
 
 def test_every_stage_is_addressed_and_has_a_version():
     assert set(BASE) == set(READS) == set(Stage) - {Stage.RESULT}
-    assert set(VERSIONS) == set(Stage) - {Stage.PROBE_LABELS, Stage.MATCH_LABELS}
-    assert len({address.digest for address in BASE.values()}) == len(BASE) - 1, "MATCH_LABELS are PROBE_LABELS"
+    assert set(VERSIONS) == set(Stage)
+    assert len({address.digest for address in BASE.values()}) == len(BASE)
 
 
 @pytest.mark.parametrize("stage", VERSIONS, ids=str)
@@ -145,19 +143,27 @@ def test_stages_of_a_family_and_of_a_refinement_are_stages():
     assert set(FINISHED) | set(REFINED) <= set(VERSIONS)
     # A refinement names the versions of all that it reads.
     plan = resolve_refinement(RefineOptions(match="model"), get_solver("3basil"), fisher=True, seed=0)
-    found = compress_addresses(session(), plan, budget(), probe_solver(Outputs.FULL), None)
+    found = compress_addresses(session(), plan, budget(), probe_solver(plan.solver), None)
     assert {address.stage for address in found.values()} | {Stage.RESULT} == set(REFINED)
 
 
 # ------------------------------------------------------------------------------------------------- inputs
 
-AFTER_GAPS = {Stage.LOSSES, Stage.PREDICTIONS, Stage.OBJECTIVE, Stage.ALLOCATION}
+FOUND = {Stage.CORRECTIONS, Stage.ALLOCATION}
+"""What depends on the budget."""
+
+EVALUATED = {Stage.OBJECTIVE, *FOUND}
+
+AFTER_GAPS = {Stage.PREDICTIONS, *EVALUATED}
+
+SOLVED = {Stage.ANCHORS, Stage.METRICS, Stage.GAPS, *AFTER_GAPS}
+
 
 SESSION_CHANGES: dict[str, tuple[dict[str, object], set[Stage]]] = {
     "another model": ({"model": "x"}, set(BASE)),
     "another calibration text": ({"calibration": "x"}, set(BASE)),
     "another batch size": ({"batch_size": 4}, set(BASE)),
-    "another selection text": ({"selection": "x"}, {Stage.OBJECTIVE, Stage.ALLOCATION}),
+    "another selection text": ({"selection": "x"}, EVALUATED),
     "saved in another type": ({"dtype": "torch.bfloat16"}, {Stage.REFINEMENT, Stage.MODEL_MATCHING}),
 }
 
@@ -170,36 +176,32 @@ def test_what_a_session_changes(change):
 
 SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "nothing": ({}, set()),
-    "budget": ({"budget": 0.4}, {Stage.ALLOCATION}),
-    "allocator": ({"allocator": "uniform"}, {Stage.ALLOCATION}),
+    "budget": ({"budget": 0.4}, FOUND),
+    "allocator": ({"allocator": "auto"}, {Stage.ALLOCATION}),
+    # One that reads no predictions has no anchors, at which metrics are chosen otherwise.
+    "one-shot allocator": ({"allocator": "uniform"}, {Stage.METRICS, Stage.GAPS, *AFTER_GAPS}),
     "allocator options": ({"allocator_options": {"exact": "false"}}, {Stage.ALLOCATION}),
     "search tokens": ({"search_tokens": 1000}, {Stage.ALLOCATION}),
-    "candidates": ({"candidates": "span"}, {Stage.OBJECTIVE, Stage.ALLOCATION}),
+    "corrections": ({"correct": False}, FOUND),
+    "candidates": ({"candidates": "span"}, EVALUATED),
     "solver": ({"solver": "hassle-free"}, {Stage.GAPS, *AFTER_GAPS}),
     "solver preset": ({"solver_options": {"preset": "fast"}}, {Stage.GAPS, *AFTER_GAPS}),
     "solver options": ({"solver_options": {"steps": "7"}}, {Stage.GAPS, *AFTER_GAPS}),
     # The error that is minimised is also that of the probe solver.
-    "outputs": ({"solver_options": {"outputs": "rows"}}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "no outputs": (
-        {"solver_options": {"outputs": "none"}},
-        {Stage.PROBE_LABELS, Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS},
-    ),
+    "outputs": ({"solver_options": {"outputs": "rows"}}, SOLVED),
+    "no outputs": ({"solver_options": {"outputs": "none"}}, SOLVED),
+    "no low-rank part": ({"solver": "sparsegpt"}, SOLVED),
+    "its own probe": ({"solver": "wanda"}, SOLVED),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
-    "pattern": ({"pattern": "2:4"}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "ranks in multiples": ({"rank_multiple": 4}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "serving profile": ({"serving_profile": "adapter"}, {Stage.METRICS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "span scaling": ({"scaling": "none"}, {Stage.SPANS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "span scaling by outputs": ({"scaling": "output"}, {Stage.SPANS, Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "predict_from": ({"predict_from": "span"}, {Stage.ANCHORS, Stage.GAPS, *AFTER_GAPS}),
-    "sensitivity": (
-        {"sensitivity": "none"},
-        {Stage.PROBE_LABELS, Stage.METRICS, Stage.ANCHORS, Stage.GAPS, Stage.LABELS, *AFTER_GAPS},
-    ),
+    "pattern": ({"pattern": "2:4"}, SOLVED),
+    "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
+    "serving profile": ({"serving_profile": "adapter"}, SOLVED),
+    "span scaling": ({"scaling": "none"}, {Stage.SPANS, *SOLVED}),
+    "span scaling by outputs": ({"scaling": "output"}, {Stage.SPANS, *SOLVED}),
+    "predict_from": ({"predict_from": "span"}, SOLVED),
+    "sensitivity": ({"sensitivity": "none"}, SOLVED),
     # With it also the windows change, as the text says above.
-    "seed": (
-        {"seed": 1},
-        {Stage.PROBE_LABELS, Stage.METRICS, Stage.ANCHORS, Stage.GAPS, Stage.LABELS, *AFTER_GAPS},
-    ),
+    "seed": ({"seed": 1}, {Stage.LABELS, *SOLVED}),
 }
 
 
@@ -236,10 +238,23 @@ def test_what_an_option_of_a_refinement_changes(change):
 def test_another_budget_moves_the_refinement_and_the_same_budget_of_another_search_does_not():
     refined = {Stage.REFINEMENT, Stage.MODEL_MATCHING}
     assert changed(BASE, everything(planned(), budget(nnz=31), session())) == refined
-    assert changed(BASE, everything(planned(budget=0.4, search_tokens=7), budget(), session())) == {Stage.ALLOCATION}
+    assert changed(BASE, everything(planned(budget=0.4, search_tokens=7), budget(), session())) == FOUND
 
 
-FROM_LABELS = {*REFINED, Stage.PROBE_LABELS, Stage.MATCH_LABELS} - {Stage.RESULT, Stage.GRAMS}
+def test_a_refinement_reads_the_choices_that_the_search_made_by_what_it_computed():
+    own = planned(allocator="uniform")
+    assert changed(BASE, everything(own, budget(), session())) >= {Stage.METRICS, Stage.REFINEMENT}
+    # Without output Grams there is nothing to choose, whatever was solved before.
+    plain = (planned(allocator=name, solver="sparsegpt") for name in ("uniform", "knapsack"))
+    one, other = (everything(plan, budget(), session()) for plan in plain)
+    # Errors of layers are in another unit.
+    assert changed(one, other) == {Stage.ALLOCATION, Stage.REFINEMENT, Stage.MODEL_MATCHING}
+    # Two that read none share their choices.
+    one, other = (everything(planned(allocator=name), budget(), session()) for name in ("uniform", "owl"))
+    assert changed(one, other) == {Stage.ALLOCATION}
+
+
+FROM_LABELS: set[Stage] = {stage for stage in REFINED if stage not in (Stage.RESULT, Stage.GRAMS)}
 
 COMPRESS_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "model": ({"data": {"model": "x"}}, {Stage.GRAMS, *FROM_LABELS}),
@@ -269,7 +284,7 @@ def refined(
 ) -> dict[Stage, Address]:
     solver = get_solver("3basil", solver_options)
     plan = resolve_refinement(RefineOptions(match="model"), solver, fisher, seed)
-    return compress_addresses(session(**data), plan, file or budget(), probe_solver(solver.outputs), pattern)
+    return compress_addresses(session(**data), plan, file or budget(), probe_solver(solver), pattern)
 
 
 @pytest.mark.parametrize("change", COMPRESS_CHANGES)
@@ -280,10 +295,13 @@ def test_what_an_option_of_compress_changes(change):
 
 def test_compress_shares_grams_and_output_grams_with_a_search():
     found = refined()
-    assert found[Stage.GRAMS] == BASE[Stage.GRAMS]
-    assert found[Stage.LABELS] == found[Stage.PROBE_LABELS] == BASE[Stage.LABELS]
-    # A search decides metrics by other labels.
-    assert BASE[Stage.PROBE_LABELS] != BASE[Stage.LABELS]
+    for stage in (Stage.GRAMS, Stage.LABELS):
+        assert found[stage] == BASE[stage]
+    # A search with anchors chooses metrics by these; one without, as a refinement by itself does.
+    assert found[Stage.METRICS] != BASE[Stage.METRICS]
+    one_shot = everything(planned(allocator="uniform"), budget(), session())
+    assert found[Stage.METRICS] == one_shot[Stage.METRICS]
+    assert found[Stage.REFINEMENT] == one_shot[Stage.REFINEMENT]
 
 
 # ------------------------------------------------------------------------------------------------- every field
@@ -339,8 +357,8 @@ def named(value: Any) -> str:
 ANALYSIS = planned().analysis
 REFINEMENT = planned().refinement
 
-NO_INPUT = {"words", "profile"}
-"""Fields of a plan that are read before anything is computed, or recorded alone."""
+NO_INPUT = "profile"
+"""Field of a plan that is read before anything is computed."""
 
 
 @pytest.mark.parametrize(("name", "other"), variants(ANALYSIS, parts), ids=named)
@@ -373,16 +391,18 @@ def test_every_field_of_a_search_decides_its_allocation():
         "allocator": get_allocator("uniform"),
         "candidates": "span",
         "search_tokens": 7,
+        "words": {**plan.words, "correct": False},
     }
-    known = {*alternatives, *NO_INPUT, "rule", "refinement"}
+    known = {*alternatives, NO_INPUT, "rule", "refinement"}
     assert known == {field.name for field in fields(SearchPlan)}, "another field: say whether it decides results"
     others = [(name, replace(plan, **{name: other})) for name, other in alternatives.items()]
     others += [(f"rule.{name}", replace(plan, rule=rule)) for name, rule in variants(plan.rule)]
     before = search_addresses(session(), plan)[Stage.ALLOCATION]
     for name, other in others:
         assert search_addresses(session(), other)[Stage.ALLOCATION].digest != before.digest, name
-    # These do not; of the refinement only what follows it depends.
-    unread = {"words": {}, "profile": get_profile("adapter"), "refinement": replace(REFINEMENT, seed=1)}
+    # These do not, nor do most words; of the refinement only what follows it depends.
+    words = {**plan.words, **{name: None for name in plan.words if name != "correct"}}
+    unread = {"words": words, "profile": get_profile("adapter"), "refinement": replace(REFINEMENT, seed=1)}
     for name, value in unread.items():
         assert search_addresses(session(), replace(plan, **{name: value}))[Stage.ALLOCATION] == before, name
 

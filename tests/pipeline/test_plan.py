@@ -12,10 +12,19 @@ from typing import Any
 
 import pytest
 
+from allocators import ALLOCATORS
+from globalopt.analysis.corrections import ROUNDS
 from globalopt.errors import UsageError
 from globalopt.pipeline.options import RefineOptions, SearchOptions
-from globalopt.pipeline.plan import limits_record, method_record, probe_solver, resolve, resolve_refinement
-from globalopt.protocols import Outputs
+from globalopt.pipeline.plan import (
+    PROBE_STEPS,
+    limits_record,
+    method_record,
+    probe_solver,
+    resolve,
+    resolve_refinement,
+)
+from globalopt.protocols import Outputs, Reads
 from globalopt.runs.files import digest
 from globalopt.values.budget import NO_LIMITS, Limits
 from solvers import SOLVERS, get_solver
@@ -145,7 +154,7 @@ def test_a_record_is_json_and_of_no_other_plan(name, fisher):
 def test_without_a_backward_sweep_nothing_is_weighted():
     plan = resolve(SearchOptions(0.5, sensitivity="none"), RefineOptions(match="block"))
     assert not plan.analysis.weighted
-    assert not plan.analysis.single_layer_losses
+    assert plan.rounds == 0, "output errors are no losses that the model could correct"
     assert not plan.refinement.output_grams
     assert not plan.refinement.metric_choices
     assert not plan.refinement.block_output_grams
@@ -155,6 +164,44 @@ def test_without_a_backward_sweep_nothing_is_weighted():
 def test_the_probe_solver_weights_what_the_solver_does(name):
     solver = get_solver(name)
     plan = resolve(SearchOptions(0.5, solver=name))
-    assert plan.analysis.probe == probe_solver(solver.outputs)
+    assert plan.analysis.probe == probe_solver(solver)
+    assert plan.analysis.probe.outputs == solver.outputs
     assert plan.analysis.weighted == (solver.outputs is not Outputs.NONE)
     assert resolve_refinement(RefineOptions(), solver, True, 0).metric_choices == plan.analysis.weighted
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_that_only_ranks_entries_probes_itself_and_is_compared_with_nothing(name):
+    solver = get_solver(name)
+    plan = resolve(SearchOptions(0.5, solver=name)).analysis
+    ranks = name in ("wanda", "magnitude")
+    assert (plan.probe == solver) == ranks
+    assert plan.compared == (not ranks)
+    if not ranks:
+        assert plan.probe == get_solver("3basil", {"steps": str(PROBE_STEPS), "outputs": str(solver.outputs)})
+    # Without anchors there is nothing to compare.
+    assert not resolve(SearchOptions(0.5, solver=name, predict_from="span")).analysis.compared
+
+
+def test_the_probe_itself_is_compared_with_nothing():
+    options = {"steps": str(PROBE_STEPS), "outputs": "full"}
+    assert not resolve(SearchOptions(0.5, solver="3basil", solver_options=options)).analysis.compared
+    assert resolve(SearchOptions(0.5, solver="3basil")).analysis.compared
+
+
+def test_predictions_are_corrected_where_they_are_losses_unless_it_is_refused():
+    assert resolve(SearchOptions(0.5)).rounds == ROUNDS
+    assert resolve(SearchOptions(0.5, correct=False)).rounds == 0
+    assert resolve(SearchOptions(0.5, sensitivity="none")).rounds == 0
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("solver", ["3basil", "wanda"])
+def test_errors_of_layers_are_in_nats_where_there_are_output_grams(name, solver):
+    if name == "optuna":
+        pytest.importorskip("optuna")
+    plan = resolve(SearchOptions(0.5, solver=solver, allocator=name))
+    predicts = Reads.SURFACES in plan.reads
+    assert predicts == (name not in ("uniform", "owl", "alpha"))
+    assert plan.refinement.output_grams == (predicts or solver == "3basil")
+    assert plan.refinement.metric_choices == (solver == "3basil")

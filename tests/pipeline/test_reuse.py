@@ -31,16 +31,16 @@ from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.workspace import Workspace
-from globalopt.values.results import Samples, Summary
+from globalopt.values.results import ErrorUnit, Samples, Summary
 from solvers import get_solver
 from tests.command import assert_alike, results
 from tests.tiny_models import KINDS, save_tiny, tiny_tokenizer
 
 TEXT = TextOptions(nsamples=8, seqlen=16, eval_windows=2)
 
-SEARCH = SearchOptions(0.5, solver="3basil", solver_options={"steps": "3"}, allocator="uniform")
+SEARCH = SearchOptions(0.5, solver="3basil", solver_options={"steps": "3"}, allocator="knapsack")
 
-ANALYSIS = {"labels", "metric", "span", "anchors", "gap", "measure", "predict"}
+ANALYSIS = {"grams", "labels", "profile", "span", "anchors", "probe", "metric", "gap", "predict", "correct"}
 """Names under which the stages of the analysis are reported."""
 
 LAYERS = 14
@@ -50,8 +50,8 @@ LAYERS = 14
 def quick_stages() -> Iterator[None]:
     """Probe solutions of a few steps, and no samples: how good they are is of no matter here."""
 
-    def quick(outputs: object) -> Solver:
-        return get_solver("3basil", {"steps": "4", "outputs": str(outputs)})
+    def quick(solver: Any) -> Solver:
+        return get_solver("3basil", {"steps": "4", "outputs": str(solver.outputs)})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "probe_solver", quick)
@@ -168,20 +168,27 @@ def cache(base: tuple[Done, Path], tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------- reuse
 
 
+def solved(made: Mapping[Stage, int]) -> dict[Stage, int]:
+    """What was made, less the anchor solutions of layers that are solved without their output Grams."""
+    found = dict(made)
+    if Stage.METRICS in found:
+        assert LAYERS <= found[Stage.METRICS] <= 2 * LAYERS
+        found[Stage.METRICS] = LAYERS
+    return found
+
+
 def test_a_first_search_computes_every_stage_once(base, place, tmp_path):
     first, _ = base
-    assert first.made == {
+    assert solved(first.made) == {
         Stage.GRAMS: 8,
+        Stage.LABELS: LAYERS + 2,
         Stage.SPECTRA: LAYERS,
-        Stage.PROFILES: LAYERS,
-        Stage.PROBE_LABELS: LAYERS + 2,
-        Stage.METRICS: LAYERS,
         Stage.SPANS: LAYERS,
         Stage.ANCHORS: LAYERS,
+        Stage.METRICS: LAYERS,
         Stage.GAPS: 7,
-        Stage.LOSSES: LAYERS,
-        Stage.LABELS: LAYERS + 2,
         Stage.PREDICTIONS: LAYERS,
+        Stage.CORRECTIONS: 1,
         Stage.ALLOCATION: 1,
         Stage.REFINEMENT: LAYERS,
     }
@@ -201,28 +208,40 @@ def test_the_same_again_elsewhere_computes_nothing(base, place, cache, tmp_path)
     # Seconds of a layer are of the solver that found it.
     assert_alike(again.figures(), base[0].figures())
     (note,) = again.notes
-    assert note.startswith(f"Used again from {cache}: grams, labels, metrics, spans, anchors, solver-gaps, ")
+    assert note.startswith(f"Used again from {cache}: grams, labels, spans, anchors, metrics, solver-gaps, ")
     # The report says it too: a table of stages without the analysis would look as if there had been none.
     assert note in again.summary.notes
 
 
-FOUND = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
+ALLOCATED = {Stage.ALLOCATION: 1, Stage.REFINEMENT: LAYERS}
+
+FOUND = {Stage.CORRECTIONS: 1, **ALLOCATED}
+
+ONE_SHOT = {Stage.METRICS: 2 * LAYERS, **ALLOCATED}
+"""Of an allocator that reads no predictions: of every layer a solution to choose its metric by, and the choice."""
 
 CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], set[str]]] = {
-    "budget": (replace(SEARCH, budget=0.4), None, FOUND, set()),
-    "allocator": (replace(SEARCH, allocator="owl"), None, FOUND, set()),
+    "budget": (replace(SEARCH, budget=0.4), None, FOUND, {"correct"}),
+    "without corrections": (replace(SEARCH, correct=False), None, ALLOCATED, set()),
+    "uniform": (replace(SEARCH, allocator="uniform"), None, ONE_SHOT, {"probe", "metric"}),
+    "owl": (
+        replace(SEARCH, allocator="owl"),
+        None,
+        {Stage.PROFILES: LAYERS, **ONE_SHOT},
+        {"profile", "probe", "metric"},
+    ),
     "matching": (SEARCH, RefineOptions(match="block"), {Stage.REFINEMENT: LAYERS + 2}, set()),
     "solver preset": (
-        replace(SEARCH, solver_options={"steps": "4"}),
+        replace(SEARCH, solver_options={"steps": "5"}),
         None,
-        {Stage.GAPS: 7, Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, **FOUND},
-        {"gap", "measure", "span", "predict"},
+        {Stage.GAPS: 7, Stage.PREDICTIONS: LAYERS, **FOUND},
+        {"gap", "predict", "correct"},
     ),
     "pattern": (
         replace(SEARCH, pattern="2:4", budget=0.7),
         None,
         {stage: LAYERS for stage in (Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)} | {Stage.GAPS: 7, **FOUND},
-        {"metric", "span", "anchors", "gap", "predict"},
+        {"metric", "anchors", "gap", "predict", "correct"},
     ),
 }
 
@@ -233,10 +252,7 @@ def test_only_what_differs_is_computed_and_all_is_as_in_a_fresh_run(base, place,
     # Into the same folder with `fresh`: what the earlier run in it was does not matter.
     folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
     found = place.search(folder, cache, options, refining, fresh=True)
-    if Stage.PREDICTIONS in made:
-        # The same sweep gives predictions and output Grams; those that are there already are written again.
-        assert found.made.pop(Stage.LABELS) == LAYERS + 2  # pyright: ignore[reportAttributeAccessIssue]
-    assert found.made == made
+    assert (found.made if Stage.PREDICTIONS not in made else solved(found.made)) == made
     assert found.analysed == entered
     assert_alike(found.figures(), place.search(tmp_path / "alone", None, options, refining).figures())
 
@@ -246,7 +262,8 @@ def test_a_search_of_the_true_loss_shares_its_journal_and_finds_the_same(base, p
     place.search(tmp_path / "one", cache, replace(options, budget=0.45))
     journal = next(cache.glob("objective/*/journal.log"))
     found = place.search(tmp_path / "other", cache, options)
-    assert found.made == FOUND
+    # The corrections of the same budget are those of the search before.
+    assert found.made == ALLOCATED
     alone = place.search(tmp_path / "alone", None, options)
     assert_alike(found.figures(), alone.figures())
     assert alone.summary.search is not None
@@ -285,8 +302,8 @@ def test_compress_uses_the_grams_of_a_search(base, place, cache, tmp_path):
         session = place.session(progress)
         with counted() as made[name]:
             compress.compress(session, Reporter(progress), *arguments, tmp_path / name, "x", shared)
-    # The output Grams of the same seed too, but metrics by other labels than those of the search.
-    assert made["shared"] == {Stage.METRICS: LAYERS, Stage.REFINEMENT: LAYERS}
+    # The output Grams of the same seed too; metrics it chooses without anchors, as a search does that has none.
+    assert made["shared"] == {Stage.METRICS: 2 * LAYERS, Stage.REFINEMENT: LAYERS}
     assert made["alone"] == {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, **made["shared"]}
     assert_alike(results(tmp_path / "shared"), results(tmp_path / "alone"))
 
@@ -297,17 +314,77 @@ def test_a_family_uses_the_analysis_of_a_search(base, place, cache, tmp_path):
     options = replace(SEARCH, allocator="knapsack", search_tokens=0)
     with counted() as made:
         family.family(session, Reporter(progress), resolve(options), [0.4, 0.6], tmp_path / "f", "x", Cache(cache))
-    assert made == {}
+    assert made == {Stage.CORRECTIONS: 1}
     assert (tmp_path / "f" / "curves").is_dir()
+
+
+READ_ALONE: dict[str, tuple[SearchOptions, dict[Stage, int], set[str]]] = {
+    # The plain solver reads input Grams that the refinement takes itself, so that nothing of the dense model is needed.
+    "uniform, a solver without output Grams": (
+        replace(SEARCH, allocator="uniform", solver="wanda", solver_options={}),
+        {},
+        set(),
+    ),
+    "owl, a solver without output Grams": (
+        replace(SEARCH, allocator="owl", solver="wanda", solver_options={}),
+        {Stage.GRAMS: 8, Stage.PROFILES: LAYERS},
+        {"grams", "profile"},
+    ),
+    "alpha, a solver with output Grams": (
+        replace(SEARCH, allocator="alpha"),
+        {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, Stage.PROFILES: LAYERS, Stage.METRICS: 2 * LAYERS},
+        {"labels", "profile", "probe", "metric"},
+    ),
+    "uniform without a sweep": (replace(SEARCH, allocator="uniform", sensitivity="none"), {}, set()),
+    "knapsack without a sweep": (
+        replace(SEARCH, sensitivity="none"),
+        {stage: LAYERS for stage in (Stage.SPECTRA, Stage.SPANS, Stage.ANCHORS, Stage.PREDICTIONS)}
+        | {Stage.GRAMS: 8, Stage.GAPS: 7},
+        {"grams", "span", "anchors", "gap", "predict"},
+    ),
+    "knapsack by spans alone": (
+        replace(SEARCH, predict_from="span", solver="wanda", solver_options={}),
+        {stage: LAYERS for stage in (Stage.SPECTRA, Stage.SPANS, Stage.PREDICTIONS)}
+        | {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, Stage.CORRECTIONS: 1},
+        {"labels", "span", "predict", "correct"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ_ALONE)
+def test_only_what_allocator_and_solver_read_is_computed(place, tmp_path, case):
+    options, made, entered = READ_ALONE[case]
+    found = place.search(tmp_path / "run", None, options)
+    assert found.made == {**made, **ALLOCATED}
+    assert found.analysed == entered
+    file = budget_file.read(found.run.budget_path)
+    predicted = options.allocator == "knapsack"
+    assert (file.predicted is not None) == predicted
+    assert all((entry.predicted is not None) == predicted for entry in file.layers)
+    assert (file.error_unit is ErrorUnit.NOT_PREDICTED) == (not predicted)
+    assert found.summary.compressed[0].kl > 0
+
+
+def test_a_search_that_reads_no_predictions_finds_the_same_whatever_was_computed_before(base, place, cache, tmp_path):
+    options = replace(SEARCH, allocator="uniform")
+    alone = place.search(tmp_path / "alone", None, options)
+    assert_alike(place.search(tmp_path / "after", cache, options).figures(), alone.figures())
+    # Nor does what it has left behind change what a search with predictions finds.
+    again = place.search(tmp_path / "again", cache, fresh=True)
+    assert again.made == {}
+    other = tmp_path / "other"
+    place.search(tmp_path / "first", other, options)
+    assert_alike(place.search(tmp_path / "second", other).figures(), base[0].figures())
 
 
 # ------------------------------------------------------------------------------------------------- versions
 
 MADE_AGAIN: dict[Stage, dict[Stage, int]] = {
-    # The allocation reads profiles, and is the same, so that its refinement is too.
-    Stage.PROFILES: {Stage.PROFILES: LAYERS, Stage.ALLOCATION: 1},
+    # The allocation of this search does not read profiles, though some do, and is the same, so that its refinement is.
+    Stage.PROFILES: {Stage.ALLOCATION: 1},
     Stage.SPECTRA: {Stage.SPECTRA: LAYERS},
-    Stage.LOSSES: {Stage.LOSSES: LAYERS, Stage.PREDICTIONS: LAYERS, Stage.LABELS: LAYERS + 2, Stage.ALLOCATION: 1},
+    Stage.GAPS: {Stage.GAPS: 7, Stage.PREDICTIONS: LAYERS, Stage.CORRECTIONS: 1, Stage.ALLOCATION: 1},
+    Stage.CORRECTIONS: {Stage.CORRECTIONS: 1, Stage.ALLOCATION: 1},
     Stage.REFINEMENT: {Stage.REFINEMENT: LAYERS},
 }
 
@@ -330,7 +407,8 @@ def test_a_run_of_an_earlier_version_is_refused_in_its_folder(base, place, cache
 # ------------------------------------------------------------------------------------------------- pruning
 
 PRUNED = (
-    Stage.GRAMS, Stage.PROFILES, Stage.METRICS, Stage.SPANS, Stage.ANCHORS, Stage.LABELS, Stage.PREDICTIONS, None,
+    Stage.GRAMS, Stage.SPECTRA, Stage.METRICS, Stage.SPANS, Stage.ANCHORS, Stage.GAPS, Stage.LABELS, Stage.PREDICTIONS,
+    Stage.CORRECTIONS, (Stage.GRAMS, Stage.SPANS), (Stage.GRAMS, Stage.ANCHORS), (Stage.LABELS, Stage.METRICS), None,
 )  # fmt: skip
 """Stages of which something is read after they are done; None: all."""
 
@@ -338,7 +416,8 @@ PRUNED = (
 @pytest.mark.parametrize("stage", PRUNED, ids=str)
 def test_where_a_stage_was_pruned_a_later_search_still_ends_right(base, place, cache, tmp_path, stage, pruned_search):
     found = Cache(cache)
-    found.prune([entry for entry in found.entries() if stage in (None, entry.stage)])
+    gone = stage if isinstance(stage, tuple) else (stage,)
+    found.prune([entry for entry in found.entries() if stage is None or entry.stage in gone])
     options, refining, expected = pruned_search
     assert_alike(place.search(tmp_path / "run", cache, options, refining).figures(), expected)
 

@@ -17,7 +17,7 @@ from globalopt.protocols import Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
-from globalopt.runs.records import MetricChoice
+from globalopt.runs.records import CheckedLoss, MetricChoice
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import NM, LayerSpec
@@ -189,7 +189,9 @@ def test_a_layer_may_be_fitted_without_its_output_gram_and_still_be_reported_in_
     grams = {spec.name: Gram(2 * torch.eye(spec.d_out), 48) for spec in layers.specs}
     for spec in layers.specs:
         run.put(OUTPUT_GRAM, spec, grams[spec.name])
-        run.put(METRIC_CHOICE, spec, MetricChoice(plain=1.0, weighted=2.0 if spec == plain else 0.5))
+        checked = CheckedLoss(Target(0, 8), predicted=0.1, weighted=2.0 if spec == plain else 0.5, plain=1.0)
+        # Of most layers there was no reason to check anything.
+        run.put(METRIC_CHOICE, spec, MetricChoice((checked,) if spec.block == plain.block else ()))
     before = layers.weight(plain.name).clone()
     results = list(refine(runner, replace(plan, output_grams=True, metric_choices=True), run))
     names = [spec.name for site in by_site(layers) for spec in site]

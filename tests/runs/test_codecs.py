@@ -26,9 +26,18 @@ from globalopt.runs.codecs import (
     unpack_upper,
 )
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
-from globalopt.runs.records import Allocated, AnchorSolutions, Matched, MetricChoice, Prediction, SolvedLayer
+from globalopt.runs.records import (
+    Allocated,
+    AnchorSolutions,
+    CheckedLoss,
+    Matched,
+    MetricChoice,
+    Prediction,
+    SolvedLayer,
+)
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
+from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
@@ -169,7 +178,15 @@ EXAMPLES = {
     "PROFILE": Example(SPEC, Profile({3: THIRD, 10: 0.0}, 2.5), OTHER, "alpha"),
     "OUTPUT_GRAM": Example(SPEC, gram(4), OTHER, "tokens"),
     "BLOCK_OUTPUT_GRAM": Example(1, gram(8), 0, "upper"),
-    "METRIC_CHOICE": Example(SPEC, MetricChoice(THIRD, 0.25), OTHER, "weighted"),
+    "METRIC_CHOICE": Example(
+        SPEC,
+        MetricChoice(
+            (CheckedLoss(Target(0, 8), THIRD, 0.25, 0.5), CheckedLoss(Target(1, 16, NM(2, 4), True), 0.0, THIRD, 1.0))
+        ),
+        OTHER,
+        "checked",
+    ),
+    "PROBED": Example(SPEC, AnchorSolutions(((Target(0, 16),),), (decomposition(),)), OTHER, "kept.0"),
     "SPAN": Example(
         SPEC,
         SpanBasis(
@@ -187,8 +204,10 @@ EXAMPLES = {
         SPEC, AnchorSolutions(ROWS, (decomposition(), decomposition(signs=True), decomposition())), OTHER, "kept.1"
     ),
     "SOLVER_GAP": Example(SPEC, {Target(0, 16): THIRD, Target(1, 4, NM(2, 4), True): 1.0}, OTHER, "by_target"),
-    "SINGLE_LAYER_LOSSES": Example(SPEC, {Target.zero(): THIRD, Target(0, 8): 0.0}, OTHER, "by_target"),
     "PREDICTION": Example(SPEC, Prediction(SURFACE, random(3, 3, dtype=torch.float64)), OTHER, "options"),
+    "CORRECTIONS": Example(
+        None, Corrections({SPEC.name: ((THIRD, -0.5), (0.5, 2.0)), OTHER.name: ()}, (0.5, THIRD)), None, "points"
+    ),
     "TEACHER": Example(None, {"top": 64, "tail": THIRD}, None, None),
     "ALLOCATED": Example(
         None,

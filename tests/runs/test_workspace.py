@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from globalopt.errors import ArtefactError
-from globalopt.runs.artefacts import CURVES, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, Stage
-from globalopt.runs.records import MetricChoice
+from globalopt.runs.artefacts import ANCHORS, CURVES, METRIC_CHOICE, PROBED, SOLVER_GAP, Artefact, Stage
+from globalopt.runs.records import CheckedLoss, MetricChoice
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -42,17 +43,28 @@ def test_missing_keeps_the_order_of_the_keys(tmp_path):
 
 def test_one_kind_of_artefact_is_made_in_several_stages(tmp_path):
     work = Workspace(tmp_path)
-    places = {work.path(OUTPUT_GRAM.during(stage), SPEC) for stage in (Stage.LABELS, Stage.PROBE_LABELS)}
+    places = {work.path(ANCHORS.during(stage), SPEC) for stage in (Stage.ANCHORS, Stage.METRICS)}
     assert len(places) == 2
     # Two stages at one address share their artefacts.
-    work.folders.update({Stage.LABELS: tmp_path / "one", Stage.PROBE_LABELS: tmp_path / "one"})
-    assert work.path(OUTPUT_GRAM, SPEC) == work.path(OUTPUT_GRAM.during(Stage.PROBE_LABELS), SPEC)
+    work.folders.update({Stage.ANCHORS: tmp_path / "one", Stage.METRICS: tmp_path / "one"})
+    assert work.path(ANCHORS, SPEC) == work.path(ANCHORS.during(Stage.METRICS), SPEC)
+
+
+def test_what_one_stage_makes_of_a_layer_does_not_overwrite_another(tmp_path):
+    work = Workspace(tmp_path)
+    artefacts: list[Artefact[Any, Any]] = [METRIC_CHOICE, PROBED, ANCHORS.during(Stage.METRICS)]
+    assert {artefact.stage for artefact in artefacts} == {Stage.METRICS}
+    assert len({work.path(artefact, SPEC) for artefact in artefacts}) == 3
+
+
+def checked(weighted: float, plain: float) -> MetricChoice:
+    return MetricChoice((CheckedLoss(Target(0, 8), 0.1, weighted, plain),))
 
 
 def test_an_artefact_that_was_written_again_is_the_new_one_and_leaves_nothing(tmp_path):
     work = Workspace(tmp_path)
-    work.put(METRIC_CHOICE, SPEC, MetricChoice(1.0, 2.0))
-    work.put(METRIC_CHOICE, SPEC, MetricChoice(1.0, 0.5))
+    work.put(METRIC_CHOICE, SPEC, checked(2.0, 1.0))
+    work.put(METRIC_CHOICE, SPEC, checked(0.5, 1.0))
     assert work.get(METRIC_CHOICE, SPEC).uses_output_gram
     assert os.listdir(tmp_path / "metrics") == ["block.0.up.json"]
 
@@ -60,4 +72,4 @@ def test_an_artefact_that_was_written_again_is_the_new_one_and_leaves_nothing(tm
 def test_where_nothing_can_be_written_it_ends_in_one_line(tmp_path):
     (tmp_path / "metrics").touch()
     with pytest.raises(ArtefactError, match=r"Cannot write .*block\.0\.up\.json: .* --out or --cache\.$"):
-        Workspace(tmp_path).put(METRIC_CHOICE, SPEC, MetricChoice(1.0, 2.0))
+        Workspace(tmp_path).put(METRIC_CHOICE, SPEC, checked(2.0, 1.0))
