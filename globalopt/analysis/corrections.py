@@ -165,8 +165,11 @@ def log_ratios(
     levels = np.exp(grid)
     found = dict.fromkeys(targets, centre)
     for name, mean in means.items():
-        relative = max(NOISE, spreads[name] / abs(mean)) if mean else 1.0
-        # Part of the noise is the layer's own loss, which differs between windows, and grows with it.
-        errors = np.maximum(min(spreads[name], usual), np.minimum(relative, 1.0) * levels) + LEAST
+        spread = spreads[name]
+        if mean > 0:
+            # Most of the noise is the layer's own loss, which differs between windows and grows with it.
+            errors = np.maximum(min(spread, usual), min(1.0, max(NOISE, spread / mean)) * levels) + LEAST
+        else:
+            errors = np.full_like(levels, math.hypot(spread, NOISE * mean) + LEAST)
         found[name] = float(grid[np.argmin(prior + np.log(errors) + ((mean - levels) / errors) ** 2 / 2)])
     return found, centre

@@ -39,7 +39,7 @@ CONTRADICTED = 2.0
 LEAST = 1e-30
 """Predictions below are none."""
 
-WINDOWS = 16
+WINDOWS = 8
 """Calibration windows on which shares and losses are computed."""
 
 
@@ -104,7 +104,7 @@ def choose_metrics(
     usual = median_low([1.0, *ratios.values()])
     for spec in specs:
         if ratios[spec] > CONTRADICTED * usual:
-            yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe)
+            yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe, CONTRADICTED * usual)
         else:
             yield spec, MetricChoice()
 
@@ -144,12 +144,17 @@ def _choice(
     targets: Sequence[Target],
     solutions: Callable[[LayerSpec], AnchorSolutions],
     probe: Solver,
+    most: float,
 ) -> MetricChoice:
-    """Replace one layer alone, and where that contradicts its predictions, solve it in the other metric too."""
+    """Replace one layer alone, and where that contradicts its predictions, solve it in the other metric too.
+
+    Args:
+        most: ratio of measured to predicted loss that does not contradict it.
+    """
     weighted: list[Weight] = [partial(_weight, solutions, spec, target) for target in targets]
     losses = _losses(model, [{spec.name: weight} for weight in weighted])
     predicted = [_predicted(analysis, model, spec, _weight(solutions, spec, target)) for target in targets]
-    if not any(loss > CONTRADICTED * guess for loss, guess in zip(losses, predicted, strict=True)):
+    if not any(loss > most * guess for loss, guess in zip(losses, predicted, strict=True)):
         return MetricChoice()
     state = probe.prepare(model.dense(spec.name), analysis.plain_metric(spec))
     found = probe.solve_path(state, targets)

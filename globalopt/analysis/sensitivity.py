@@ -109,11 +109,11 @@ def backward_sweep(
         here = [spec for spec in layers.of_block(index) if spec in wanted]
         outputs = None
         if behind is not None:
-            outputs = _second_moment(runner, upstream)
+            outputs = _second_moment(runner, upstream, index)
             behind(index, outputs)
         taps = {spec.name: _Tap(spec, None if changes is None else changes(spec)) for spec in here}
         if changes is None:
-            outputs = _second_moment(runner, upstream) if outputs is None else outputs
+            outputs = _second_moment(runner, upstream, index) if outputs is None else outputs
             for spec in here:
                 for sibling in spec.siblings(layers.of_block(index)):
                     # Its output Gram may have to stand in for another.
@@ -189,8 +189,10 @@ def _output_gram(spec: LayerSpec, taps: Mapping[str, _Tap], outputs: Gram, token
     return Gram.stand_in(known, spec.d_out, float(outputs.diagonal.double().mean()))
 
 
-def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor]) -> Gram:
-    """Compute the second moment per token of the gradients of hidden states."""
+def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor], block: int) -> Gram:
+    """Compute the second moment per token of the gradients of the hidden states that leave a block."""
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        raise NumericalError(f"The gradient behind block {block} is not finite; load the model in float32.")
     rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
     total = sum((g.mT @ g for g in rows), torch.zeros(()))
     tokens = sum(batch.tokens for batch in runner.batches)

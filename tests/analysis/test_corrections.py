@@ -308,10 +308,14 @@ def test_it_is_the_mode_of_the_posterior(half):
     shares = shares_of(posed, targets, factors, 0.4 * NOISY)
     ratios, usual = log_ratios(posed, targets, shares)
     levels = torch.linspace(-5, 9, 14001, dtype=torch.float64)
+    means = [shares[s.spec.name] / s.predict(targets[s.spec.name]) for s in posed.surfaces]
+    typical = float(torch.stack([one.std() for one in means]).median()) / WINDOWS**0.5
     for surface in posed.surfaces:
         name = surface.spec.name
         one = shares[name] / surface.predict(targets[name])
-        error = math.hypot(float(one.std()) / WINDOWS**0.5, 0.05 * float(one.mean()))
+        spread, mean = float(one.std()) / WINDOWS**0.5, float(one.mean())
+        # Noise in proportion to the level, and at least what is usual of all layers.
+        error = (max(0.05, spread / mean) * levels.exp()).clamp_min(min(spread, typical))
         student = torch.distributions.StudentT(3.0, usual, 0.5).log_prob(levels)
         normal = torch.distributions.Normal(levels.exp(), error).log_prob(one.mean())
         assert ratios[name] == pytest.approx(float(levels[(student + normal).argmax()]), abs=0.01)

@@ -209,8 +209,11 @@ def test_a_gradient_that_is_not_finite_is_refused_by_the_name_of_its_layer():
     states = states_of(runner)
     upstream = label_gradients(runner, states[-1], 0)
     upstream[1][0, 0, 0] = math.inf
-    with pytest.raises(NumericalError, match=r"layer model\.layers\.1\..* is not finite"):
+    with pytest.raises(NumericalError, match=r"The gradient behind block 1 is not finite"):
         list(backward_sweep(runner, states, layers.specs, upstream))
+    changes = random_changes(layers)
+    with pytest.raises(NumericalError, match=r"layer model\.layers\.1\..* is not finite"):
+        list(backward_sweep(runner, states, layers.specs, upstream, changes=lambda spec: changes[spec.name]))
 
 
 # ---------------------------------------------------------------------------------- layers called in other ways

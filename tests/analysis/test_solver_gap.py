@@ -12,7 +12,7 @@ from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import write_grams, write_spans
 from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
-from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sampled
+from globalopt.analysis.solver_gap import NO_GAP, SolverGap, compared_anchors, measure_gap, sampled
 from globalopt.budgets.conversion import convert_target
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner
@@ -79,12 +79,13 @@ def test_gaps_are_ratios_of_errors(name):
 
 
 def test_a_probe_that_is_the_solver_changes_nothing_without_a_path():
-    """A path's first target is fitted from nothing, as the solver fits it."""
     weight, metric = problem()
-    options = Options.of(SPEC, 24)
-    found = measure_gap(SPEC, weight, metric, probed(weight, metric, options), PROBE, budget_of(SPEC))
-    first = min(found, key=lambda target: (target.nnz, target.rank))
-    assert found[first] == pytest.approx(1.0, rel=0.02)
+    rows = Options.of(SPEC, 24).anchors
+    state = PROBE.prepare(weight, metric)
+    alone = AnchorSolutions(rows, tuple(PROBE.solve(state, anchor).value for row in rows for anchor in row))
+    found = measure_gap(SPEC, weight, metric, alone, PROBE, budget_of(SPEC))
+    assert list(found) == compared_anchors(rows)
+    assert list(found.values()) == pytest.approx([1.0] * len(found), rel=0.02)
 
 
 def test_a_layer_that_does_nothing_costs_nothing_by_any_solver():

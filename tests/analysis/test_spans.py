@@ -195,7 +195,7 @@ def test_prices_are_monotone_and_zero_has_a_floor():
     assert calibrated_surface(options, [0.1, 0.5, 0.0], (), zero_error=0.0).error == (0.5, 0.5, 0.0)
 
 
-def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_says():
+def test_rank_is_worth_what_the_anchors_with_rank_say_whatever_the_span_says():
     spec = LayerSpec("layer", 0, "layer", "gate_proj", 640, 480)
     options = Options.of(spec, spec.max_rank)
     # A span that loses much where a little is kept as rank.
@@ -205,15 +205,21 @@ def test_between_shares_the_logarithm_of_the_error_is_linear_whatever_the_span_s
     fitted = {anchor: (1 - anchor.params(spec) / spec.numel) ** 2 * (0.5 if anchor.rank else 1.0) for anchor in anchors}
     surface = calibrated_surface(options, hump, list(fitted.values()), 1.0)
     most = max(anchor.rank_share(spec) for anchor in options.anchors[1])
+
+    def without_rank(kept: float) -> float:
+        """The span's error 1 - kept times what is linear in logarithms between the anchors without rank."""
+        ratios = [math.log(1 - anchor) for anchor in (0.1, 0.3, 0.6)]
+        return (1 - kept) * math.exp(interpolate((0.1, 0.3, 0.6), ratios, kept))
+
+    anchored = (0.25, 0.5)
+    worth = [math.log(0.5 * (1 - kept) ** 2 / without_rank(kept)) for kept in anchored]
     for share in (0.04, 0.1, 0.15, 0.2, 0.25):
         target = min(
             (t for t in options.targets if t.nnz < spec.numel),
             key=lambda t: abs(t.params(spec) / spec.numel - 0.4) + abs(t.rank_share(spec) - share),
         )
-        kept, t = target.params(spec) / spec.numel, target.rank_share(spec) / most
-        # Along a row: the span's error 1 - kept times what is linear in logarithms between the anchors.
-        low = (1 - kept) * math.exp(interpolate((0.3, 0.6), (math.log(0.7), math.log(0.4)), kept))
-        high = (1 - kept) * 0.5 * math.exp(interpolate((0.2, 0.5), (math.log(0.8), math.log(0.5)), kept))
-        assert surface.predict(target) == pytest.approx(low ** (1 - t) * high**t, rel=0.02)
+        kept, x = target.params(spec) / spec.numel, target.rank_share(spec) / most
+        expected = without_rank(kept) * math.exp(x * (2 - x) * interpolate(anchored, worth, kept))
+        assert surface.predict(target) == pytest.approx(expected, rel=0.02)
     dense = surface.predict(Target.dense(spec))
     assert dense == 0.0
