@@ -199,8 +199,9 @@ class SearchPlan:
 
     @property
     def reads(self) -> Reads:
-        """Return what of the problem is computed: what the allocator reads."""
-        return self.allocator.reads
+        """Return what is computed of the problem: what the allocator reads, and surfaces where there are candidates."""
+        reads = self.allocator.reads
+        return reads | Reads.SURFACES if Reads.OBJECTIVE in reads else reads
 
     @property
     def rounds(self) -> int:
@@ -262,6 +263,12 @@ def resolve(
     """
     solver = solver or get_solver(options.solver, options.solver_options)
     allocator = allocator or get_allocator(options.allocator, options.allocator_options)
+    method_record(allocator)
+    if not isinstance(getattr(allocator, "reads", None), Reads):
+        raise UsageError(
+            f"{type(allocator).__name__} does not say what it reads of a problem; give the class `reads`, such as "
+            "Reads.SURFACES (globalopt.protocols)."
+        )
     anchors = options.predict_from == "anchors"
     if options.candidates == "anchors" and not anchors:
         raise UsageError(

@@ -122,9 +122,8 @@ def test_a_number_that_is_none_is_refused_in_one_line(value):
 
 
 def test_an_own_method_is_refused_before_anything_is_computed():
-    plan = resolve(SearchOptions(0.5), allocator=Plain())  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="Plain is no dataclass"):
-        plan.record()
+        resolve(SearchOptions(0.5), allocator=Plain())  # pyright: ignore[reportArgumentType]
 
 
 def test_limits_are_recorded_where_there_are_some():
@@ -205,3 +204,23 @@ def test_errors_of_layers_are_in_nats_where_there_are_output_grams(name, solver)
     assert predicts == (name not in ("uniform", "owl", "alpha"))
     assert plan.refinement.output_grams == (predicts or solver == "3basil")
     assert plan.refinement.metric_choices == (solver == "3basil")
+
+
+def test_an_allocator_says_what_it_reads_and_an_objective_needs_surfaces():
+    @dataclass(frozen=True)
+    class Silent:
+        name = "silent"
+        paper = ""
+        uses_objective = False
+
+        def allocate(self, problem, objective=None):
+            raise AssertionError
+
+    with pytest.raises(UsageError, match=r"^Silent does not say what it reads of a problem; give the class `reads`.*$"):
+        resolve(SearchOptions(0.5), allocator=Silent())  # pyright: ignore[reportArgumentType]
+
+    @dataclass(frozen=True)
+    class Asking(Silent):
+        reads = Reads.OBJECTIVE
+
+    assert resolve(SearchOptions(0.5), allocator=Asking()).reads == Reads.OBJECTIVE | Reads.SURFACES  # pyright: ignore[reportArgumentType]
