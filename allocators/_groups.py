@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
+from globalopt.values.surface import ErrorSurface
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 from globalopt.protocols import Candidate
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem, Profile
+from globalopt.values.problem import Problem, Profile
 from globalopt.values.span import Mask, Span
+from globalopt.values.surface import ErrorSurface
 
 CHUNKS, WINDOWS, SEQLEN = 8, 4, 10
 """Chunks of the example's text, windows of a chunk, and tokens of a window."""

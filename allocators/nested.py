@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from allocators.knapsack import Knapsack
 from globalopt.values.budget import Budget, Target
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.surface import ErrorSurface
 
 NAME = "nested-knapsack"
 """The name of the allocator in the allocations of a family."""

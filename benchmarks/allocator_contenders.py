@@ -24,7 +24,8 @@ from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import SearchPlan, resolve
 from globalopt.protocols import Allocator, Objective, Reads
 from globalopt.values.budget import Target
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS
 
 UNIFORM = Uniform.name

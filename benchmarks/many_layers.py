@@ -44,9 +44,10 @@ from globalopt.protocols import Candidate
 from globalopt.runs.files import write_json
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import OUTLIER_THRESHOLDS, ErrorSurface, Problem, Profile
+from globalopt.values.problem import OUTLIER_THRESHOLDS, Problem, Profile
 from globalopt.values.results import ErrorUnit
 from globalopt.values.span import Mask, Span
+from globalopt.values.surface import ErrorSurface
 from reports import formats
 from reports.table_style import add_numbers, footed, report_table
 

@@ -38,8 +38,9 @@ from globalopt.models.streaming import INDEX
 from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.surface import ErrorSurface
 from reports.table_style import add_numbers, report_table
 
 INTERVAL = 0.1  # seconds between samples

@@ -63,6 +63,14 @@ def tiny_search(tiny_llama, tiny_text) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def ranked_run(tiny_search, tmp_path_factory) -> Path:
+    """The folder of a finished search whose layers have rank; not to be changed."""
+    folder = tmp_path_factory.mktemp("ranked") / "half"
+    done(*tiny_search, "--allocator", "uniform", "--allocator-set", "rank_share=0.4", "--out", folder, "-q")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_search, tmp_path_factory) -> Path:
     """The folder of that search, finished; not to be changed."""
     folder = tmp_path_factory.mktemp("run") / "half"

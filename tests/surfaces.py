@@ -9,8 +9,9 @@ import torch
 from globalopt.analysis.spans import compute_span
 from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem, Profile
+from globalopt.values.problem import Problem, Profile
 from globalopt.values.span import Span
+from globalopt.values.surface import ErrorSurface
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import interpolate
+from globalopt.values.surface import interpolate
 
 RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35)
 """Ranks offered beside free nonzeros, as fractions of the rank whose factors cost as much as the dense layer."""

@@ -11,8 +11,8 @@ from globalopt.analysis.grid import AnchorValues, Options
 from globalopt.kernels.projection import keep_nm
 from globalopt.values.budget import Target
 from globalopt.values.metric import Metric
-from globalopt.values.problem import ErrorSurface, interpolate
 from globalopt.values.span import Span
+from globalopt.values.surface import ErrorSurface, interpolate
 
 
 def span_errors(span: Span, options: Options, metric: Metric) -> list[float]:

@@ -194,7 +194,7 @@ def make(
     Raises:
         UsageError: a target has a plane of signs.
 
-    >>> from globalopt.values.problem import ErrorSurface
+    >>> from globalopt.values.surface import ErrorSurface
     >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 4, 4)
     >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 8), Target(0, 16)), (1.0, 0.25, 0.0))
     >>> problem = Problem((surface,), Budget(limit=8, total=16))
@@ -229,7 +229,7 @@ def make(
 def unpredicted(file: BudgetFile) -> BudgetFile:
     """Return a budget file without its predicted losses, for an allocator that read none.
 
-    >>> from globalopt.values.problem import ErrorSurface
+    >>> from globalopt.values.surface import ErrorSurface
     >>> spec = LayerSpec("up_proj", 0, "mlp", "up_proj", 4, 4)
     >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 16)), (1.0, 0.0))
     >>> problem = Problem((surface,), Budget(limit=8, total=16))

@@ -20,8 +20,8 @@ from torch import Tensor
 from globalopt.kernels.projection import keep_weights
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
-from globalopt.values.problem import ErrorSurface
 from globalopt.values.span import Mask, Span
+from globalopt.values.surface import ErrorSurface
 
 VERSION = 1
 """Raised whenever the loss of a candidate changes."""

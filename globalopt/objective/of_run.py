@@ -16,9 +16,10 @@ from globalopt.protocols import Candidate
 from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
 from globalopt.values.results import Search
 from globalopt.values.span import Mask, Span
+from globalopt.values.surface import ErrorSurface
 
 CANDIDATES = ("auto", "anchors", "span")
 

@@ -114,6 +114,9 @@ def analysis_addresses(session: Session, plan: AnalysisPlan, reads: Reads = Read
     read = (Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS)
     inputs = {stage: _digest(found, stage) for stage in read}
     inputs |= {**options, "labels": of_outputs}
+    if not plan.anchors:
+        # Only solutions at anchors depend on the metric that is chosen.
+        inputs[Stage.METRICS] = None
     found[Stage.PREDICTIONS] = _address(Stage.PREDICTIONS, inputs)
     return found
 

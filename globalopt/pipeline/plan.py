@@ -25,8 +25,9 @@ from globalopt.refine.blocks import Order
 from globalopt.runs.files import digest
 from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.surface import ErrorSurface
 from solvers import get_solver
 
 PROBE_STEPS = 30

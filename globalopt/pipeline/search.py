@@ -37,9 +37,10 @@ from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NO_CORRECTIONS
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Outcome, Summary
 from globalopt.values.span import Span
+from globalopt.values.surface import ErrorSurface
 
 
 def search(

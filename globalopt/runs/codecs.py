@@ -29,9 +29,10 @@ from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
-from globalopt.values.problem import ErrorSurface, Profile
+from globalopt.values.problem import Profile
 from globalopt.values.results import Outcome, Search
 from globalopt.values.span import SpanBasis
+from globalopt.values.surface import ErrorSurface
 
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]

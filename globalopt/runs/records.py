@@ -10,8 +10,8 @@ from torch import Tensor
 
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
-from globalopt.values.problem import ErrorSurface
 from globalopt.values.results import Outcome, Search
+from globalopt.values.surface import ErrorSurface
 
 
 @dataclass(frozen=True, eq=False)

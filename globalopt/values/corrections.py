@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem, interpolate
+from globalopt.values.problem import Problem
+from globalopt.values.surface import ErrorSurface, interpolate
 
 NEARBY = 0.03
 """A ratio replaces earlier ones within this distance in the fraction kept."""

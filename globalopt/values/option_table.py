@@ -17,7 +17,7 @@ from globalopt.values.budget import Budget, Limits, Target, bytes_kept, index_bi
 
 if TYPE_CHECKING:
     from globalopt.values.layer import NM
-    from globalopt.values.problem import ErrorSurface
+    from globalopt.values.surface import ErrorSurface
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -11,7 +11,7 @@ from allocators import DepthRamp, Uniform
 from allocators.depth_ramp import STEEPNESSES, depth_ramp, largest_beta
 from globalopt.errors import UsageError
 from globalopt.values.layer import NM
-from globalopt.values.problem import ErrorSurface
+from globalopt.values.surface import ErrorSurface
 from tests.allocators.test_owl import kept_by_block
 from tests.objectives import BentObjective
 from tests.surfaces import problem

@@ -31,7 +31,7 @@ from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Metric
-from globalopt.values.problem import ErrorSurface
+from globalopt.values.surface import ErrorSurface
 from solvers import get_solver
 from tests.command import assert_alike
 from tests.tiny_models import tiny_ids, tiny_model

@@ -16,7 +16,8 @@ from globalopt.analysis.corrections import ALONE, CLIFF, GAIN, ROUNDS, correct, 
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NEARBY, NO_CORRECTIONS, Corrections
 from globalopt.values.layer import LayerSpec
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.surface import ErrorSurface
 from tests.command import assert_alike
 from tests.surfaces import problem
 

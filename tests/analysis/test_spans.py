@@ -19,8 +19,8 @@ from globalopt.values.budget import Limits, Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.problem import interpolate
 from globalopt.values.span import Span
+from globalopt.values.surface import interpolate
 from solvers import get_solver
 from tests.synthetic import layer
 

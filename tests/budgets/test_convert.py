@@ -68,16 +68,16 @@ def test_the_same_targets_give_the_same_file(tmp_path):
     assert (tmp_path / "back.json").read_bytes() == first.read_bytes()
 
 
-def test_an_imported_budget_is_refined_and_predicts_nothing(tiny_run, tiny_llama, tiny_text, tmp_path):
+def test_an_imported_budget_is_refined_and_predicts_nothing(ranked_run, tiny_llama, tiny_text, tmp_path):
     options = ("--rank-as-nonzeros", "--to", "sparsities", "--out", tmp_path / "list.json")
-    said = done("budget", "convert", tiny_run / "budget.json", *options).stderr
+    said = done("budget", "convert", ranked_run / "budget.json", *options).stderr
     written = read(tmp_path / "list.json")
     assert "kept as nonzeros of the same cost" in said
     # Any model of the shapes will do; here it is read by the model itself.
     options = ("--from", "sparsities", "--model", tiny_llama, "--out", tmp_path / "budget.json")
     done("budget", "convert", tmp_path / "list.json", *options)
     file = budget_file.read(tmp_path / "budget.json")
-    assert file.fingerprint == budget_file.read(tiny_run / "budget.json").fingerprint
+    assert file.fingerprint == budget_file.read(ranked_run / "budget.json").fingerprint
     assert [1 - entry.nnz / entry.spec.numel for entry in file.layers] == pytest.approx(written["sparsity"])
     assert "found by a search" in done("budget", "show", tmp_path / "budget.json").stdout
     run = ("--solver", "magnitude", "--calibration", tiny_text, "--nsamples", 8, "--seqlen", 16, "--eval-windows", 2)

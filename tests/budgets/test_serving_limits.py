@@ -215,7 +215,7 @@ def test_factors(wide, tiny_text, tmp_path):
     specs = {entry.name: entry for entry in file.layers}
     for name, value in read_factors(tmp_path / "out"):
         entry = specs[name]
-        assert value.nnz == 0
+        assert value.nnz in (0, entry.spec.numel)
         assert entry.rank % 2 == 0
         assert value.rank == entry.rank
     assert any(entry.rank for entry in file.layers)

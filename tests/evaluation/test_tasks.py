@@ -237,11 +237,11 @@ def test_eval_of_a_run_holds_it_against_the_dense_model(tiny_run, tiny_llama, ti
 
 
 @pytest.mark.parametrize("form", ["packed", "adapter"])
-def test_eval_of_an_export(tiny_run, tiny_llama, folder, tmp_path, form):
-    done("export", tiny_run, "--format", form, "--out", tmp_path / form, "-q")
+def test_eval_of_an_export(ranked_run, tiny_llama, folder, tmp_path, form):
+    done("export", ranked_run, "--format", form, "--out", tmp_path / form, "-q")
     options = ("--tasks-path", folder, "--dense", tiny_llama, "--json")
     found = json.loads(done("eval", tmp_path / form, *options).stdout)
-    expected = json.loads(done("eval", tiny_run / "model", *options).stdout)
+    expected = json.loads(done("eval", ranked_run / "model", *options).stdout)
     assert found["dense"] == expected["dense"]
     for task, other in zip(found["model"]["tasks"], expected["model"]["tasks"], strict=True):
         assert task["scores"]["acc"] == other["scores"]["acc"]
@@ -250,8 +250,8 @@ def test_eval_of_an_export(tiny_run, tiny_llama, folder, tmp_path, form):
     assert contents(tmp_path / form) == before
 
 
-def test_a_broken_adapter_is_refused(tiny_run, folder, tmp_path):
-    done("export", tiny_run, "--format", "adapter", "--out", tmp_path / "adapter", "-q")
+def test_a_broken_adapter_is_refused(ranked_run, folder, tmp_path):
+    done("export", ranked_run, "--format", "adapter", "--out", tmp_path / "adapter", "-q")
     (tmp_path / "adapter" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     said = refused(1, "eval", tmp_path / "adapter", "--tasks-path", folder, "-q")
     assert "The adapter in" in said

@@ -31,10 +31,10 @@ def test_every_format_is_written_and_says_how_it_is_loaded(name, made, tmp_path)
     assert done("export", made, "--format", name, "--out", tmp_path / "quiet", "-q").stdout == ""
 
 
-def test_a_run_of_the_program_is_exported(tiny_run, tmp_path):
+def test_a_run_of_the_program_is_exported(ranked_run, tmp_path):
     for name in FORMATS:
-        done("export", tiny_run, "--format", name, "--out", tmp_path / name)
-    assert contents(tmp_path / "dense") == contents(tiny_run / "model")
+        done("export", ranked_run, "--format", name, "--out", tmp_path / name)
+    assert contents(tmp_path / "dense") == contents(ranked_run / "model")
 
 
 def test_mistakes_are_one_line(made, tmp_path):

@@ -13,8 +13,8 @@ from globalopt.analysis.spans import compute_span
 from globalopt.objective.candidates import AnchoredLayer, span_weight, take
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import ErrorSurface
 from globalopt.values.span import Mask
+from globalopt.values.surface import ErrorSurface
 
 SPEC = LayerSpec("layer", 0, "layer", "q_proj", 64, 48)
 

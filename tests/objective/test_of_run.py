@@ -19,8 +19,9 @@ from globalopt.objective.journal import Selection
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.objective.of_run import SearchObjective
 from globalopt.values.budget import Budget, Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
 from globalopt.values.span import Mask
+from globalopt.values.surface import ErrorSurface
 from tests.tiny_models import tiny_ids, tiny_model
 
 WINDOWS, TOKENS = 4, 10

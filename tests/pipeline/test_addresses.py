@@ -33,8 +33,9 @@ from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.values.budget import NO_LIMITS, Budget, Target
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS, get_solver
 
 SPECS = tuple(LayerSpec(name, 0, "in", name, 8, 8) for name in ("up", "gate"))

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from globalopt.values.budget import Target
-from globalopt.values.problem import ErrorSurface, Problem
+from globalopt.values.problem import Problem
+from globalopt.values.surface import ErrorSurface
 
 
 def best_on_grid(problem: Problem) -> float:

@@ -41,7 +41,7 @@ from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
-from globalopt.values.problem import ErrorSurface, Profile
+from globalopt.values.problem import Profile
 from globalopt.values.results import (
     Curve,
     ErrorUnit,
@@ -61,6 +61,7 @@ from globalopt.values.results import (
 )
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
 from globalopt.values.span import SpanBasis
+from globalopt.values.surface import ErrorSurface
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)
 OTHER = LayerSpec("block.0.down", 0, "block.0.in", "down", 4, 8)

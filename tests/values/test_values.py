@@ -13,7 +13,8 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution
 from globalopt.values.layer import NM, LayerSpec, Shape
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.problem import Allocation, ErrorSurface, Problem
+from globalopt.values.problem import Allocation, Problem
+from globalopt.values.surface import ErrorSurface
 
 SPEC = LayerSpec("a", 0, "a", "a", 8, 16)
 

@@ -1,0 +1,114 @@
+"""Tabulate the predicted loss of one layer at every option."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from globalopt.errors import NumericalError
+from globalopt.values.budget import Budget, Target
+from globalopt.values.layer import LayerSpec
+
+
+@dataclass(frozen=True)
+class ErrorSurface:
+    """Tabulate the predicted loss of one layer at every option; it need not be monotone.
+
+    Args:
+        spec: the layer.
+        targets: the options, with distinct `(rank, nnz)`.
+        error: one per option, >= 0: predicted loss in nats per token where the sensitivity of the loss was estimated,
+            else the output error `tr(E G Eᵀ)`.
+    Raises:
+        NumericalError: there is no option, not one error per option, or an error that is negative or not finite.
+        UsageError: an option does not fit the layer.
+
+    >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+    >>> surface = ErrorSurface(spec, (Target(0, 0), Target(0, 2048), Target(0, 4096)), error=(0.4, 0.1, 0.0))
+    >>> surface.predict(Target(0, 1024))
+    0.25
+    """
+
+    spec: LayerSpec
+    targets: tuple[Target, ...]
+    error: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(self.targets) != len(self.error):
+            raise NumericalError(f"Layer {self.spec.name}: {len(self.targets)} options, {len(self.error)} errors.")
+        if not all(math.isfinite(e) and e >= 0 for e in self.error):
+            raise NumericalError(f"Layer {self.spec.name}: a predicted error is negative or not finite.")
+        if any(target.pattern is not None for target in self.targets):
+            for target in self.targets:
+                target.check(self.spec)
+        else:
+            # The largest values alone tell whether all fit; of those that do not, the first is named.
+            most = max(t.rank for t in self.targets), max(t.nnz for t in self.targets)
+            if most[0] > self.spec.max_rank or most[1] > self.spec.numel:
+                for target in self.targets:
+                    target.check(self.spec)
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """The ranks, nonzeros and errors of the options, ordered by rank and then by nonzeros; not to be modified."""
+        rank = np.array([target.rank for target in self.targets], np.int64)
+        nnz = np.array([target.nnz for target in self.targets], np.int64)
+        order = np.lexsort((nnz, rank))
+        return rank[order], nnz[order], np.array(self.error)[order]
+
+    @cached_property
+    def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
+        """Sort the options into ranks, and for every rank into ascending nonzeros and their errors."""
+        by_rank: dict[int, list[tuple[int, float]]] = {}
+        for target, error in zip(self.targets, self.error, strict=True):
+            by_rank.setdefault(target.rank, []).append((target.nnz, error))
+        ranks = sorted(by_rank)
+        rows = []
+        for rank in ranks:
+            points = sorted(by_rank[rank])
+            rows.append(([n for n, _ in points], [e for _, e in points]))
+        return ranks, rows
+
+    def predict(self, target: Target) -> float:
+        """Interpolate the loss of any target: linearly between options in nnz, then in rank; constant outside them."""
+        ranks, rows = self._rows
+        # Only the neighbours in rank matter.
+        right = bisect.bisect_left(ranks, target.rank)
+        near = slice(max(0, right - 1), right + 1)
+        at = [interpolate(nnz, error, target.nnz) for nnz, error in rows[near]]
+        return interpolate(ranks[near], at, target.rank)
+
+    def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
+        """Select the undominated options as `(target, cost, error)`: costs strictly ascend, errors strictly descend."""
+        options = sorted(
+            ((budget.cost(t, self.spec), e, t.rank, t.nnz, t) for t, e in zip(self.targets, self.error, strict=True)),
+            key=lambda o: o[:4],
+        )
+        kept: list[tuple[Target, int, float]] = []
+        for cost, error, _, _, target in options:
+            if not kept or error < kept[-1][2]:
+                kept.append((target, cost, error))
+        return tuple(kept)
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Interpolate linearly through the points `(xs, ys)`, `xs` ascending; the result is constant outside them.
+
+    >>> interpolate([0.0, 10.0], [4.0, 2.0], 5.0)
+    3.0
+    >>> interpolate([0.0, 10.0], [4.0, 2.0], 50.0)
+    2.0
+    """
+    right = bisect.bisect_left(xs, x)
+    if right == 0:
+        return ys[0]
+    if right == len(xs):
+        return ys[-1]
+    t = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right - 1] + t * (ys[right] - ys[right - 1])
