@@ -33,6 +33,9 @@ from globalopt.runs.folder import WORK, Run
 from reports.formats import duration
 from reports.table_style import add_numbers, report_table
 
+NAMES = ("width", "depth", "windows")
+"""Sizes of which costs are powers."""
+
 LEAST = 0.2
 """Seconds below which a stage is left out of the fit."""
 
@@ -126,8 +129,8 @@ def fit(sizes: Sequence[Size], values: Sequence[float]) -> tuple[float, ...] | N
         (c, a, b, d); the exponent of a size that does not vary is 0.
     """
     rows = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0]
-    columns = [[math.log(getattr(size, name)) for size, _ in rows] for name in ("width", "depth", "windows")]
-    varied = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    columns = [[math.log(getattr(size, name)) for size, _ in rows] for name in NAMES]
+    varied = [i for i, name in enumerate(NAMES) if len({getattr(size, name) for size in sizes}) > 1]
     if len(rows) <= len(varied):
         return None
     matrix = np.array([[1.0] * len(rows), *(columns[i] for i in varied)]).T
