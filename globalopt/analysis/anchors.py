@@ -49,7 +49,7 @@ def solve_anchors(
     >>> solve_anchors(analysis, layers.specs[:1], get_solver("3basil", {"steps": "5"}))
     >>> found = analysis.work.get(ANCHORS, layers.specs[0])
     >>> [(value.rank, value.nnz) for value in found.values]
-    [(0, 25), (0, 76), (0, 153), (1, 96)]
+    [(0, 17), (0, 56), (0, 140), (1, 96)]
     """
     for spec in specs:
         rows = analysis.options(spec).anchors

@@ -18,7 +18,7 @@ NNZ_LEVELS = 64
 PATTERN_LEVELS = 24
 """Ranks offered beside an N:M pattern, evenly spaced from 0 to where the layer would cost as much as dense."""
 
-ANCHORS = ((0.0, (0.1, 0.3, 0.6)), (0.3, (0.25, 0.5)))
+ANCHORS = ((0.0, (0.07, 0.22, 0.55)), (0.3, (0.25, 0.5)))
 """The anchors of a layer, in rows: the share of rank in what they keep, and the fractions that they keep."""
 
 LEAST_KEPT = 0.05

@@ -27,7 +27,7 @@ from globalopt.values.layer import NM, LayerSpec
 VERSION = 1
 """Raised whenever choices of metrics change."""
 
-KEPT = 0.3
+KEPT = 0.22
 """Fraction kept at which metrics are compared where there are no anchor solutions."""
 
 CHECKED_KEPT = 0.35
@@ -47,7 +47,7 @@ def probed_target(spec: LayerSpec, pattern: NM | None = None, limits: Limits = N
     """Return the target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed.
 
     >>> probed_target(LayerSpec("up", 0, "in", "up", 10, 10))
-    Target(rank=0, nnz=30, pattern=None, signs=False)
+    Target(rank=0, nnz=22, pattern=None, signs=False)
     """
     if not limits.sparse:
         return Target(max(1, int(KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)

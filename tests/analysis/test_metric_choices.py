@@ -12,7 +12,7 @@ from torch import Tensor
 
 from globalopt.analysis.collect import write_grams, write_output_grams
 from globalopt.analysis.layer_analysis import LayerAnalysis
-from globalopt.analysis.metric_choices import CONTRADICTED, choose_metrics, probed_target
+from globalopt.analysis.metric_choices import CONTRADICTED, KEPT, choose_metrics, probed_target
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.walk import Batch, BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
@@ -217,8 +217,8 @@ def test_with_a_solver_the_layer_whose_output_gram_is_blind_gets_the_plain_metri
 
 def test_what_is_probed_without_anchors_can_be_served():
     spec = LayerSpec("up", 0, "in", "up", 16, 32)
-    assert probed_target(spec) == Target(0, int(0.3 * 512))
+    assert probed_target(spec) == Target(0, int(KEPT * 512))
     assert probed_target(spec, NM(2, 4)) == Target(0, 256, NM(2, 4))
     factors = probed_target(spec, None, Limits(sparse=False))
-    assert (factors.rank, factors.nnz) == (3, 0)
+    assert (factors.rank, factors.nnz) == (2, 0)
     assert probed_target(LayerSpec("up", 0, "in", "up", 2, 2), None, Limits(sparse=False)).rank == 1

@@ -208,8 +208,8 @@ def test_rank_is_worth_what_the_anchors_with_rank_say_whatever_the_span_says():
 
     def without_rank(kept: float) -> float:
         """The span's error 1 - kept times what is linear in logarithms between the anchors without rank."""
-        ratios = [math.log(1 - anchor) for anchor in (0.1, 0.3, 0.6)]
-        return (1 - kept) * math.exp(interpolate((0.1, 0.3, 0.6), ratios, kept))
+        ratios = [math.log(1 - anchor) for anchor in (0.07, 0.22, 0.55)]
+        return (1 - kept) * math.exp(interpolate((0.07, 0.22, 0.55), ratios, kept))
 
     anchored = (0.25, 0.5)
     worth = [math.log(0.5 * (1 - kept) ** 2 / without_rank(kept)) for kept in anchored]
