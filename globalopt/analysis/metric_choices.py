@@ -34,7 +34,7 @@ CHECKED_KEPT = 0.35
 """Anchors that keep at most this fraction are checked: losses that grow faster than the square show there."""
 
 CONTRADICTED = 2.0
-"""Times the prediction, and times the usual ratio, by which a measured loss contradicts it."""
+"""Times the usual ratio to the prediction, which is at least 1, above which a share or a loss contradicts it."""
 
 LEAST = 1e-30
 """Predictions below are none."""

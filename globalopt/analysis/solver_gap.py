@@ -6,8 +6,8 @@ for a low-rank part beside many nonzeros. Predictions made from its solutions al
     gap = error of the refinement solver's solution / error of the probe solver's
 
 depends on rank and nonzeros in much the same way in all layers of one kind, so it is measured on one layer per kind.
-On the bundled model, the keys of blocks 1, 4 and 6 at 0.4 kept have gaps of .79, .91, .95 without rank, and .53, .71,
-.78 with a quarter as rank.
+Against eighty steps of the probe, the keys of blocks 1, 4 and 6 of the bundled model at 0.4 kept have gaps of .79, .91,
+.95 without rank, and .53, .71, .78 with a quarter as rank.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compared_anchors(rows: Sequence[Sequence[Target]]) -> list[Target]:
     """Select the anchors at which solvers are compared: the middle of the row without rank, and all with rank.
 
     Without rank the gap hardly depends on what is kept: at 30 steps of 3BASiL its logarithm is -.27 at .2 kept and -.24
-    at .5 (21 layers of the bundled model), against -1.06 with a rank share of .3. Of a single row, both ends are taken.
+    at .5 (20 layers of the bundled model), against -1.06 with a rank share of .3. Of a single row, both ends are taken.
 
     >>> found = compared_anchors([(Target(0, 2), Target(0, 6), Target(0, 8)), (Target(1, 0), Target(2, 0))])
     >>> [(target.rank, target.nnz) for target in found]

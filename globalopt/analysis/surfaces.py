@@ -74,7 +74,7 @@ def calibrated_surface(
         log error(k, s) - log error(k, 0) = x (2 - x) worth(k),   x = s / s1
 
     with `worth` linear in the kept fraction between the anchors of that row. In 21 layers of the bundled model a share
-    of .15 is worth .7 of what one of .3 is, and rank is worth the more the more is kept: `worth` is -.2 to .2 at .2
+    of .15 is worth .7 of what one of .3 is, and rank is worth the more the more is kept: `worth` is -.19 to .24 at .2
     kept, and -.66 to .43 at half.
 
     Along a row the errors of the span are made monotone first: of nested parts, dropping more cannot cost less, though

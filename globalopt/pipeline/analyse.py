@@ -78,6 +78,7 @@ def analyse(
     if plan.weighted:
         choose_error_metrics(session, reporter, analysis, plan.probe, anchors)
     if anchors:
+        # Again, for the layers that are to be solved in the other metric.
         _solve_anchors(session, reporter, plan, analysis)
     if predicts and plan.compared:
         _compare(session, reporter, plan, analysis)
