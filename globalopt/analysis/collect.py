@@ -21,8 +21,11 @@ from globalopt.values.layer import LayerSpec
 GRAMS_VERSION = 2
 """Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 2
+LABELS_VERSION = 3
 """Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
+
+LABELLED = 2
+"""Of so many batches one is swept backward: an output Gram is damped more than a Gram, and needs fewer tokens."""
 
 
 def write_grams(
@@ -64,7 +67,8 @@ def write_output_grams(
     """Compute the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep, and write them.
 
     `A` is the second moment, per token, of the gradients of `log p(y)` at the outputs, with labels `y` sampled from
-    the model's own predictions. The forward pass before it computes the Grams of all sites too, where they are missing.
+    the model's own predictions, on one of every `LABELLED` batches. The forward pass before it computes the Grams of all
+    sites too, where they are missing.
 
     Args:
         seed: of the labels.
@@ -81,13 +85,14 @@ def write_output_grams(
     >>> work.get(OUTPUT_GRAM, layers.specs[0]).tokens
     64
     """
+    labelled = BlockRunner(runner.layers, runner.batches[::LABELLED], runner.scratch)
     inputs: list[list[Tensor]] = []
     for visit in walk_blocks(runner, device):
         _grams(visit, work)
-        inputs += _hidden_states(visit, runner.layers)
-    upstream = label_gradients(runner, inputs[-1], seed)
+        inputs += [states[::LABELLED] for states in _hidden_states(visit, runner.layers)]
+    upstream = label_gradients(labelled, inputs[-1], seed)
     behind = partial(work.put, BLOCK_OUTPUT_GRAM)
-    for found in backward_sweep(runner, inputs, specs, upstream, device, behind=behind):
+    for found in backward_sweep(labelled, inputs, specs, upstream, device, behind=behind):
         assert found.output_gram is not None
         work.put(OUTPUT_GRAM, found.spec, found.output_gram)
         advance(found.spec.name)

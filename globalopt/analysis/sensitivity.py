@@ -156,17 +156,28 @@ def backward_sweep(
 
 
 def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Compute the gradient of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p."""
+    """Compute the gradient of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p.
+
+    At the logits it is the indicator of `y` less `p`: the vocabulary is gone through a few times only.
+    """
     batch = runner.batches[i]
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
-        log_p = runner.logits(i, hidden).float().log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().flatten(0, 1).exp().cpu(), 1, generator=generator)
-        picked = log_p.gather(-1, labels.view(*log_p.shape[:2], 1).to(log_p.device)).squeeze(-1)
-        if batch.attention_mask is not None:
-            picked = picked * batch.attention_mask.to(picked)
-    (gradient,) = torch.autograd.grad(picked.sum(), hidden)
+        logits = runner.logits(i, hidden)
+    p = logits.detach().float().softmax(-1)
+    labels = _sample(p, generator)
+    at_logits = p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=p.dtype))
+    if batch.attention_mask is not None:
+        at_logits *= batch.attention_mask.to(at_logits).unsqueeze(-1)
+    (gradient,) = torch.autograd.grad(logits, hidden, at_logits.to(logits.dtype))
     return gradient
+
+
+def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample one index (..., 1) from every distribution `p` (..., v), by the inverse of its cumulative sums."""
+    sums = p.cumsum(-1)
+    drawn = torch.rand(*p.shape[:-1], 1, generator=generator).to(p.device) * sums[..., -1:]
+    return torch.searchsorted(sums, drawn, right=True).clamp_max_(p.shape[-1] - 1)
 
 
 def _output_gram(spec: LayerSpec, taps: Mapping[str, _Tap], outputs: Gram, tokens: int) -> Gram:

@@ -82,7 +82,8 @@ def by_autograd(layers: ModelLayers, some: list[Batch], changes: dict[str, Tenso
         mask = batch.attention_mask
         with torch.no_grad():
             p = model(input_ids=batch.input_ids, attention_mask=mask).logits.float().softmax(-1)
-        labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(batch.input_ids.shape)
+        drawn = torch.rand(*p.shape[:-1], 1, generator=generator)
+        labels = (p.cumsum(-1) <= drawn * p.cumsum(-1)[..., -1:]).sum(-1)
         for row in range(len(labels)):
             outputs: dict[str, list[Tensor]] = {s.name: [] for s in layers.specs}
             leaving: list[Tensor] = []
