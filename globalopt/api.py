@@ -17,6 +17,7 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.serving_limits import get_profile
 from globalopt.models.loading import load_model
 from globalopt.pipeline.compress import compress as run_compress
+from globalopt.pipeline.effort import get_effort
 from globalopt.pipeline.live import Documents, live_session
 from globalopt.pipeline.options import SENSITIVITIES, RefineOptions, SearchOptions, TextOptions, check_word
 from globalopt.pipeline.plan import resolve, resolve_refinement
@@ -80,7 +81,7 @@ def search(
     budget: float = 0.5,
     *,
     eval_text: Documents | None = None,
-    allocator: str | Allocator = "auto",
+    allocator: str | Allocator | None = None,
     allocator_options: Mapping[str, Any] | None = None,
     solver: str = "3basil",
     solver_options: Mapping[str, Any] | None = None,
@@ -89,12 +90,13 @@ def search(
     serving_profile: str = "dense",
     rank_multiple: int | None = None,
     sensitivity: str = "fisher",
-    search_tokens: int = 500_000,
+    effort: str = "default",
+    search_tokens: int | None = None,
     correct: bool = True,
-    refining: RefineOptions = MATCH_BLOCKS,
-    nsamples: int = 128,
+    refining: RefineOptions | None = None,
+    nsamples: int | None = None,
     seqlen: int = 256,
-    eval_windows: int = 128,
+    eval_windows: int | None = None,
     batch_size: int = 8,
     bos: str = "auto",
     seed: int = 0,
@@ -110,12 +112,12 @@ def search(
         text: text of calibration and search: documents as strings, or the name of a file, a folder or a hub data set.
         budget: fraction kept of the compressible layers, in (0, 1].
         eval_text: the test split; without it a part of `text` is held out.
-        allocator: a name, with `allocator_options`, or an object of your own: a frozen dataclass, whose fields and
-            source are recorded so that runs can be told apart.
+        allocator: a name, with `allocator_options`; None is that of `effort`; or an object of your own: a frozen
+            dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
-        accounting, pattern, serving_profile, rank_multiple, sensitivity, search_tokens, correct, nsamples, seqlen,
-            eval_windows, batch_size, bos, seed: as the options of `globalopt search`.
-        refining: how layers are refined and matched; `RefineOptions()` matches nothing.
+        accounting, pattern, serving_profile, rank_multiple, sensitivity, effort, search_tokens, correct, nsamples,
+            seqlen, eval_windows, batch_size, bos, seed: as the options of `globalopt search`.
+        refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
         cache: artefacts that runs share: True is a folder beside `out`, False shares nothing, a path is a folder.
@@ -133,24 +135,35 @@ def search(
     >>> found.model.generate(**example_tokenizer()("a", return_tensors="pt"), max_new_tokens=3).shape
     torch.Size([1, 4])
     """
-    own = None if isinstance(allocator, str) else allocator
+    level = get_effort(effort)
+    chosen = level.allocator if allocator is None else allocator
+    own = None if isinstance(chosen, str) else chosen
     options = SearchOptions(
         budget=budget,
         accounting=accounting,
         **get_profile(serving_profile).choices(pattern),
         serving_profile=serving_profile,
         rank_multiple=rank_multiple,
-        allocator=allocator if isinstance(allocator, str) else allocator.name,
+        allocator=chosen if isinstance(chosen, str) else chosen.name,
         allocator_options=_texts(allocator_options),
         solver=solver,
-        solver_options=_texts(solver_options),
+        solver_options=level.solver_options(solver, _texts(solver_options)),
         sensitivity=sensitivity,
         seed=seed,
-        search_tokens=search_tokens,
+        search_tokens=level.search_tokens if search_tokens is None else search_tokens,
         correct=correct,
+        probe_steps=level.probe_steps,
     )
+    if refining is None:
+        refining = RefineOptions(match="block", match_options=level.match_options("block", {}))
     plan = resolve(options, refining, own)
-    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size, bos=bos)
+    texts = TextOptions(
+        nsamples=level.nsamples if nsamples is None else nsamples,
+        seqlen=seqlen,
+        eval_windows=level.eval_windows if eval_windows is None else eval_windows,
+        batch_size=batch_size,
+        bos=bos,
+    )
     reporter = Reporter(_progress(progress))
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:

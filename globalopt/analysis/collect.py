@@ -18,7 +18,7 @@ from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRA
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 
-GRAMS_VERSION = 2
+GRAMS_VERSION = 3
 """Raised whenever Grams, or what is stored of them, change."""
 
 LABELS_VERSION = 3
@@ -67,8 +67,8 @@ def write_output_grams(
     """Compute the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep, and write them.
 
     `A` is the second moment, per token, of the gradients of `log p(y)` at the outputs, with labels `y` sampled from
-    the model's own predictions, on one of every `LABELLED` batches. The forward pass before it computes the Grams of all
-    sites too, where they are missing.
+    the model's own predictions, on one of every `LABELLED` batches. The forward pass before it computes the Grams of
+    all sites too, where they are missing.
 
     Args:
         seed: of the labels.

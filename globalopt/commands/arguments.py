@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from globalopt.commands.console import err
 
 if TYPE_CHECKING:
+    from globalopt.pipeline.effort import Effort
     from globalopt.pipeline.options import ModelOptions, RefineOptions
     from globalopt.pipeline.reporter import Reporter
     from globalopt.runs.cache import Cache
@@ -54,12 +55,22 @@ def default_folder(models: ModelOptions, name: str) -> Path:
 
 
 def refine_options(
-    sequential: str, match: str, match_set: list[str] | None, distill_set: list[str] | None
+    sequential: str,
+    match: str,
+    match_set: list[str] | None,
+    distill_set: list[str] | None,
+    effort: Effort | None = None,
 ) -> RefineOptions:
-    """Read the options of a refinement; `UsageError` if they contradict each other."""
+    """Read the options of a refinement; `UsageError` if they contradict each other.
+
+    Args:
+        effort: completes the options of block matching.
+    """
     from globalopt.pipeline.options import RefineOptions
 
     matching, distilling = pairs(match_set, "--match-set"), pairs(distill_set, "--distill-set")
+    if effort is not None:
+        matching = effort.match_options(match, matching)
     return RefineOptions(sequential, match, matching, distilling)
 
 

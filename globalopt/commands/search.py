@@ -20,7 +20,6 @@ from globalopt.commands.options import (
     DryRun,
     Dtype,
     EvalText,
-    EvalWindows,
     Fresh,
     Json,
     LowCoverage,
@@ -30,7 +29,6 @@ from globalopt.commands.options import (
     ModelArgument,
     ModelOption,
     NoCache,
-    Nsamples,
     Out,
     Quiet,
     RankMultiple,
@@ -47,7 +45,6 @@ from globalopt.commands.options import (
 from globalopt.commands.results import show, show_dry_run, show_family
 
 BUDGET = 0.5
-ALLOCATOR = "auto"
 
 
 def search(
@@ -77,7 +74,8 @@ def search(
     allocator: Annotated[
         str | None,
         typer.Option(
-            help="Allocator that divides the budget; `globalopt list` shows all allocators.", show_default=ALLOCATOR
+            help="Allocator that divides the budget; `globalopt list` shows all allocators.",
+            show_default="knapsack; auto with --effort best",
         ),
     ] = None,
     allocator_set: Annotated[
@@ -122,12 +120,22 @@ def search(
             "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions)."
         ),
     ] = "auto",
-    search_tokens: Annotated[
-        int,
+    effort: Annotated[
+        str,
         typer.Option(
-            help="Forward tokens that the search may spend on true losses; for a family, 0 measures none.", min=0
+            help="How much time to spend: quick, default or best. It sets the defaults of --nsamples, --eval-windows, "
+            "--allocator, --search-tokens, the solver's preset, the steps of the probe solver and the epochs of block "
+            "matching."
         ),
-    ] = 500_000,
+    ] = "default",
+    search_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Forward tokens that the search may spend on true losses; for a family, 0 measures none.",
+            min=0,
+            show_default="500000; 100000 with --effort quick",
+        ),
+    ] = None,
     sequential: Sequential = "block",
     match: Match = "block",
     match_set: MatchSet = None,
@@ -135,9 +143,18 @@ def search(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
-    nsamples: Nsamples = 128,
+    nsamples: Annotated[
+        int | None,
+        typer.Option(help="Number of calibration windows.", show_default="128; 64 with --effort quick, 256 with best"),
+    ] = None,
     seqlen: Seqlen = 256,
-    eval_windows: EvalWindows = 128,
+    eval_windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest number of windows in each of the selection, validation and test parts.",
+            show_default="128; 64 with --effort quick",
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
     seed: Seed = 0,
@@ -162,16 +179,18 @@ def search(
         from globalopt.pipeline import family, session
         from globalopt.pipeline import search as pipeline
         from globalopt.pipeline.dry_run import Structure, search_job
+        from globalopt.pipeline.effort import get_effort
         from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
         from globalopt.pipeline.plan import BudgetRule, resolve
         from globalopt.runs.folder import Run
 
+        level = get_effort(effort)
         budgets = _budgets(budget, family.FRONTIER if frontier else None)
         several = len(budgets) > 1
         if several and allocator not in (None, family.ALLOCATOR):
             raise UsageError(f"A family of budgets is made by the nested knapsack; leave out --allocator {allocator}.")
-        allocator = family.ALLOCATOR if several else allocator or ALLOCATOR
-        if not several and not search_tokens:
+        allocator = family.ALLOCATOR if several else allocator or level.allocator
+        if not several and search_tokens == 0:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
         choices = get_profile(serving_profile).choices(pattern, span_scaling)
         options = SearchOptions(
@@ -180,28 +199,39 @@ def search(
             allocator=allocator,
             allocator_options=pairs(allocator_set, "--allocator-set"),
             solver=solver,
-            solver_options=pairs(solver_set, "--set"),
+            solver_options=level.solver_options(solver, pairs(solver_set, "--set")),
             sensitivity=sensitivity,
             **choices,
             predict_from=predict_from,
             correct=correct,
             candidates=candidates,
-            search_tokens=search_tokens,
+            search_tokens=level.search_tokens if search_tokens is None else search_tokens,
+            probe_steps=level.probe_steps,
             seed=seed,
             serving_profile=serving_profile,
             rank_multiple=rank_multiple,
         )
-        plan = resolve(options, refine_options(sequential, match, match_set, distill_set))
+        plan = resolve(options, refine_options(sequential, match, match_set, distill_set, level))
         for kept in budgets:
             BudgetRule(kept, accounting).check()
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos)
+        texts = TextOptions(
+            calibration,
+            eval_text,
+            text_column,
+            level.nsamples if nsamples is None else nsamples,
+            seqlen,
+            level.eval_windows if eval_windows is None else eval_windows,
+            batch_size,
+            bos,
+        )
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
+        variant += "" if effort == "default" else f"-{effort}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")
         shared = chosen_cache(folder, cache, no_cache)

@@ -337,16 +337,18 @@ def _training(shape: _Shape, job: Job) -> int:
 def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     """Bound the bytes on disk, by folder of the run."""
     weights = sum(spec.numel for spec in shape.specs)
-    # Of Grams, which are symmetric, one triangle is written.
-    outputs = sum(2 * spec.d_out * (spec.d_out + 1) for spec in shape.specs)
+    outputs = sum(_gram_bytes(spec.d_out) for spec in shape.specs)
     found: dict[str, int] = {}
     predicts = Reads.SURFACES in job.reads
     if job.sweeps or predicts or Reads.PROFILES in job.reads:
-        found["grams"] = sum(2 * specs[0].d_in * (specs[0].d_in + 1) for specs in shape.sites.values())
+        found["grams"] = sum(_gram_bytes(specs[0].d_in) for specs in shape.sites.values())
     if job.sweeps:
-        found["labels"] = outputs + shape.blocks * 2 * shape.width * (shape.width + 1)
+        found["labels"] = outputs + shape.blocks * _gram_bytes(shape.width)
     if predicts:
-        found["spans"] = 4 * sum((spec.d_out + spec.d_in + 1) * (spec.max_rank + 1) for spec in shape.specs)
+        # Directions in bfloat16; singular values and scalings in float32.
+        found["spans"] = sum(
+            2 * (spec.d_out + spec.d_in) * (spec.max_rank + 2) + 4 * spec.max_rank + HEADER for spec in shape.specs
+        )
     if job.anchors:
         found["anchors"] = sum(map(_anchor_bytes, shape.specs))
     elif _weighted(job):
@@ -362,10 +364,15 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     return found
 
 
+def _gram_bytes(side: int) -> int:
+    """Count the bytes of a Gram: a triangle of correlations in float16, and the diagonal in float32."""
+    return side * (side - 1) + 4 * side + HEADER
+
+
 def _anchor_bytes(spec: LayerSpec) -> int:
-    """Count the bytes of a layer's anchor solutions: values and factors in float32, and one bit per entry."""
+    """Count the bytes of a layer's anchor solutions: values and factors in bfloat16, and one bit per entry."""
     anchors = [anchor for row in Options.of(spec, spec.max_rank).anchors for anchor in row]
-    return sum(4 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)
+    return sum(2 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)
 
 
 def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.device) -> dict[str, float]:

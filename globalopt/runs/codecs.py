@@ -6,7 +6,6 @@ the wrong kind raises one of Python's own errors, which the caller (`runs.artefa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,15 +58,20 @@ def decode_target(words: Sequence[Any]) -> Target:
 
 
 def encode_gram(gram: Gram) -> tuple[Tensors, Metadata]:
-    """Encode a Gram: of a matrix that is symmetric to the last bit, as those of inputs are, its upper triangle.
+    """Encode a Gram: its diagonal, and the upper triangle of its correlations `g_ij / sqrt(g_ii g_jj)` in float16.
 
-    >>> tensors, metadata = encode_gram(Gram(torch.eye(2), 7))
-    >>> tensors["upper"], metadata
-    (tensor([1., 0., 1.]), {'tokens': 7})
+    The error of a correlation is at most 2^-12, which is far below any damping.
+
+    >>> tensors, metadata = encode_gram(Gram(torch.tensor([[4.0, 1.0], [1.0, 1.0]]), 7))
+    >>> tensors["diagonal"], tensors["correlations"], metadata
+    (tensor([4., 1.]), tensor([0.5000], dtype=torch.float16), {'tokens': 7})
     """
     matrix = gram.matrix
-    symmetric = torch.equal(matrix, matrix.mT)
-    return {"upper": pack_upper(matrix)} if symmetric else {"matrix": matrix}, {"tokens": gram.tokens}
+    if not torch.equal(matrix, matrix.mT):
+        return {"matrix": matrix}, {"tokens": gram.tokens}
+    diagonal = matrix.diagonal()
+    correlations = pack_upper(matrix / _scales(diagonal))
+    return {"diagonal": diagonal.clone(), "correlations": correlations.half()}, {"tokens": gram.tokens}
 
 
 def decode_gram(key: Any, tensors: Tensors, metadata: Metadata) -> Gram:
@@ -77,43 +81,55 @@ def decode_gram(key: Any, tensors: Tensors, metadata: Metadata) -> Gram:
     tensor([[1., 0.],
             [0., 1.]])
     """
-    matrix = tensors["matrix"] if "matrix" in tensors else unpack_upper(tensors["upper"])
+    if "matrix" in tensors:
+        return Gram(tensors["matrix"], metadata["tokens"])
+    diagonal = tensors["diagonal"]
+    matrix = unpack_upper(tensors["correlations"].to(diagonal.dtype), len(diagonal)).mul_(_scales(diagonal))
+    matrix.diagonal().copy_(diagonal)
     return Gram(matrix, metadata["tokens"])
 
 
+def _scales(diagonal: Tensor) -> Tensor:
+    """Compute `sqrt(g_ii g_jj)` (n, n) from a Gram's diagonal; where that is zero, and with it the whole row, 1."""
+    roots = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+    return torch.outer(roots, roots)
+
+
 def pack_upper(matrix: Tensor) -> Tensor:
-    """Pack the upper triangle of a symmetric matrix (n, n), row after row.
+    """Pack what is above the diagonal of a symmetric matrix (n, n), row after row.
 
     >>> pack_upper(torch.tensor([[1, 2], [2, 3]]))
-    tensor([1, 2, 3])
+    tensor([2])
     """
-    return torch.cat([row[i:] for i, row in enumerate(matrix)])
+    return torch.cat([row[i + 1 :] for i, row in enumerate(matrix)])
 
 
-def unpack_upper(packed: Tensor) -> Tensor:
-    """Unpack what `pack_upper` made of a symmetric matrix.
+def unpack_upper(packed: Tensor, n: int) -> Tensor:
+    """Unpack what `pack_upper` made of a symmetric matrix (n, n); its diagonal is zero.
 
-    >>> unpack_upper(torch.tensor([1, 2, 3]))
-    tensor([[1, 2],
-            [2, 3]])
+    >>> unpack_upper(torch.tensor([2]), 2)
+    tensor([[0, 2],
+            [2, 0]])
     """
-    n = math.isqrt(2 * len(packed))
-    if n * (n + 1) // 2 != len(packed):
-        raise ValueError(f"{len(packed)} entries are not the upper triangle of a matrix.")
-    matrix = packed.new_empty(n, n)
-    for i, row in enumerate(packed.split(list(range(n, 0, -1)))):
-        matrix[i, i:] = matrix[i:, i] = row
+    if n * (n - 1) // 2 != len(packed):
+        raise ValueError(f"{len(packed)} entries are not the upper triangle of a matrix of side {n}.")
+    matrix = packed.new_zeros(n, n)
+    for i, row in enumerate(packed.split(list(range(n - 1, -1, -1)))):
+        matrix[i, i + 1 :] = matrix[i + 1 :, i] = row
     return matrix
 
 
 def encode_span(basis: SpanBasis) -> tuple[Tensors, Metadata]:
-    """Encode the basis of a span; the rest of the span is computed from the weight.
+    """Encode the basis of a span, its directions in bfloat16; the rest of the span is computed from the weight.
+
+    That rest is what the rounded directions leave, so that a span adds up to its weight all the same.
 
     >>> one = torch.ones(2, 1)
     >>> encode_span(SpanBasis(one, torch.ones(1), one.mT, torch.ones(2), one, {"steps": 3.0}))[1]
     {'stats': {'steps': 3.0}}
     """
-    tensors = {"U": basis.U, "s": basis.s, "Vh": basis.Vh, "scale": basis.scale, "rows": basis.rows}
+    U, Vh = (part.to(torch.bfloat16) for part in (basis.U, basis.Vh))
+    tensors = {"U": U, "s": basis.s, "Vh": Vh, "scale": basis.scale, "rows": basis.rows}
     return tensors, {"stats": dict(basis.stats)}
 
 
@@ -124,7 +140,8 @@ def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SpanBa
     >>> decode_span(spec, *encode_span(SpanBasis(one, torch.ones(1), one.mT, torch.ones(2), one))).max_rank
     1
     """
-    return SpanBasis(**tensors, stats=metadata["stats"])
+    directions = {part: tensors[part].to(tensors["s"].dtype) for part in ("U", "Vh")}
+    return SpanBasis(**{**tensors, **directions}, stats=metadata["stats"])
 
 
 def pack(value: Decomposition) -> dict[str, Tensor]:
@@ -198,7 +215,7 @@ def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Solve
 def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
     """Encode anchor solutions, each packed, its parts under `part.number`.
 
-    All in float32, so that the residuals `W - S - U V` are the same bits after reading as before writing.
+    In the type that they have, so that the residuals `W - S - U V` are the same bits after reading as before writing.
 
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> tensors, metadata = encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))

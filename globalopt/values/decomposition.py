@@ -76,6 +76,11 @@ class Decomposition:
         signs = None if self.signs is None else self.signs.to(device)
         return Decomposition(self.S.to(device), self.U.to(device), self.V.to(device), signs)
 
+    def cast(self, dtype: torch.dtype) -> Decomposition:
+        """Return the decomposition with its parts rounded to `dtype`; in bfloat16 no nonzero becomes zero."""
+        signs = None if self.signs is None else self.signs.to(dtype)
+        return Decomposition(self.S.to(dtype), self.U.to(dtype), self.V.to(dtype), signs)
+
     def matvec(self, x: Tensor) -> Tensor:
         """Multiply inputs `x` (..., d_in) by the approximated weight, giving (..., d_out).
 

@@ -15,9 +15,8 @@ import pytest
 from allocators import ALLOCATORS
 from globalopt.analysis.corrections import ROUNDS
 from globalopt.errors import UsageError
-from globalopt.pipeline.options import RefineOptions, SearchOptions
+from globalopt.pipeline.options import PROBE_STEPS, RefineOptions, SearchOptions
 from globalopt.pipeline.plan import (
-    PROBE_STEPS,
     limits_record,
     method_record,
     probe_solver,

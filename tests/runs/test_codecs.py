@@ -78,6 +78,11 @@ def gram(size: int) -> Gram:
     return Gram(root @ root.mT, 7)
 
 
+def stored(gram: Gram) -> Gram:
+    """The Gram whose correlations have the precision that is stored."""
+    return decode_gram("in", *encode_gram(gram))
+
+
 def sparse(density: float = 0.5, dtype: torch.dtype = torch.float32) -> Tensor:
     values = random(4, 8, dtype=dtype)
     return values.where(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) < density, 0.0)
@@ -169,7 +174,7 @@ MATCHED = Matched(
 )
 
 EXAMPLES = {
-    "GRAM": Example("block.0.in", gram(8), "block.0.out", "upper"),
+    "GRAM": Example("block.0.in", stored(gram(8)), "block.0.out", "correlations"),
     "CURVES": Example(
         SPEC.name,
         LayerCurves(Curve(4, (1, 4), (THIRD, 0.25)), Curve(32, (1, 6, 32), (1.0, 0.25, 0.0))),
@@ -177,8 +182,8 @@ EXAMPLES = {
         "saliency",
     ),
     "PROFILE": Example(SPEC, Profile({3: THIRD, 10: 0.0}, 2.5), OTHER, "alpha"),
-    "OUTPUT_GRAM": Example(SPEC, gram(4), OTHER, "tokens"),
-    "BLOCK_OUTPUT_GRAM": Example(1, gram(8), 0, "upper"),
+    "OUTPUT_GRAM": Example(SPEC, stored(gram(4)), OTHER, "tokens"),
+    "BLOCK_OUTPUT_GRAM": Example(1, stored(gram(8)), 0, "correlations"),
     "METRIC_CHOICE": Example(
         SPEC,
         MetricChoice(
@@ -191,9 +196,9 @@ EXAMPLES = {
     "SPAN": Example(
         SPEC,
         SpanBasis(
-            random(4, 2),
+            random(4, 2, dtype=torch.bfloat16).float(),
             torch.tensor([2.0, THIRD]),
-            random(2, 8),
+            random(2, 8, dtype=torch.bfloat16).float(),
             random(8).abs() + 1,
             torch.ones(4, 1),
             {"k": 1.0},
@@ -411,20 +416,38 @@ def test_packed_parts_that_disagree_are_refused():
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
-def test_grams_survive_to_the_last_bit(size):
+def test_grams_are_stored_as_correlations_in_half_precision(size):
     matrix = gram(size).matrix
     matrix = (matrix + matrix.mT) / 2
     packed, facts = encode_gram(Gram(matrix, 7))
-    assert packed["upper"].numel() == size * (size + 1) // 2
-    assert torch.equal(decode_gram("in", packed, facts).matrix, matrix)
-    rounded = matrix.clone()
-    rounded[0, -1] *= 1 + 1e-6
-    assert torch.equal(decode_gram("in", *encode_gram(Gram(rounded, 7))).matrix, rounded)
+    assert packed["correlations"].numel() == size * (size - 1) // 2
+    assert packed["correlations"].dtype == torch.float16
+    found = decode_gram("in", packed, facts).matrix
+    assert torch.equal(found, found.mT)
+    assert torch.equal(found.diagonal(), matrix.diagonal())
+    roots = matrix.diagonal().sqrt()
+    assert float(((found - matrix) / roots / roots[:, None]).abs().max()) <= 2**-11
+    # Once rounded, nothing changes any more.
+    assert torch.equal(decode_gram("in", *encode_gram(Gram(found, 7))).matrix, found)
 
 
-def test_an_upper_triangle_of_no_size_is_broken():
+def test_a_gram_that_is_not_symmetric_survives_to_the_last_bit():
+    matrix = gram(8).matrix
+    matrix[0, -1] *= 1 + 1e-6
+    assert torch.equal(decode_gram("in", *encode_gram(Gram(matrix, 7))).matrix, matrix)
+
+
+def test_inputs_that_are_always_zero_stay_zero():
+    matrix = gram(4).matrix
+    matrix[1] = matrix[:, 1] = 0.0
+    found = decode_gram("in", *encode_gram(Gram(matrix, 7))).matrix
+    assert not bool(found[1].any())
+    assert torch.equal(found.diagonal(), matrix.diagonal())
+
+
+def test_an_upper_triangle_of_another_size_is_broken():
     with pytest.raises(ValueError, match="triangle"):
-        unpack_upper(torch.ones(4))
+        unpack_upper(torch.ones(4), 3)
 
 
 def test_targets_stay_in_model_order(work):
