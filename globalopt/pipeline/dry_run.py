@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from globalopt.analysis.collect import LABELLED
 from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
 from globalopt.analysis.grid import ANCHORS, Options
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
@@ -188,7 +189,7 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
     memory, lazy, in_files = _memory(shape, models, job)
     device = resolve_device(models.device)
     rate = timing.rate(device)
-    fit_seconds = timing.fit_seconds(job.solver, job.kept, device)
+    fit_seconds = timing.fit_seconds(job.solver, job.kept, device, _weighted(job))
     return DryRun(
         model=models.model or "reference",
         parameters=shape.parameters,
@@ -390,10 +391,11 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
     predicts, weighted = Reads.SURFACES in job.reads, _weighted(job)
     found: dict[str, float] = {}
-    probed = timing.fit_seconds(job.probe, job.kept, device) if weighted or job.anchors else 0.0
+    probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
     anchors = len([anchor for _, kept in ANCHORS for anchor in kept])
     if job.sweeps:
-        found["labels"] = 4 * forward(tokens) + grams + outputs
+        # A forward pass; on some of the batches another one, a backward pass, and the output Grams.
+        found["labels"] = forward(tokens) + grams + (3 * forward(tokens) + outputs) / LABELLED
     elif predicts or Reads.PROFILES in job.reads:
         found["grams"] = forward(tokens) + grams
     if Reads.PROFILES in job.reads:

@@ -31,12 +31,13 @@ def rate(device: torch.device) -> float:
     return 2 * PRODUCT**3 / _timed(lambda: one @ one)
 
 
-def fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
+def fit_seconds(solver: Solver, kept: float, device: torch.device, weighted: bool = False) -> float:
     """Measure the seconds of solving one layer of `SIDE` x `SIDE`; 0.0 if no such layer meets the budget.
 
     Args:
         solver: with a low-rank part, a tenth of the kept parameters is rank.
         kept: fraction kept.
+        weighted: whether there is an output Gram, with which a step may have several times as many products.
 
     >>> from solvers import get_solver
     >>> fit_seconds(get_solver("wanda"), 0.5, torch.device("cpu")) > 0
@@ -50,7 +51,7 @@ def fit_seconds(solver: Solver, kept: float, device: torch.device) -> float:
     if nnz >= numel:
         return 0.0
     target = Target(max(1, rank), max(0, nnz - 2 * SIDE), signs=True) if solver.signs else Target(rank, nnz)
-    weight, metric = _weight(device), Metric(_gram(device))
+    weight, metric = _weight(device), Metric(_gram(device), _gram(device) if weighted else None)
     try:
         return _timed(lambda: solver.solve(solver.prepare(weight, metric), target))
     except GlobalOptError:

@@ -159,11 +159,11 @@ def test_without_a_backward_sweep_nothing_is_weighted():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_probe_solver_weights_what_the_solver_does(name):
+def test_the_probe_solver_weights_rows_where_the_solver_weights_outputs(name):
     solver = get_solver(name)
     plan = resolve(SearchOptions(0.5, solver=name))
     assert plan.analysis.probe == probe_solver(solver)
-    assert plan.analysis.probe.outputs == solver.outputs
+    assert plan.analysis.probe.outputs == (Outputs.NONE if solver.outputs is Outputs.NONE else Outputs.ROWS)
     assert plan.analysis.weighted == (solver.outputs is not Outputs.NONE)
     assert resolve_refinement(RefineOptions(), solver, True, 0).metric_choices == plan.analysis.weighted
 
@@ -176,13 +176,14 @@ def test_a_solver_that_only_ranks_entries_probes_itself_and_is_compared_with_not
     assert (plan.probe == solver) == ranks
     assert plan.compared == (not ranks)
     if not ranks:
-        assert plan.probe == get_solver("3basil", {"steps": str(PROBE_STEPS), "outputs": str(solver.outputs)})
+        outputs = Outputs.NONE if solver.outputs is Outputs.NONE else Outputs.ROWS
+        assert plan.probe == get_solver("3basil", {"steps": str(PROBE_STEPS), "outputs": outputs})
     # Without anchors there is nothing to compare.
     assert not resolve(SearchOptions(0.5, solver=name, predict_from="span")).analysis.compared
 
 
 def test_the_probe_itself_is_compared_with_nothing():
-    options = {"steps": str(PROBE_STEPS), "outputs": "full"}
+    options = {"steps": str(PROBE_STEPS), "outputs": "rows"}
     assert not resolve(SearchOptions(0.5, solver="3basil", solver_options=options)).analysis.compared
     assert resolve(SearchOptions(0.5, solver="3basil")).analysis.compared
 
