@@ -18,7 +18,7 @@ from globalopt.values.layer import LayerSpec
 ANCHORS_VERSION = 3
 """Raised whenever anchor solutions change."""
 
-GAPS_VERSION = 2
+GAPS_VERSION = 3
 """Raised whenever solver gaps change."""
 
 

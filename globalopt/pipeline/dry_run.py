@@ -410,7 +410,7 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         # The dense model, the model with all layers replaced, forward and backward, and a few layers alone.
         found["metric"] = (5 + len(shape.specs) / 20) * forward(CHECKED_WINDOWS * window)
     if job.compared:
-        found["gap"] = (1 + len(ANCHORS[-1][1])) * fits(fit, sampled(shape.specs))
+        found["gap"] = anchors * fits(fit, sampled(shape.specs))
     if predicts:
         products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
         found["predict"] = (anchors if job.anchors else 1) * products / rate
