@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from globalopt.errors import UnknownNameError
 from globalopt.pipeline.options import PROBE_STEPS
@@ -43,8 +43,8 @@ class Effort:
         >>> EFFORTS["best"].solver_options("wanda", {})
         {}
         """
-        known = {field.name for field in fields(SOLVERS[solver])} if solver in SOLVERS else set()
-        return {"preset": self.preset, **given} if "preset" in known else {**given}
+        has_presets = solver in SOLVERS and hasattr(SOLVERS[solver], "preset")
+        return {"preset": self.preset, **given} if has_presets else {**given}
 
     def match_options(self, match: str, given: Mapping[str, str]) -> dict[str, str]:
         """Complete the options of block matching: its epochs, where blocks are matched and none are `given`.
