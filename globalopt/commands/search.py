@@ -34,6 +34,7 @@ from globalopt.commands.options import (
     Out,
     Quiet,
     RankMultiple,
+    SampleCount,
     Seed,
     Seqlen,
     Sequential,
@@ -140,6 +141,7 @@ def search(
     eval_windows: EvalWindows = 128,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
+    samples: SampleCount = 3,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -197,7 +199,9 @@ def search(
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos)
+        texts = TextOptions(
+            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
+        )
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"

@@ -31,6 +31,7 @@ from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
 from globalopt.kernels.top_kl import TOP
 from globalopt.machine.memory import WHOLE_COPIES, available, resident
 from globalopt.matching.training import Training
@@ -417,6 +418,8 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         if job.distillation is not None:
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
+        if texts.samples:
+            found["samples"] = 2 * forward(texts.samples * (PROMPT_TOKENS + NEW_TOKENS))
     return found
 
 
