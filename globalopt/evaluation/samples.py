@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from globalopt.evaluation.logits import takes
 from globalopt.models.streaming import lazy_blocks
 from globalopt.models.walk import context_length
 from globalopt.text.splits import Split
@@ -96,16 +96,13 @@ def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
     torch.Size([2, 4])
     """
     ids = prompts.to(model.device)
-    known = inspect.signature(model.forward).parameters
-    name = next((each for each in CACHE_NAMES if each in known), "")
-    # Code of a checkpoint is often written for the caches of another version of transformers.
-    caches = bool(name) and type(model).__module__.startswith("transformers.")
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    name = next((each for each in CACHE_NAMES if takes(model, each)), None)
+    last: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     cache: Cache | None = None
     for _ in range(new):
-        given = {} if cache is None else {name: cache}
-        output = model(input_ids=ids if cache is None else ids[:, -1:], use_cache=caches, **given, **last)
-        found = getattr(output, name, None) if caches else None
+        given = {} if cache is None or name is None else {name: cache}
+        output = model(input_ids=ids[:, -1:] if given else ids, use_cache=name is not None, **given, **last)
+        found = None if name is None else getattr(output, name, None)
         cache = found if isinstance(found, Cache) else None
         token = output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, token.to(ids.device)], 1)
