@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.serving_limits import get_profile
+from globalopt.evaluation.samples import PROMPTS
 from globalopt.models.loading import load_model
 from globalopt.pipeline.compress import compress as run_compress
 from globalopt.pipeline.effort import get_effort
@@ -99,6 +100,7 @@ def search(
     eval_windows: int | None = None,
     batch_size: int = 8,
     bos: str = "auto",
+    samples: int = PROMPTS,
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -116,7 +118,7 @@ def search(
             dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
         accounting, pattern, serving_profile, rank_multiple, sensitivity, effort, search_tokens, correct, nsamples,
-            seqlen, eval_windows, batch_size, bos, seed: as the options of `globalopt search`.
+            seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -163,6 +165,7 @@ def search(
         eval_windows=level.eval_windows if eval_windows is None else eval_windows,
         batch_size=batch_size,
         bos=bos,
+        samples=samples,
     )
     reporter = Reporter(_progress(progress))
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
@@ -187,6 +190,7 @@ def compress(
     eval_windows: int = 128,
     batch_size: int = 8,
     bos: str = "auto",
+    samples: int = PROMPTS,
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -199,8 +203,8 @@ def compress(
         budget: path of a budget file, or `Compressed.budget` as `search` returns it.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
-        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, bos, seed,
-            out, fresh, cache, progress: as in `search`.
+        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, bos,
+            samples, seed, out, fresh, cache, progress: as in `search`.
     Raises:
         GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
 
@@ -219,7 +223,7 @@ def compress(
     check_word("sensitivity", sensitivity, SENSITIVITIES)
     chosen = get_solver(solver, _texts(solver_options)) if isinstance(solver, str) else solver
     plan = resolve_refinement(refining, chosen, fisher=sensitivity != "none", seed=seed)
-    texts = TextOptions(nsamples=nsamples, seqlen=seqlen, eval_windows=eval_windows, batch_size=batch_size, bos=bos)
+    texts = TextOptions(None, None, None, nsamples, seqlen, eval_windows, batch_size, bos, samples)
     reporter = Reporter(_progress(progress))
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:

@@ -33,6 +33,7 @@ from globalopt.commands.options import (
     Nsamples,
     Out,
     Quiet,
+    SampleCount,
     Seed,
     Seqlen,
     Sequential,
@@ -75,6 +76,7 @@ def compress(
     eval_windows: EvalWindows = 128,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
+    samples: SampleCount = 3,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -110,7 +112,9 @@ def compress(
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
-        texts = TextOptions(calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos)
+        texts = TextOptions(
+            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
+        )
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)

@@ -94,6 +94,14 @@ Bos = Annotated[
 EvalWindows = Annotated[
     int, typer.Option(help="Largest number of windows in each of the selection, validation and test parts.")
 ]
+SampleCount = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        help="Number of texts that both models go on with, after the evaluation, for the report; 0 writes none.",
+        min=0,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Number of windows per forward pass.", max=2**20)]
 Seed = Annotated[
     int,

@@ -32,6 +32,7 @@ from globalopt.commands.options import (
     Out,
     Quiet,
     RankMultiple,
+    SampleCount,
     Seed,
     Seqlen,
     Sequential,
@@ -157,6 +158,7 @@ def search(
     ] = None,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
+    samples: SampleCount = 3,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -226,6 +228,7 @@ def search(
             level.eval_windows if eval_windows is None else eval_windows,
             batch_size,
             bos,
+            samples,
         )
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
+from globalopt.evaluation.logits import in_parts, logits_at
 from globalopt.models.layers import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
@@ -23,14 +25,18 @@ if TYPE_CHECKING:
 VERSION = 1
 """Raised whenever the figures of a model change."""
 
-LOGITS_AT_ONCE = 2**28
-"""Most logits a model may return at once; for large vocabularies, batches are smaller than requested."""
+LOGITS_AT_ONCE = 2**25
+"""Most logits held of a model that returns those of all positions; batches are smaller than requested then."""
 
 LAZY_LOGITS_AT_ONCE = 2**24
 """The same for lazily loaded models, which are those that do not fit in memory."""
 
 SOFTMAX_AT_ONCE = 2**22
-"""Logits turned into float32 log probabilities at once."""
+"""Logits turned into float32 log probabilities at once, and computed at once where a model gives them in parts."""
+
+
+LogitsAt = Callable[[slice], Tensor]
+"""A function from positions of a batch of windows to their logits (b, positions, vocabulary)."""
 
 
 def evaluate(
@@ -50,13 +56,14 @@ def evaluate(
         kl  = mean over the same positions of sum_v q(v) (log q(v) - log p(v))
 
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
-    into evaluation mode; they may be on different devices. A lazily loaded model is run block by block, all windows
-    through one block before the next.
+    into evaluation mode; they may be on different devices. Logits of both are computed for a few positions of a batch
+    at a time, where the models allow it (`logits_at`). A lazily loaded model is run block by block, all windows through
+    one block before the next.
 
     Args:
         split: at least 2 windows.
         dense: the model before compression, with the same vocabulary; without it there is no KL.
-        batch_size: most windows at once; fewer where the vocabulary is large (`LOGITS_AT_ONCE`).
+        batch_size: most windows at once; fewer where all logits of a batch are held (`LOGITS_AT_ONCE`).
         advance: called once per window with the perplexity so far, as text.
         scratch: folder of files for the hidden states of lazily loaded models; None: they are held in memory.
     Raises:
@@ -132,21 +139,18 @@ def _measure(
         dense.eval()
 
     nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-    short = any(one is not None and lazy_blocks(one) is not None for one in (model, dense))
-    at_once = LAZY_LOGITS_AT_ONCE if short else LOGITS_AT_ONCE
-    rows = max(1, min(batch_size, at_once // (seqlen * vocabulary)))
+    rows = min(batch_size, *(_rows(one, seqlen) for one in (model, dense) if one is not None))
     batches = split.windows.split(rows)
     logits_of = _logits_of(model, batches, scratch)
     dense_logits_of = None if dense is None else _logits_of(dense, batches, scratch)
     for number, windows in enumerate(batches):
-        first = number * rows
-        logits = logits_of(number)
+        batch = slice(number * rows, number * rows + len(windows))
         dense_logits = None if dense_logits_of is None else dense_logits_of(number)
-        for i, window in enumerate(windows, first):
-            reference = None if dense_logits is None else dense_logits[i - first]
-            where = f"{split.name} window {i}"
-            nll[i], dense_nll[i], kl[i] = _window_means(logits[i - first], reference, window, split.given, where)
-            if advance is not None:
+        nll[batch], dense_nll[batch], kl[batch] = _window_means(
+            logits_of(number), dense_logits, windows, split.given, vocabulary, f"{split.name} window", batch.start
+        )
+        if advance is not None:
+            for i in range(batch.start, batch.stop):
                 advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
     measured = _metrics(model, split, nll, None if dense is None else kl)
     losses = WindowLosses(split.name, split.sha256, *(tuple(means.tolist()) for means in (nll, dense_nll, kl)))
@@ -176,54 +180,75 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], Tensor]:
-    """Return a function from the number of a batch to its logits (n, T - 1, vocabulary), but for the last position."""
+def _rows(model: PreTrainedModel, seqlen: int) -> int:
+    """Return the most windows of a batch of which the logits that are held at once have room."""
+    lazy = lazy_blocks(model) is not None
+    if not lazy and in_parts(model):
+        return sys.maxsize
+    at_once = LAZY_LOGITS_AT_ONCE if lazy else LOGITS_AT_ONCE
+    return max(1, at_once // (seqlen * _vocabulary(model)))
+
+
+def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], LogitsAt]:
+    """Return a function from the number of a batch to its logits."""
     if lazy_blocks(model) is None:
-        return lambda number: model(input_ids=batches[number].to(model.device), use_cache=False).logits[:, :-1]
+        return lambda number: logits_at(model, batches[number])
     runner = BlockRunner(find_blocks(model), [Batch(windows) for windows in batches], scratch)
     hidden: list[Tensor] = []
     for visit in walk_blocks(runner):
         hidden = visit.outputs()
-    return lambda number: runner.logits(number, hidden[number])[:, :-1]
+
+    def whole(number: int) -> LogitsAt:
+        logits = runner.logits(number, hidden[number])
+        return lambda positions: logits[:, positions]
+
+    return whole
 
 
 def _window_means(
-    logits: Tensor, dense: Tensor | None, window: Tensor, given: int, where: str
-) -> tuple[float, float, float]:
-    """Average over the positions of a window: the losses of model and dense model, and KL(dense || model).
+    logits: LogitsAt,
+    dense: LogitsAt | None,
+    windows: Tensor,
+    given: int,
+    vocabulary: int,
+    where: str,
+    first: int,
+) -> Tensor:
+    """Average over the positions of every window: the losses of model and dense model, and KL(dense || model).
 
     Args:
-        logits, dense: (T - 1, vocabulary), on any device; without `dense` the last two means are 0.
-        window: (T,) token ids.
-        given: how many of its first tokens are not predicted.
-        where: the window, for messages.
+        logits, dense: of a batch of windows, on any device; without `dense` the last two means are 0.
+        windows: (b, T) token ids.
+        given: how many tokens at the beginning of a window are not predicted.
+        where: what a window is, for messages. first: the number of the first one.
+    Returns:
+        (3, b) float64.
     """
-    logits, dense = logits[given - 1 :], None if dense is None else dense[given - 1 :]
-    labels = window[given:].to(logits.device)
-    nll = dense_nll = kl = 0.0
-    for positions in _chunks(len(logits), logits.shape[1]):
-        log_p = _log_softmax(logits[positions], where)
-        at = labels[positions, None]
+    count, seqlen = windows.shape
+    sums = torch.zeros(3, count, dtype=torch.float64)
+    step = max(1, SOFTMAX_AT_ONCE // (count * vocabulary))
+    for start in range(given - 1, seqlen - 1, step):
+        positions = slice(start, min(start + step, seqlen - 1))
+        log_p = _log_softmax(logits(positions), where, first, "")
+        at = windows[:, positions.start + 1 : positions.stop + 1, None].to(log_p.device)
         # Summed on the CPU: not every accelerator has float64.
-        nll -= log_p.gather(1, at).cpu().double().sum().item()
+        sums[0] -= log_p.gather(2, at).cpu().double().sum((1, 2))
         if dense is not None:
-            log_q = _log_softmax(dense[positions], f"{where} of the dense model").to(log_p.device)
-            dense_nll -= log_q.gather(1, at).cpu().double().sum().item()
-            kl += (log_q.exp() * (log_q - log_p)).sum(1).cpu().double().sum().item()
-    return nll / len(logits), dense_nll / len(logits), kl / len(logits)
+            log_q = _log_softmax(dense(positions), where, first, " of the dense model").to(log_p.device)
+            sums[1] -= log_q.gather(2, at).cpu().double().sum((1, 2))
+            sums[2] += (log_q.exp() * log_q.sub_(log_p)).sum(2).cpu().double().sum(1)
+    return sums / (seqlen - given)
 
 
-def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """Split positions so that few logits are in float32 at once."""
-    step = max(1, SOFTMAX_AT_ONCE // vocabulary)
-    return (slice(first, first + step) for first in range(0, positions, step))
-
-
-def _log_softmax(logits: Tensor, where: str) -> Tensor:
-    """Compute log probabilities in float32; `NumericalError` naming the place `where` a logit is not finite."""
-    if not torch.isfinite(logits).all():
-        raise NumericalError(f"The logits of {where} are not finite; a weight is broken, or --dtype is too narrow.")
-    return logits.float().log_softmax(1)
+def _log_softmax(logits: Tensor, where: str, first: int, whose: str) -> Tensor:
+    """Compute log probabilities in float32; `NumericalError` naming the window of which a logit is not finite."""
+    # An extremum of finite numbers is finite, and takes no memory for a mask.
+    if not torch.isfinite(torch.stack(logits.aminmax())).all():
+        window = first + int((~torch.isfinite(logits)).flatten(1).any(1).nonzero()[0])
+        raise NumericalError(
+            f"The logits of {where} {window}{whose} are not finite; a weight is broken, or --dtype is too narrow."
+        )
+    return logits.float().log_softmax(2)
 
 
 def _perplexity(nll: Tensor) -> float:

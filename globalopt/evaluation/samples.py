@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from globalopt.evaluation.logits import takes
 from globalopt.models.streaming import lazy_blocks
 from globalopt.models.walk import context_length
 from globalopt.text.splits import Split
@@ -15,9 +19,17 @@ PROMPTS = 3
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Argument of a model that takes its cache, and field of the output that holds it, the newer name first."""
+
 
 def write_samples(
-    dense: PreTrainedModel, compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    count: int = PROMPTS,
+    advance: Callable[[str], None] = lambda detail: None,
 ) -> Samples:
     """Continue the beginnings of the first windows of a split with both models, by greedy decoding.
 
@@ -27,6 +39,8 @@ def write_samples(
 
     Args:
         dense, compressed: in evaluation mode.
+        count: number of prompts, at least 1; fewer where the split has fewer windows.
+        advance: called once per model, with its name.
 
     >>> from transformers import AutoTokenizer
     >>> from globalopt.models.loading import reference_folder
@@ -44,8 +58,11 @@ def write_samples(
     new = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - prompt)
     if min(prompt, new) < 1:
         return _none(split, f"the model has {positions} positions, too few to go on with a prompt")
-    prompts = split.windows[:PROMPTS, :prompt]
-    written = [continued(model, prompts, new) for model in (dense, compressed)]
+    prompts = split.windows[:count, :prompt]
+    written = []
+    for name, model in (("dense", dense), ("compressed", compressed)):
+        written.append(continued(model, prompts, new))
+        advance(name)
     samples = []
     try:
         for start, one, other in zip(prompts, *written, strict=True):
@@ -71,15 +88,23 @@ def _none(split: Split, why: str) -> Samples:
 def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
     """Continue `prompts` (n, t) by greedy decoding: (n, new) token ids on the CPU, past any end-of-text token.
 
-    Without a cache, which not every model has; for so few tokens it would save little.
+    Keys and values of earlier tokens are cached where the model is a class of transformers that returns a cache of
+    them; other models (code that came with a checkpoint, recurrent models) read all tokens again for each new one.
 
     >>> from globalopt.reference.tiny import tiny_llama
     >>> continued(tiny_llama(), torch.tensor([[1, 2, 3], [4, 5, 6]]), new=4).shape
     torch.Size([2, 4])
     """
     ids = prompts.to(model.device)
+    name = next((each for each in CACHE_NAMES if takes(model, each)), None)
+    last: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    cache: Cache | None = None
     for _ in range(new):
-        token = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+        given = {} if cache is None or name is None else {name: cache}
+        output = model(input_ids=ids[:, -1:] if given else ids, use_cache=name is not None, **given, **last)
+        found = None if name is None else getattr(output, name, None)
+        cache = found if isinstance(found, Cache) else None
+        token = output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, token.to(ids.device)], 1)
     return ids[:, prompts.shape[1] :].cpu()
 

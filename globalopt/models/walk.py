@@ -168,7 +168,7 @@ class BlockRunner:
             """Interrupt the forward pass at the first block."""
             raise _Stop(_Call.split(args, kwargs)[0])
 
-        with torch.no_grad(), _stand_ins([self.layers.blocks[0]], lambda _: stop):
+        with torch.no_grad(), stand_ins([self.layers.blocks[0]], lambda _: stop):
             return self._interrupted(i)
 
     def keep(self, hidden: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class BlockRunner:
                 return lambda *args, **kwargs: output
             return lambda *args, **kwargs: self._as_output(_Call.split(args, kwargs)[0])
 
-        with _stand_ins(self.layers.blocks, stand_in):
+        with stand_ins(self.layers.blocks, stand_in):
             return self._forward(i).logits
 
     def _check_batches(self) -> None:
@@ -288,7 +288,7 @@ class BlockRunner:
 
             return record
 
-        with _stand_ins(blocks, stand_in):
+        with stand_ins(blocks, stand_in):
             self._interrupted(i)
         return calls
 
@@ -555,10 +555,16 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, 
 
 
 @contextmanager
-def _stand_ins(
+def stand_ins(
     blocks: Sequence[nn.Module] | nn.ModuleList, stand_in: Callable[[int], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replace `forward` of `blocks[k]` by `stand_in(k)` while the context is open; other attributes stay readable."""
+    """Replace `forward` of `blocks[k]` by `stand_in(k)` while the context is open; other attributes stay readable.
+
+    >>> block = nn.Linear(2, 2)
+    >>> with stand_ins([block], lambda index: lambda x: x + 1):
+    ...     block(torch.zeros(2))
+    tensor([1., 1.])
+    """
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):

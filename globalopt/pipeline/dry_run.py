@@ -31,7 +31,9 @@ from globalopt.analysis.grid import ANCHORS, Options
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
+from globalopt.evaluation.logits import in_parts
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
+from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
 from globalopt.kernels.top_kl import TOP
 from globalopt.machine.memory import WHOLE_COPIES, available, resident
 from globalopt.matching.training import Training
@@ -221,6 +223,7 @@ class _Shape:
     vocabulary: int
     computed: int
     stored: int
+    parts: bool
     texts: TextOptions
 
     @classmethod
@@ -240,6 +243,7 @@ class _Shape:
             vocabulary=model.config.get_text_config(decoder=True).vocab_size,
             computed=(dtype_of(model) if on_cpu or models.dtype != "auto" else structure.stored).itemsize,
             stored=structure.stored.itemsize,
+            parts=in_parts(model),
             texts=texts,
         )
 
@@ -299,7 +303,8 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
     at_once = LAZY_LOGITS_AT_ONCE if lazy else LOGITS_AT_ONCE
     rows = max(1, min(shape.texts.batch_size, at_once // window))
     # Log probabilities of both models, their exponentials, differences and products.
-    evaluation = 2 * rows * window * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
+    held = min(SOFTMAX_AT_ONCE, shape.texts.batch_size * window) if shape.parts and not lazy else rows * window
+    evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
     labels = LABEL_COPIES * 4 * min(shape.texts.batch_size, shape.texts.nsamples) * window if job.sweeps else 0
     head = shape.vocabulary * shape.width * shape.computed if lazy and shape.stored < shape.computed else 0
     return max(evaluation, labels) + head
@@ -426,6 +431,8 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
         if job.distillation is not None:
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
+        if texts.samples:
+            found["samples"] = 2 * forward(texts.samples * (PROMPT_TOKENS + NEW_TOKENS))
     return found
 
 

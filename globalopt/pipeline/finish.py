@@ -175,9 +175,11 @@ def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tupl
             )
             for split in splits
         ]
-        written = write_samples(original, saved.model, saved.tokenizer, session.splits.validation)
     run.put(WINDOWS, None, tuple(losses))
-    run.put(SAMPLES, None, written)
+    if count := session.text_options.samples:
+        with reporter.stage("samples", 2, "models") as advance:
+            written = write_samples(original, saved.model, saved.tokenizer, splits[0], count, advance)
+        run.put(SAMPLES, None, written)
     return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
 
 

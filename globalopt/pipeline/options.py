@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from globalopt.analysis.spans import SCALINGS
 from globalopt.budgets.serving_limits import get_profile, limits_of
 from globalopt.errors import UsageError
+from globalopt.evaluation.samples import PROMPTS
 from globalopt.machine.memory import parse_size
 from globalopt.matching.block import Loss, Matching
 from globalopt.matching.model import Distillation
@@ -149,6 +150,10 @@ class ModelOptions:
         return None if self.max_memory is None else parse_size(self.max_memory)
 
 
+LEAST = {"nsamples": 1, "seqlen": 2, "eval_windows": 1, "batch_size": 1, "samples": 0}
+"""The least value of every number of `TextOptions`."""
+
+
 @dataclass(frozen=True)
 class TextOptions:
     """Hold the options of the text and of its windows.
@@ -162,6 +167,7 @@ class TextOptions:
         eval_windows: windows of validation, and of test.
         batch_size: windows of a forward pass.
         bos: whether every window begins as the tokenizer begins a text: one of `BOS_CHOICES`.
+        samples: prompts that both models go on with, after the evaluation; 0 writes no text.
     Raises:
         UsageError: a number is too small.
 
@@ -178,11 +184,11 @@ class TextOptions:
     eval_windows: int = 128
     batch_size: int = 8
     bos: str = "auto"
+    samples: int = PROMPTS
 
     def __post_init__(self) -> None:
         check_word("bos", self.bos, BOS_CHOICES)
-        for name in ("nsamples", "seqlen", "eval_windows", "batch_size"):
-            least = 2 if name == "seqlen" else 1
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must be at least {least}; got {getattr(self, name)}.")

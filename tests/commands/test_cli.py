@@ -398,7 +398,7 @@ def test_a_process_reports_on_stdout_and_progresses_on_stderr(tiny_search, tiny_
     assert "Allocation by kind" in made.stdout
     assert made.stdout.isascii()
     steps = made.stderr.splitlines()
-    stages = ("load", "labels", "span", "predict", "correct", "search", "refine", "save", "evaluate")
+    stages = ("load", "labels", "span", "predict", "correct", "search", "refine", "save", "evaluate", "samples")
     assert [line.split()[0] for line in steps if " done " in line] == list(stages)
     # Nothing of the libraries' own chatter.
     assert all(line.split()[0] in stages for line in steps)

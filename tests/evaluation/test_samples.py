@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, continued, write_samples
 from globalopt.models.loading import load_model
 from globalopt.runs.artefacts import SAMPLES
 from globalopt.runs.folder import Run
 from globalopt.text.splits import Split
+from tests.families import COVERED, family_model
 from tests.tiny_models import COVERED_KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
 
@@ -29,6 +32,53 @@ def test_models_go_on_as_transformers_lets_them(kind):
     with torch.no_grad():
         expected = model.generate(prompts, attention_mask=torch.ones_like(prompts))  # pyright: ignore[reportCallIssue]
     assert torch.equal(continued(model, prompts, 6), expected[:, 9:])
+
+
+@pytest.mark.parametrize("kind", COVERED)
+@torch.no_grad()
+def test_the_cache_changes_no_token(kind: str) -> None:
+    model, ids = family_model(kind).eval(), tiny_ids(2, 9)
+    found = continued(model, ids, 8)
+    for _ in range(8):
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, ids[:, 9:])
+
+
+def test_with_a_cache_every_token_is_read_once_and_only_the_last_has_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, logits = tiny_model("llama"), [], []
+    forward: Any = LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def counting(self: LlamaForCausalLM, input_ids: Any, **rest: Any) -> Any:
+        output = forward(self, input_ids=input_ids, **rest)
+        read.append(input_ids.shape[1])
+        logits.append(output.logits.shape[1])
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
+    continued(model, tiny_ids(2, 9), 4)
+    assert (read, logits) == ([9, 1, 1, 1], [1, 1, 1, 1])
+
+
+def test_code_that_came_with_a_model_reads_all_tokens_again() -> None:
+    class Foreign(LlamaForCausalLM):
+        """Refuse a cache, as code for an older transformers may by an error of any kind."""
+
+        def forward(self, input_ids: Any = None, **rest: Any) -> Any:
+            assert not rest.get("use_cache")
+            assert "past_key_values" not in rest
+            return super().forward(input_ids=input_ids, **rest)
+
+    model: Any = tiny_model("llama")
+    foreign = Foreign(model.config).eval()
+    foreign.load_state_dict(model.state_dict())
+    assert torch.equal(continued(foreign, tiny_ids(2, 9), 4), continued(model, tiny_ids(2, 9), 4))
+
+
+def test_their_number_is_chosen_and_every_model_is_told_of() -> None:
+    model, told = tiny_model("llama"), []
+    found = write_samples(model, model, tiny_tokenizer(), split(), 1, told.append)
+    assert (len(found.samples), told) == (1, ["dense", "compressed"])
 
 
 def test_samples_are_prompts_and_what_both_models_make_of_them():

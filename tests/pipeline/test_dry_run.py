@@ -61,7 +61,7 @@ def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Pat
     folders = {"grams", "labels", "spans", "anchors", "layers", "matched", "model"}
     assert set(record["disk"]) == folders
     stages = {"labels", "span", "anchors", "metric", "gap", "predict", "correct", "search"}
-    assert set(record["seconds"]) == stages | {"refine", "match blocks", "evaluate"}
+    assert set(record["seconds"]) == stages | {"refine", "match blocks", "evaluate", "samples"}
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert contents(tmp_path) == before
 
@@ -93,7 +93,7 @@ def test_disk_is_not_more_than_was_said(model: Path, tmp_path: Path) -> None:
     words = ("compress", model, *file, "--calibration", text, "--out", tmp_path / "again", "--dry-run", "--json")
     again = json.loads(done(*words, "--solver", "wanda", "--match", "none").stdout)
     assert set(again["disk"]) == {"layers", "model"}
-    assert set(again["seconds"]) == {"refine", "evaluate"}
+    assert set(again["seconds"]) == {"refine", "evaluate", "samples"}
     assert "labels" in json.loads(done(*words, "--solver", "hassle-free", "--match", "none").stdout)["disk"]
     matched = json.loads(done(*words, "--solver", "wanda", "--match", "model").stdout)
     assert {"labels", "match blocks", "match model"} <= set(matched["seconds"])
@@ -120,7 +120,7 @@ def test_only_what_allocator_and_solver_read_is_estimated(allocator: str, model:
     for solver, expected in zip(("3basil", "wanda"), STAGES[allocator], strict=True):
         words = ("search", model, "--out", tmp_path / "run", *WINDOWS, "--dry-run", "--json", "--match", "none")
         record = json.loads(done(*words, "--solver", solver, "--allocator", allocator).stdout)
-        assert set(record["seconds"]) == expected | {"refine", "evaluate"}, solver
+        assert set(record["seconds"]) == expected | {"refine", "evaluate", "samples"}, solver
         assert ("anchors" in record["disk"]) == ("anchors" in expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_default_effort_is_the_defaults_of_all_options():
 def test_no_setting_falls_from_one_level_to_the_next():
     numbers = [field.name for field in fields(EFFORTS["best"]) if field.name not in ("allocator", "preset")]
     levels = [EFFORTS[name] for name in ("quick", "default", "best")]
-    for one, next_one in zip(levels, levels[1:], strict=False):
+    for one, next_one in itertools.pairwise(levels):
         assert all(getattr(one, name) <= getattr(next_one, name) for name in numbers)
     steps = [get_solver("3basil", level.solver_options("3basil", {})) for level in levels]
     assert [solver.preset for solver in steps] == ["fast", "default", "best"]  # type: ignore[attr-defined]
