@@ -5,7 +5,7 @@ weights) and two timings on this machine, of a matrix product and of the solver 
 tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which P_out lie outside
 the blocks:
 
-    peak    = this process now + weights + hidden states + the largest of the stages
+    peak    = this process + weights + hidden states + the largest of the stages
     weights = 3 b P if the model fits in memory (the changed model, the original, the saved one); else b times the
               parameters of the largest block, and P_out in the type that they are stored in
     states  = b T h (L + 1) if a backward sweep needs those of all blocks, else 2 b T h; 0 if they are kept in files
@@ -30,7 +30,7 @@ from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
 from globalopt.analysis.grid import ANCHORS, Options
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
-from globalopt.analysis.solver_gap import sampled
+from globalopt.analysis.solver_gap import TOGETHER, sampled
 from globalopt.evaluation.logits import in_parts
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
@@ -52,6 +52,9 @@ from globalopt.values.results import DryRun
 
 WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (12, 5)}
 """Copies of a site's weights and of its Gram, in float32, that a solver holds at once, by what it needs."""
+
+LIBRARIES = 100 * 2**20
+"""Bytes of libraries that are loaded later in a run, and of what is freed and not given back."""
 
 LABEL_COPIES = 5
 """Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
@@ -273,14 +276,14 @@ def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, in
     narrow = min(shape.stored, shape.computed)
     weights = shape.outside * narrow + shape.block * shape.computed if lazy else whole
     stages = {
-        "Grams and solver": _largest_fit(shape, job),
+        "Grams and solver": max(_largest_fit(shape, job), _comparison(shape, job)),
         "logits": _logits(shape, job, lazy),
         "candidates": _candidates(shape, job, lazy),
         "matching": _training(shape, job),
     }
     largest = max(stages, key=lambda name: stages[name])
     states = every if job.sweeps else 2 * row
-    memory = {"this process now": here, "weights": weights, "hidden states": 0 if in_files else states}
+    memory = {"this process": here + LIBRARIES, "weights": weights, "hidden states": 0 if in_files else states}
     return {**memory, largest: stages[largest]}, lazy, in_files
 
 
@@ -295,6 +298,23 @@ def _largest_fit(shape: _Shape, job: Job) -> int:
         outputs = max(4 * spec.d_out**2 for spec in specs) if job.sweeps else 0
         most = max(most, weights * 4 * sum(spec.numel for spec in specs) + grams * gram + 2 * outputs, 2 * gram)
     return max(held.values()) + most
+
+
+def _comparison(shape: _Shape, job: Job) -> int:
+    """Estimate the bytes that the solver holds while it is compared with the probe, at several targets at once."""
+    if not job.compared:
+        return 0
+    weights, grams = WORKING[job.solver.needs]
+    found = 0
+    for spec in sampled(shape.specs):
+        together = max(1, min(_anchor_count(), TOGETHER // spec.numel))
+        found = max(found, 4 * (weights * together * spec.numel + grams * (spec.d_in**2 + spec.d_out**2)))
+    return found
+
+
+def _anchor_count() -> int:
+    """Count the anchors of a layer."""
+    return len([anchor for _, kept in ANCHORS for anchor in kept])
 
 
 def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
@@ -317,7 +337,7 @@ def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
         return 0
     weights, part = sum(4 * spec.numel for spec in shape.specs), LAZY_SHARE if lazy else 1
     # Residuals in bfloat16, and the spans.
-    anchors = len([anchor for _, kept in ANCHORS for anchor in kept])
+    anchors = _anchor_count()
     fits = 2 * min(ANCHORS_AT_ONCE // part, anchors * weights // 2) if job.rounds or job.search_tokens else 0
     return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
@@ -397,7 +417,7 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     predicts, weighted = Reads.SURFACES in job.reads, _weighted(job)
     found: dict[str, float] = {}
     probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
-    anchors = len([anchor for _, kept in ANCHORS for anchor in kept])
+    anchors = _anchor_count()
     if job.sweeps:
         # A forward pass; on some of the batches another one, a backward pass, and the output Grams.
         found["labels"] = forward(tokens) + grams + (3 * forward(tokens) + outputs) / LABELLED

@@ -60,7 +60,7 @@ def test_a_search_is_described_and_nothing_is_written(model: Path, tmp_path: Pat
     assert record["disk_bytes"] == sum(record["disk"].values())
     folders = {"grams", "labels", "spans", "anchors", "layers", "matched", "model"}
     assert set(record["disk"]) == folders
-    stages = {"labels", "span", "anchors", "metric", "gap", "predict", "correct", "search"}
+    stages = {"labels", "span", "anchors", "metric", "gap", "predict", "correct"}
     assert set(record["seconds"]) == stages | {"refine", "match blocks", "evaluate", "samples"}
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert contents(tmp_path) == before
