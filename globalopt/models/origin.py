@@ -48,7 +48,7 @@ _OF_WEIGHTS = (
 )
 """JSON files that describe the weights or their training: they do not hold for other weights."""
 
-_NOT_KEPT = ("quantization_config", "_name_or_path", "transformers_version")
+_NOT_KEPT = ("quantization_config", "transformers_weights", "_name_or_path", "transformers_version")
 """Fields of a config that are about the file as it was, not about the model."""
 
 
