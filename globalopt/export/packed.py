@@ -53,6 +53,7 @@ def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> N
         model.save_pretrained(staging)
         # The seal is of the generation config as transformers writes it.
         keep_side_files(staging, source.run.saved_model, None, skip=GENERATION_CONFIG)
+        source.write_card(staging, "packed")
 
 
 def packed_model(source: Source) -> PreTrainedModel:

@@ -40,6 +40,7 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _SIDE_FILES = ("*.json", "*.jinja", "*.py", "LICENSE*", "NOTICE*", *_TOKENIZER_FILES)
 _OF_WEIGHTS = (
     CONFIG,
+    "budget.json",
     "*.index.json",
     "adapter_config.json",
     "quant*_config.json",
@@ -79,7 +80,8 @@ def origin_of(name: str | Path) -> Path | None:
         return None
     # Without the network, the files that were fetched before are all there is.
     with contextlib.suppress(OSError, ValueError):
-        snapshot_download(str(name), revision=snapshot.name, allow_patterns=list(_SIDE_FILES))
+        # The card is read for the licence; it is not copied.
+        snapshot_download(str(name), revision=snapshot.name, allow_patterns=[*_SIDE_FILES, "README.md"])
     return snapshot
 
 
