@@ -108,7 +108,8 @@ def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ten
 def _lora_config(ranks: Mapping[str, int], transposed: bool, base: Path = Path(BASE)) -> LoraConfig:
     """Make the adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
 
-    Where all ranks are equal there are no patterns. Layers of one rank share a pattern: PEFT matches every pattern against every module, and `re` caches few.
+    Where all ranks are equal there are no patterns. Layers of one rank share a pattern: PEFT matches every pattern
+    against every module, and `re` caches few.
 
     Args:
         ranks: by layer name.

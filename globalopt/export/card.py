@@ -180,4 +180,5 @@ def _line(dense: Metrics, compressed: Metrics) -> str:
     """Make the row of one split."""
     error = "" if compressed.kl_stderr is None else f" ± {compressed.kl_stderr:.2g}"
     kl = "not measured" if compressed.kl is None else f"{compressed.kl:.3g}{error}"
-    return f"| {compressed.split} | {dense.perplexity:.4g} | {compressed.perplexity:.4g} | {kl} |"
+    before, after = (f"{each.perplexity:#.4g}".rstrip(".") for each in (dense, compressed))
+    return f"| {compressed.split} | {before} | {after} | {kl} |"
