@@ -66,9 +66,10 @@ def packed(folder: Path, tokens: np.ndarray, ignore: bool) -> np.ndarray:
 
 def packed_again(folder: Path, tokens: np.ndarray, ignore: bool) -> np.ndarray:
     """Saved and loaded again, then made dense."""
-    import globalopt  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM
+
+    import globalopt  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as place:

@@ -1,10 +1,10 @@
-"""Do the programs that read our models and exports get the model, or a refusal? Every client in an environment of its own.
+"""Do the programs that read our models and exports get the model, or a refusal?
 
     python benchmarks/clients.py RUN --environments ENVS --out OUT [--install] [--clients NAME ...]
 
-ENVS/NAME is the virtual environment of a client; `--install` makes those that are missing with pip (torch pinned by
-constraints.txt). A client without an environment is shown as not installed. llama.cpp also needs the source of llama.cpp
-as ENVS/llama.cpp/llama.cpp, for its converters.
+Every client has an environment of its own: ENVS/NAME is the virtual environment of a client; `--install` makes those that
+are missing with pip (torch pinned by constraints.txt). A client without an environment is shown as not installed.
+llama.cpp also needs its source in ENVS/llama.cpp/llama.cpp, for its converters.
 
 All clients get the same tokens and compute in float32. Their log probabilities are compared with those of transformers
 here on the run's own model. The parts of an adapter or a packed model are rounded to the type of the model one by one,
