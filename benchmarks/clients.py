@@ -2,7 +2,7 @@
 
     python benchmarks/clients.py RUN --environments ENVS --out OUT [--install] [--clients NAME ...]
 
-Every client has an environment of its own: ENVS/NAME is the virtual environment of a client; `--install` makes those that
+Every client has an environment of its own, ENVS/NAME; `--install` makes those that
 are missing with pip (torch pinned by constraints.txt). A client without an environment is shown as not installed.
 llama.cpp also needs its source in ENVS/llama.cpp/llama.cpp, for its converters.
 
