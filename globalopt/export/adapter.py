@@ -48,7 +48,7 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False, ran
     >>> from globalopt.export.example import example_run
     >>> export_adapter(example_run(), Path("exported"))
     >>> sorted(path.name for path in Path("exported/adapter").iterdir() if path.suffix != ".md")
-    ['adapter_config.json', 'adapter_model.safetensors', 'budget.json']
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     if ranks not in RANKS:
         raise UnknownNameError("ranks", ranks, RANKS)
