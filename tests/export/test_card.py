@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -30,7 +31,9 @@ def summary(tmp_path_factory) -> Summary:
 
 
 def measured(summary: Summary) -> Summary:
-    shared = dict(split="test", nll_stderr=0.1, windows=2, seqlen=16, tokens=30, text_sha256="", dtype="float32")
+    shared: dict[str, Any] = dict(
+        split="test", nll_stderr=0.1, windows=2, seqlen=16, tokens=30, text_sha256="", dtype="float32"
+    )
     dense = Metrics(**shared, perplexity=61.72, nll=4.12, kl=None, kl_stderr=None)
     found = Metrics(**shared, perplexity=62.81, nll=4.14, kl=0.01234, kl_stderr=0.0021)
     return replace(summary, dense=(dense,), compressed=(found,), versions={"torch": "9.9"})
@@ -38,7 +41,7 @@ def measured(summary: Summary) -> Summary:
 
 def test_a_card_names_what_a_reader_asks(summary):
     text = model_card(measured(summary), {"license": "mit", "base_model": "owner/model"})
-    card = ModelCard(text)
+    card: Any = ModelCard(text)
     assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "owner/model", "transformers")
     for words in (
         "# owner/model, compressed by globalopt",
@@ -82,7 +85,7 @@ def test_a_run_keeps_licence_and_budget_and_its_exports_do_too(tmp_path, monkeyp
     for form in ("packed", "factors"):
         export(Path("run"), form, Path(form))
     for folder in ("run/model", "packed", "factors"):
-        card = ModelCard.load(f"{folder}/README.md")
+        card: Any = ModelCard.load(f"{folder}/README.md")
         assert (card.data.license_name, card.data.language) == ("my-licence", ["en", "de"])
         assert "wanda" in card.text
         assert "| test |" in card.text
