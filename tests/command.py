@@ -49,8 +49,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What must not depend on how a run came about, as values: the budget, and the saved model."""
+    """What must not depend on how a run came about, as values: the budget, and the saved model.
+
+    The model's card names the command, and so the folders of the run.
+    """
     found = contents(folder)
+    found.pop("model/README.md", None)
     return {name: _value(name, found[name]) for name in found if name == "budget.json" or name.startswith("model/")}
 
 

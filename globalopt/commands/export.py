@@ -24,6 +24,14 @@ def export(
             "(only the kept values; loads after `import globalopt`) or factors (plain tensors per layer).",
         ),
     ] = "dense",
+    ranks: Annotated[
+        str,
+        typer.Option(
+            "--ranks",
+            help="Ranks of an adapter: padded (zeros up to the largest rank, which every program reads rightly) or own "
+            "(smaller files, for peft alone: others may scale layers wrongly).",
+        ),
+    ] = "padded",
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -31,12 +39,14 @@ def export(
     """Write the model of a finished run in another format."""
     with errors():
         from globalopt.export.formats import export as write
-        from globalopt.export.formats import loading
+        from globalopt.export.formats import larger_than_dense, loading
         from globalopt.runs.files import advising
 
         with advising("Choose a writable --out."):
-            size = write(run, format_name, out, trust_remote_code)
+            size = write(run, format_name, out, trust_remote_code, ranks)
+        larger = larger_than_dense(run, out)
         if as_json:
-            print_json({"format": format_name, "folder": str(out), "bytes": size})
+            print_json({"format": format_name, "folder": str(out), "bytes": size, "larger_than_dense": bool(larger)})
         elif not quiet:
-            say([("written", out), ("size", f"{size / 1e6:,.2f} MB"), ("load", loading(format_name, out))])
+            lines = [("written", out), ("size", f"{size / 1e6:,.2f} MB"), ("note", larger)]
+            say([line for line in lines if line[1]] + [("load", loading(format_name, out))])

@@ -2,6 +2,9 @@
 
 It is for fine-tuning `L` alone, or quantising `S` alone. Inference with an unmerged adapter is slower than with one
 dense weight; PEFT's `merge_and_unload` sums the two.
+
+By default the factors of every layer are padded with zeros to the largest rank. Converters and servers read one rank or
+one alpha for all layers (llama.cpp, vLLM) and would scale layers of other ranks wrongly without a word.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from globalopt.errors import UsageError
+from globalopt.errors import UnknownNameError, UsageError
 from globalopt.export.source import Source, check_out, read_source
 from globalopt.models.saving import save_dense
 from globalopt.runs.files import replacing
@@ -27,11 +31,16 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 BASE, ADAPTER = "base", "adapter"
+PADDED, OWN = "padded", "own"
+RANKS = (PADDED, OWN)
 
 
-def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> None:
+def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False, ranks: str = PADDED) -> None:
     """Export the model of a finished run as base and adapter to `folder`.
 
+    Args:
+        ranks: "padded": all layers have the largest rank, the factors of the others padded with zeros; "own": every
+            layer has its own rank, which PEFT reads and others may not.
     Raises:
         ArtefactError: the run is missing, unfinished or broken, or `folder` holds something.
         UsageError: a layer has a plane of signs, which no adapter holds; or none has rank; or peft is not installed.
@@ -41,6 +50,8 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
     >>> sorted(path.name for path in Path("exported/adapter").iterdir() if path.suffix != ".md")
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if ranks not in RANKS:
+        raise UnknownNameError("ranks", ranks, RANKS)
     check_out(folder)
     require_peft("--format adapter needs peft.")
     source = read_source(run, trust_remote_code)
@@ -63,9 +74,21 @@ def export_adapter(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         save_dense(loaded.model, loaded.tokenizer, staging / BASE, source.dtype, origin)
         adapter = staging / ADAPTER
         adapter.mkdir()
-        ranks = {name: U.shape[1] for name, (U, _) in factors.items()}
-        _lora_config(ranks, transposed, folder.resolve() / BASE).save_pretrained(str(adapter))
+        if ranks == PADDED:
+            factors = _padded(factors)
+        shown = {name: U.shape[1] for name, (U, _) in factors.items()}
+        _lora_config(shown, transposed, folder.resolve() / BASE).save_pretrained(str(adapter))
         save_file(_lora_tensors(factors), adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        for part in (BASE, ADAPTER):
+            source.write_card(staging / part, part)
+
+
+def _padded(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pad `U` with zero columns and `V` with zero rows to the largest rank; the products stay the same."""
+    most = max(U.shape[1] for U, _ in factors.values())
+    return {
+        name: (pad(U, (0, most - U.shape[1])), pad(V, (0, 0, 0, most - V.shape[0]))) for name, (U, V) in factors.items()
+    }
 
 
 def _sparse_part(source: Source, spec: LayerSpec) -> Tensor:
@@ -85,7 +108,8 @@ def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ten
 def _lora_config(ranks: Mapping[str, int], transposed: bool, base: Path = Path(BASE)) -> LoraConfig:
     """Make the adapter's config; alpha is the rank everywhere, so that the scaling `alpha / rank` is 1.
 
-    Layers of one rank share a pattern: PEFT matches every pattern against every module, and `re` caches few.
+    Where all ranks are equal there are no patterns. Layers of one rank share a pattern: PEFT matches every pattern
+    against every module, and `re` caches few.
 
     Args:
         ranks: by layer name.
@@ -97,7 +121,7 @@ def _lora_config(ranks: Mapping[str, int], transposed: bool, base: Path = Path(B
     names = defaultdict(list)
     for name, rank in ranks.items():
         names[rank].append(re.escape(name))
-    patterns: Any = {f"(?:{'|'.join(each)})": rank for rank, each in names.items()}
+    patterns: Any = {f"(?:{'|'.join(each)})": rank for rank, each in names.items()} if len(names) > 1 else {}
     most = max(ranks.values())
     return LoraConfig(
         task_type="CAUSAL_LM",

@@ -27,3 +27,4 @@ def export_dense(run: Path, folder: Path, trust_remote_code: bool = False) -> No
         pass
     with replacing(folder) as staging:
         shutil.copytree(source.run.saved_model, staging, copy_function=shutil.copyfile)
+        source.write_card(staging, "dense")

@@ -65,6 +65,7 @@ def export_factors(run: Path, folder: Path, trust_remote_code: bool = False) -> 
         saved = source.run.saved_model
         shutil.copyfile(saved / CONFIG, staging / CONFIG)
         keep_side_files(staging, saved, None)
+        source.write_card(staging, "factors")
 
 
 def read_factors(folder: Path) -> Iterator[tuple[str, Decomposition]]:

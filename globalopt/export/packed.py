@@ -8,8 +8,8 @@ For a packed layer NAME the checkpoint holds, in place of its weight (see `packi
     NAME.signs     uint8        SLaB's plane, one bit per weight
 
 All values are in the dtype of the run's model. A layer that packing does not make smaller stays dense. `config.json`
-describes the layers under `quantization_config`; the header of every weight file holds digests of tensors and configs
-(`seal`).
+describes the layers under `quantization_config`, and stops loaders that do not know the format (`guard`); the header of
+every weight file holds digests of tensors and configs (`seal`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, one_line
-from globalopt.export import seal
+from globalopt.export import guard, seal
 from globalopt.export.linear import AUTO, COMPUTES, Shape, SparseLowRankLinear, shape_of
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
 from globalopt.export.registration import register
@@ -53,6 +53,7 @@ def export_packed(run: Path, folder: Path, trust_remote_code: bool = False) -> N
         model.save_pretrained(staging)
         # The seal is of the generation config as transformers writes it.
         keep_side_files(staging, source.run.saved_model, None, skip=GENERATION_CONFIG)
+        source.write_card(staging, "packed")
 
 
 def packed_model(source: Source) -> PreTrainedModel:
@@ -84,6 +85,7 @@ def packed_model(source: Source) -> PreTrainedModel:
     made_by.hf_quantizer = SparseLowRankQuantizer(config)
     made_by.is_quantized, made_by.quantization_method = True, METHOD
     model.config.quantization_config = config
+    guard.place(model)
     return model
 
 

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globalopt.errors import ArtefactError, UsageError
+from globalopt.export import guard
 from globalopt.export.linear import AUTO, TWO_FOUR, Shape, SparseLowRankLinear
 from globalopt.values.layer import NM
 
@@ -71,6 +72,15 @@ class SparseLowRankQuantizer(HfQuantizer):
 
     quantization_config: SparseLowRankConfig
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take the notice to other programs out of the config, before transformers looks for the weight files."""
+        if getattr(config, guard.FIELD, None) == guard.NOTICE:
+            delattr(config, guard.FIELD)
+        return config
+
+    # Older versions of transformers show the config to this hook instead.
+    update_tp_plan = update_attn_implementation
+
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Leave room for the weights that the first call unpacks: at most the dense layer beside the packed one."""
         shapes = self.quantization_config.shapes().values()
@@ -98,6 +108,7 @@ class SparseLowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check that every packed layer can be unpacked."""
+        guard.place(model)
         for name, layer in packed_layers(model):
             layer.requires_grad_(False)
             if layer.weight.device.type == "meta":
@@ -124,6 +135,7 @@ class SparseLowRankQuantizer(HfQuantizer):
         chosen: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         model = self._dequantize(model, chosen)
         self.remove_quantization_config(model)
+        guard.remove(model)
         if chosen is not None:
             nn.Module.to(model, chosen)
         return model

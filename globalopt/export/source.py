@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
+from globalopt.export.card import write_card
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import DTYPES, LoadedModel, load_model
 from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
@@ -17,6 +18,7 @@ from globalopt.runs.files import is_there, read_json, remove_abandoned_beside
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.results import Summary
 
 # The saved weight is the sum rounded once, or twice where the model computed in another type.
 _ROUNDINGS = 4
@@ -28,6 +30,7 @@ class Source:
 
     Args:
         patterns: of `S`, by layer name; None for unstructured.
+        summary: of the run.
 
     >>> from globalopt.export.example import example_run
     >>> source = read_source(example_run())
@@ -40,6 +43,7 @@ class Source:
     loaded: LoadedModel
     layers: ModelLayers
     patterns: Mapping[str, NM | None]
+    summary: Summary
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,6 +78,10 @@ class Source:
         path, _, leaf = name.rpartition(".")
         return getattr(self.loaded.model.get_submodule(path), leaf).detach()
 
+    def write_card(self, folder: Path, form: str) -> None:
+        """Write the model card and the budget file of the run to an export (`globalopt.export.card.write_card`)."""
+        write_card(folder, self.run, self.summary, self.run.saved_model, form)
+
     @property
     def _precision(self) -> float:
         """Largest difference between a saved weight and the sum of its parts, relative to the largest weight."""
@@ -104,7 +112,7 @@ def read_source(folder: Path, trust_remote_code: bool = False) -> Source:
         raise ArtefactError(
             f"{run.path(SUMMARY, None)} and {run.model_folder} are of different models. Run the command again."
         )
-    return Source(run, loaded, layers, patterns)
+    return Source(run, loaded, layers, patterns, summary)
 
 
 def check_out(folder: Path) -> None:

@@ -40,6 +40,7 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _SIDE_FILES = ("*.json", "*.jinja", "*.py", "LICENSE*", "NOTICE*", *_TOKENIZER_FILES)
 _OF_WEIGHTS = (
     CONFIG,
+    "budget.json",
     "*.index.json",
     "adapter_config.json",
     "quant*_config.json",
@@ -48,7 +49,7 @@ _OF_WEIGHTS = (
 )
 """JSON files that describe the weights or their training: they do not hold for other weights."""
 
-_NOT_KEPT = ("quantization_config", "_name_or_path", "transformers_version")
+_NOT_KEPT = ("quantization_config", "transformers_weights", "_name_or_path", "transformers_version")
 """Fields of a config that are about the file as it was, not about the model."""
 
 
@@ -79,7 +80,8 @@ def origin_of(name: str | Path) -> Path | None:
         return None
     # Without the network, the files that were fetched before are all there is.
     with contextlib.suppress(OSError, ValueError):
-        snapshot_download(str(name), revision=snapshot.name, allow_patterns=list(_SIDE_FILES))
+        # The card is read for the licence; it is not copied.
+        snapshot_download(str(name), revision=snapshot.name, allow_patterns=[*_SIDE_FILES, "README.md"])
     return snapshot
 
 

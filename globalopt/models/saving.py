@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from globalopt.models.streaming import (
 from globalopt.runs.files import remove_abandoned_beside, replacing
 
 _SHARD = "50GB"
+_NEW_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"')
 
 
 def save_dense(
@@ -75,7 +77,6 @@ def save_dense(
         else:
             _save_blocks(model, staging, dtype, stored)
         tokenizer.save_pretrained(staging)
-        _spell_tokenizer(staging)
         path = staging / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
         # In memory, the config has the computed type, and the cache is off; a saved model is used with its cache.
@@ -84,6 +85,7 @@ def save_dense(
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if origin is not None:
             keep_side_files(staging, origin, tokenizer)
+        _spell_tokenizer(staging)
 
 
 class StoredTensors:
@@ -245,11 +247,11 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
 
 
 def _spell_tokenizer(folder: Path) -> None:
-    """Name the class of a tokenizer as transformers 4 does too, where transformers 5 has given it a new name."""
+    """Name the class of a tokenizer as transformers 4 does too, where transformers 5 has given it a new name.
+
+    The rest of the file stays as it is. transformers 5 takes both names for the same class.
+    """
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path.is_file():
+        text = path.read_bytes()
+        path.write_bytes(_NEW_CLASS.sub(rb'\1"PreTrainedTokenizerFast"', text))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
+from globalopt.export.card import write_card
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
 from globalopt.models.origin import origin_of
 from globalopt.models.refusals import listed
@@ -22,6 +24,7 @@ from globalopt.pipeline.unreached import left_dense, without_tokens
 from globalopt.protocols import Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SAMPLES, SUMMARY, WINDOWS
+from globalopt.runs.files import is_there
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
@@ -83,12 +86,12 @@ def finish(
     if plan.distillation is not None:
         match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
     run.publish(layers.specs, len(layers.blocks))
+    loaded = session.loaded
+    # A model in memory may differ from the files that it says it is from.
+    origin = origin_of(loaded.name) if session.live is None else None
     with reporter.stage("save", 1, "models") as advance:
         # A model folder is written whole or not at all, so an existing one is complete.
         if not run.model_folder.exists():
-            loaded = session.loaded
-            # A model in memory may differ from the files that it says it is from.
-            origin = origin_of(loaded.name) if session.live is None else None
             save_dense(loaded.model, loaded.tokenizer, run.model_folder, loaded.checkpoint_dtype, origin)
         advance(str(run.model_folder))
     dense, compressed = _evaluate_both(session, reporter, run)
@@ -121,6 +124,9 @@ def finish(
         uniform=found and found.uniform,
         matching=run.matches(len(layers.blocks)),
     )
+    # Before the summary, so that a finished run has a card: its figures are known only now.
+    from_hub = origin is not None and not is_there(Path(loaded.name).expanduser())
+    write_card(run.model_folder, run, summary, origin, "dense", loaded.name if from_hub else "")
     run.put(SUMMARY, None, summary)
     return summary
 

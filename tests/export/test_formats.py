@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UsageError
-from globalopt.export.adapter import _lora_config
+from globalopt.export.adapter import RANKS, _lora_config
 from globalopt.export.factors import read_factors
 from globalopt.export.formats import FORMATS, export, loading
 from globalopt.export.packed import load_packed
@@ -57,17 +57,18 @@ def case(request, tmp_path_factory) -> tuple[Path, torch.dtype]:
 def test_dense_is_the_saved_model_to_the_bit(case, tmp_path):
     run, _ = case
     size = export(run, "dense", tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(run / "model")
+    assert {n: b for n, b in contents(tmp_path / "out").items() if n != "README.md"} == contents(run / "model")
     assert size == sum(len(body) for body in contents(tmp_path / "out").values())
     assert difference(load(tmp_path / "out"), load(run / "model")) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a cat")["input_ids"]
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's advice about Conv1D
-def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(case, tmp_path):
+@pytest.mark.parametrize("ranks", RANKS)
+def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(ranks, case, tmp_path):
     run, dtype = case
     out = tmp_path / "out"
-    export(run, "adapter", out)
+    export(run, "adapter", out, ranks=ranks)
     dense, base = load(run / "model"), load(out / "base")
     assert difference(base, dense) > 0.1
     model = PeftModel.from_pretrained(base, str(out / "adapter"))
@@ -77,7 +78,9 @@ def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(case, tmp_path):
     specs = {layer.name: layer for layer in Run.open(run).summary().layers if layer.rank}
     assert len(found) == len(specs)
     assert {module.scaling["default"] for module in found} == {1.0}
-    assert sorted(module.r["default"] for module in found) == sorted(layer.rank for layer in specs.values())
+    own = [layer.rank for layer in specs.values()]
+    shown = sorted(own) if ranks == "own" else [max(own)] * len(own)
+    assert sorted(module.r["default"] for module in found) == shown
     assert difference(model, dense) <= PRECISION[dtype]
     merged = model.merge_and_unload()
     assert difference(merged, dense) <= PRECISION[dtype]
@@ -87,6 +90,24 @@ def test_an_adapter_on_its_base_is_the_model_and_merges_into_it(case, tmp_path):
     for spec in layers.specs:
         value = Run.open(run).layer(spec)
         assert torch.equal(layers.weight(spec.name), value.S.float())
+
+
+@pytest.mark.parametrize("scaling", ["alpha over the rank of the layer", "alpha over the rank of the config"])
+def test_a_program_that_knows_one_alpha_and_one_rank_reads_an_adapter_rightly(scaling, tmp_path):
+    """As llama.cpp and vLLM do, which do not read the patterns of PEFT."""
+    run = made_run(tmp_path / "run")
+    export(run, "adapter", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    factors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    base, dense = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "base", run / "model"))
+    names = [name.removesuffix(".lora_A.weight") for name in factors if "lora_A" in name]
+    assert len(names) > 3
+    for name in names:
+        A, B = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
+        rank = A.shape[0] if "layer" in scaling else config["r"]
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        found = base[key] + config["lora_alpha"] / rank * B @ A
+        torch.testing.assert_close(found, dense[key], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")  # what peft calls is deprecated

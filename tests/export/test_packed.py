@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, packed_layers, set_compute
 from globalopt.models.loading import load_model
 from globalopt.models.saving import save_dense
+from tests.command import contents
 from tests.export.runs import ALL, made_run
 from tests.tiny_models import tiny_ids
 
@@ -235,21 +238,54 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_without_the_package_loading_ends_in_an_error_and_with_it_no_more(packed):
+def test_without_the_package_loading_ends_in_an_error_and_with_it_no_more(packed, tmp_path):
+    load(packed).save_pretrained(tmp_path / "again")
     code = f"""
 import sys
 sys.modules["globalopt"] = None
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({str(packed)!r})
-except RuntimeError as error:
-    print("mismatched" in str(error))
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for loader in (AutoModelForCausalLM, LlamaForCausalLM):
+    for folder in ({str(packed)!r}, {str(tmp_path / "again")!r}):
+        for ignore in (False, True):
+            try:
+                loader.from_pretrained(folder, ignore_mismatched_sizes=ignore)
+            except ValueError as error:
+                print("\\n" not in str(error) and "run `import globalopt`" in str(error))
 del sys.modules["globalopt"]
 import globalopt
-model = AutoModelForCausalLM.from_pretrained({str(packed)!r})
-print("SparseLowRankLinear" in str(model))
+for folder in ({str(packed)!r}, {str(tmp_path / "again")!r}):
+    model = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    print("SparseLowRankLinear" in str(model))
 """
-    assert python(code).split() == ["True", "True"]
+    assert python(code).split() == ["True"] * 10
+
+
+def test_another_name_of_the_weights_is_not_followed(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "packed"))
+    config = json.loads((folder / "config.json").read_text())
+    assert "import globalopt" in config["transformers_weights"]
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ArtefactError, match=r"config\.json is not the file"):
+        load_packed(folder)
+
+
+def test_a_model_that_was_packed_before_the_notice_loads(run, packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "packed"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["transformers_weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert same(load(folder), load(run / "model"), 2e-5)
+
+
+def test_it_is_copied_with_its_way_of_saving_and_not_pushed_while_saved(packed, tmp_path):
+    model = copy.deepcopy(load(packed))
+    model.save_pretrained(tmp_path / "copy")
+    assert contents(tmp_path / "copy")["config.json"] == (packed / "config.json").read_bytes()
+    assert model.save_pretrained.args[0] is model
+    with pytest.raises(UsageError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert "transformers_weights" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 def test_the_import_costs_nothing_and_registers_once_transformers_is_there():
