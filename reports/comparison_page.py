@@ -110,7 +110,7 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
             Cell(summary.allocator),
             Cell(summary.solver),
             Cell(str(summary.seed)),
-            Cell(f"{used:.4f}", used),
+            Cell(formats.significant(used), used),
             *([MISSING if tokens is None else Cell(formats.compact(tokens), tokens)] if searched else []),
         ]
         pairs = list(zip(summary.dense, summary.compressed, strict=True))

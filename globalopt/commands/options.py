@@ -145,6 +145,11 @@ CacheFolder = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep this run's artefacts in its own folder and share nothing.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print no progress, only the result in a few lines; draw no page and pictures."),
+]
+QuietScores = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress, only the result.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print one row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

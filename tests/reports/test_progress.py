@@ -64,6 +64,9 @@ def test_a_log_says_every_interval_how_far_the_innermost_stage_is() -> None:
     *between, inner_end, outer_end = written(console).splitlines()
     assert between
     for line in between:
+        # On a busy machine the outer stage has a line before the inner one opens.
+        if line.startswith("search  0/4"):
+            continue
         assert re.fullmatch(r"span  [01]/3 layers  0\.\d\d s(, 0\.\d\d s left  model\.layers\.0\.\[q\])?", line)
     assert inner_end.startswith("span done  1/3 layers")
     assert outer_end.startswith("search done  1/4 chunks")
