@@ -43,6 +43,7 @@ from globalopt.commands.options import (
     TextColumn,
     Trust,
     Verbose,
+    one_of,
 )
 from globalopt.commands.results import show, show_dry_run, show_family
 
@@ -57,19 +58,21 @@ def search(
         str | None,
         typer.Option(
             help="Fraction of the compressible layers to keep, in (0, 1]. Several fractions, separated by commas, make "
-            "a family of budget files, each within the next larger one, without refinement.",
+            "a family of budget files, each within the next larger one, without refinement. Without it: 0.5.",
             metavar="FRACTION[,...]",
-            show_default=str(BUDGET),
+            show_default=False,
         ),
     ] = None,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Make a family of the budgets 0.1, 0.15, ... 0.9.")
     ] = False,
-    accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
+    accounting: Annotated[str, typer.Option(help="Unit of the budget.", metavar=one_of("params", "bytes"))] = "params",
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of the sparse parts: unstructured, or KEEP:OF such as 2:4.", show_default="unstructured"
+            help="Pattern of the sparse parts: unstructured, or KEEP:OF such as 2:4. Without it: unstructured.",
+            metavar="[unstructured|KEEP:OF]",
+            show_default=False,
         ),
     ] = None,
     serving_profile: ServingProfile = "dense",
@@ -77,19 +80,25 @@ def search(
     allocator: Annotated[
         str | None,
         typer.Option(
-            help="Allocator that divides the budget; `globalopt list` shows all allocators.", show_default=ALLOCATOR
+            help="Allocator that divides the budget; `globalopt list` shows all allocators. Without it: auto.",
+            metavar="NAME",
+            show_default=False,
         ),
     ] = None,
     allocator_set: Annotated[
         list[str] | None,
-        typer.Option(help="Options of the allocator, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+        typer.Option(
+            help="Options of the allocator, separated by commas; may be repeated. `globalopt list ALLOCATOR` shows them.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
         str,
         typer.Option(
-            help="How losses are predicted: fisher (in nats, by a backward sweep) or none (only as output errors)."
+            help="How losses are predicted: fisher (in nats, by a backward sweep) or none (only as output errors).",
+            metavar=one_of("fisher", "none"),
         ),
     ] = "fisher",
     span_scaling: Annotated[
@@ -97,15 +106,17 @@ def search(
         typer.Option(
             help="Scaling in which a weight W is split into its span: activation (W D_x, with the root mean squares of "
             "the inputs), none (W itself), output (also by the output Gram) or direct (a whitened SVD; the default of "
-            "--serving-profile factors).",
-            show_default="activation",
+            "--serving-profile factors). Without it: activation.",
+            metavar=one_of("activation", "none", "output", "direct"),
+            show_default=False,
         ),
     ] = None,
     predict_from: Annotated[
         str,
         typer.Option(
             help="Basis of the predicted losses: anchors (spans, and solutions at a few anchors of every layer) or "
-            "span (spans alone)."
+            "span (spans alone).",
+            metavar=one_of("anchors", "span"),
         ),
     ] = "anchors",
     correct: Annotated[
@@ -119,7 +130,8 @@ def search(
         str,
         typer.Option(
             help="Layers of the candidates whose true loss a search measures: anchors (interpolated from the "
-            "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions)."
+            "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions).",
+            metavar=one_of("anchors", "span", "auto"),
         ),
     ] = "auto",
     search_tokens: Annotated[
