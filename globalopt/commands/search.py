@@ -88,7 +88,8 @@ def search(
     allocator_set: Annotated[
         list[str] | None,
         typer.Option(
-            help="Options of the allocator, separated by commas; may be repeated. `globalopt list ALLOCATOR` shows them.",
+            help="Options of the allocator, separated by commas; may be repeated. `globalopt list ALLOCATOR` "
+            "shows them.",
             metavar="NAME=VALUE",
         ),
     ] = None,
