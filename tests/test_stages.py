@@ -36,7 +36,3 @@ def test_every_stage_is_on_the_page_with_what_it_does_what_it_costs_and_how_to_l
     for name, cells in rows().items():
         assert len(cells) == 3, name
         assert all(cells), name
-
-
-def test_the_page_has_no_stage_that_is_not_in_the_code() -> None:
-    assert not set(rows()) - in_code()

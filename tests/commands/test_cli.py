@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from allocators import ALLOCATORS
 from globalopt.budgets import budget_file
 from globalopt.commands.console import INTERRUPTED
+from globalopt.commands.explanations import options
+from globalopt.matching.block import Matching
+from globalopt.matching.model import Distillation
 from globalopt.models.identity import model_fingerprint
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder

@@ -76,9 +76,14 @@ def test_a_log_that_was_closed_ends_the_lines_in_between_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = StringIO()
-    with pytest.raises(ValueError, match="closed"), LineProgress(Console(file=file), 0.01).stage("span", 3, "layers"):
-        file.close()
-        time.sleep(0.05)
+
+    def close_within_a_stage() -> None:
+        with LineProgress(Console(file=file), 0.01).stage("span", 3, "layers"):
+            file.close()
+            time.sleep(0.05)
+
+    with pytest.raises(ValueError, match="closed"):
+        close_within_a_stage()
     assert capsys.readouterr() == ("", "")
 
 
