@@ -15,7 +15,7 @@ def shown(source: str) -> Iterator[str]:
     """Names that a reporter or a display is given; those of doctests are no code."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "stage":
-            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+            yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
 def in_code() -> set[str]:
