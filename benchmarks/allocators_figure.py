@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from reports.figures import COLOURS, MARKERS, plain, round_ticks, titled_figure
+from reports.figures import COLOURS, MARKERS, named, plain, round_ticks, titled_figure
 
 FAR = 2.0
 """A contender that loses more than this many times the best uniform one would press all others together."""
@@ -40,7 +40,9 @@ def allocators_figure(points: Sequence[Point], model: str, title: str) -> Figure
     """A column per budget: means over seeds, with bars from the least to the most; far ones are named, not drawn."""
     budgets = list(dict.fromkeys(point.budget for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
-    figure = titled_figure(model, title, 3 + 3.6 * len(budgets), 7)
+    figure = titled_figure(
+        "Loss of every allocator over the tokens it read", f"{named(model)}, {title}", 7.3, 3 + 3.6 * len(budgets)
+    )
     columns = figure.subplots(2, len(budgets), squeeze=False, sharex=True).T
     for budget, (kl, perplexity) in zip(budgets, columns, strict=True):
         here = [point for point in points if point.budget == budget]

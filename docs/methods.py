@@ -18,11 +18,10 @@ from typing import Any
 
 from allocators import ALLOCATORS
 from globalopt import kernels
+from globalopt.commands.explanations import meanings
 from solvers import SOLVERS
 
 FOLDER = Path(__file__).parent / "methods"
-
-_ITEM = re.compile(r"^ {4}(\w[\w, ]*): (.*)$")
 
 HEADS = {
     "solvers": """# Solvers
@@ -79,8 +78,8 @@ def _kernels() -> dict[str, Callable[..., Any]]:
 
 def section(folder: str, name: str, method: type[Any]) -> Iterator[str]:
     """What a method does, where it is from, and its options with their defaults."""
-    text, _, rest = _explanation(inspect.cleandoc(method.__doc__ or "")).partition("\nArgs:\n")
-    explained = dict(_arguments(rest))
+    text = _explanation(inspect.cleandoc(method.__doc__ or "")).partition("\nArgs:\n")[0]
+    explained = meanings(method)
     source = Path(inspect.getfile(method)).name
     yield f"## {name}\n"
     yield f"{_linked(method.paper)}[`{folder}/{source}`](../../{folder}/{source})\n"
@@ -96,19 +95,6 @@ def section(folder: str, name: str, method: type[Any]) -> Iterator[str]:
 def _explanation(docstring: str) -> str:
     """Leave out the examples of a docstring: paragraphs that begin with the prompt of the interpreter."""
     return "\n\n".join(part for part in docstring.split("\n\n") if not part.lstrip().startswith(">>>"))
-
-
-def _arguments(text: str) -> Iterator[tuple[str, str]]:
-    """Every option of an `Args:` section with its explanation; lines that are indented further go on."""
-    names: list[str] = []
-    words: list[str] = []
-    for line in text.split("\n"):
-        if found := _ITEM.match(line):
-            yield from ((name, " ".join(words)) for name in names)
-            names, words = re.split(r",\s*", found[1]), [found[2]]
-        elif line.startswith(" " * 8):
-            words.append(line.strip())
-    yield from ((name, " ".join(words)) for name in names)
 
 
 def _linked(paper: str) -> str:

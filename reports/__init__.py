@@ -16,6 +16,7 @@ from reports.comparison import comparison, differences_to_first
 from reports.comparison_page import comparison_page
 from reports.family_page import family_page
 from reports.html import write_page
+from reports.menu import Menu
 from reports.progress import LineProgress, LiveProgress, QuietProgress, make_progress
 from reports.quality_tables import metrics_table
 from reports.run_page import run_page
@@ -27,6 +28,7 @@ PAGE, COMPARISON_PAGE = "report.html", "comparison.html"
 __all__ = [
     "LineProgress",
     "LiveProgress",
+    "Menu",
     "QuietProgress",
     "Written",
     "budget_diff",
@@ -56,13 +58,19 @@ class Written(NamedTuple):
 
 
 def report(
-    summary: Summary, folder: Path, console: Console, verbose: bool = False, details: Details | None = None
+    summary: Summary,
+    folder: Path,
+    console: Console,
+    verbose: bool = False,
+    details: Details | None = None,
+    menu: Menu | None = None,
 ) -> Written:
     """Print the report of a run, and write its pictures and `report.html` into `folder`.
 
     Args:
         verbose: also print the layers one by one, the splits and the versions.
         details: curves, traces and samples, which pictures and page show beside the summary.
+        menu: limits of what the search had on offer, where layers at one of them are to be named.
     Raises:
         ArtefactError: a file cannot be written.
 
@@ -75,9 +83,9 @@ def report(
     # Imported here, as matplotlib takes 25 MiB, which are not there to spare while a model is compressed.
     from reports.pictures import write_figures
 
-    render(summary, console, verbose)
+    render(summary, console, verbose, menu)
     pictures = write_figures(summary, folder, details)
-    page = run_page(summary, details or Details(), pictures)
+    page = run_page(summary, details or Details(), pictures, menu)
     return Written(write_page(page, folder / PAGE), pictures)
 
 

@@ -93,8 +93,8 @@ def _totals(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tup
     row("asked to keep", [f"{file.asked:g}" for file in files])
     whole = found.whole
     row(f"used, {unit_name(found.accounting)}", [formats.count(n) for n in whole.cost], _signed(whole.change))
-    row("of the dense size", [f"{kept:.4f}" for kept in whole.kept], _change(whole.kept))
-    row("share in low rank", [f"{share:.4f}" for share in whole.rank_share], _change(whole.rank_share))
+    row("of the dense size", [f"{kept:.3f}" for kept in whole.kept], _change(whole.kept))
+    row("share in low rank", [f"{share:.3f}" for share in whole.rank_share], _change(whole.rank_share))
     lines = [f"before: {labels[0]}", f"after: {labels[1]}"]
     units = {file.error_unit for file in files}
     predicted = [file.predicted for file in files if file.predicted is not None]
@@ -139,7 +139,7 @@ def _cells(move: Move) -> list[str]:
         str(move.layers),
         str(move.changed),
         *(f"{kept:.3f}" for kept in move.kept),
-        _change(move.kept, 3),
+        _change(move.kept),
         _signed_compact(move.change),
         *(f"{share:.3f}" for share in move.rank_share),
     ]
@@ -179,7 +179,7 @@ def _signed_compact(change: int) -> str:
     return ("-" if change < 0 else "+") + formats.compact(abs(change)) if change else "0"
 
 
-def _change(values: tuple[float, float], decimals: int = 4) -> str:
+def _change(values: tuple[float, float], decimals: int = 3) -> str:
     """Format the change between two fractions."""
     change = values[1] - values[0]
     return f"{change:+.{decimals}f}" if change else "0"

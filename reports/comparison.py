@@ -181,7 +181,7 @@ def _rows(runs: Sequence[Measured], split: str, sign: str) -> Stack:
         "allocator": [s.allocator for s in summaries],
         "solver": [s.solver for s in summaries],
         "seed": [str(s.seed) for s in summaries],
-        "used": [f"{s.used / s.total:.4f}" for s in summaries],
+        "used": [formats.significant(s.used / s.total) for s in summaries],
     }
     lines = ["used: of the dense size; KL to dense, nats per token; change: of perplexity"]
     if any(s.search for s in summaries):

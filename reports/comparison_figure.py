@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from globalopt.values.results import LayerResult, Summary
-from reports.figures import COLOURS, MARKERS, in_corner, not_drawn, plain, round_ticks, save, titled_figure
+from reports.figures import COLOURS, MARKERS, in_corner, named, not_drawn, plain, round_ticks, save, titled_figure
 from reports.groups import Grid
 from reports.heatmaps import colours, heatmap, panel_size
 
@@ -53,7 +53,7 @@ def quality_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figur
     >>> [label.get_text() for label in left.get_yticklabels()]
     ['a', 'b']
     """
-    figure = titled_figure(_model(summaries), "quality", 10.5, max(2.6, 1.7 + 0.36 * len(summaries)))
+    figure = titled_figure("Loss of every run", _model(summaries), max(2.8, 1.9 + 0.36 * len(summaries)))
     left, right = figure.subplots(1, 2, sharey=True)
     splits = list(dict.fromkeys(metrics.split for summary in summaries for metrics in summary.compressed))
     drawn: list[float] = []
@@ -103,11 +103,14 @@ def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> F
     6
     """
     shown = summaries[:DRAWN]
-    title = "allocations" if len(shown) == len(summaries) else f"allocations, {DRAWN} of {len(summaries)} runs"
+    runs = (
+        _model(summaries) if len(shown) == len(summaries) else f"{_model(summaries)}, {DRAWN} of {len(summaries)} runs"
+    )
     grids = [Grid.of(summary.layers) for summary in shown]
     sizes = [panel_size(grid) for grid in grids]
     heights = [height + 0.3 for _, height in sizes]
-    figure = titled_figure(_model(summaries), title, 3 * max(width for width, _ in sizes), sum(heights))
+    width = 3 * max(width for width, _ in sizes)
+    figure = titled_figure("What every layer keeps and loses, run by run", runs, sum(heights) + 0.3, width)
     panels = figure.subplots(len(shown), len(PANELS), squeeze=False, height_ratios=heights)
     norms = [colours(np.concatenate([grid.values(value).ravel() for grid in grids]), log) for _, value, log in PANELS]
     for row, grid, label in zip(panels, grids, labels, strict=False):
@@ -121,7 +124,7 @@ def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> F
 def _model(summaries: Sequence[Summary]) -> str:
     """Name the model of the runs, or count the models."""
     models = dict.fromkeys(summary.model for summary in summaries)
-    return next(iter(models)) if len(models) == 1 else f"{len(models)} models"
+    return named(next(iter(models))) if len(models) == 1 else f"{len(models)} models"
 
 
 def _points(axes: Axes, rows: Sequence[tuple[float, float, float]], n: int, label: str) -> None:

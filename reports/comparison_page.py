@@ -54,7 +54,7 @@ def comparison_page(
     return Page(
         title=f"{len(summaries)} runs compared",
         lede=", ".join(models),
-        cards=_cards(summaries, labels, apart),
+        cards=_cards(summaries, labels, apart, comparable=not reasons),
         sections=[
             Section(
                 "quality", "Quality", [*_not_comparable(reasons), _quality(summaries, labels), *picture("quality")]
@@ -68,18 +68,25 @@ def comparison_page(
     )
 
 
-def _cards(summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference]) -> list[Card]:
-    """Make the cards: number of runs, lowest KL, and how many runs are better than the first."""
+def _cards(
+    summaries: Sequence[Summary], labels: Sequence[str], apart: Sequence[Difference], comparable: bool
+) -> list[Card]:
+    """Make the cards: number of runs, lowest KL, and how many runs are better than the first.
+
+    A lowest KL of runs that do not compare, or that keep different fractions, would be that of no contest.
+    """
     split = common_split(summaries)
     kept = dict.fromkeys(f"{summary.asked:g}" for summary in summaries)
     shown = [Card("Runs", str(len(summaries)), f"kept {', '.join(kept)}")]
+    if not comparable:
+        return [*shown, Card("Comparable", "no", "the reasons are below")]
     found = [
         (metrics.kl, label, metrics)
         for label, summary in zip(labels, summaries, strict=True)
         for metrics in summary.compressed
         if metrics.split == split and metrics.kl is not None
     ]
-    if found:
+    if found and len(kept) == 1:
         _, label, metrics = min(found, key=lambda one: one[0])
         value, sign, error = quality_tables.divergence(metrics).partition(" ±")
         shown.append(Card("Lowest KL", value, f"{label}, nats per token, {split}", sign.strip() + error))
@@ -110,7 +117,7 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
             Cell(summary.allocator),
             Cell(summary.solver),
             Cell(str(summary.seed)),
-            Cell(f"{used:.4f}", used),
+            Cell(formats.significant(used), used),
             *([MISSING if tokens is None else Cell(formats.compact(tokens), tokens)] if searched else []),
         ]
         pairs = list(zip(summary.dense, summary.compressed, strict=True))

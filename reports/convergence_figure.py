@@ -30,7 +30,7 @@ def convergence_figure(summary: Summary, traces: Mapping[str, Trace]) -> Figure:
     >>> convergence_figure(summary, example_details(summary).traces).axes[0].get_xlabel()
     'iterations of 3basil'
     """
-    figure = new_figure(summary, 8.4, 5.4)
+    figure = new_figure(summary, "How the objective of the solver fell, layer by layer", 5.6)
     axes = figure.subplots()
     plain(axes)
     lines = {}
@@ -52,6 +52,6 @@ def convergence_figure(summary: Summary, traces: Mapping[str, Trace]) -> Figure:
     axes.set_xlabel(f"iterations of {summary.solver}", fontsize=8)
     axes.set_ylabel("objective / objective of keeping nothing", fontsize=8)
     in_corner(axes, not_drawn({"without iterations": len(summary.layers) - len(lines)}))
-    axes.set_title(f"how the objective fell, {len(lines)} layers", fontsize=10, loc="left")
+    axes.set_title(f"{len(lines)} layers, a few of them by name", fontsize=10, loc="left")
     figure.legend(loc="outside lower left", fontsize=8, frameon=False)
     return figure

@@ -29,7 +29,7 @@ def curves_figure(summary: Summary, curves: Mapping[str, LayerCurves]) -> Figure
     >>> left.get_xlabel()
     'direction, the largest first; marked: the rank of L'
     """
-    figure = new_figure(summary, 11.6, 5.4)
+    figure = new_figure(summary, "Singular values and saliencies, up to what is kept of them", 5.6)
     left, right = figure.subplots(1, 2)
     shown = typical([layer for layer in summary.layers if layer.name in curves])
     lows: dict[Axes, list[float]] = {left: [], right: []}

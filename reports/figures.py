@@ -17,9 +17,12 @@ from matplotlib.transforms import Bbox
 
 from globalopt.runs.files import replacing
 from globalopt.values.results import ErrorUnit, Summary
+from reports import formats
 from reports.table_style import unit_name
 
 DPI = 150
+WIDTH = 12.0
+"""Inches: all figures are as wide, so that text and points have one size when they stand below each other."""
 
 # Okabe and Ito's palette without yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -30,36 +33,45 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
 
-def new_figure(summary: Summary, width: float, height: float) -> Figure:
-    """Make an empty figure of `width` x `height` inches, titled by the model, the methods and the budget of a run.
+def new_figure(summary: Summary, title: str, height: float, width: float = WIDTH) -> Figure:
+    """Make an empty figure of a run: titled by what it shows, and below it model, methods and budget of the run.
 
     >>> from reports.example import example_summary
-    >>> new_figure(example_summary(), 6.0, 4.0).get_suptitle()
-    'reference model: knapsack + 3basil, asked 0.5, used 0.4573 of the parameters'
+    >>> print(new_figure(example_summary(), "Errors", 4.0).get_suptitle())
+    Errors
+    reference model, knapsack + 3basil, asked 0.5, used 0.457 of the parameters
     """
-    used = f"used {summary.used / summary.total:.4f} of the {unit_name(summary.accounting)}"
-    title = f"{summary.allocator} + {summary.solver}, asked {summary.asked:g}, {used}"
-    return titled_figure(summary.model, title, width, height)
+    used = f"used {formats.significant(summary.used / summary.total)} of the {unit_name(summary.accounting)}"
+    made_of = f"{summary.allocator} + {summary.solver}, asked {summary.asked:g}, {used}"
+    return titled_figure(title, f"{named(summary.model)}, {made_of}", height, width)
 
 
-def titled_figure(model: str, title: str, width: float, height: float) -> Figure:
-    """Make an empty figure of `width` x `height` inches, titled by the model's name and `title`.
+def titled_figure(title: str, made_of: str, height: float, width: float = WIDTH) -> Figure:
+    """Make an empty figure in inches, with `title` and below it `made_of`, which says what was measured.
 
-    >>> titled_figure("reference", "quality", 6.0, 4.0).get_suptitle()
-    'reference model: quality'
+    >>> titled_figure("Quality", "reference model", 4.0).get_suptitle()
+    'Quality\\nreference model'
     """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     # Made without pyplot, so that the canvas does not depend on the backend that the user has set.
     FigureCanvasAgg(figure)
-    model = "reference model" if model == "reference" else model
-    figure.suptitle(f"{model}: {title}", fontsize=11, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(f"{title}\n{made_of}", fontsize=11, x=0.01, ha="left", parse_math=False)
     return figure
+
+
+def named(model: str) -> str:
+    """Name a model in a title.
+
+    >>> named("reference")
+    'reference model'
+    """
+    return "reference model" if model == "reference" else model
 
 
 def plain(axes: Axes) -> None:
     """Give axes a faint grid behind the points and small tick labels.
 
-    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> axes = titled_figure("Quality", "reference model", 4.0).subplots()
     >>> plain(axes)
     >>> axes.get_axisbelow()
     True
@@ -82,7 +94,7 @@ def not_drawn(hidden: Mapping[str, int]) -> str:
 def in_corner(axes: Axes, *lines: str) -> None:
     """Write small text into the lower right corner, legible over points; empty lines are left out.
 
-    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> axes = titled_figure("Quality", "reference model", 4.0).subplots()
     >>> in_corner(axes, "", "not drawn: 3 at zero")
     >>> axes.texts[0].get_text()
     'not drawn: 3 at zero'
@@ -96,7 +108,7 @@ def in_corner(axes: Axes, *lines: str) -> None:
 def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:
     """Set ticks at a few round numbers, where a log axis over `ends` has too few powers of ten to be legible.
 
-    >>> axes = titled_figure("reference", "quality", 6.0, 4.0).subplots()
+    >>> axes = titled_figure("Quality", "reference model", 4.0).subplots()
     >>> axes.set(yscale="log", ylim=(2, 30))
     [...]
     >>> round_ticks(axes.yaxis, (2, 30))
@@ -128,7 +140,7 @@ def save(figure: Figure, path: Path) -> Path:
     Raises:
         ArtefactError: a file cannot be written.
 
-    >>> save(titled_figure("reference", "quality", 1.0, 1.0), Path("quality.png")).with_suffix(".svg").is_file()
+    >>> save(titled_figure("Quality", "reference model", 1.0), Path("quality.png")).with_suffix(".svg").is_file()
     True
     """
     # Laid out once for both files: the layout is most of the work, and `savefig` would draw everything twice.

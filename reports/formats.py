@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 EXACT = 1e-9  # a relative gap below this is rounding in a sum of float64
+DIGITS = 3
+"""Significant digits of what is computed or measured: more are below the noise, and harder to read."""
 
 
 def count(n: int) -> str:
@@ -18,15 +20,15 @@ def count(n: int) -> str:
 
 
 def compact(n: int) -> str:
-    """Format a count with four significant digits and a decimal prefix.
+    """Format a count with three significant digits and a decimal prefix.
 
     >>> [compact(n) for n in (940, 147456, 12582912)]
-    ['940', '147.5k', '12.58M']
+    ['940', '147k', '12.6M']
     """
     for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
         # Half a unit of the last digit below the prefix rounds up into it.
-        if n >= 10**power * (1 - 5e-5):
-            return f"{n / 10**power:#.4g}".rstrip(".") + prefix
+        if n >= 10**power * (1 - 5e-4):
+            return f"{n / 10**power:#.3g}".rstrip(".") + prefix
     return str(n)
 
 
@@ -76,10 +78,11 @@ def between(low: float, high: float) -> str:
 def change(before: float, after: float) -> str:
     """Format a relative change in percent, with its sign.
 
-    >>> change(60.0, 63.0)
-    '+5.0 %'
+    >>> change(60.0, 63.0), change(60.0, 840.0)
+    ('+5.0 %', '+1300 %')
     """
-    return f"{100 * (after / before - 1):+.1f} %"
+    percent = 100 * (after / before - 1)
+    return f"{percent:+.{1 if abs(percent) < 99.95 else 0}f} %"
 
 
 def duration(seconds: float) -> str:
@@ -122,14 +125,14 @@ def memory(size: int) -> str:
 
 
 def significant(value: float) -> str:
-    """Format a number with four significant digits, with an exponent only outside 1e-4 to 1e6.
+    """Format a number with three significant digits, with an exponent only outside 1e-4 to 1e6.
 
     >>> significant(0.0123456), significant(1.5e-7)
-    ('0.01235', '1.500e-07')
+    ('0.0123', '1.50e-07')
     """
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3e}"
-    return f"{value:.{decimals(value, 4)}f}" if value else "0"
+        return scientific(value)
+    return f"{value:.{decimals(value, DIGITS)}f}" if value else "0"
 
 
 def scientific(value: float) -> str:
@@ -144,6 +147,8 @@ def scientific(value: float) -> str:
 def aligned(values: Sequence[float]) -> list[str]:
     """Format a column with one number of decimals, which shows four significant digits of its largest value.
 
+    The largest is a sum of the others, which then have about three.
+
     An exact zero is "0", so that it differs from values that round to zero. A column whose largest value is outside
     1e-4 to 1e6 is written with exponents.
 
@@ -153,20 +158,23 @@ def aligned(values: Sequence[float]) -> list[str]:
     largest = max((abs(v) for v in values), default=0.0)
     if largest and not 1e-4 <= largest < 1e6:
         return [scientific(v) for v in values]
-    digits = decimals(largest, 4) if largest else 0
+    digits = decimals(largest, DIGITS + 1) if largest else 0
     return [f"{v:.{digits}f}" if v else "0" for v in values]
 
 
 def measured(value: float, stderr: float | None, sign: str = "±") -> str:
-    """Format a value with its standard error, both to the error's second significant digit.
+    """Format a value with its standard error: three significant digits of the value, or more where the error is small.
 
-    >>> measured(67.9012, 0.8812)
-    '67.90 ±0.88'
+    Both have as many decimals as show the first significant digit of the error, and at most as many as show its second.
+
+    >>> measured(67.9012, 0.8812), measured(67.9012, 0.0088)
+    ('67.9 ±0.9', '67.901 ±0.009')
     """
     if stderr is None or not math.isfinite(value) or not math.isfinite(stderr) or stderr <= 0:
         return significant(value) if math.isfinite(value) else str(value)
-    digits = decimals(stderr, 2)
-    if digits > 7:
+    least = max(decimals(value, DIGITS) if value else 0, decimals(stderr, 1))
+    digits = min(decimals(stderr, 2), least)
+    if digits > 6:
         return f"{value:.2e} {sign}{stderr:.0e}"
     return f"{value:.{digits}f} {sign}{stderr:.{digits}f}"
 
@@ -178,7 +186,7 @@ def certificate(predicted: float, bound: float | None) -> str:
     percentage is rounded up, so that the sentence stays true.
 
     >>> certificate(1.25, 1.0)
-    'within 25 % of the optimum of the surrogate (bound 1.000)'
+    'within 25 % of the optimum of the surrogate (bound 1.00)'
     """
     if bound is None:
         return "no certificate"

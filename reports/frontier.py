@@ -12,7 +12,7 @@ from rich.console import Group as Stack
 from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
 from reports import formats
 from reports.family_page import measured_note
-from reports.figures import COLOURS, error_unit, plain, save, titled_figure
+from reports.figures import COLOURS, error_unit, named, plain, save, titled_figure
 from reports.table_style import add_numbers, footed, report_table, unit_name
 
 NESTED, UNIFORM = COLOURS[0], COLOURS[3]
@@ -96,8 +96,8 @@ def frontier_figure(family: Family) -> Figure:
     together = measured and family.error_unit == ErrorUnit.NATS
     panels = 2 if measured and not together else 1
     pattern = "" if family.pattern == "unstructured" else f", pattern {family.pattern}"
-    title = f"nested budgets, predicted for {family.solver}{pattern}"
-    figure = titled_figure(family.model, title, 7.2 * panels, 4.8)
+    made_of = f"{named(family.model)}, {len(family.points)} nested budgets, predicted for {family.solver}{pattern}"
+    figure = titled_figure("Loss over the fraction kept", made_of, 5.0)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _predictions(axes[0], family.points)
     axes[0].set_ylabel(f"predicted error, {error_unit(family.error_unit)}", fontsize=8)

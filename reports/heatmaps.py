@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from globalopt.values.decomposition import Status
 from globalopt.values.results import LayerResult, Summary
 from reports import formats
-from reports.figures import COLOURS, MARKERS, OUTPUT_ERROR, error_unit, in_corner, new_figure, not_drawn, plain
+from reports.figures import (
+    COLOURS,
+    MARKERS,
+    OUTPUT_ERROR,
+    WIDTH,
+    error_unit,
+    in_corner,
+    new_figure,
+    not_drawn,
+    plain,
+)
 from reports.groups import Grid
 from reports.shaded_grid import span
 from reports.table_style import unit_name
@@ -33,7 +43,7 @@ def allocation_figure(summary: Summary) -> Figure:
     """
     grid = Grid.of(summary.layers)
     width, height = panel_size(grid)
-    figure = new_figure(summary, 3 * width, 2 * height)
+    figure = new_figure(summary, "What every layer keeps and loses", 2 * height + 0.3, 3 * width)
     axes = figure.subplots(2, 3)
     unit = unit_name(summary.accounting)
     relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
@@ -57,13 +67,13 @@ def error_figure(summary: Summary) -> Figure:
     'predicted error, nats per token'
     """
     grid = Grid.of(summary.layers)
-    width, height = panel_size(grid)
+    _, height = panel_size(grid)
     if any(layer.predicted is not None for layer in summary.layers):
-        figure = new_figure(summary, 5.6 + width, max(height, 4.8))
-        left, right = figure.subplots(1, 2, width_ratios=[5.6, width])
+        figure = new_figure(summary, "Predicted and actual error of every layer", max(height, 5.0))
+        left, right = figure.subplots(1, 2)
         scatter(left, summary, grid.kinds)
     else:
-        figure = new_figure(summary, width, height)
+        figure = new_figure(summary, "Actual error of every layer", height + 0.3)
         right = figure.subplots()
     heatmap(right, grid, lambda layer: layer.actual, _error_label("actual", summary), log=True)
     return figure
@@ -157,7 +167,7 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
     axes.set_anchor("N")
     plain(axes)
     in_corner(axes, not_drawn({"at zero": len(summary.layers) - len(shown)}))
-    axes.set_title("predicted and actual error, one point per layer", fontsize=10, loc="left")
+    axes.set_title("one point per layer", fontsize=10, loc="left")
     axes.set_xlabel(_error_label("predicted", summary), fontsize=8)
     axes.set_ylabel(_error_label("actual", summary), fontsize=8)
 
@@ -167,9 +177,9 @@ def panel_size(grid: Grid[LayerResult]) -> tuple[float, float]:
 
     >>> from reports.example import example_layers
     >>> panel_size(Grid.of(example_layers()))
-    (5.2, 3.0)
+    (4.0, 3.0)
     """
-    return min(max(5.2, 0.55 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
+    return min(max(WIDTH / 3, 0.45 * len(grid.kinds)), 14.0), min(max(3.0, 1.2 + 0.24 * len(grid.blocks)), 8.0)
 
 
 def colours(values: NDArray[np.float64], log: bool = False, whole: bool = False) -> Normalize:

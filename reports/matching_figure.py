@@ -29,7 +29,7 @@ def matching_figure(summary: Summary) -> Figure:
     'held-out loss, nats per token'
     """
     blocks = [match for match in summary.matching if match.block is not None]
-    figure = new_figure(summary, min(max(6.4, 3 + 0.16 * len(blocks)), 14.0), 4.6)
+    figure = new_figure(summary, "Held-out loss of every block before and after matching", 4.9)
     axes = figure.subplots()
     plain(axes)
     shown = [match for match in blocks if match.before > 0 and match.after > 0]
@@ -62,4 +62,4 @@ def _title(axes: Axes, blocks: list[MatchResult]) -> None:
     """Title the axes with the mean change of the loss."""
     mean = mean_change(blocks)
     on_average = f", {mean} on average" if mean is not None else ""
-    axes.set_title(f"matching, block by block{on_average}", fontsize=10, loc="left")
+    axes.set_title(f"{len(blocks)} blocks{on_average}", fontsize=10, loc="left")

@@ -176,7 +176,8 @@ def incomparable(runs: Sequence[Measured], split: str) -> tuple[str, ...]:
     reasons += on_text
     losses = [dense.nll for _, dense, _ in known]
     if losses and not on_text and max(losses) - min(losses) > DENSE_TOLERANCE:
-        perplexities = [(label, formats.significant(dense.perplexity)) for label, dense, _ in known]
+        # With the digits that show a difference just above the tolerance.
+        perplexities = [(label, f"{dense.perplexity:.5g}") for label, dense, _ in known]
         reasons += _disagreement("dense perplexity", perplexities)
     reasons += _disagreement("accounting", [(run.label, run.summary.accounting) for run in runs])
     return tuple(reasons)

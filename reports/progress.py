@@ -1,10 +1,11 @@
-"""Show the progress of a run: a live display on a terminal, one line per step elsewhere, or nothing."""
+"""Show the progress of a run: a live display on a terminal, a line per stage and half minute elsewhere, or nothing."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -17,9 +18,12 @@ from globalopt.machine.memory import in_use
 from globalopt.protocols import Progress
 from reports import formats
 
+INTERVAL = 30.0
+"""Seconds between two lines of a stage that is still at work, where the output is no terminal."""
+
 
 def make_progress(console: Console, quiet: bool = False) -> Progress:
-    """Choose how to show progress: live on a terminal that can move its cursor, as lines elsewhere.
+    """Choose how to show progress: live on a terminal that can move its cursor, as a few lines elsewhere.
 
     >>> type(make_progress(Console())).__name__
     'LineProgress'
@@ -46,34 +50,54 @@ class QuietProgress:
 
 
 class LineProgress:
-    """Print one plain line per step, and one when a stage ends, at once, so that a log shows how far a run is.
+    """Print a plain line when a stage ends, and one every `interval` seconds while it lasts.
+
+    A log then shows that a run is alive, where it is and what each stage took, and has no line for every layer. The
+    lines in between come also while a single long step is at work. Of stages that are open at once, the inner one has
+    them.
+
+    Args:
+        console: to which the lines are printed.
+        interval: seconds between two lines of an open stage.
 
     >>> with LineProgress(Console()).stage("refine", 2, "layers") as step:
     ...     step("up_proj")
-    refine 1/2 layers  ...  up_proj
     refine done  1/2 layers  ...
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, interval: float = INTERVAL) -> None:
         self._console = console
+        self._interval = interval
+        self._open: list[threading.Event] = []
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
         """Open a stage of `total` steps; the value is called after each with a text."""
         start = time.perf_counter()
-        done = 0
+        done, last = 0, ""
+        ended = threading.Event()
 
         def step(detail: str) -> None:
-            nonlocal done
-            done += 1
-            elapsed = formats.duration(time.perf_counter() - start)
-            self._say(f"{name} {done:>{len(str(total))}}/{total} {unit}  {elapsed:>6}  {detail}".rstrip())
+            nonlocal done, last
+            done, last = done + 1, detail
 
+        def report() -> None:
+            """Print a line per interval until the stage has ended."""
+            while not ended.wait(self._interval):
+                if self._open[-1:] == [ended]:
+                    self._say(underway(name, done, total, unit, time.perf_counter() - start, last))
+
+        reporting = threading.Thread(target=_until_closed, args=(report,), daemon=True)
+        self._open.append(ended)
+        reporting.start()
         finished = False
         try:
             yield step
             finished = True
         finally:
+            ended.set()
+            reporting.join()
+            self._open.remove(ended)
             elapsed = time.perf_counter() - start
             self._say(ending(name, done, total, unit, elapsed, finished).plain)
 
@@ -85,6 +109,12 @@ class LineProgress:
         """Print a line."""
         # Logs are read by programs too: no wrapping and no markup.
         self._console.out(line, highlight=False)
+
+
+def _until_closed(report: Callable[[], None]) -> None:
+    """Report until the output is closed; the line at the end of the stage meets the same error where it is handled."""
+    with suppress(OSError, ValueError):
+        report()
 
 
 class LiveProgress:
@@ -151,6 +181,25 @@ def ending(name: str, done: int, total: int, unit: str, seconds: float, finished
     return Text.assemble((name, "bold"), " ", outcome, f"  {done}/{total} {unit}  {formats.duration(seconds)}")
 
 
+def underway(name: str, done: int, total: int, unit: str, seconds: float, detail: str) -> str:
+    """Format a line of a stage at work: its steps and time, the time left at this rate, and the text of the last step.
+
+    >>> underway("refine", 7, 14, "layers", 60.0, "up_proj")
+    'refine  7/14 layers  1 min 00 s, 1 min 00 s left  up_proj'
+    """
+    left = f", {formats.duration(remaining(done, total, seconds))} left" if done else ""
+    return f"{name}  {done}/{total} {unit}  {formats.duration(seconds)}{left}  {detail}".rstrip()
+
+
+def remaining(done: float, total: float, seconds: float) -> float:
+    """Estimate the seconds until `total` steps are done, at the mean rate of the `done` ones.
+
+    >>> remaining(1, 4, 10.0)
+    30.0
+    """
+    return seconds * max(0.0, total / done - 1)
+
+
 class _Count(ProgressColumn):
     """Show the steps done, and all of them."""
 
@@ -175,7 +224,7 @@ class _Times(ProgressColumn):
         elapsed = task.elapsed or 0.0
         if not task.completed or not task.total:
             return Text(formats.clock(elapsed))
-        left = elapsed * max(0.0, task.total / task.completed - 1)
+        left = remaining(task.completed, task.total, elapsed)
         return Text(f"{formats.clock(elapsed)}, {formats.clock(left)} left")
 
 

@@ -25,6 +25,7 @@ from reports.html import (
     Section,
     Table,
 )
+from reports.menu import Menu
 from reports.size import size_facts
 
 MISSING = Cell("-", "")
@@ -46,12 +47,13 @@ CAPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """Alternative text of every picture and notes below it, by the picture's name."""
 
 
-def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Page:
+def run_page(summary: Summary, details: Details, pictures: Sequence[Path], menu: Menu | None = None) -> Page:
     """Make the page of a finished run.
 
     Args:
         details: curves, traces and samples of the run, as far as it has them.
         pictures: PNGs by `write_figures`, with an SVG beside each.
+        menu: limits of what the search had on offer.
 
     >>> from reports.example import example_summary
     >>> run_page(example_summary(), Details(), pictures=[]).title
@@ -76,7 +78,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path]) -> Pa
         cards=cards(summary),
         sections=[
             Section("quality", "Quality", [_quality(summary)]),
-            Section("budget", "Budget", [Facts(tables.budget_facts(summary))]),
+            Section("budget", "Budget", [Facts(tables.budget_facts(summary, menu))]),
             Section("size", "Size", [Facts(size_facts(summary))]),
             Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
             Section("curves", "Singular values and saliencies", picture("curves")),
@@ -118,7 +120,7 @@ def cards(summary: Summary) -> list[Card]:
         shown.append(_measured_card("Perplexity", quality_tables.perplexity(compressed), against))
     unit = table_style.unit_name(summary.accounting)
     of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
-    shown.append(Card("Kept", f"{summary.used / summary.total:.4f}", of))
+    shown.append(Card("Kept", formats.significant(summary.used / summary.total), of))
     if summary.predicted is not None:
         shown.append(_certificate(summary.predicted, summary.bound))
     if (gain := tables.mean_change(summary.matching)) is not None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 from globalopt.values.results import ErrorUnit, Evaluation, Search, Summary
 from reports import formats
 from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
-from reports.surrogate import Surrogate, chosen, whole
+from reports.surrogate import FEWEST, Surrogate, chosen, whole
 
 ROOM = 3.0  # the diagonal is drawn if the axes then span at most so many times the range of the points
 RARE = 0.005  # share of partial evaluations at either end that may lie off the scale
@@ -30,7 +30,7 @@ def search_figure(summary: Summary, search: Search) -> Figure:
     >>> len(search_figure(example_searched_summary(search), search).axes)
     2
     """
-    figure = new_figure(summary, 11.6, 4.9)
+    figure = new_figure(summary, "Candidates of the search: predicted and measured loss", 5.2)
     left, right = figure.subplots(1, 2, width_ratios=[5.0, 6.6])
     agreement(left, summary, search)
     progress(right, summary, search)
@@ -80,9 +80,10 @@ def agreement(axes: Axes, summary: Summary, search: Search) -> None:
         round_ticks(axes.yaxis, up)
         _legend(axes)
     axes.set_box_aspect(1)
-    in_corner(axes, ratio, not_drawn({"at zero": len(found) - len(shown)}))
+    few = "" if surrogate.count >= FEWEST else f"too few for a correlation or a line: {surrogate.count}"
+    in_corner(axes, ratio, few, not_drawn({"at zero": len(found) - len(shown)}))
     rank = "" if surrogate.correlation is None else f", rank correlation {surrogate.correlation:.2f}"
-    axes.set_title(f"predicted and measured loss{rank}", fontsize=10, loc="left")
+    axes.set_title(f"measured over predicted loss{rank}", fontsize=10, loc="left")
     axes.set_xlabel(f"predicted, {error_unit(summary.budget_unit)}", fontsize=8)
     axes.set_ylabel("measured: KL to dense, nats per token", fontsize=8)
 
@@ -132,7 +133,7 @@ def progress(axes: Axes, summary: Summary, search: Search) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     zeros = len(found) - len(solid) + len(asked) - len(faint)
     in_corner(axes, not_drawn({"at zero": zeros, "off the scale": outside}))
-    axes.set_title("measured loss of the candidates", fontsize=10, loc="left")
+    axes.set_title("measured loss over the tokens spent", fontsize=10, loc="left")
     axes.set_xlabel(f"forward tokens spent (limit {formats.count(search.limit)})", fontsize=8)
     axes.set_ylabel("KL to dense, nats per token", fontsize=8)
 

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from globalopt.values.results import Evaluation, Search, Summary
 
-FEWEST = 3  # distinct evaluations; two always lie on a line
+FEWEST = 10
+"""Least number of distinct evaluations of which a correlation or a fitted line is computed.
+
+Of fewer, chance alone makes either: three random points have a rank correlation of 1 or -1 in a third of all cases.
+"""
 SAME = 1e-9  # a relative difference below this is rounding
 
 
@@ -58,10 +62,10 @@ class Surrogate:
         slope, intercept: of `log measured = slope x log predicted + intercept` by least squares over the pairs above
             zero, with natural logarithms; None as above.
 
-    >>> losses = [(0.1, 0.01), (0.2, 0.04), (0.4, 0.16)]
+    >>> losses = [(0.1 * n, 0.01 * n**2) for n in range(1, 11)]
     >>> found = Surrogate.of([Evaluation(0, loss, 64, True, predicted) for predicted, loss in losses])
     >>> found.count, round(found.correlation, 6), round(found.slope, 6)
-    (3, 1.0, 2.0)
+    (10, 1.0, 2.0)
     """
 
     count: int
@@ -83,8 +87,8 @@ def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | 
 
     None where n < `FEWEST` or one of them is constant.
 
-    >>> round(rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 9.0, 4.0])), 6)
-    0.5
+    >>> round(rank_correlation(np.arange(10.0), np.arange(10.0) ** 2), 6)
+    1.0
     """
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -96,7 +100,7 @@ def line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float] 
 
     None where n < `FEWEST` or `x` is constant.
 
-    >>> line(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0]))
+    >>> line(np.arange(10.0), 1.0 + 2.0 * np.arange(10.0))
     (2.0, 1.0)
     """
     if len(x) < FEWEST or np.ptp(x) == 0:

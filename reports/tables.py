@@ -23,6 +23,7 @@ from globalopt.values.results import (
 )
 from reports import formats
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
+from reports.menu import Menu
 from reports.quality_tables import quality
 from reports.shaded_grid import kept_grid
 from reports.size import size_facts
@@ -32,8 +33,11 @@ from reports.table_style import _some_names, add_numbers, facts, footed, model_n
 # Rules below the header and above a total, no other lines.
 
 
-def render(summary: Summary, console: Console, verbose: bool = False) -> None:
+def render(summary: Summary, console: Console, verbose: bool = False, menu: Menu | None = None) -> None:
     """Print the whole report; `verbose` adds the layers one by one, the splits and the versions.
+
+    Args:
+        menu: limits of what the search had on offer, where layers at one of them are to be named.
 
     >>> from reports.example import example_summary
     >>> render(example_summary(), Console(width=80, color_system=None))
@@ -44,7 +48,7 @@ def render(summary: Summary, console: Console, verbose: bool = False) -> None:
     sign = "+-" if console.options.ascii_only else "±"
     parts: list[RenderableType] = [
         heading(summary),
-        budget(summary),
+        budget(summary, menu),
         quality(summary, sign),
         *([searched(summary, summary.search)] if summary.search is not None else []),
         by_kind_table(summary),
@@ -80,7 +84,7 @@ def heading(summary: Summary) -> Text:
     )
 
 
-def budget(summary: Summary) -> Table:
+def budget(summary: Summary, menu: Menu | None = None) -> Table:
     """Make the table of the budget: `budget_facts`, one per row.
 
     >>> from reports.example import example_summary
@@ -89,11 +93,11 @@ def budget(summary: Summary) -> Table:
     asked           keep 0.5 of the compressible parameters
     ...
     """
-    return facts("Budget", budget_facts(summary))
+    return facts("Budget", budget_facts(summary, menu))
 
 
-def budget_facts(summary: Summary) -> list[tuple[str, str]]:
-    """List labels and values on the budget: requested, limit, used, predicted loss, certificate, coverage.
+def budget_facts(summary: Summary, menu: Menu | None = None) -> list[tuple[str, str]]:
+    """List labels and values on the budget: requested, limit, used, predicted loss, certificate, limits, coverage.
 
     >>> from reports.example import example_summary
     >>> budget_facts(example_summary())[0]
@@ -109,6 +113,8 @@ def budget_facts(summary: Summary) -> list[tuple[str, str]]:
         ("solver", summary.solver),
         *prediction("predicted loss", summary.predicted, summary.bound, f"{summary.budget_unit}, summed over layers"),
         *against_uniform(summary),
+        # Without a prediction, no option was on offer.
+        *(menu.facts(summary.layers) if menu is not None and summary.predicted is not None else ()),
         (
             "covered",
             f"{formats.count(summary.covered)} of {formats.count(summary.block_params)} block parameters, "
@@ -127,7 +133,7 @@ def against_uniform(summary: Summary) -> list[tuple[str, str]]:
     >>> from globalopt.values.results import Outcome
     >>> from reports.example import example_summary
     >>> against_uniform(example_summary(predicted=0.001, uniform=Outcome(1000, 0.0025, None, None)))
-    [('uniform', 'predicted 0.002500, 2.500 times as much')]
+    [('uniform', 'predicted 0.00250, 2.50 times as much')]
     """
     uniform, search = summary.uniform, summary.search
     if uniform is None or not summary.predicted:
@@ -144,7 +150,7 @@ def prediction(label: str, predicted: float | None, bound: float | None, unit: s
     """List the predicted loss of an allocation and its certificate.
 
     >>> prediction("predicted", 1.0, 1.0, "nats per token")
-    [('predicted', '1.000 nats per token'), ('certificate', 'the optimum of the surrogate, proved')]
+    [('predicted', '1.00 nats per token'), ('certificate', 'the optimum of the surrogate, proved')]
     """
     if predicted is None:
         return [(label, "nothing: the budget was not found by a search")]
@@ -224,9 +230,9 @@ def matched(results: Sequence[MatchResult]) -> Stack:
     >>> from reports.example import example_matching
     >>> Console(width=80, color_system=None).print(matched(example_matching()))
     Transformer matching
-    block  loss      before      after   change  epochs   kept    time
+    block  loss    before     after   change  epochs   kept        time
     ...
-    model  kl      0.003100   0.002400  -22.6 %       3      3  1 min 01 s
+    model  kl     0.00310   0.00240  -22.6 %       3      3  1 min 01 s
     loss: on held-out calibration windows where there are any; kept: the epoch that was kept
     """
     table = report_table("Transformer matching")

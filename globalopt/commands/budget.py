@@ -10,7 +10,7 @@ import typer
 
 from globalopt.commands.arguments import named
 from globalopt.commands.console import err, errors, out, print_json
-from globalopt.commands.options import Json, Quiet, Trust
+from globalopt.commands.options import Json, Silent, Trust
 
 if TYPE_CHECKING:
     from globalopt.budgets.budget_file import BudgetFile
@@ -114,7 +114,7 @@ def convert(
         int | None, typer.Option(help="For evopress: number of weights per level.", show_default=False)
     ] = None,
     trust_remote_code: Trust = False,
-    quiet: Quiet = False,
+    quiet: Silent = False,
 ) -> None:
     """Convert a budget file into the format of another program, or the other way round.
 

@@ -42,6 +42,7 @@ from globalopt.commands.options import (
     TextColumn,
     Trust,
     Verbose,
+    one_of,
 )
 from globalopt.commands.results import show, show_dry_run
 
@@ -61,7 +62,8 @@ def compress(
     sensitivity: Annotated[
         str,
         typer.Option(
-            help="Metric of the layers: fisher (also the output Grams of a backward sweep) or none (inputs only)."
+            help="Metric of the layers: fisher (also the output Grams of a backward sweep) or none (inputs only).",
+            metavar=one_of("fisher", "none"),
         ),
     ] = "fisher",
     sequential: Sequential = "block",

@@ -18,7 +18,7 @@ from globalopt.commands.options import (
     EvalText,
     Json,
     MaxMemory,
-    Quiet,
+    QuietScores,
     TextColumn,
     Trust,
 )
@@ -99,7 +99,7 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     max_memory: MaxMemory = None,
-    quiet: Quiet = False,
+    quiet: QuietScores = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL to the dense model and zero-shot tasks, and compare with the dense model.
@@ -160,7 +160,7 @@ def evaluate(
             scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
         if as_json:
             print_json(asdict(scores))
-        elif not quiet:
+        else:
             from reports import render_scores
 
             render_scores(scores, out)

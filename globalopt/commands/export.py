@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from globalopt.commands.console import errors, print_json, say
-from globalopt.commands.options import Json, Quiet, Trust
+from globalopt.commands.options import Json, Silent, Trust
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
         ),
     ] = "padded",
     trust_remote_code: Trust = False,
-    quiet: Quiet = False,
+    quiet: Silent = False,
     as_json: Json = False,
 ) -> None:
     """Write the model of a finished run in another format."""

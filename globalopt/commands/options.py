@@ -7,6 +7,16 @@ from typing import Annotated
 
 import typer
 
+
+def one_of(*words: str) -> str:
+    """Write the words that an option takes as its placeholder in the help.
+
+    >>> one_of("none", "block")
+    '[none|block]'
+    """
+    return f"[{'|'.join(words)}]"
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -17,8 +27,16 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "--model-name-or-path", help="The model, in place of the argument.", show_default=False),
 ]
-Dtype = Annotated[str, typer.Option(help="Data type in which the model computes: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Device on which the model computes: auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Data type in which the model computes.", metavar=one_of("auto", "float32", "bfloat16", "float16")
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="Device on which the model computes.", metavar=one_of("auto", "cpu", "cuda", "cuda:N", "mps")),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
 LowCoverage = Annotated[
     bool,
@@ -36,33 +54,49 @@ MaxMemory = Annotated[
     ),
 ]
 SolverName = Annotated[
-    str, typer.Option("--solver", help="Solver that decomposes the layers; `globalopt list` shows all solvers.")
+    str,
+    typer.Option(
+        "--solver", help="Solver that decomposes the layers; `globalopt list` shows all solvers.", metavar="NAME"
+    ),
 ]
 SolverSet = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Options of the solver, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option(
+        "--set",
+        help="Options of the solver, separated by commas; may be repeated. `globalopt list SOLVER` shows them.",
+        metavar="NAME=VALUE",
+    ),
 ]
 Sequential = Annotated[
     str,
     typer.Option(
         help="When Grams are collected during refinement: block (once per block, before any of its layers is replaced) "
-        "or site (for each input site, after the layers before it were replaced)."
+        "or site (for each input site, after the layers before it were replaced).",
+        metavar=one_of("block", "site"),
     ),
 ]
 Match = Annotated[
     str,
     typer.Option(
         help="Training of the kept parameters after the solver, with fixed supports: none; block (every block learns "
-        "to reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions)."
+        "to reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions).",
+        metavar=one_of("none", "block", "model"),
     ),
 ]
 MatchSet = Annotated[
     list[str] | None,
-    typer.Option(help="Options of block matching, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option(
+        help="Options of block matching, separated by commas; may be repeated. `globalopt list matching` shows them.",
+        metavar="NAME=VALUE",
+    ),
 ]
 DistillSet = Annotated[
     list[str] | None,
-    typer.Option(help="Options of model matching, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+    typer.Option(
+        help="Options of model matching, separated by commas; may be repeated. `globalopt list distillation` shows "
+        "them.",
+        metavar="NAME=VALUE",
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -88,7 +122,8 @@ Bos = Annotated[
     str,
     typer.Option(
         help="Whether every window begins with the BOS token: auto (if the tokenizer puts one in front of a text), yes "
-        "or no."
+        "or no.",
+        metavar=one_of("auto", "yes", "no"),
     ),
 ]
 EvalWindows = Annotated[
@@ -113,6 +148,7 @@ ServingProfile = Annotated[
         help="Where the model will be served, which limits every layer: dense (no limits); adapter (LoRA: rank a "
         "multiple of 8, at most 512); two-four (sparse parts are 2:4); factors (no sparse parts: rank alone, or the "
         "layer kept or dropped whole).",
+        metavar=one_of("dense", "adapter", "two-four", "factors"),
     ),
 ]
 RankMultiple = Annotated[
@@ -153,6 +189,11 @@ CacheFolder = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep this run's artefacts in its own folder and share nothing.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print no progress, only the result in a few lines; draw no page and pictures."),
+]
+QuietScores = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress, only the result.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print one row per layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

@@ -22,14 +22,22 @@ if TYPE_CHECKING:
 
 
 def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
-    """Print a finished run; exit with `DONE_WITH_FALLBACKS` where a layer needed one."""
+    """Print a finished run; exit with `DONE_WITH_FALLBACKS` where a layer needed one.
+
+    Args:
+        quiet: a few lines with the result, and no page and pictures, which are most of the work of a report.
+    """
     from dataclasses import asdict
 
     from globalopt.values.decomposition import Status
 
     if as_json:
         print_json(asdict(summary))
-    elif not quiet:
+    elif quiet:
+        from reports.brief import brief
+
+        say([*brief(summary), *_made(run)])
+    else:
         show_report(summary, run, verbose)
     if any(layer.status == Status.FALLBACK.value for layer in summary.layers):
         raise typer.Exit(DONE_WITH_FALLBACKS)
@@ -55,13 +63,18 @@ def show_report(summary: Summary, run: Run, verbose: bool, drawn: bool = True) -
         drawn: False: page and pictures are left out where they cannot be written, and one line says so.
     """
     import reports
+    from globalopt.analysis.grid import LARGEST_SHARE, LEAST_KEPT, NNZ_LEVELS
 
+    menu = reports.Menu(LEAST_KEPT, LARGEST_SHARE, NNZ_LEVELS)
     details = run.details(layer.name for layer in summary.layers)
     with _drawing(drawn):
-        written = reports.report(summary, run.report_folder, out, verbose, details)
+        written = reports.report(summary, run.report_folder, out, verbose, details, menu)
         refine = _compress_command(run, run.budget_path, "hassle-free")
-        made = [("budget", run.budget_path), ("model", run.model_folder)]
-        say([*made, *_drawn(written), ("next", refine)])
+        say([*_made(run), *_drawn(written), ("next", refine)])
+
+
+def _made(run: Run) -> list[tuple[str, object]]:
+    return [("budget", run.budget_path), ("model", run.model_folder)]
 
 
 @contextlib.contextmanager
@@ -85,14 +98,19 @@ def _drawn(written: Written) -> list[tuple[str, object]]:
 
 
 def show_family(family: Family, run: Run, quiet: bool, as_json: bool, drawn: bool = True) -> None:
-    """Print a family of budgets and draw its curve; for `drawn` see `show_report`."""
+    """Print a family of budgets and draw its curve; for `quiet` see `show`, for `drawn` see `show_report`."""
     from dataclasses import asdict
 
     import reports
 
     if as_json:
         print_json(asdict(family))
-    elif not quiet:
+    elif quiet:
+        from reports.frontier import frontier_table
+
+        out.print(frontier_table(family))
+        say([("budgets", run.folder / "budgets")])
+    else:
         with _drawing(drawn):
             written = reports.report_family(family, run.report_folder, out)
             middle = family.points[len(family.points) // 2]

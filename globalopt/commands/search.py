@@ -42,6 +42,7 @@ from globalopt.commands.options import (
     TextColumn,
     Trust,
     Verbose,
+    one_of,
 )
 from globalopt.commands.results import show, show_dry_run, show_family
 
@@ -55,19 +56,21 @@ def search(
         str | None,
         typer.Option(
             help="Fraction of the compressible layers to keep, in (0, 1]. Several fractions, separated by commas, make "
-            "a family of budget files, each within the next larger one, without refinement.",
+            "a family of budget files, each within the next larger one, without refinement. Without it: 0.5.",
             metavar="FRACTION[,...]",
-            show_default=str(BUDGET),
+            show_default=False,
         ),
     ] = None,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Make a family of the budgets 0.1, 0.15, ... 0.9.")
     ] = False,
-    accounting: Annotated[str, typer.Option(help="Unit of the budget: params or bytes.")] = "params",
+    accounting: Annotated[str, typer.Option(help="Unit of the budget.", metavar=one_of("params", "bytes"))] = "params",
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of the sparse parts: unstructured, or KEEP:OF such as 2:4.", show_default="unstructured"
+            help="Pattern of the sparse parts: unstructured, or KEEP:OF such as 2:4. Without it: unstructured.",
+            metavar="[unstructured|KEEP:OF]",
+            show_default=False,
         ),
     ] = None,
     serving_profile: ServingProfile = "dense",
@@ -75,20 +78,27 @@ def search(
     allocator: Annotated[
         str | None,
         typer.Option(
-            help="Allocator that divides the budget; `globalopt list` shows all allocators.",
-            show_default="knapsack; auto with --effort best",
+            help="Allocator that divides the budget; `globalopt list` shows all allocators. Without it: "
+            "knapsack, or auto with --effort best.",
+            metavar="NAME",
+            show_default=False,
         ),
     ] = None,
     allocator_set: Annotated[
         list[str] | None,
-        typer.Option(help="Options of the allocator, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+        typer.Option(
+            help="Options of the allocator, separated by commas; may be repeated. `globalopt list ALLOCATOR` "
+            "shows them.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
         str,
         typer.Option(
-            help="How losses are predicted: fisher (in nats, by a backward sweep) or none (only as output errors)."
+            help="How losses are predicted: fisher (in nats, by a backward sweep) or none (only as output errors).",
+            metavar=one_of("fisher", "none"),
         ),
     ] = "fisher",
     span_scaling: Annotated[
@@ -96,15 +106,17 @@ def search(
         typer.Option(
             help="Scaling in which a weight W is split into its span: activation (W D_x, with the root mean squares of "
             "the inputs), none (W itself), output (also by the output Gram) or direct (a whitened SVD; the default of "
-            "--serving-profile factors).",
-            show_default="activation",
+            "--serving-profile factors). Without it: activation.",
+            metavar=one_of("activation", "none", "output", "direct"),
+            show_default=False,
         ),
     ] = None,
     predict_from: Annotated[
         str,
         typer.Option(
             help="Basis of the predicted losses: anchors (spans, and solutions at a few anchors of every layer) or "
-            "span (spans alone)."
+            "span (spans alone).",
+            metavar=one_of("anchors", "span"),
         ),
     ] = "anchors",
     correct: Annotated[
@@ -118,7 +130,8 @@ def search(
         str,
         typer.Option(
             help="Layers of the candidates whose true loss a search measures: anchors (interpolated from the "
-            "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions)."
+            "solutions at the anchors), span (cut from the spans) or auto (anchors where there are such solutions).",
+            metavar=one_of("anchors", "span", "auto"),
         ),
     ] = "auto",
     effort: Annotated[
@@ -126,15 +139,17 @@ def search(
         typer.Option(
             help="How much time to spend: quick, default or best. It sets the defaults of --nsamples, --eval-windows, "
             "--allocator, --search-tokens, the solver's preset, the steps of the probe solver and the epochs of block "
-            "matching."
+            "matching.",
+            metavar=one_of("quick", "default", "best"),
         ),
     ] = "default",
     search_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Forward tokens that the search may spend on true losses; for a family, 0 measures none.",
+            help="Forward tokens that the search may spend on true losses; for a family, 0 measures none. Without it: "
+            "500000, or 100000 with --effort quick.",
             min=0,
-            show_default="500000; 100000 with --effort quick",
+            show_default=False,
         ),
     ] = None,
     sequential: Sequential = "block",
@@ -146,14 +161,18 @@ def search(
     text_column: TextColumn = None,
     nsamples: Annotated[
         int | None,
-        typer.Option(help="Number of calibration windows.", show_default="128; 64 with --effort quick, 256 with best"),
+        typer.Option(
+            help="Number of calibration windows. Without it: 128, or 64 with --effort quick and 256 with best.",
+            show_default=False,
+        ),
     ] = None,
     seqlen: Seqlen = 256,
     eval_windows: Annotated[
         int | None,
         typer.Option(
-            help="Largest number of windows in each of the selection, validation and test parts.",
-            show_default="128; 64 with --effort quick",
+            help="Largest number of windows in each of the selection, validation and test parts. Without it: 128, or "
+            "64 with --effort quick.",
+            show_default=False,
         ),
     ] = None,
     batch_size: BatchSize = 8,

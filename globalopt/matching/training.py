@@ -29,7 +29,8 @@ class Training:
 
     Args:
         epochs: passes over the calibration windows at most.
-        rate: first step size of Adam; it falls along half a cosine to `floor` of it.
+        rate: first step size of Adam; it falls along half a cosine.
+        floor: last step size, as a share of the first.
         relative: steps are in units of the root mean square of the tensor they change, else absolute.
         held_out: share of the batches that is not trained on and decides which epoch is kept; 0 keeps the last.
         patience: refused epochs in a row after which training ends.

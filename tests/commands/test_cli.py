@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from allocators import ALLOCATORS
 from globalopt.budgets import budget_file
 from globalopt.commands.console import INTERRUPTED
+from globalopt.commands.explanations import options
+from globalopt.matching.block import Matching
+from globalopt.matching.model import Distillation
 from globalopt.models.identity import model_fingerprint
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder
@@ -80,12 +83,34 @@ def test_version():
     assert done("--version").stdout == "globalopt 0.1.0\n"
 
 
-def test_list_names_every_method_and_its_options():
+def test_list_names_every_method():
     listed = done("list").stdout
     for method in (*SOLVERS.values(), *ALLOCATORS.values()):
         assert method.name in listed
         assert method.paper in listed
-    assert "damping=0.005" in listed
+    assert "globalopt list matching" in listed
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, *ALLOCATORS, "matching", "distillation"])
+def test_list_explains_every_option_of_a_method(name):
+    methods = {**SOLVERS, **ALLOCATORS, "matching": Matching, "distillation": Distillation}
+    for option in options(methods[name]):
+        assert option.meaning, option
+        assert option.name in done("list", name).stdout
+
+
+def test_list_of_an_unknown_name_offers_the_closest():
+    assert "3basil" in refused(2, "list", "3basill")
+
+
+@pytest.mark.parametrize("command", ["search", "compress"])
+def test_help_shows_the_words_of_options_and_no_default_in_brackets(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
+    text = done(command, "--help").stdout
+    for words in ("[none|block|model]", "[fisher|none]", "[block|site]", "[auto|float32|bfloat16|float16]"):
+        assert words in text
+    assert "[default: (" not in text
 
 
 # ------------------------------------------------------------------------------------------------- search
@@ -187,8 +212,12 @@ def test_json_is_all_there_is_on_stdout(tiny_search, tmp_path):
     assert json.loads(printed) == read(tmp_path / "run" / "summary.json")
 
 
-def test_quiet_says_nothing(tiny_search, tmp_path):
-    assert done(*tiny_search, "--out", tmp_path / "run", "-q").output == ""
+def test_quiet_prints_the_result_alone(tiny_search, tmp_path):
+    made = done(*tiny_search, "--out", tmp_path / "run", "-q")
+    labels = [line.split()[0] for line in made.stdout.splitlines()]
+    assert labels == ["kept", "validation", "test", "budget", "model"]
+    assert made.stderr == ""
+    assert not (tmp_path / "run" / "report").exists()
 
 
 def test_without_out_the_folder_is_named_by_the_options(tiny_search, tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ def test_runs_on_the_same_text_are_compared() -> None:
     text = shown(comparison([make_summary(), other], ["found", "even"]))
     above = text.partition("Against")[0]
     rows = {line.split()[0]: line.split() for line in above.splitlines() if line.strip()}
-    assert rows["found"][1:] == ["knapsack", "0.5201", "0.003020", "±0.000076", "62.44", "±0.81", "+0.4", "%"]
-    assert rows["even"][1:] == ["uniform", "0.5201", "0.0483", "±0.0012", "70.00", "±0.91", "+12.5", "%"]
+    assert rows["found"][1:] == ["knapsack", "0.520", "0.00302", "±0.00008", "62.4", "±0.8", "+0.4", "%"]
+    assert rows["even"][1:] == ["uniform", "0.520", "0.0483", "±0.0012", "70.0", "±0.9", "+12.5", "%"]
     assert "all runs: budget 0.5, solver 3basil, seed 0" in text
     assert "Comparison on test" in text
     assert "Not comparable" not in text
@@ -91,13 +91,13 @@ def test_a_run_without_the_split_is_said_and_shown_without_figures() -> None:
     bare = make_summary(dense=(), compressed=())
     text = shown(comparison([make_summary(), bare], split="test"))
     assert "no figures on test: 2" in text
-    assert next(line.split() for line in text.splitlines() if line[:1] == "2") == ["2", "0.5201", "-", "-", "-"]
+    assert next(line.split() for line in text.splitlines() if line[:1] == "2") == ["2", "0.520", "-", "-", "-"]
 
 
 def test_nothing_is_lost_where_every_column_differs() -> None:
     other = make_summary(asked=0.25, allocator="policy-gradient", solver="hassle-free", seed=12345)
     text = "".join(shown(comparison([make_summary(), other], ["runs/first", "runs/second"])).split())
-    for cell in ("0.25", "12345", "0.003020", "±0.000076", "62.44", "±0.81", "+0.4%"):
+    for cell in ("0.25", "12345", "0.00302", "±0.00008", "62.4", "±0.8", "+0.4%"):
         assert cell in text
 
 
@@ -113,7 +113,7 @@ def test_the_tokens_of_searches_are_shown_where_there_are_any() -> None:
     text = shown(comparison([make_summary(), found], ["knapsack", "searched"]))
     above = text.partition("Against")[0]
     rows = {line.split()[0]: line.split() for line in above.splitlines() if line.strip()}
-    assert (rows["knapsack"][3], rows["searched"][3]) == ("-", "1.925M")
+    assert (rows["knapsack"][3], rows["searched"][3]) == ("-", "1.93M")
     assert "tokens: forward tokens" in text
     assert "tokens" not in shown(comparison([make_summary(), make_summary(allocator="uniform")]))
 
@@ -121,4 +121,4 @@ def test_the_tokens_of_searches_are_shown_where_there_are_any() -> None:
 def test_tokens_that_all_runs_spent_are_said_once() -> None:
     found = make_searched(make_search())
     text = shown(comparison([found, replace(found, seed=1)]))
-    assert "all runs: budget 0.5, allocator evolution, solver 3basil, tokens 1.925M" in text
+    assert "all runs: budget 0.5, allocator evolution, solver 3basil, tokens 1.93M" in text

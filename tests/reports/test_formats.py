@@ -11,8 +11,8 @@ def test_a_duration_never_shows_sixty(seconds: float, text: str) -> None:
     assert formats.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("n", "text"), [(940, "940"), (65536, "65.54k"), (999_960, "1.000M"), (8 * 10**9, "8.000G")])
-def test_compact_keeps_four_digits(n: int, text: str) -> None:
+@pytest.mark.parametrize(("n", "text"), [(940, "940"), (65536, "65.5k"), (999_960, "1.00M"), (8 * 10**9, "8.00G")])
+def test_compact_keeps_three_digits(n: int, text: str) -> None:
     assert formats.compact(n) == text
 
 
@@ -28,9 +28,11 @@ def test_a_column_has_one_number_of_decimals_and_exact_zeros() -> None:
 
 
 def test_a_measured_value_stops_at_its_standard_error() -> None:
-    assert formats.measured(67.9012, 0.881) == "67.90 ±0.88"
+    assert formats.measured(67.9012, 0.881) == "67.9 ±0.9"
     assert formats.measured(0.058913, 0.0012, "+-") == "0.0589 +-0.0012"
-    assert formats.measured(0.058913, None) == "0.05891"
+    assert formats.measured(67.9012, 0.00881) == "67.901 ±0.009"
+    assert formats.measured(0.0, 0.0012) == "0.000 ±0.001"
+    assert formats.measured(0.058913, None) == "0.0589"
     assert formats.measured(float("inf"), 1.0) == "inf"
 
 
@@ -41,10 +43,10 @@ def test_a_measured_value_stops_at_its_standard_error() -> None:
         (1.0, 1.0, "the optimum of the surrogate, proved"),
         (0.0, 0.0, "the optimum of the surrogate, proved"),
         (1.0, 0.0, "no certificate (the proved bound is 0)"),
-        (1.0012, 1.0, "within 0.12 % of the optimum of the surrogate (bound 1.000)"),
+        (1.0012, 1.0, "within 0.12 % of the optimum of the surrogate (bound 1.00)"),
         # Relative to the optimum, not to the prediction, and rounded up.
-        (3.0, 2.0, "within 50 % of the optimum of the surrogate (bound 2.000)"),
-        (1.01231, 1.0, "within 1.3 % of the optimum of the surrogate (bound 1.000)"),
+        (3.0, 2.0, "within 50 % of the optimum of the surrogate (bound 2.00)"),
+        (1.01231, 1.0, "within 1.3 % of the optimum of the surrogate (bound 1.00)"),
     ],
 )
 def test_a_certificate_claims_no_more_than_is_proved(predicted: float, bound: float | None, text: str) -> None:

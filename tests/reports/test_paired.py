@@ -93,7 +93,7 @@ def dense(measured: Measured, metrics: Metrics) -> Measured:
         (altered(run("b", 0.0), split="validation"), "no figures on test: b"),
         (run("b", 0.0, accounting="bytes"), "accounting differs: params (a); bytes (b)"),
         (run("b", 0.0, layers=make_summary(blocks=2).layers), "model differs in names or shapes of layers"),
-        (dense(run("b", 0.0), make_metrics("test", 8.0, None)), "dense perplexity differs: 7.000 (a); 8.000 (b)"),
+        (dense(run("b", 0.0), make_metrics("test", 8.0, None)), "dense perplexity differs: 7 (a); 8 (b)"),
     ],
 )
 def test_what_does_not_compare_has_a_reason_and_no_difference(other, says):

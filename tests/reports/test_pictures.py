@@ -120,7 +120,7 @@ def test_matching_is_two_dots_per_block() -> None:
     assert "nats per token" in axes.get_ylabel()
     mean = math.exp(sum(math.log(m.after / m.before) for m in blocks) / len(blocks)) - 1
     assert f"{100 * mean:+.1f} % on average" in axes.get_title(loc="left")
-    assert [text.get_text() for text in axes.texts] == ["whole model, kl: 0.003100 to 0.002400"]
+    assert [text.get_text() for text in axes.texts] == ["whole model, kl: 0.00310 to 0.00240"]
     assert len(ends.get_paths()) == len(blocks)  # pyright: ignore[reportArgumentType]
 
 

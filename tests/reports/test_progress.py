@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from io import StringIO
 
 import pytest
@@ -42,17 +43,48 @@ def test_the_console_decides() -> None:
     assert isinstance(make_progress(terminal(), quiet=True), QuietProgress)
 
 
-def test_lines_come_one_per_step_and_one_at_the_end() -> None:
+def test_a_log_has_a_line_per_stage_and_not_one_per_step() -> None:
     console = Console(file=StringIO(), width=20)
     progress = make_progress(console)
     progress.note("a [note] that is longer than the console is wide")
     run(progress, 3)
-    lines = written(console).splitlines()
-    assert lines[0] == "a [note] that is longer than the console is wide"
-    assert len(lines) == 5
-    for i in range(3):
-        assert re.fullmatch(rf"span {i + 1}/3 layers +\d\.\d\d s  model\.layers\.{i}\.\[q\]", lines[i + 1])
-    assert re.fullmatch(r"span done  3/3 layers  \d\.\d\d s", lines[4])
+    first, last = written(console).splitlines()
+    assert first == "a [note] that is longer than the console is wide"
+    assert re.fullmatch(r"span done  3/3 layers  \d\.\d\d s", last)
+
+
+def test_a_log_says_every_interval_how_far_the_innermost_stage_is() -> None:
+    console = Console(file=StringIO(), width=20)
+    progress = LineProgress(console, interval=0.02)
+    with progress.stage("search", 4, "chunks") as outer:
+        with progress.stage("span", 3, "layers") as step:
+            step("model.layers.0.[q]")
+            time.sleep(0.1)
+        outer("one")
+    *between, inner_end, outer_end = written(console).splitlines()
+    assert between
+    for line in between:
+        # On a busy machine the outer stage has a line before the inner one opens.
+        if line.startswith("search  0/4"):
+            continue
+        assert re.fullmatch(r"span  [01]/3 layers  0\.\d\d s(, 0\.\d\d s left  model\.layers\.0\.\[q\])?", line)
+    assert inner_end.startswith("span done  1/3 layers")
+    assert outer_end.startswith("search done  1/4 chunks")
+
+
+def test_a_log_that_was_closed_ends_the_lines_in_between_without_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = StringIO()
+
+    def close_within_a_stage() -> None:
+        with LineProgress(Console(file=file), 0.01).stage("span", 3, "layers"):
+            file.close()
+            time.sleep(0.05)
+
+    with pytest.raises(ValueError, match="closed"):
+        close_within_a_stage()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_failed_stage_is_marked_and_its_error_goes_on() -> None:

@@ -19,9 +19,9 @@ def evaluations(*pairs: tuple[float, float]) -> list[Evaluation]:
 
 
 def test_the_rank_correlation_by_hand() -> None:
-    # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 (1 + 1 + 1 + 1) / (4 (16 - 1)) = 0.6.
-    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.2, 0.1, 9.0, 0.3])
-    assert rank_correlation(x, y) == pytest.approx(0.6)
+    # Of the ranks 1 to 10, five pairs of neighbours change places: 1 - 6 x 10 / (10 (100 - 1)) = 1 - 2 / 33.
+    x, y = np.arange(10.0), np.array([0.2, 0.1, 0.4, 0.3, 6.0, 5.0, 8.0, 7.0, 99.0, 9.0])
+    assert rank_correlation(x, y) == pytest.approx(1 - 2 / 33)
     assert rank_correlation(x, -(x**3)) == pytest.approx(-1.0)
 
 
@@ -41,8 +41,8 @@ def test_the_line_is_scipys() -> None:
 
 
 def test_a_power_law_has_its_exponent_as_slope_and_its_factor_in_the_intercept() -> None:
-    found = Surrogate.of(evaluations(*((p, 3 * p**0.8) for p in (0.001, 0.002, 0.005, 0.1))))
-    assert found.count == 4
+    found = Surrogate.of(evaluations(*((p, 3 * p**0.8) for p in np.geomspace(0.001, 0.1, 10))))
+    assert found.count == 10
     assert found.correlation == pytest.approx(1.0)
     assert (found.slope, found.intercept) == (pytest.approx(0.8), pytest.approx(math.log(3)))
 
@@ -51,11 +51,12 @@ def test_too_few_or_unchanging_evaluations_are_not_judged() -> None:
     pair = (0.1, 0.2)
     assert Surrogate.of([]) == Surrogate(0, None, None, None)
     assert Surrogate.of(evaluations(pair, pair, pair, (0.2, 0.3))) == Surrogate(2, None, None, None)
-    assert Surrogate.of(evaluations(pair, (0.1, 0.3), (0.1, 0.4))) == Surrogate(3, None, None, None)
+    assert Surrogate.of(evaluations(*((0.1, 0.1 * n) for n in range(1, 11)))) == Surrogate(10, None, None, None)
+    assert Surrogate.of(evaluations(*((n, n) for n in range(1, 10)))) == Surrogate(9, None, None, None)
 
 
 def test_zeros_are_ranked_but_not_fitted() -> None:
-    found = Surrogate.of(evaluations((0.0, 0.0), (0.1, 0.1), (0.2, 0.2)))
+    found = Surrogate.of(evaluations(*((0.1 * n, 0.1 * n) for n in range(10))))
     assert found.correlation == pytest.approx(1.0)
     assert found.slope is None
 

@@ -35,10 +35,10 @@ def row(text: str, first: str) -> list[str]:
 def test_the_budget_stands_beside_the_uniform_one() -> None:
     assert "uniform" not in shown(budget(make_summary()))
     told = make_summary(predicted=0.001, uniform=Outcome(999, 0.0042, None, None))
-    assert row(shown(budget(told)), "uniform") == ["uniform", "predicted", "0.004200,", "4.200", "times", "as", "much"]
+    assert row(shown(budget(told)), "uniform") == ["uniform", "predicted", "0.00420,", "4.20", "times", "as", "much"]
     search = make_search(loss=0.002)
     asked = make_searched(search, predicted=0.001, uniform=Outcome(999, 0.0042, 0.005, 0.001))
-    assert "candidates lose 0.005000 against 0.002000, 2.500 times" in shown(budget(asked))
+    assert "candidates lose 0.00500 against 0.00200, 2.50 times" in shown(budget(asked))
 
 
 def test_the_budget_says_asked_limit_used_and_certificate() -> None:
@@ -47,8 +47,8 @@ def test_the_budget_says_asked_limit_used_and_certificate() -> None:
     assert "asked keep 0.5 of the compressible parameters" in text
     assert "limit 1,000,000 of 2,000,000 parameters" in text
     assert "used 999,899 parameters, 99.98 % of the limit" in text
-    assert "predicted loss 0.01010 nats per token" in text
-    assert "within 1.0 % of the optimum of the surrogate (bound 0.01000)" in text
+    assert "predicted loss 0.0101 nats per token" in text
+    assert "within 1.0 % of the optimum of the surrogate (bound 0.0100)" in text
     assert "not covered model.embed_tokens 2,097,152; model.layers.5" in text
 
 
@@ -133,9 +133,9 @@ def test_matching_is_shown_where_it_was_done() -> None:
     render(make_summary(matching=results), console)
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue().partition("Transformer matching")[2].partition("Stages")[0]
-    assert row(text, "0") == ["0", "nats", "0.002000", "0.001000", "-50.0", "%", "8", "6", "12.3", "s"]
+    assert row(text, "0") == ["0", "nats", "0.00200", "0.00100", "-50.0", "%", "8", "6", "12.3", "s"]
     assert row(text, "1")[2:7] == ["0", "0", "-", "8", "start"]
-    assert row(text, "model")[1:6] == ["kl", "0.01230", "0.01110", "-9.8", "%"]
+    assert row(text, "model")[1:6] == ["kl", "0.0123", "0.0111", "-9.8", "%"]
     render(make_summary(), console)
     assert console.file.getvalue().count("Transformer matching") == 1
 
@@ -155,7 +155,7 @@ def test_a_colour_scale_does_not_blow_up_small_differences() -> None:
 
 def test_quality_has_standard_errors_and_what_was_read() -> None:
     text = shown(quality(make_summary()))
-    assert row(text, "test") == ["test", "62.21", "±0.81", "62.44", "±0.81", "+0.4", "%", "0.003020", "±0.000076"]
+    assert row(text, "test") == ["test", "62.2", "±0.8", "62.4", "±0.8", "+0.4", "%", "0.00302", "±0.00008"]
     assert "test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111" in text
 
 
@@ -182,33 +182,39 @@ def test_a_search_says_what_it_spent_asked_and_found() -> None:
     assert "tokens 3,100 spent of 5,000" in text
     assert "candidates made of anchors" in text
     assert "measured 3 on the whole selection text, 1 on parts of it" in text
-    assert "first 0.004000 nats per token, after 1,000 tokens" in text
-    assert "best 0.003000 nats per token, -25.0 %, after 2,100 tokens" in text
+    assert "first 0.00400 nats per token, after 1,000 tokens" in text
+    assert "best 0.00300 nats per token, -25.0 %, after 2,100 tokens" in text
     assert "chosen the best" in text
-    assert "rank correlation 1.00 (Spearman) in 3 distinct whole evaluations" in text
-    assert "log measured = 2.73 log predicted + 13.35" in text
-    assert "among allocations that the search picked, no sample of all" in text
+    assert "too few distinct whole evaluations to judge it: 3, least 10" in text
     assert "top 1024 tokens, 0.42 % of the probability outside, counted as one" in text
 
 
 def test_a_choice_that_is_not_the_best_has_its_own_figures() -> None:
     search = make_search()
     text = shown_search(replace(search, loss=0.0021), 0.0012)
-    assert f"chosen 0.002100 nats per token, -13.6 %, after {search.tokens:,} tokens" in text
+    assert f"chosen 0.00210 nats per token, -13.6 %, after {search.tokens:,} tokens" in text
     first = next(e for e in search.evaluations if e.whole)
     assert "chosen the first" in shown_search(replace(search, loss=first.loss), first.predicted)
 
 
-def test_a_surrogate_is_not_judged_by_two_evaluations() -> None:
-    text = shown_search(make_search(1, 20))
-    assert "too few distinct whole evaluations to judge it: 2, least 3" in text
+def test_a_surrogate_is_not_judged_by_nine_evaluations() -> None:
+    text = shown_search(make_search(8, 20))
+    assert "too few distinct whole evaluations to judge it: 9, least 10" in text
     assert "Spearman" not in text
 
 
 def test_a_constant_surrogate_has_no_rank_correlation() -> None:
-    evaluations = tuple(Evaluation(n, 0.001 * n, 64, True, 0.001) for n in range(1, 4))
+    evaluations = tuple(Evaluation(n, 0.001 * n, 64, True, 0.001) for n in range(1, 11))
     text = shown_search(make_search(evaluations=evaluations, loss=0.001), 0.001)
-    assert "no correlation: one side is constant in 3 distinct whole evaluations" in text
+    assert "no correlation: one side is constant in 10 distinct whole" in text
+
+
+def test_a_surrogate_is_judged_by_ten_evaluations() -> None:
+    evaluations = tuple(Evaluation(n, 0.02 * n**2, 64, True, 0.1 * n) for n in range(1, 11))
+    text = shown_search(make_search(evaluations=evaluations, loss=0.02), 0.1)
+    assert "rank correlation 1.00 (Spearman) in 10 distinct whole evaluations" in text
+    assert "log measured = 2.00 log predicted + 0.69" in text
+    assert "among allocations that the search picked, no sample of all" in text
 
 
 def test_only_a_run_that_searched_reports_a_search() -> None:
@@ -229,7 +235,7 @@ def test_stages_sum_times_and_take_the_largest_peak() -> None:
 
 def test_layers_show_shape_pattern_and_status() -> None:
     summary = make_summary(pattern="2:4")
-    assert row(shown(layer_allocation(summary)), "0")[:6] == ["0", "q_proj", "256x256", "6", "32.77k", "2:4"]
+    assert row(shown(layer_allocation(summary)), "0")[:6] == ["0", "q_proj", "256x256", "6", "32.8k", "2:4"]
     assert "N:M" not in shown(layer_allocation(make_summary()))
     text = shown(layer_results(summary))
     assert "names under model.layers." in text
@@ -284,7 +290,7 @@ def test_an_ascii_terminal_gets_the_same_numbers() -> None:
     render(make_searched(make_search(), error_unit=ErrorUnit.OUTPUT_ERROR), console, verbose=True)
     file.flush()
     text = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
-    assert "62.44 +-0.81" in text
+    assert "62.4 +-0.8" in text
 
 
 def test_markup_in_names_is_printed_as_it_is() -> None:
