@@ -49,12 +49,13 @@ Sequential = Annotated[
         "or site (for each input site, after the layers before it were replaced)."
     ),
 ]
-Match = Annotated[
-    str,
-    typer.Option(
-        help="Training of the kept parameters after the solver, with fixed supports: none; block (every block learns "
-        "to reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions)."
-    ),
+MATCH_HELP = (
+    "Training of the kept parameters after the solver, with fixed supports: none; block (every block learns to "
+    "reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions)."
+)
+Match = Annotated[str, typer.Option(help=MATCH_HELP)]
+MatchOrNot = Annotated[
+    str | None, typer.Option(help=MATCH_HELP, show_default="none with --budget, block with --budget-file")
 ]
 MatchSet = Annotated[
     list[str] | None,
