@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.serving_limits import get_profile
+from globalopt.errors import UsageError
 from globalopt.evaluation.samples import PROMPTS
 from globalopt.models.loading import load_model
 from globalopt.pipeline.compress import compress as run_compress
+from globalopt.pipeline.direct import plan_direct
 from globalopt.pipeline.effort import get_effort
 from globalopt.pipeline.live import Documents, live_session
 from globalopt.pipeline.options import SENSITIVITIES, RefineOptions, SearchOptions, TextOptions, check_word
@@ -178,13 +180,17 @@ def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: Documents,
-    budget: BudgetFile | str | Path,
+    budget: BudgetFile | float | str | Path,
     *,
     eval_text: Documents | None = None,
+    allocator: str | Allocator | None = None,
+    allocator_options: Mapping[str, Any] | None = None,
+    rank_share: float | None = None,
+    pattern: str | None = None,
     solver: str | Solver = "3basil",
     solver_options: Mapping[str, Any] | None = None,
     sensitivity: str = "fisher",
-    refining: RefineOptions = MATCH_BLOCKS,
+    refining: RefineOptions | None = None,
     nsamples: int = 128,
     seqlen: int = 256,
     eval_windows: int = 128,
@@ -197,13 +203,17 @@ def compress(
     cache: bool | str | Path = True,
     progress: bool | Progress = True,
 ) -> Compressed:
-    """Compress a copy of `model` to an existing budget, as `globalopt compress` does.
+    """Compress a copy of `model` to a fraction kept or to an existing budget, as `globalopt compress` does.
 
     Args:
-        budget: path of a budget file, or `Compressed.budget` as `search` returns it.
+        budget: fraction kept of the compressible layers, in (0, 1]; or the path of a budget file; or
+            `Compressed.budget` as `search` returns it.
+        allocator, allocator_options, rank_share, pattern: how a fraction is divided; see `plan_direct`. They are
+            refused with a budget file.
+        refining: how layers are refined and matched; None matches nothing for a fraction, and blocks for a budget file.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
-        model, tokenizer, text, eval_text, sensitivity, refining, nsamples, seqlen, eval_windows, batch_size, bos,
+        model, tokenizer, text, eval_text, sensitivity, nsamples, seqlen, eval_windows, batch_size, bos,
             samples, seed, out, fresh, cache, progress: as in `search`.
     Raises:
         GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
@@ -217,14 +227,43 @@ def compress(
     >>> again = compress(model, tokenizer, text, first.budget, **method, **sizes)
     >>> again.summary.used == first.summary.used
     True
+    >>> found = compress(model, tokenizer, text, budget=0.5, solver="wanda", **sizes)
+    >>> [stage.name for stage in found.summary.stages]
+    ['load', 'allocate', 'refine', 'save', 'evaluate', 'samples']
     """
-    source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
-    file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
     check_word("sensitivity", sensitivity, SENSITIVITIES)
-    chosen = get_solver(solver, _texts(solver_options)) if isinstance(solver, str) else solver
-    plan = resolve_refinement(refining, chosen, fisher=sensitivity != "none", seed=seed)
+    options = _texts(solver_options)
+    chosen = get_solver(solver, options) if isinstance(solver, str) else solver
     texts = TextOptions(None, None, None, nsamples, seqlen, eval_windows, batch_size, bos, samples)
     reporter = Reporter(_progress(progress))
+    if isinstance(budget, int | float):
+        direct = plan_direct(
+            budget,
+            chosen,
+            options,
+            allocator or "uniform",
+            _texts(allocator_options),
+            rank_share,
+            pattern or "unstructured",
+            sensitivity,
+            refining,
+            seed,
+        )
+        session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
+        with _folder(out) as folder:
+            found = run_search(session, reporter, direct, folder, "globalopt.compress", _cache(folder, cache), fresh)
+            return _compressed(session, *found, out)
+    divided = {
+        "allocator": allocator,
+        "allocator_options": allocator_options,
+        "rank_share": rank_share,
+        "pattern": pattern,
+    }
+    if given := [name for name, value in divided.items() if value is not None]:
+        raise UsageError(f"{given[0]} divides a fraction kept; the layers of a budget file have their targets.")
+    source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
+    file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
+    plan = resolve_refinement(refining or MATCH_BLOCKS, chosen, fisher=sensitivity != "none", seed=seed)
     session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
         found = run_compress(

@@ -1,8 +1,9 @@
-"""`globalopt compress`: refine a budget that was found before."""
+"""`globalopt compress`: compress a model to a fraction kept, or to a budget that was found before."""
 
 # Heavy imports are inside the functions: `globalopt --help` must not wait for torch.
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from globalopt.commands.options import (
     Fresh,
     Json,
     LowCoverage,
-    Match,
+    MatchOrNot,
     MatchSet,
     MaxMemory,
     ModelArgument,
@@ -51,12 +52,45 @@ def compress(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     *,
-    budget_path: Annotated[
-        Path,
+    budget: Annotated[
+        float | None,
         typer.Option(
-            "--budget-file", help="The budget file to refine, a budget.json that `search` wrote.", show_default=False
+            help="Fraction of the compressible layers to keep, in (0, 1], divided by --allocator.", show_default=False
         ),
-    ],
+    ] = None,
+    budget_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--budget-file",
+            help="The budget file to refine, a budget.json that a run wrote, in place of --budget.",
+            show_default=False,
+        ),
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(
+            help="Allocator that divides --budget, one that needs no analysis: uniform, owl or alpha.",
+            show_default="uniform",
+        ),
+    ] = None,
+    allocator_set: Annotated[
+        list[str] | None,
+        typer.Option(help="Options of the allocator, separated by commas; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    rank_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the kept parameters of a layer that is in its low-rank part, in [0, 1], with --budget.",
+            show_default="0.1, without a low-rank part 0",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Pattern of the sparse parts, with --budget: unstructured, or KEEP:OF such as 2:4.",
+            show_default="unstructured",
+        ),
+    ] = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
@@ -67,7 +101,7 @@ def compress(
         ),
     ] = "fisher",
     sequential: Sequential = "block",
-    match: Match = "block",
+    match: MatchOrNot = None,
     match_set: MatchSet = None,
     distill_set: DistillSet = None,
     calibration: Calibration = None,
@@ -94,29 +128,69 @@ def compress(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model with any solver, at the targets of a budget file."""
+    """Compress a model with any solver: to a fraction kept, or to the targets of a budget file.
+
+    With --budget nothing is run that the method does not use: no analysis, and no matching unless --match asks for it.
+    """
     with errors():
         from globalopt.budgets import budget_file
         from globalopt.models.identity import model_fingerprint
         from globalopt.pipeline import compress as pipeline
-        from globalopt.pipeline import session
-        from globalopt.pipeline.dry_run import Structure, compress_job
+        from globalopt.pipeline import search, session
+        from globalopt.pipeline.direct import plan_direct
+        from globalopt.pipeline.dry_run import Structure, compress_job, search_job
         from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
         from globalopt.pipeline.plan import resolve_refinement
         from globalopt.runs.folder import Run
         from solvers import get_solver
 
-        file = budget_file.read(budget_path)
+        divided = {
+            "--allocator": allocator,
+            "--allocator-set": allocator_set,
+            "--rank-share": rank_share,
+            "--pattern": pattern,
+        }
+        check_budget(budget, budget_path, [option for option, value in divided.items() if value not in (None, [])])
         check_word("sensitivity", sensitivity, SENSITIVITIES)
-        refining = refine_options(sequential, match, match_set, distill_set)
-        fitting = get_solver(solver, pairs(solver_set, "--set"))
-        plan = resolve_refinement(refining, fitting, fisher=sensitivity != "none", seed=seed)
+        refining = refine_options(sequential, match or ("block" if budget is None else "none"), match_set, distill_set)
+        options = pairs(solver_set, "--set")
+        fitting = get_solver(solver, options)
         models = ModelOptions(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = TextOptions(
             calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
         )
+        if budget_path is None:
+            assert budget is not None
+            chosen, form = allocator or "uniform", pattern or "unstructured"
+            direct = plan_direct(
+                budget,
+                fitting,
+                options,
+                chosen,
+                pairs(allocator_set, "--allocator-set"),
+                rank_share,
+                form,
+                sensitivity,
+                refining,
+                seed,
+            )
+            variant = "" if form == "unstructured" else f"-{form.replace(':', 'of')}"
+            folder = folder or default_folder(models, f"{budget:g}{variant}-{chosen}-{solver}-compressed-seed{seed}")
+            shared = chosen_cache(folder, cache, no_cache)
+            Run.check_folder(folder)
+            if dry_run:
+                show_dry_run(Structure.of(models), models, texts, search_job(direct, refines=True), as_json)
+                return
+            shown = reporter(quiet)
+            opened = session.set_up(models, texts, seed, shown)
+            command = session.run_command()
+            summary, run = search.search(opened, shown, direct, folder, command, shared, fresh)
+            show(summary, run, quiet, verbose, as_json)
+            return
+        file = budget_file.read(budget_path)
+        plan = resolve_refinement(refining, fitting, fisher=sensitivity != "none", seed=seed)
         folder = folder or default_folder(models, f"{file.asked:g}-{file.allocator}-{solver}-refined-seed{seed}")
         shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)
@@ -130,3 +204,17 @@ def compress(
         command = session.run_command()
         summary, run = pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
         show(summary, run, quiet, verbose, as_json)
+
+
+def check_budget(budget: float | None, path: Path | None, divided: Sequence[str]) -> None:
+    """Raise `UsageError` unless one budget was given; options that divide it, by name, are for a fraction alone."""
+    from globalopt.errors import UsageError
+
+    if budget is None and path is None:
+        raise UsageError(
+            "What to keep was not said: give --budget FRACTION, such as --budget 0.5, or --budget-file budget.json."
+        )
+    if budget is not None and path is not None:
+        raise UsageError(f"Give --budget {budget:g} or --budget-file {path}, not both.")
+    if path is not None and divided:
+        raise UsageError(f"{divided[0]} divides a --budget; the layers of --budget-file {path} have their targets.")

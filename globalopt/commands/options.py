@@ -75,12 +75,18 @@ Sequential = Annotated[
         metavar=one_of("block", "site"),
     ),
 ]
-Match = Annotated[
-    str,
+MATCH_HELP = (
+    "Training of the kept parameters after the solver, with fixed supports: none; block (every block learns to "
+    "reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions)."
+)
+MATCHES = one_of("none", "block", "model")
+Match = Annotated[str, typer.Option(help=MATCH_HELP, metavar=MATCHES)]
+MatchOrNot = Annotated[
+    str | None,
     typer.Option(
-        help="Training of the kept parameters after the solver, with fixed supports: none; block (every block learns "
-        "to reproduce the outputs of the dense one); model (then the whole model also learns the dense predictions).",
-        metavar=one_of("none", "block", "model"),
+        help=f"{MATCH_HELP} Without it: none with --budget, block with --budget-file.",
+        metavar=MATCHES,
+        show_default=False,
     ),
 ]
 MatchSet = Annotated[

@@ -301,10 +301,24 @@ def test_ranks_beside_a_pattern_need_a_solver_with_low_rank(tiny_search, tiny_ll
     assert not (tmp_path / "run").exists()
 
 
-def test_compress_needs_a_budget_file():
-    result = run("compress")
-    assert result.exit_code == USAGE
-    assert "--budget-file" in result.stderr
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--budget-file budget.json"),
+        ([], "--budget FRACTION"),
+        (["--budget", "0.5", "--budget-file", "b.json"], "Give --budget 0.5 or --budget-file b.json, not both"),
+        (["--budget-file", "b.json", "--rank-share", "0"], "--rank-share divides a --budget"),
+        (["--budget", "0.5", "--allocator", "knapsack"], "Run `globalopt search --allocator knapsack`"),
+        (["--budget", "0.5", "--allocator", "depth-ramp"], "one of uniform, owl, alpha"),
+        (["--budget", "0.5", "--rank-share", "0.1", "--solver", "wanda"], "wanda has none"),
+        (["--budget", "0.5", "--rank-share", "0.1", "--allocator-set", "rank_share=0.2"], "given twice"),
+        (["--budget", "0.5", "--rank-share", "2"], "in [0, 1]; got 2"),
+        (["--budget", "1.5"], "1.5"),
+        (["--budget", "0.5", "--match-set", "epochs=2"], "--match-set is for --match"),
+    ],
+)
+def test_what_compress_cannot_divide(options, says):
+    assert says in refused(USAGE, "compress", *options)
 
 
 # ------------------------------------------------------------------------------------------------- folders
