@@ -41,6 +41,7 @@ from globalopt.errors import (
     one_line,
 )
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text
+from globalopt.models.hub import offline_without_hub
 from globalopt.models.layers import decoder_blocks
 from globalopt.models.refusals import (
     ADAPTER_CONFIG,
@@ -267,6 +268,8 @@ def reference_folder() -> Path:
 def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Return the first argument and the options for transformers' `from_pretrained`."""
     local = _is_local(name)
+    if not local:
+        offline_without_hub()
     source = str(Path(name).expanduser()) if local else name
     return source, {"local_files_only": local, "trust_remote_code": trust_remote_code}
 
