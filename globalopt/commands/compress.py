@@ -45,7 +45,7 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
-from globalopt.commands.results import show, show_dry_run
+from globalopt.commands.results import show, show_again, show_dry_run
 
 
 def compress(
@@ -139,6 +139,7 @@ def compress(
         from globalopt.pipeline import search, session
         from globalopt.pipeline.direct import plan_direct
         from globalopt.pipeline.dry_run import Structure, compress_job, search_job
+        from globalopt.pipeline.finished import finished, question, remember
         from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
         from globalopt.pipeline.plan import resolve_refinement
         from globalopt.runs.folder import Run
@@ -183,10 +184,15 @@ def compress(
             if dry_run:
                 show_dry_run(Structure.of(models), models, texts, search_job(direct, refines=True), as_json)
                 return
+            asked = question({"command": "compress", **direct.record()}, models, texts)
+            if not fresh and (before := finished(folder, asked)):
+                show_again(*before, quiet, verbose, as_json)
+                return
             shown = reporter(quiet)
             opened = session.set_up(models, texts, seed, shown)
             command = session.run_command()
             summary, run = search.search(opened, shown, direct, folder, command, shared, fresh)
+            remember(folder, asked)
             show(summary, run, quiet, verbose, as_json)
             return
         file = budget_file.read(budget_path)
@@ -199,10 +205,15 @@ def compress(
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
             show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total), as_json)
             return
+        asked = question({"command": "compress", **plan.record()}, models, texts, [budget_path])
+        if not fresh and (before := finished(folder, asked)):
+            show_again(*before, quiet, verbose, as_json)
+            return
         shown = reporter(quiet)
         opened = session.set_up(models, texts, seed, shown)
         command = session.run_command()
         summary, run = pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
+        remember(folder, asked)
         show(summary, run, quiet, verbose, as_json)
 
 

@@ -43,6 +43,13 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
         raise typer.Exit(DONE_WITH_FALLBACKS)
 
 
+def show_again(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
+    """Print a run that was finished before, and say so."""
+    if not quiet:
+        err.print(f"{run.folder} is finished; nothing was computed again.", markup=False, highlight=False)
+    show(summary, run, quiet, verbose, as_json)
+
+
 def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:
     """Print the parameters, memory, disk and time that a run would take."""
     from globalopt.pipeline.dry_run import dry_run

@@ -44,7 +44,7 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
-from globalopt.commands.results import show, show_dry_run, show_family
+from globalopt.commands.results import show, show_again, show_dry_run, show_family
 
 BUDGET = 0.5
 
@@ -201,6 +201,7 @@ def search(
         from globalopt.pipeline import search as pipeline
         from globalopt.pipeline.dry_run import Structure, search_job
         from globalopt.pipeline.effort import get_effort
+        from globalopt.pipeline.finished import finished, question, remember
         from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
         from globalopt.pipeline.plan import BudgetRule, resolve
         from globalopt.runs.folder import Run
@@ -261,6 +262,10 @@ def search(
         if dry_run:
             show_dry_run(Structure.of(models), models, texts, search_job(plan, refines=not several), as_json)
             return
+        asked = question({"command": "search", **plan.record()}, models, texts)
+        if not several and not fresh and (before := finished(folder, asked)):
+            show_again(*before, quiet, verbose, as_json)
+            return
         shown = reporter(quiet)
         opened = session.set_up(models, texts, seed, shown)
         command = session.run_command()
@@ -269,6 +274,7 @@ def search(
             show_family(found, run, quiet, as_json)
         else:
             summary, run = pipeline.search(opened, shown, plan, folder, command, shared, fresh)
+            remember(folder, asked)
             show(summary, run, quiet, verbose, as_json)
 
 

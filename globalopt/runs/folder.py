@@ -37,13 +37,25 @@ from globalopt.values.results import Details, Family, MatchResult, Summary, Wind
 SCHEMA = 2
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
+ASKED = "asked.json"
+"""What a finished run was asked: see `pipeline.finished`."""
 WORK = "work"
 """Folder of the artefacts of a run that shares none."""
 
 PUBLISHED = (Stage.SPECTRA, Stage.REFINEMENT, Stage.MODEL_MATCHING)
 """Stages whose artefacts a finished run holds itself: what reports and exports read."""
 
-FILES = ("summary.json", "windows.json", "eval.json", "samples.json", "family.json", "budget.json", LOCK, MANIFEST)
+FILES = (
+    "summary.json",
+    "windows.json",
+    "eval.json",
+    "samples.json",
+    "family.json",
+    "budget.json",
+    ASKED,
+    LOCK,
+    MANIFEST,
+)
 FOLDERS = ("report", "budgets", "model", "layers", "matched", "curves", WORK)
 
 
