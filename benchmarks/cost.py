@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--set", default="preset=fast", help="options of the solver")
-    parser.add_argument("--allocator", default="auto")
+    parser.add_argument("--allocator", default="knapsack")
     parser.add_argument("--match", default="block")
     parser.add_argument("--model", type=Path, help="a real model in place of random ones")
     options = parser.parse_args(arguments)
