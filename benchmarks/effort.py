@@ -84,6 +84,8 @@ def measure(contender: Contender, options: argparse.Namespace, budget: float, se
     shutil.rmtree(folder, ignore_errors=True)
     words = [*contender.words, "--budget", f"{budget:g}", "--seed", str(seed), "--out", str(folder / "run")]
     words += ["--cache", str(folder / "cache"), "--seqlen", str(options.seqlen)]
+    # The same text for all: losses on fewer windows would be those of another text.
+    words += ["--eval-windows", str(options.eval_windows)]
     for option in ("model", "calibration", "eval_text"):
         if (value := getattr(options, option)) is not None:
             words += [f"--{option.replace('_', '-')}", value]
@@ -109,7 +111,10 @@ def measure(contender: Contender, options: argparse.Namespace, budget: float, se
 
 def work(options: argparse.Namespace, command: str) -> None:
     """Measure all cells and print a table per budget."""
-    common = {name: str(getattr(options, name)) for name in ("model", "calibration", "eval_text", "seqlen", "extra")}
+    common = {
+        name: str(getattr(options, name))
+        for name in ("model", "calibration", "eval_text", "seqlen", "eval_windows", "extra")
+    }
     found = Cells(options.out / "cells", common)
     every = contenders(options)
     total, done = len(options.budgets) * len(options.seeds) * len(every), 0
@@ -179,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", help="text for a model of your own")
     parser.add_argument("--eval-text", help="text of the test split")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens per window (%(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=128, help="per split, at most (%(default)s)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5], help="fractions kept (%(default)s)")
     parser.add_argument("--efforts", nargs="+", default=list(EFFORTS), choices=list(EFFORTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
