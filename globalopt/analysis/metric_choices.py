@@ -24,7 +24,7 @@ from globalopt.runs.records import AnchorSolutions, CheckedLoss, MetricChoice
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 
-VERSION = 1
+VERSION = 2
 """Raised whenever choices of metrics change."""
 
 KEPT = 0.22
@@ -100,8 +100,9 @@ def choose_metrics(
     for spec in specs:
         predicted = _predicted(analysis, model, spec, weights[spec.name]())
         ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
-    # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one.
-    usual = median_low([1.0, *ratios.values()])
+    # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Of a model
+    # that all layers together have ruined, shares are small, and what is no more than predicted is no contradiction.
+    usual = max(1.0, median_low([1.0, *ratios.values()]))
     for spec in specs:
         if ratios[spec] > CONTRADICTED * usual:
             yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe, CONTRADICTED * usual)
