@@ -53,6 +53,8 @@ def tiny_search(tiny_llama, tiny_text) -> tuple[str, ...]:
         "steps=5",
         "--predict-from",
         "span",
+        "--allocator",
+        "auto",
         "--search-tokens",
         "2000",
         "--match",

@@ -57,6 +57,7 @@ def test_a_search_gives_what_the_command_gives(
         AutoTokenizer.from_pretrained(place[0]),
         place[1],
         budget=0.5,
+        allocator="auto",
         search_tokens=2000,
         solver="hassle-free",
         solver_options={"steps": 4},

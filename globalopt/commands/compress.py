@@ -69,8 +69,9 @@ def compress(
     allocator: Annotated[
         str | None,
         typer.Option(
-            help="Allocator that divides --budget, one that needs no analysis: uniform, owl or alpha.",
-            show_default="uniform",
+            help="Allocator that divides --budget, one that needs no analysis. Without it: uniform.",
+            metavar=one_of("uniform", "owl", "alpha"),
+            show_default=False,
         ),
     ] = None,
     allocator_set: Annotated[
@@ -80,15 +81,17 @@ def compress(
     rank_share: Annotated[
         float | None,
         typer.Option(
-            help="Part of the kept parameters of a layer that is in its low-rank part, in [0, 1], with --budget.",
-            show_default="0.1, without a low-rank part 0",
+            help="Part of the kept parameters of a layer that is in its low-rank part, in [0, 1], with --budget. "
+            "Without it: 0.1 of a solver with a low-rank part.",
+            show_default=False,
         ),
     ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of the sparse parts, with --budget: unstructured, or KEEP:OF such as 2:4.",
-            show_default="unstructured",
+            help="Pattern of the sparse parts, with --budget: unstructured, or KEEP:OF such as 2:4. Without it: "
+            "unstructured.",
+            show_default=False,
         ),
     ] = None,
     solver: SolverName = "3basil",

@@ -336,8 +336,8 @@ def test_transfer_refines_every_budget_with_every_solver(tiny, tmp_path, monkeyp
         assert mean["ratio"] == pytest.approx(ratio)
         kept = None if own >= 1 else pytest.approx((1 - ratio) / (1 - own))
         assert mean["gain_kept"] == kept
-    assert result["spearman"]["test"]["oats"] == pytest.approx(1)
-    assert -1 <= result["spearman"]["test"]["wanda"] <= 1
+    # Of fewer than ten budgets there is no rank correlation.
+    assert set(result["spearman"]["test"].values()) == {None}
 
     with monkeypatch.context() as patched:
         patched.setattr(search, "finish", never)

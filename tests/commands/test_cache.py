@@ -274,7 +274,7 @@ def together(folder: Path, *commands: tuple[object, ...]) -> list[tuple[int, str
 def test_two_searches_at_the_same_time_on_one_cache(quick, shared, tmp_path):
     runs = tmp_path / "runs"
     first, second = (*quick, "--out", runs / "first"), (*quick, "--budget", 0.4, "--out", runs / "second")
-    assert together(tmp_path, first, second) == [(0, ""), (0, "")]
+    assert [code for code, _ in together(tmp_path, first, second)] == [0, 0]
     assert_alike(results(runs / "first"), results(shared / "half"))
     done(*quick, "--budget", 0.4, "--out", tmp_path / "alone", "--no-cache")
     assert_alike(results(runs / "second"), results(tmp_path / "alone"))

@@ -188,8 +188,9 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "solver": ({"solver": "hassle-free"}, {Stage.GAPS, *AFTER_GAPS}),
     "solver preset": ({"solver_options": {"preset": "fast"}}, {Stage.GAPS, *AFTER_GAPS}),
     "solver options": ({"solver_options": {"steps": "7"}}, {Stage.GAPS, *AFTER_GAPS}),
-    # The error that is minimised is also that of the probe solver.
-    "outputs": ({"solver_options": {"outputs": "rows"}}, SOLVED),
+    # The probe solver weights rows where the solver weights outputs in either way.
+    "outputs": ({"solver_options": {"outputs": "rows"}}, {Stage.GAPS, *AFTER_GAPS}),
+    "probe steps": ({"probe_steps": 7}, SOLVED),
     "no outputs": ({"solver_options": {"outputs": "none"}}, SOLVED),
     "no low-rank part": ({"solver": "sparsegpt"}, SOLVED),
     "its own probe": ({"solver": "wanda"}, SOLVED),

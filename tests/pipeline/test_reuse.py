@@ -50,7 +50,7 @@ LAYERS = 14
 def quick_stages() -> Iterator[None]:
     """Probe solutions of a few steps, and no samples: how good they are is of no matter here."""
 
-    def quick(solver: Any) -> Solver:
+    def quick(solver: Any, steps: int = 4) -> Solver:
         return get_solver("3basil", {"steps": "4", "outputs": str(solver.outputs)})
 
     with pytest.MonkeyPatch.context() as patch:
