@@ -100,8 +100,8 @@ def choose_metrics(
     for spec in specs:
         predicted = _predicted(analysis, model, spec, weights[spec.name]())
         ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
-    # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Of a model
-    # that all layers together have ruined, shares are small, and what is no more than predicted is no contradiction.
+    # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Where all
+    # layers together ruin the model, shares are small, and what is no more than predicted is no contradiction.
     usual = max(1.0, median_low([1.0, *ratios.values()]))
     for spec in specs:
         if ratios[spec] > CONTRADICTED * usual:
