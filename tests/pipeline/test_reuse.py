@@ -253,12 +253,20 @@ CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], 
 }
 
 
+def targets(run: Run) -> list[tuple[str, int, int]]:
+    """What every layer keeps."""
+    return [(entry.name, entry.rank, entry.nnz) for entry in budget_file.read(run.budget_path).layers]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_only_what_differs_is_computed_and_all_is_as_in_a_fresh_run(base, place, cache, tmp_path, change):
     options, refining, made, entered = CHANGES[change]
     # Into the same folder with `fresh`: what the earlier run in it was does not matter.
     folder = shutil.copytree(base[0].run.folder, tmp_path / "run")
     found = place.search(folder, cache, options, refining, fresh=True)
+    if change == "without corrections" and targets(found.run) == targets(base[0].run):
+        # Where corrections moved nothing, neither did it to leave them out.
+        made = {stage: count for stage, count in made.items() if stage is not Stage.REFINEMENT}
     assert (found.made if Stage.PREDICTIONS not in made else solved(found.made)) == made
     assert found.analysed == entered
     assert_alike(found.figures(), place.search(tmp_path / "alone", None, options, refining).figures())
