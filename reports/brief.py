@@ -14,8 +14,8 @@ def brief(summary: Summary) -> list[tuple[str, object]]:
     >>> for label, text in brief(example_summary()):
     ...     print(f"{label}: {text}")
     kept: 0.457 of the parameters, asked 0.5, by knapsack + 3basil
-    validation: KL to dense 0.00291 ±0.000073 nats per token, perplexity 61.0 ±0.79 (+0.4 %)
-    test: KL to dense 0.00302 ±0.000076 nats per token, perplexity 62.4 ±0.81 (+0.4 %)
+    validation: KL to dense 0.00291 ±0.00007 nats per token, perplexity 61.0 ±0.8 (+0.2 %)
+    test: KL to dense 0.00302 ±0.00008 nats per token, perplexity 62.4 ±0.8 (+0.4 %)
     """
     kept = formats.significant(summary.used / summary.total)
     by = f"{summary.allocator} + {summary.solver}"

@@ -45,10 +45,10 @@ def comparison(
     >>> losses = [example_losses(runs[0]), example_losses(runs[1], worse=0.01)]
     >>> Console(width=80, color_system=None).print(comparison(runs, ["found", "even"], losses=losses))
     Comparison on test
-    run    allocator    used                  KL   perplexity  change
-    ─────────────────────────────────────────────────────────────────
-    found  knapsack   0.4573  0.003020 ±0.000076  62.44 ±0.81  +0.4 %
-    even   uniform    0.4573  0.003020 ±0.000076  62.44 ±0.81  +0.4 %
+    run    allocator   used                KL  perplexity  change
+    ─────────────────────────────────────────────────────────────
+    found  knapsack   0.457  0.00302 ±0.00008   62.4 ±0.8  +0.4 %
+    even   uniform    0.457  0.00302 ±0.00008   62.4 ±0.8  +0.4 %
     ...
     """
     if not summaries:

@@ -57,7 +57,7 @@ def label(layer: LayerResult) -> str:
 
     >>> from reports.example import example_layers
     >>> label(example_layers()[2])
-    'block 0 v_proj, 128 x 256: keeps 1.000, rank 0, 32.77k nonzeros'
+    'block 0 v_proj, 128 x 256: keeps 1.000, rank 0, 32.8k nonzeros'
     """
     return (
         f"block {layer.block} {layer.kind}, {layer.d_out} x {layer.d_in}: keeps {layer.kept:.3f}, "

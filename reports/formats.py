@@ -170,7 +170,8 @@ def measured(value: float, stderr: float | None, sign: str = "±") -> str:
     >>> measured(67.9012, 0.8812), measured(67.9012, 0.0088)
     ('67.9 ±0.9', '67.901 ±0.009')
     """
-    if stderr is None or not math.isfinite(value) or not math.isfinite(stderr) or stderr <= 0:
+    # An error far below what is shown is that of a loss of zero.
+    if stderr is None or not math.isfinite(value) or not math.isfinite(stderr) or stderr <= 1e-30:
         return significant(value) if math.isfinite(value) else str(value)
     least = max(decimals(value, DIGITS) if value else 0, decimals(stderr, 1))
     digits = min(decimals(stderr, 2), least)

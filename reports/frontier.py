@@ -25,11 +25,11 @@ def frontier_table(family: Family, sign: str = "±") -> Stack:
     >>> from reports.example import example_family
     >>> Console(width=80, color_system=None).print(frontier_table(example_family()))
     Family of 4 nested budgets, predicted for 3basil
-                                               measured      measured KL
-    kept  parameters  predicted   gap       KL to dense       of uniform
-    ────────────────────────────────────────────────────────────────────
-     0.1      700.0M     0.2187  10 %      0.153 ±0.011     0.328 ±0.022
-    0.35      2.450G    0.08239  10 %    0.0577 ±0.0041   0.1236 ±0.0082
+                                              measured      measured KL
+    kept  parameters  predicted   gap      KL to dense       of uniform
+    ───────────────────────────────────────────────────────────────────
+     0.1        700M      0.219  10 %     0.153 ±0.011     0.328 ±0.022
+    0.35       2.45G     0.0824  10 %   0.0577 ±0.0041     0.124 ±0.008
     ...
     """
     points = family.points

@@ -91,7 +91,7 @@ class Picture:
     """Describe an embedded picture, with its size in CSS pixels; the title is its alternative text.
 
     >>> from reports.figures import save, titled_figure
-    >>> Picture.read(save(titled_figure("reference", "quality", 2.0, 1.0), Path("quality.png")), "Quality").width
+    >>> Picture.read(save(titled_figure("reference", "quality", 1.0, 2.0), Path("quality.png")), "Quality").width
     192
     """
 

@@ -18,8 +18,8 @@ class Menu:
         levels: nonzero counts on offer per rank; two of them differ by `1 / levels` of the weights.
 
     >>> from reports.example import example_layers
-    >>> Menu(0.05, 0.45, 64).facts(example_layers())
-    [('options', '1 of 14 layers at the largest rank share on offer, 0.45')]
+    >>> Menu(0.05, 0.1, 64).facts(example_layers())
+    [('options', '7 of 14 layers at the largest rank share on offer, 0.1')]
     """
 
     least_kept: float

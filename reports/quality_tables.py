@@ -24,11 +24,11 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
     >>> from reports.example import example_summary
     >>> Console(width=80, color_system=None).print(quality(example_summary()))
     Quality (± standard error over windows)
-                      dense   compressed                KL to dense,
-    split        perplexity   perplexity  change      nats per token
-    ────────────────────────────────────────────────────────────────
-    validation  60.87 ±0.79  61.02 ±0.79  +0.2 %  0.002910 ±0.000073
-    test        62.21 ±0.81  62.44 ±0.81  +0.4 %  0.003020 ±0.000076
+                     dense  compressed              KL to dense,
+    split       perplexity  perplexity  change    nats per token
+    ────────────────────────────────────────────────────────────
+    validation   60.9 ±0.8   61.0 ±0.8  +0.2 %  0.00291 ±0.00007
+    test         62.2 ±0.8   62.4 ±0.8  +0.4 %  0.00302 ±0.00008
     validation: 64 windows of 512 tokens, 32,704 predicted, float32, text 22222222
     test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111
     """
@@ -57,10 +57,10 @@ def metrics_table(metrics: Sequence[Metrics], sign: str = "±") -> Stack:
     >>> Console(width=80, color_system=None).print(metrics_table([example_metrics("test", 62.4, 0.003)]))
     Quality (± standard error over
     windows)
-                              KL to dense,
-    split   perplexity      nats per token
-    ──────────────────────────────────────
-    test   62.40 ±0.81  0.003000 ±0.000075
+                               KL to dense,
+    split  perplexity    nats per token
+    ───────────────────────────────────
+    test    62.4 ±0.8  0.00300 ±0.00008
     test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111
     """
     table = report_table(f"Quality ({sign} standard error over windows)")
@@ -89,7 +89,7 @@ def perplexity(metrics: Metrics, sign: str = "±") -> str:
 
     >>> from reports.example import example_metrics
     >>> perplexity(example_metrics("test", 62.4, 0.003))
-    '62.40 ±0.81'
+    '62.4 ±0.8'
     """
     return formats.measured(metrics.perplexity, metrics.perplexity * metrics.nll_stderr, sign)
 
@@ -99,6 +99,6 @@ def divergence(metrics: Metrics, sign: str = "±") -> str:
 
     >>> from reports.example import example_metrics
     >>> divergence(example_metrics("test", 62.4, 0.003))
-    '0.003000 ±0.000075'
+    '0.00300 ±0.00008'
     """
     return "-" if metrics.kl is None else formats.measured(metrics.kl, metrics.kl_stderr, sign)

@@ -103,7 +103,7 @@ def cards(summary: Summary) -> list[Card]:
 
     >>> from reports.example import example_summary
     >>> [(card.label, card.value) for card in cards(example_summary())][:2]
-    [('KL to dense', '0.002910'), ('Perplexity', '61.02')]
+    [('KL to dense', '0.00291'), ('Perplexity', '61.0')]
     """
     shown = []
     if summary.compressed:
@@ -177,7 +177,7 @@ def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
     >>> from reports.example import example_metrics
     >>> cells = quality_cells(example_metrics("test", 60.0, None), example_metrics("test", 63.0, 0.003))
     >>> [cell.text for cell in cells]
-    ['60.00 ±0.78', '63.00 ±0.82', '+5.0 %', '0.003000 ±0.000075']
+    ['60.0 ±0.8', '63.0 ±0.8', '+5.0 %', '0.00300 ±0.00008']
     """
     change = Cell(formats.change(dense.perplexity, compressed.perplexity), compressed.perplexity / dense.perplexity)
     kl = Cell(quality_tables.divergence(compressed), "" if compressed.kl is None else compressed.kl)

@@ -27,7 +27,7 @@ def render_scores(scores: Scorecard, console: Console) -> None:
     >>> render_scores(example_scores(), Console(width=80, color_system=None))
     Quality (± standard error over
     ...
-    test   62.40 ±0.81  0.003000 ±0.000075
+    test    62.4 ±0.8  0.00300 ±0.00008
     ...
     arc_easy      acc     2,376  42.0 ±1.0  40.0 ±1.0  -2.0 ±0.5
     ...
@@ -51,9 +51,9 @@ def dense_table(metrics: Sequence[Metrics], sign: str = "±") -> Table:
     >>> Console(width=80, color_system=None).print(dense_table([example_metrics("test", 62.2, None)]))
     Quality of the
     dense model
-    split   perplexity
-    ──────────────────
-    test   62.20 ±0.81
+    split  perplexity
+    ─────────────────
+    test    62.2 ±0.8
     """
     table = report_table("Quality of the dense model")
     table.add_column("split")

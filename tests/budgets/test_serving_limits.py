@@ -170,7 +170,7 @@ def test_adapter(wide, tiny_text, tmp_path):
     assert file.used == file.limit
     done("export", tmp_path / "run", "--format", "adapter", "--out", tmp_path / "out", "-q")
     config = read(tmp_path / "out" / "adapter" / "adapter_config.json")
-    assert set(config["rank_pattern"].values()) == {8}
+    assert {config["r"], *config["rank_pattern"].values()} == {8}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     served = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from globalopt.errors import ArtefactError, GlobalOptError
-from globalopt.export import seal
+from globalopt.export import guard, seal
 from globalopt.export.formats import export
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import packed_layers
@@ -150,7 +150,7 @@ def resealed(
     config = json.loads((folder / CONFIG).read_text())
     change(tensors, config)
     (folder / CONFIG).write_text(json.dumps(config))
-    metadata["config"] = seal._digest_json(config)
+    metadata["config"] = seal._digest_json(guard.without_notice(config))
     metadata["tensors"] = {name: seal._digest(tensor) for name, tensor in tensors.items()}
     record(metadata)
     save_file(tensors, path, metadata={"format": "pt", seal.KEY: json.dumps(metadata)})
