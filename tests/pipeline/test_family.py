@@ -23,6 +23,13 @@ from tests.command import contents, done, interrupt, no_partial_files, read, ref
 BUDGETS = ("0.3", "0.5", "0.8")
 
 
+@pytest.fixture(scope="session")
+def tiny_search(tiny_search: tuple[str, ...]) -> tuple[str, ...]:
+    """The search without its allocator: that of a family is the nested knapsack."""
+    at = tiny_search.index("--allocator")
+    return (*tiny_search[:at], *tiny_search[at + 2 :])
+
+
 @pytest.fixture(scope="module")
 def tiny_family(tiny_search, tmp_path_factory) -> Path:
     """The folder of a finished family; not to be changed."""
