@@ -174,6 +174,11 @@ def shown(found: Sequence[float], dense: Sequence[float]) -> str:
     return f"{middle:.2f} ({least:.2f}-{most:.2f})"
 
 
+def _ratio(size: int, dense: int) -> str:
+    """A size over that of dense; of a model so small that nothing was seen of it in the process, nothing is said."""
+    return f"{size / dense:.2f}" if dense > 0 else "-"
+
+
 def table(rows: Sequence[Row], factors: int) -> Stack:
     """One type: absolute figures of dense, ratios to it of the others."""
     dense = next(row for row in rows if row.name == "dense")
@@ -189,9 +194,9 @@ def table(rows: Sequence[Row], factors: int) -> Stack:
         if row is not dense:
             grid.add_row(
                 row.name,
-                f"{row.size.disk / dense.size.disk:.2f}",
-                f"{row.size.held / dense.size.held:.2f}",
-                f"{row.size.peak / dense.size.peak:.2f}",
+                _ratio(row.size.disk, dense.size.disk),
+                _ratio(row.size.held, dense.size.held),
+                _ratio(row.size.peak, dense.size.peak),
                 shown(row.speed.prefill, dense.speed.prefill),
                 shown(row.speed.decode, dense.speed.decode),
             )
