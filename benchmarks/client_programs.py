@@ -7,6 +7,8 @@ of log probabilities of the next token, computed in float32 on the CPU, NaN wher
 exit code is 3 where the client raised an error, whose text is the last thing on stdout, after a line of dashes.
 """
 
+# The clients are installed in environments of their own, where no type checker looks.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import argparse
