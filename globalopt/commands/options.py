@@ -9,7 +9,7 @@ import typer
 
 
 def one_of(*words: str) -> str:
-    """Write the words that an option takes as its placeholder in the help.
+    """Write the words that an option takes, as the help shows them.
 
     >>> one_of("none", "block")
     '[none|block]'

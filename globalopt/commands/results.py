@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +43,31 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
         raise typer.Exit(DONE_WITH_FALLBACKS)
 
 
-def show_again(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) -> None:
-    """Print a run that was finished before, and say so."""
-    if not quiet:
-        err.print(f"{run.folder} is finished; nothing was computed again.", markup=False, highlight=False)
-    show(summary, run, quiet, verbose, as_json)
+def show_or_compute(
+    folder: Path,
+    asked: str | None,
+    compute: Callable[[], tuple[Summary, Run]],
+    fresh: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Print the run in `folder` if it is finished and was asked the same; else compute it first.
+
+    Args:
+        asked: of `pipeline.finished.question`; None computes.
+        compute: loads the model and runs the job.
+        fresh: compute in any case.
+    """
+    from globalopt.pipeline.finished import finished, remember
+
+    before = None if fresh else finished(folder, asked)
+    if before is None:
+        before = compute()
+        remember(folder, asked)
+    elif not quiet:
+        err.print(f"{folder} is finished; nothing was computed again.", markup=False, highlight=False)
+    show(*before, quiet, verbose, as_json)
 
 
 def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:

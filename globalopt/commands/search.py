@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,7 +44,11 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
-from globalopt.commands.results import show, show_again, show_dry_run, show_family
+from globalopt.commands.results import show_dry_run, show_family, show_or_compute
+
+if TYPE_CHECKING:
+    from globalopt.runs.folder import Run
+    from globalopt.values.results import Summary
 
 BUDGET = 0.5
 
@@ -201,7 +205,7 @@ def search(
         from globalopt.pipeline import search as pipeline
         from globalopt.pipeline.dry_run import Structure, search_job
         from globalopt.pipeline.effort import get_effort
-        from globalopt.pipeline.finished import finished, question, remember
+        from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
         from globalopt.pipeline.plan import BudgetRule, resolve
         from globalopt.runs.folder import Run
@@ -262,20 +266,21 @@ def search(
         if dry_run:
             show_dry_run(Structure.of(models), models, texts, search_job(plan, refines=not several), as_json)
             return
-        asked = question({"command": "search", **plan.record()}, models, texts)
-        if not several and not fresh and (before := finished(folder, asked)):
-            show_again(*before, quiet, verbose, as_json)
-            return
-        shown = reporter(quiet)
-        opened = session.set_up(models, texts, seed, shown)
         command = session.run_command()
         if several:
+            shown = reporter(quiet)
+            opened = session.set_up(models, texts, seed, shown)
             found, run = family.family(opened, shown, plan, budgets, folder, command, shared, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
-            summary, run = pipeline.search(opened, shown, plan, folder, command, shared, fresh)
-            remember(folder, asked)
-            show(summary, run, quiet, verbose, as_json)
+
+            def compute() -> tuple[Summary, Run]:
+                shown = reporter(quiet)
+                opened = session.set_up(models, texts, seed, shown)
+                return pipeline.search(opened, shown, plan, folder, command, shared, fresh)
+
+            asked = question({"command": "search", **plan.record()}, models, texts)
+            show_or_compute(folder, asked, compute, fresh, quiet, verbose, as_json)
 
 
 def _budgets(text: str | None, frontier: Sequence[float] | None) -> Sequence[float]:

@@ -314,7 +314,7 @@ def _comparison(shape: _Shape, job: Job) -> int:
 
 def _anchor_count() -> int:
     """Count the anchors of a layer."""
-    return len([anchor for _, kept in ANCHORS for anchor in kept])
+    return sum(len(kept) for _, kept in ANCHORS)
 
 
 def _logits(shape: _Shape, job: Job, lazy: bool) -> int:

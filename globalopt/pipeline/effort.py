@@ -84,7 +84,7 @@ EFFORTS = {
         epochs=8,
     ),
 }
-"""The levels by name. What each takes and gives is measured in docs/results.md (`benchmarks/effort.py`)."""
+"""The levels by name. What `quick` and `default` take and give is in docs/results.md (`benchmarks/effort.py`)."""
 
 
 def get_effort(name: str) -> Effort:

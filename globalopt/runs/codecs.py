@@ -183,7 +183,7 @@ def unpack(tensors: Tensors, end: str = "") -> Decomposition:
         kept = torch.full(shape, len(values) > 0)
     if int(kept.sum()) != len(values):
         raise ValueError(f"There are {len(values)} values for {int(kept.sum())} entries.")
-    # A hundred times faster than an assignment through the mask.
+    # An assignment through the mask takes 70 times as long.
     S = values.new_zeros(shape).masked_scatter_(kept, values)
     if f"signs{end}" not in tensors:
         return Decomposition(S, U, V)
