@@ -25,6 +25,7 @@ from reports.figures import (
     new_figure,
     not_drawn,
     plain,
+    round_ticks,
 )
 from reports.groups import Grid
 from reports.shaded_grid import span
@@ -161,6 +162,8 @@ def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
         low, high = min(ends) / 1.5, max(ends) * 1.5
         axes.plot([low, high], [low, high], color="0.5", linewidth=1, linestyle="--", label="equal", zorder=0)
         axes.set(xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            round_ticks(axis, (low, high))
         if len(kinds) <= WRITTEN:
             axes.legend(fontsize=7, frameon=False, loc="upper left")
     axes.set_box_aspect(1)
