@@ -92,6 +92,7 @@ def search(
     pattern: str | None = None,
     serving_profile: str = "dense",
     rank_multiple: int | None = None,
+    max_rank: int | None = None,
     sensitivity: str = "fisher",
     effort: str = "default",
     search_tokens: int | None = None,
@@ -119,8 +120,8 @@ def search(
         allocator: a name, with `allocator_options`; None is that of `effort`; or an object of your own: a frozen
             dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
-        accounting, pattern, serving_profile, rank_multiple, sensitivity, effort, search_tokens, correct, nsamples,
-            seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt search`.
+        accounting, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort, search_tokens, correct,
+            nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt search`.
         refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -148,6 +149,7 @@ def search(
         **get_profile(serving_profile).choices(pattern),
         serving_profile=serving_profile,
         rank_multiple=rank_multiple,
+        max_rank=max_rank,
         allocator=chosen if isinstance(chosen, str) else chosen.name,
         allocator_options=_texts(allocator_options),
         solver=solver,
@@ -187,6 +189,7 @@ def compress(
     allocator_options: Mapping[str, Any] | None = None,
     rank_share: float | None = None,
     pattern: str | None = None,
+    accounting: str | None = None,
     solver: str | Solver = "3basil",
     solver_options: Mapping[str, Any] | None = None,
     sensitivity: str = "fisher",
@@ -208,8 +211,8 @@ def compress(
     Args:
         budget: fraction kept of the compressible layers, in (0, 1]; or the path of a budget file; or
             `Compressed.budget` as `search` returns it.
-        allocator, allocator_options, rank_share, pattern: how a fraction is divided; see `plan_direct`. They are
-            refused with a budget file.
+        allocator, allocator_options, rank_share, pattern, accounting: how a fraction is divided; see `plan_direct`.
+            They are refused with a budget file.
         refining: how layers are refined and matched; None matches nothing for a fraction, and blocks for a budget file.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
@@ -245,6 +248,7 @@ def compress(
             _texts(allocator_options),
             rank_share,
             pattern or "unstructured",
+            accounting or "params",
             sensitivity,
             refining,
             seed,
@@ -258,6 +262,7 @@ def compress(
         "allocator_options": allocator_options,
         "rank_share": rank_share,
         "pattern": pattern,
+        "accounting": accounting,
     }
     if given := [name for name, value in divided.items() if value is not None]:
         raise UsageError(f"{given[0]} divides a fraction kept; the layers of a budget file have their targets.")

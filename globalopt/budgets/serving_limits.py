@@ -62,14 +62,31 @@ def get_profile(name: str) -> ServingProfile:
     return PROFILES[name]
 
 
-def limits_of(profile: str, rank_multiple: int | None) -> Limits:
-    """Return the limits of a profile, with ranks in multiples of `rank_multiple` if given.
+def limits_of(profile: str, rank_multiple: int | None, max_rank: int | None = None) -> Limits:
+    """Return the limits of a profile, with ranks in multiples of `rank_multiple` and at most `max_rank` if given.
 
-    >>> limits_of("factors", rank_multiple=16).floor(50)
-    48
+    Raises:
+        UsageError: `max_rank` is above the profile's own, or leaves no rank to a profile that needs some.
+
+    >>> limits_of("factors", rank_multiple=16).floor(50), limits_of("adapter", None, max_rank=64).floor(100)
+    (48, 64)
     """
-    limits = get_profile(profile).limits
-    return limits if rank_multiple is None else replace(limits, rank_multiple=rank_multiple)
+    place = get_profile(profile)
+    limits = place.limits
+    if rank_multiple is not None:
+        limits = replace(limits, rank_multiple=rank_multiple)
+    if max_rank is None:
+        return limits
+    if limits.max_rank is not None and max_rank > limits.max_rank:
+        raise UsageError(
+            f"--serving-profile {profile} serves ranks up to {limits.max_rank}; lower --max-rank, which is {max_rank}."
+        )
+    if place.low_rank_part and max_rank < limits.rank_multiple:
+        raise UsageError(
+            f"--serving-profile {profile} needs some rank, of at least {limits.rank_multiple}, and --max-rank "
+            f"{max_rank} leaves none. Raise --max-rank."
+        )
+    return replace(limits, max_rank=max_rank)
 
 
 def check_solver(profile: str, limits: Limits, solver: Solver) -> None:

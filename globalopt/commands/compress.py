@@ -98,6 +98,12 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    accounting: Annotated[
+        str | None,
+        typer.Option(
+            help="Unit of --budget. Without it: params.", metavar=one_of("params", "bytes"), show_default=False
+        ),
+    ] = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
@@ -157,6 +163,7 @@ def compress(
             "--allocator-set": allocator_set,
             "--rank-share": rank_share,
             "--pattern": pattern,
+            "--accounting": accounting,
         }
         check_budget(budget, budget_path, [option for option, value in divided.items() if value not in (None, [])])
         check_word("sensitivity", sensitivity, SENSITIVITIES)
@@ -171,7 +178,7 @@ def compress(
         )
         if budget_path is None:
             assert budget is not None
-            chosen, form = allocator or "uniform", pattern or "unstructured"
+            chosen, form, unit = allocator or "uniform", pattern or "unstructured", accounting or "params"
             direct = plan_direct(
                 budget,
                 fitting,
@@ -180,11 +187,13 @@ def compress(
                 pairs(allocator_set, "--allocator-set"),
                 rank_share,
                 form,
+                unit,
                 sensitivity,
                 refining,
                 seed,
             )
-            variant = "" if form == "unstructured" else f"-{form.replace(':', 'of')}"
+            variant = "" if unit == "params" else "-bytes"
+            variant += "" if form == "unstructured" else f"-{form.replace(':', 'of')}"
             folder = folder or default_folder(models, f"{budget:g}{variant}-{chosen}-{solver}-compressed-seed{seed}")
             shared = chosen_cache(folder, cache, no_cache)
             Run.check_folder(folder)

@@ -165,6 +165,15 @@ RankMultiple = Annotated[
         show_default=False,
     ),
 ]
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Largest rank of a layer; 0 makes every layer a sparse matrix alone. If it is left out, "
+        "--serving-profile decides.",
+        min=0,
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(

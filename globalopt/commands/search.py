@@ -26,6 +26,7 @@ from globalopt.commands.options import (
     Match,
     MatchSet,
     MaxMemory,
+    MaxRank,
     ModelArgument,
     ModelOption,
     NoCache,
@@ -79,6 +80,7 @@ def search(
     ] = None,
     serving_profile: ServingProfile = "dense",
     rank_multiple: RankMultiple = None,
+    max_rank: MaxRank = None,
     allocator: Annotated[
         str | None,
         typer.Option(
@@ -236,6 +238,7 @@ def search(
             seed=seed,
             serving_profile=serving_profile,
             rank_multiple=rank_multiple,
+            max_rank=max_rank,
         )
         plan = resolve(options, refine_options(sequential, match, match_set, distill_set, level))
         for kept in budgets:
@@ -258,6 +261,7 @@ def search(
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
+        variant += "" if max_rank is None else f"-rank{max_rank}"
         variant += "" if effort == "default" else f"-{effort}"
         name = f"family{variant}" if several else f"{budgets[0]:g}{variant}-{allocator}"
         folder = folder or default_folder(models, f"{name}-{solver}-seed{seed}")

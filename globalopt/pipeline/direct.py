@@ -19,6 +19,7 @@ def plan_direct(
     allocator_options: Mapping[str, str] | None = None,
     rank_share: float | None = None,
     pattern: str = "unstructured",
+    accounting: str = "params",
     sensitivity: str = "fisher",
     refining: RefineOptions | None = None,
     seed: int = 0,
@@ -28,7 +29,7 @@ def plan_direct(
     A backward sweep is run only where the solver uses output Grams, or the matching does.
 
     Args:
-        budget: fraction kept of the parameters of the compressible layers, in (0, 1].
+        budget: fraction kept of the compressible layers, in (0, 1], of their parameters or bytes (`accounting`).
         solver_options: those that `solver` was made with, for the record.
         allocator: a name, with `allocator_options`, or an object.
         rank_share: part of a layer's kept parameters that is in its rank; None is the allocator's own.
@@ -62,6 +63,7 @@ def plan_direct(
     words = SearchOptions(
         budget=budget,
         pattern=pattern,
+        accounting=accounting,
         allocator=made.name,
         allocator_options=options,
         solver=solver.name,

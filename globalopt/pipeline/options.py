@@ -46,6 +46,7 @@ class SearchOptions:
         search_tokens: tokens of forward passes on which the allocator may evaluate the objective.
         serving_profile: name of the place where the model will be served, with limits of its own.
         rank_multiple: ranks are multiples of it; None is the profile's own.
+        max_rank: the largest rank of a layer, 0 for sparse parts alone; None is the profile's own.
         correct: whether predicted losses are corrected by the loss of the model at the targets they lead to.
         probe_steps: steps of the probe solver, which computes the anchor solutions; at least 1.
     Raises:
@@ -71,6 +72,7 @@ class SearchOptions:
     search_tokens: int = 500_000
     serving_profile: str = "dense"
     rank_multiple: int | None = None
+    max_rank: int | None = None
     correct: bool = True
     probe_steps: int = PROBE_STEPS
 
@@ -98,7 +100,7 @@ class SearchOptions:
     @property
     def limits(self) -> Limits:
         """Return the limits on every layer's target under which the model can be served."""
-        return limits_of(self.serving_profile, self.rank_multiple)
+        return limits_of(self.serving_profile, self.rank_multiple, self.max_rank)
 
 
 def check_word(option: str, value: str, known: Sequence[str]) -> None:

@@ -120,6 +120,9 @@ def test_options_that_contradict_a_profile_are_refused():
         ({"serving_profile": "factors", "pattern": "2:4", "scaling": "direct"}, "keeps no sparse parts"),
         ({"serving_profile": "factors"}, "takes --span-scaling direct"),
         ({"rank_multiple": 0}, "multiples of 1 or more"),
+        ({"max_rank": -1}, "largest rank must be at least 0; got -1"),
+        ({"serving_profile": "adapter", "max_rank": 513}, "serves ranks up to 512; lower --max-rank, which is 513"),
+        ({"serving_profile": "adapter", "max_rank": 7}, "needs some rank, of at least 8, and --max-rank 7 leaves none"),
     ):
         given: Any = options
         with pytest.raises(UsageError, match=says):
@@ -219,6 +222,16 @@ def test_factors(wide, tiny_text, tmp_path):
         assert entry.rank % 2 == 0
         assert value.rank == entry.rank
     assert any(entry.rank for entry in file.layers)
+
+
+@pytest.mark.parametrize(("allocator", "most"), [("knapsack", 0), ("uniform", 2)])
+def test_no_rank_is_above_the_largest(wide, tiny_text, tmp_path, allocator, most):
+    options = ("--budget", 0.5, "--max-rank", most, "--allocator", allocator, "--solver", "oats", "--set", "steps=2")
+    file = search(wide, tiny_text, tmp_path / "run", *options)
+    assert file.served == Limits(max_rank=most)
+    # Without the limit a tenth of these layers is more than two ranks.
+    assert max(entry.rank for entry in file.layers) == most
+    assert file.limit - file.used < max(entry.spec.d_out + entry.spec.d_in for entry in file.layers)
 
 
 def test_factors_are_priced_by_fits_and_by_the_model(tiny_llama, tiny_text, tmp_path):

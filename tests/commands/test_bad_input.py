@@ -308,6 +308,8 @@ def test_ranks_beside_a_pattern_need_a_solver_with_low_rank(tiny_search, tiny_ll
         ([], "--budget FRACTION"),
         (["--budget", "0.5", "--budget-file", "b.json"], "Give --budget 0.5 or --budget-file b.json, not both"),
         (["--budget-file", "b.json", "--rank-share", "0"], "--rank-share divides a --budget"),
+        (["--budget-file", "b.json", "--accounting", "bytes"], "--accounting divides a --budget"),
+        (["--budget", "0.5", "--accounting", "bits"], "bits"),
         (["--budget", "0.5", "--allocator", "knapsack"], "Run `globalopt search --allocator knapsack`"),
         (["--budget", "0.5", "--allocator", "depth-ramp"], "one of uniform, owl, alpha"),
         (["--budget", "0.5", "--rank-share", "0.1", "--solver", "wanda"], "wanda has none"),
