@@ -26,16 +26,16 @@ def test_cells_are_searched_evaluated_and_read_back(real_models, tiny_llama, tin
     other = tmp_path / "other.txt"
     other.write_text("a mat sat on the cat " * 40)
     words = ["--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--calibration", str(tiny_text), *SIZES]
-    words += ["--other", str(other), "--kept", "2:4@0.6", "--rows", "uniform-0", "uniform-0.2"]
+    words += ["--other", str(other), "--kept", "0.5", "--rows", "uniform-0", "uniform-0.2"]
     words += ["--with", "--solver oats --set steps=2 --sensitivity none"]
     assert real_models.main(words) == 0
-    found = json.loads((tmp_path / "out" / "real-models.json").read_text())["cells"]["2:4@0.6 none"]
+    found = json.loads((tmp_path / "out" / "real-models.json").read_text())["cells"]["0.5 none"]
     (plain,), (ranked,) = found["uniform-0"], found["uniform-0.2"]
     assert list(plain["texts"]) == ["validation", "test", "other"]
     assert all(text["kl"] > 0 for text in plain["texts"].values())
     assert set(plain["rank_shares"].values()) == {0.0}
-    assert 0 < max(ranked["rank_shares"].values()) < 0.5
-    assert plain["used"] < ranked["used"] <= 0.6
+    assert 0 < max(ranked["rank_shares"].values()) <= 0.2
+    assert 0.49 < ranked["used"] <= plain["used"] <= 0.5
     table = (tmp_path / "out" / "real-models.md").read_text()
     assert table.count("| uniform-0 |") == 1
     assert "1.00" in table
