@@ -26,7 +26,7 @@ from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
 
-VERSION = 2
+VERSION = 3
 """Raised whenever matched models change."""
 
 

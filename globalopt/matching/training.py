@@ -16,7 +16,7 @@ from globalopt.matching.parameters import Trainable
 from globalopt.registry import at_least
 from globalopt.runs.files import read_tensors, write_tensors
 
-BACK_OFF = 0.3
+BACK_OFF = 0.1
 """Factor on the step size after an epoch that did not lower the held-out loss."""
 
 

@@ -28,7 +28,7 @@ from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.results import LayerResult
 
-VERSION = 2
+VERSION = 3
 """Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
 
 

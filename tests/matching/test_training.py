@@ -80,14 +80,14 @@ def test_a_refused_epoch_is_taken_back_and_the_next_takes_smaller_steps():
 
     def loss(i: int) -> Tensor:
         if not torch.is_grad_enabled():
-            return (line.a - 0.24).square().sum()
+            return (line.a - 0.214).square().sum()
         starts.append(float(line.a.detach()))
         return -line.a.sum()
 
     options = Training(epochs=4, rate=0.1, floor=1.0, relative=False, held_out=0.5, patience=9)
     found = train(line, loss, 2, options, seed=0, where="a line")
-    # One step an epoch: 0.3 is too far and refused, 0.23 is nearer, 0.26 is refused again.
-    assert starts == pytest.approx([0.2, 0.2, 0.23, 0.23], abs=1e-4)
+    # One step an epoch: 0.3 is too far and refused, 0.21 is nearer, 0.22 is refused again.
+    assert starts == pytest.approx([0.2, 0.2, 0.21, 0.21], abs=1e-4)
     assert (found.kept_epoch, found.epochs) == (4, 4)
 
 
@@ -104,7 +104,7 @@ def test_a_refused_epoch_leaves_no_moments_behind():
 
     options = Training(epochs=3, rate=0.1, floor=1.0, relative=False, held_out=0.5, patience=9)
     train(line, loss, 2, options, seed=0, where="a line")
-    assert starts == pytest.approx([0.2, 0.2, 0.23], abs=1e-4)
+    assert starts == pytest.approx([0.2, 0.2, 0.21], abs=1e-4)
 
 
 def test_parameters_that_are_zero_are_trained_in_the_unit_of_their_norm():
