@@ -91,6 +91,7 @@ class HassleFree(Solver[Sweepable]):
 
     name: ClassVar[str] = "hassle-free"
     paper: ClassVar[str] = "arXiv:2502.00899"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, diagonal_damping=self.diagonal_damping, output_damping=self.output_damping)

@@ -70,6 +70,7 @@ class SLaB(Solver[Sweepable]):
 
     name: ClassVar[str] = "slab"
     paper: ClassVar[str] = "arXiv:2604.04493"
+    version: ClassVar[int] = 2
     signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -83,6 +83,7 @@ class ThreeBASiL(Solver[UnitDiagonal]):
 
     name: ClassVar[str] = "3basil"
     paper: ClassVar[str] = "arXiv:2603.01376"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, diagonal_damping=self.diagonal_damping, output_damping=self.output_damping)

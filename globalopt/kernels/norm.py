@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from globalopt.kernels.cholesky import ridge_inverse
+from globalopt.kernels.precision import rough_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +102,36 @@ class Norm:
         return EG if self.outputs is None else self.outputs.matrix @ EG
 
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Function that multiplies two matrices."""
+
 Ridge = Callable[[Tensor], Tensor]
 """Function that solves one ridge problem: `R` (d_out, d_in) -> the `S` with `A S G + penalty S = R`."""
 
 
-def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: float) -> Ridge:
-    """Prepare the ridge problem `A S G + penalty S = R` at one penalty, and return the function that solves it.
+class RidgePair(NamedTuple):
+    """Hold two functions that solve one ridge problem, in float32 and with `rough_product`.
+
+    Products in bfloat16 lose what cancels in them, and `R` is much larger than the solution. So `rough` is for changes
+    of `R` alone: it maps them to changes of `S`, whose error is relative to the change.
+
+    >>> G = torch.diag(torch.tensor([3.0, 15.0]))
+    >>> solve = ridge(Side(G, G.sqrt()), [(slice(0, 1), None)], penalty=1.0)
+    >>> R, change = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.04, 0.16]])
+    >>> ((solve(R) + solve.rough(change)) / solve(R + change)).round(decimals=3).tolist()
+    [[1.0, 1.0]]
+    """
+
+    exact: Ridge
+    rough: Ridge
+
+    def __call__(self, R: Tensor) -> Tensor:
+        """Solve in the precision of `R`."""
+        return self.exact(R)
+
+
+def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: float) -> RidgePair:
+    """Prepare the ridge problem `A S G + penalty S = R` at one penalty, and return the functions that solve it.
 
     The rows may belong to several layers with the same inputs, each with its own `A`. Without any `A` the solution is a
     product with `(G + penalty I)^-1`; with it, in the eigenbases `A = P diag(a) Pᵀ` and `G = Q diag(b) Qᵀ`,
@@ -124,19 +150,20 @@ def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: f
     """
     if all(side is None for _, side in outputs):
         inverse = ridge_inverse(inputs.matrix, penalty)
-        return lambda R: R @ inverse
+        return RidgePair(lambda R: R @ inverse, lambda R: rough_product(R, inverse))
 
     b, Q = inputs.eigen
 
-    def solve(R: Tensor) -> Tensor:
+    def solve(R: Tensor, product: Product) -> Tensor:
         """Solve for `S` in the eigenbases."""
-        RQ = R @ Q
+        RQ = product(R, Q)
         for rows, side in outputs:
             if side is None:
                 RQ[rows] /= b + penalty
                 continue
             a, P = side.eigen
-            RQ[rows] = P @ ((P.mT @ RQ[rows]) / torch.addcmul(b.new_tensor(penalty), a[:, None], b))
-        return RQ @ Q.mT
+            shrunk = product(P.mT, RQ[rows]) / torch.addcmul(b.new_tensor(penalty), a[:, None], b)
+            RQ[rows] = product(P, shrunk)
+        return product(RQ, Q.mT)
 
-    return solve
+    return RidgePair(lambda R: solve(R, torch.matmul), lambda R: solve(R, rough_product))

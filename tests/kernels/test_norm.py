@@ -26,6 +26,16 @@ def test_ridge_solves_its_system(weighted, penalty):
     assert torch.equal(R, before)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_rough_solution_is_off_by_a_share_of_the_change(weighted):
+    R, norm = problem((40, 60), weighted)
+    assert norm.inputs is not None
+    solve = ridge(norm.inputs, [(slice(0, 40), norm.outputs)], 0.4)
+    change = R.float() * 1e-3
+    exact = solve(change.double())
+    assert torch.linalg.norm(solve.rough(change) - exact) < 0.01 * torch.linalg.norm(exact)
+
+
 def test_stacked_layers_have_their_own_outputs():
     R, norm = problem((12, 8), False)
     assert norm.inputs is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from globalopt.kernels import ridge_admm as kernel
-from globalopt.kernels.norm import Norm
+from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import Schedule, SparseAndSubspace, StackedLayer, ridge_admm
 from globalopt.kernels.support_refit import refit
@@ -206,6 +206,39 @@ def test_products_and_counts_are_exact_for_the_last_steps(monkeypatch):
     assert found.steps == 40
     assert switched[0] == 28
     assert asked == [False] * 28 + [True] * 12
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_changes_in_bfloat16_end_where_float32_does(monkeypatch, weighted):
+    errors, solved = [], []
+    exact_ridge = kernel.ridge
+
+    def counted(*arguments):
+        pair = exact_ridge(*arguments)
+        return pair._replace(exact=lambda R: solved.append(1) or pair.exact(R))
+
+    monkeypatch.setattr(kernel, "ridge", counted)
+    W, norm = problem((48, 64), weighted)
+    norm = Norm(*(each and Side(each.matrix.float(), each.factor.float()) for each in (norm.inputs, norm.outputs)))
+    assert norm.inputs is not None
+
+    def keep(magnitudes, size, exact):
+        return keep_weights(magnitudes, math.ceil(size * 1200))
+
+    for rough in (False, True):
+        monkeypatch.setattr(kernel, "rough_products", lambda tensor, rough=rough: rough)
+        solved.clear()
+        layer = StackedLayer(slice(0, 48), norm.outputs, 4, keep)
+        found = ridge_admm(W.float(), norm.inputs, [layer], Schedule(0.05, 0.8, steps=60, hold=6))
+        (fit,) = found.fits
+        E = W.float() - fit.S
+        E = E - fit.subspace.U @ fit.subspace.factor(E)
+        errors.append(squared(norm, E))
+        # Once after every change of the penalty, or at every step.
+        assert len(solved) == (math.ceil(found.steps / 6) if rough else found.steps)
+    assert errors[0] != errors[1]
+    # Another support of so few entries is worth a few percent, either way.
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 def test_a_support_at_rest_ends_only_once_it_is_counted_exactly():
