@@ -19,7 +19,7 @@ from torch import Tensor
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.matching.parameters import Trainable
-from globalopt.matching.training import Trained, Training, train
+from globalopt.matching.training import Autocast, Trained, Training, train
 from globalopt.models.walk import BlockRunner
 from globalopt.registry import at_least, read_options
 from globalopt.values.decomposition import Decomposition
@@ -93,7 +93,15 @@ class Matching(Training):
 PRESETS = {
     "default": Matching(),
     "tm": Matching(
-        epochs=19, rate=2e-5, floor=0.2, relative=False, held_out=0.0, patience=19, loss=Loss.SUM, windows=8
+        epochs=19,
+        rate=2e-5,
+        floor=0.2,
+        relative=False,
+        held_out=0.0,
+        patience=19,
+        autocast=Autocast.OFF,
+        loss=Loss.SUM,
+        windows=8,
     ),
 }
 """`default`, and `tm` as published by 3BASiL; the first of its twenty epochs only evaluates, which leaves 19."""
@@ -144,7 +152,7 @@ def match_block(
     mean_loss = _MeanLoss(options, outputs, device)
 
     def found_and_target(i: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
+        with options.autocast.context(device):
             found = runner.run(index, i, inputs[i], trainable.tensors(f"{root}."))
         batch = runner.batches[i]
         return batch.select(found), batch.select(targets[i]).to(found.device)

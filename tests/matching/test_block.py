@@ -9,7 +9,9 @@ from torch import Tensor
 
 from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UnknownNameError, UsageError
+from globalopt.matching import training
 from globalopt.matching.block import Loss, Matching, match_block
+from globalopt.matching.training import Autocast
 from globalopt.models.layers import find_layers
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
 from globalopt.refine.blocks import Order, Refinement, refine
@@ -23,7 +25,7 @@ from globalopt.values.metric import Gram
 from solvers import SOLVERS, get_solver
 from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model
 
-QUICK = Matching(epochs=3, rate=0.03, loss=Loss.TOKEN)
+QUICK = Matching(epochs=3, rate=0.01, loss=Loss.TOKEN)
 
 
 def setting(
@@ -257,6 +259,23 @@ def test_nats_need_the_output_gram(tmp_path):
         match_block(runner, 0, [], [], values, Matching(loss=Loss.NATS), None, 0)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_gradients_are_rough_where_the_processor_is_faster_and_losses_exact(tmp_path, monkeypatch, fast):
+    layers, runner, _, _ = setting(tmp_path)
+    inputs, noise = [runner.first(i) for i in range(len(runner))], torch.Generator().manual_seed(0)
+    targets = [x + 0.1 * torch.randn(x.shape, generator=noise) for x in first_outputs(runner)]
+    values = one_layer(layers, layers.weight(layers.specs[0].name))
+    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: fast)
+    found = {}
+    for choice in Autocast:
+        options = Matching(epochs=1, rate=0.001, loss=Loss.SUM, held_out=0.0, autocast=choice)
+        found[choice] = match_block(runner, 0, inputs, targets, values, options, None, 0)[1]
+    assert len({each.before for each in found.values()}) == 1
+    assert found[Autocast.AUTO] == found[Autocast.ON if fast else Autocast.OFF]
+    assert found[Autocast.ON].after != found[Autocast.OFF].after
+    assert found[Autocast.ON].after == pytest.approx(found[Autocast.OFF].after, rel=0.02)
+
+
 def test_masking_gradients_by_hand_comes_to_the_same(tmp_path):
     """The slow way: a dense weight whose gradient is masked, and Adam on it."""
     layers, runner, _, _ = setting(tmp_path)
@@ -265,7 +284,8 @@ def test_masking_gradients_by_hand_comes_to_the_same(tmp_path):
     S[torch.rand(S.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
     inputs, targets = [runner.first(i) for i in range(len(runner))], first_outputs(runner)
     values = {spec.name: Decomposition(S, S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1]))}
-    options = Matching(epochs=1, rate=0.01, floor=1.0, relative=False, loss=Loss.SUM, held_out=0.0)
+    exact = Autocast.OFF
+    options = Matching(epochs=1, rate=0.01, floor=1.0, relative=False, loss=Loss.SUM, held_out=0.0, autocast=exact)
     trained, _ = match_block(runner, 0, inputs, targets, values, options, None, 5)
 
     from random import Random
