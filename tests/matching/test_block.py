@@ -274,7 +274,7 @@ def test_gradients_are_rough_where_the_processor_is_faster_and_losses_exact(tmp_
     assert len({each.before for each in found.values()}) == 1
     assert found[Autocast.AUTO] == found[Autocast.ON if fast else Autocast.OFF]
     assert found[Autocast.ON].after != found[Autocast.OFF].after
-    assert all(each.after < each.before for each in found.values())
+    assert found[Autocast.ON].after == pytest.approx(found[Autocast.OFF].after, rel=0.05)
 
 
 def test_masking_gradients_by_hand_comes_to_the_same(tmp_path):
