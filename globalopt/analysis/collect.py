@@ -18,10 +18,10 @@ from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRA
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 
-GRAMS_VERSION = 3
+GRAMS_VERSION = 4
 """Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 3
+LABELS_VERSION = 4
 """Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
 LABELLED = 2
@@ -91,9 +91,9 @@ def write_output_grams(
     for visit in walk_blocks(runner, device):
         _grams(visit, work)
         inputs += [states[::LABELLED] for states in _hidden_states(visit, runner.layers)]
-    upstream = label_gradients(labelled, inputs[-1], seed)
+    upstream = label_gradients(labelled, inputs[-1], seed, rough=True)
     behind = partial(work.put, BLOCK_OUTPUT_GRAM)
-    for found in backward_sweep(labelled, inputs, specs, upstream, device, behind=behind):
+    for found in backward_sweep(labelled, inputs, specs, upstream, device, behind=behind, rough=True):
         assert found.output_gram is not None
         work.put(OUTPUT_GRAM, found.spec, found.output_gram)
         advance(found.spec.name)

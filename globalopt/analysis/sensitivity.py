@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import NumericalError
+from globalopt.kernels.precision import rough_forward, second_moment
 from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
@@ -43,12 +44,13 @@ class LayerGradients:
     products: Tensor | None = None
 
 
-def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int, rough: bool = False) -> list[Tensor]:
     """Compute the gradients of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p.
 
     Args:
         hidden: output of the last block, by batch.
         seed: of the labels.
+        rough: as in `backward_sweep`.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.models.walk import Batch
@@ -59,7 +61,7 @@ def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int) ->
     [torch.Size([4, 16, 16])]
     """
     generator = torch.Generator().manual_seed(seed)
-    return [_label_gradient(runner, i, states, generator) for i, states in enumerate(hidden)]
+    return [_label_gradient(runner, i, states, generator, rough) for i, states in enumerate(hidden)]
 
 
 def backward_sweep(
@@ -70,6 +72,7 @@ def backward_sweep(
     device: torch.device | None = None,
     changes: Callable[[LayerSpec], Tensor] | None = None,
     behind: Callable[[int, Gram], None] | None = None,
+    rough: bool = False,
 ) -> Iterator[LayerGradients]:
     """Sweep backward over the blocks, recompute each with gradients, and yield what is found at its layers.
 
@@ -85,6 +88,8 @@ def backward_sweep(
         changes: gives the change `E` (d_out, d_in) of a layer's weight, whose inner products are computed in place of
             output Grams; called once per layer, when its block is reached.
         behind: called per block with the output Gram `A` of the hidden states that leave it.
+        rough: whether blocks multiply in bfloat16 where a CPU is faster at it, which gradients of sampled labels, noisy
+            as they are, do not show.
     Raises:
         NumericalError: the gradient at a layer is not finite, or none reaches it.
 
@@ -126,8 +131,8 @@ def backward_sweep(
                 for i, batch in enumerate(runner.batches):
                     for tap in taps.values():
                         tap.begin(*batch.input_ids.shape)
-                    with torch.enable_grad():
-                        hidden = inputs[index][i].detach().requires_grad_()
+                    hidden = inputs[index][i].detach().requires_grad_()
+                    with torch.enable_grad(), rough_forward(hidden.device, rough):
                         output = runner.run(index, i, hidden)
                     if not output.requires_grad:
                         raise NumericalError(
@@ -155,14 +160,14 @@ def backward_sweep(
                 yield LayerGradients(spec, _output_gram(spec, taps, outputs, tokens))
 
 
-def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator, rough: bool) -> Tensor:
     """Compute the gradient of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p.
 
     At the logits it is the indicator of `y` less `p`: the vocabulary is gone through a few times only.
     """
     batch = runner.batches[i]
-    with torch.enable_grad():
-        hidden = hidden.detach().requires_grad_()
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad(), rough_forward(hidden.device, rough):
         logits = runner.logits(i, hidden)
     p = logits.detach().float().softmax(-1)
     labels = _sample(p, generator)
@@ -205,7 +210,7 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor], block: int)
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
         raise NumericalError(f"The gradient behind block {block} is not finite; load the model in float32.")
     rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
-    total = sum((g.mT @ g for g in rows), torch.zeros(()))
+    total = sum((second_moment(g) for g in rows), torch.zeros(()))
     tokens = sum(batch.tokens for batch in runner.batches)
     return Gram(total.cpu() / tokens, tokens)
 
@@ -308,7 +313,7 @@ class _Tap:
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
         rows = g.flatten(0, -2)
         if self.change is None:
-            part = rows.mT @ rows
+            part = second_moment(rows)
             self.second = part if self.second is None else self.second + part
         else:
             # A layer may be called more than once in a batch.

@@ -75,3 +75,27 @@ def rough_product(X: Tensor, Y: Tensor) -> Tensor:
     [[3.0]]
     """
     return (X.bfloat16() @ Y.bfloat16()).float()
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """Compute `Xᵀ X` (d, d) of rows `X` (n, d), by `rough_product` where that is faster.
+
+    Rounded or not, the rows have a positive semidefinite second moment, with sums in float32.
+
+    >>> second_moment(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    return rough_product(rows.mT, rows) if rough_products(rows) else rows.mT @ rows
+
+
+def rough_forward(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """Return the context in which a model multiplies in bfloat16, if `wanted` and if a CPU `device` is faster at it.
+
+    Parameters, sums and hidden states stay in float32.
+
+    >>> with rough_forward(torch.device("cpu")):
+    ...     product = torch.ones(2, 2) @ torch.ones(2, 2)
+    >>> (product.dtype == torch.bfloat16) == cpu_has_bfloat16()
+    True
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and device.type == "cpu" and cpu_has_bfloat16())

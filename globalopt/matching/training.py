@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
-from globalopt.kernels.precision import cpu_has_bfloat16
+from globalopt.kernels.precision import rough_forward
 from globalopt.matching.parameters import Trainable
 from globalopt.registry import at_least
 from globalopt.runs.files import read_tensors, write_tensors
@@ -41,8 +41,9 @@ class Autocast(StrEnum):
 
     def context(self, device: torch.device) -> torch.autocast:
         """Return the context manager in which a forward pass on `device` multiplies as chosen."""
-        wanted = self is Autocast.ON or (self is Autocast.AUTO and device.type == "cpu" and cpu_has_bfloat16())
-        return torch.autocast(device.type, torch.bfloat16, enabled=wanted and torch.is_grad_enabled())
+        if self is Autocast.AUTO:
+            return rough_forward(device, torch.is_grad_enabled())
+        return torch.autocast(device.type, torch.bfloat16, enabled=self is Autocast.ON and torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)

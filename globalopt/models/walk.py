@@ -20,6 +20,7 @@ from torch.func import functional_call
 from transformers import Cache, PreTrainedConfig
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
+from globalopt.kernels.precision import second_moment
 from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
 from globalopt.values.layer import LayerSpec
@@ -424,9 +425,8 @@ class _Moment:
     def add(self, rows: Tensor) -> None:
         """Add rows `x` (tokens, d)."""
         x = rows.float()
-        if self.sum is None:
-            self.sum = x.new_zeros(x.shape[1], x.shape[1])
-        self.sum.addmm_(x.mT, x)
+        part = second_moment(x)
+        self.sum = part if self.sum is None else self.sum.add_(part)
         self.tokens += len(x)
 
     def gram(self) -> Gram | None:

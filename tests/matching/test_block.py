@@ -9,7 +9,7 @@ from torch import Tensor
 
 from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UnknownNameError, UsageError
-from globalopt.matching import training
+from globalopt.kernels import precision
 from globalopt.matching.block import Loss, Matching, match_block
 from globalopt.matching.training import Autocast
 from globalopt.models.layers import find_layers
@@ -266,7 +266,7 @@ def test_gradients_are_rough_where_the_processor_is_faster_and_losses_exact(tmp_
     pruned = {spec.name: layers.weight(spec.name) for spec in layers.of_block(0)}
     pruned = {name: W * (W.abs() > 0.02) for name, W in pruned.items()}
     values = {name: Decomposition(S, S[:, :0], S[:0]) for name, S in pruned.items()}
-    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: fast)
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: fast)
     found = {}
     for choice in Autocast:
         options = Matching(epochs=1, rate=0.003, loss=Loss.SUM, held_out=0.0, autocast=choice)
