@@ -18,7 +18,7 @@ from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRA
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 
-GRAMS_VERSION = 4
+GRAMS_VERSION = 3
 """Raised whenever Grams, or what is stored of them, change."""
 
 LABELS_VERSION = 4

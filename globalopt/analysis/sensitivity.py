@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import NumericalError
-from globalopt.kernels.precision import rough_forward, second_moment
+from globalopt.kernels.precision import rough_forward
 from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
@@ -61,7 +61,12 @@ def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int, ro
     [torch.Size([4, 16, 16])]
     """
     generator = torch.Generator().manual_seed(seed)
-    return [_label_gradient(runner, i, states, generator, rough) for i, states in enumerate(hidden)]
+    found = []
+    for i, states in enumerate(hidden):
+        # One window at a time: with a large vocabulary, logits of a batch would take the most memory of a search.
+        windows = zip(runner.single_windows(i), states.split(1), strict=True)
+        found.append(torch.cat([_label_gradient(one, window, generator, rough) for one, window in windows]))
+    return found
 
 
 def backward_sweep(
@@ -160,15 +165,18 @@ def backward_sweep(
                 yield LayerGradients(spec, _output_gram(spec, taps, outputs, tokens))
 
 
-def _label_gradient(runner: BlockRunner, i: int, hidden: Tensor, generator: torch.Generator, rough: bool) -> Tensor:
+def _label_gradient(runner: BlockRunner, hidden: Tensor, generator: torch.Generator, rough: bool) -> Tensor:
     """Compute the gradient of `sum over tokens log p(y)` at the last block's output, with `y` sampled from p.
 
     At the logits it is the indicator of `y` less `p`: the vocabulary is gone through a few times only.
+
+    Args:
+        runner: of one batch.
     """
-    batch = runner.batches[i]
+    (batch,) = runner.batches
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad(), rough_forward(hidden.device, rough):
-        logits = runner.logits(i, hidden)
+        logits = runner.logits(0, hidden)
     p = logits.detach().float().softmax(-1)
     labels = _sample(p, generator)
     at_logits = p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=p.dtype))
@@ -210,7 +218,7 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor], block: int)
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
         raise NumericalError(f"The gradient behind block {block} is not finite; load the model in float32.")
     rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
-    total = sum((second_moment(g) for g in rows), torch.zeros(()))
+    total = sum((g.mT @ g for g in rows), torch.zeros(()))
     tokens = sum(batch.tokens for batch in runner.batches)
     return Gram(total.cpu() / tokens, tokens)
 
@@ -313,7 +321,7 @@ class _Tap:
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
         rows = g.flatten(0, -2)
         if self.change is None:
-            part = second_moment(rows)
+            part = rows.mT @ rows
             self.second = part if self.second is None else self.second + part
         else:
             # A layer may be called more than once in a batch.

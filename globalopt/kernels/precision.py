@@ -69,7 +69,9 @@ def rough_products(tensor: Tensor) -> bool:
 
 
 def rough_product(X: Tensor, Y: Tensor) -> Tensor:
-    """Multiply two float32 matrices, rounded to bfloat16, with sums in float32: off by about 1 / 400 of each term.
+    """Multiply two float32 matrices in bfloat16, with sums in float32: entries are off by about 1 / 400.
+
+    The product is rounded to bfloat16 as well, so that a Gram would not stay positive semidefinite.
 
     >>> rough_product(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0], [1 / 3]])).tolist()
     [[3.0]]
@@ -77,21 +79,10 @@ def rough_product(X: Tensor, Y: Tensor) -> Tensor:
     return (X.bfloat16() @ Y.bfloat16()).float()
 
 
-def second_moment(rows: Tensor) -> Tensor:
-    """Compute `Xᵀ X` (d, d) of rows `X` (n, d), by `rough_product` where that is faster.
-
-    Rounded or not, the rows have a positive semidefinite second moment, with sums in float32.
-
-    >>> second_moment(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
-    [[1.0, 2.0], [2.0, 5.0]]
-    """
-    return rough_product(rows.mT, rows) if rough_products(rows) else rows.mT @ rows
-
-
 def rough_forward(device: torch.device, wanted: bool = True) -> torch.autocast:
     """Return the context in which a model multiplies in bfloat16, if `wanted` and if a CPU `device` is faster at it.
 
-    Parameters, sums and hidden states stay in float32.
+    Parameters, and the sums that make the hidden states, stay in float32.
 
     >>> with rough_forward(torch.device("cpu")):
     ...     product = torch.ones(2, 2) @ torch.ones(2, 2)

@@ -20,7 +20,6 @@ from torch.func import functional_call
 from transformers import Cache, PreTrainedConfig
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
-from globalopt.kernels.precision import second_moment
 from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
 from globalopt.values.layer import LayerSpec
@@ -203,6 +202,15 @@ class BlockRunner:
 
         with stand_ins(self.layers.blocks, stand_in):
             return self._forward(i).logits
+
+    def single_windows(self, i: int) -> list[BlockRunner]:
+        """Make a runner of every window of batch `i` alone, for what needs as much memory as the logits of a batch."""
+        batch = self.batches[i]
+        masks = [None] * len(batch.input_ids) if batch.attention_mask is None else batch.attention_mask.split(1)
+        return [
+            BlockRunner(self.layers, [Batch(ids, mask)])
+            for ids, mask in zip(batch.input_ids.split(1), masks, strict=True)
+        ]
 
     def _check_batches(self) -> None:
         """Check that there are batches, and that their token ids and lengths are within the model's."""
@@ -425,8 +433,9 @@ class _Moment:
     def add(self, rows: Tensor) -> None:
         """Add rows `x` (tokens, d)."""
         x = rows.float()
-        part = second_moment(x)
-        self.sum = part if self.sum is None else self.sum.add_(part)
+        if self.sum is None:
+            self.sum = x.new_zeros(x.shape[1], x.shape[1])
+        self.sum.addmm_(x.mT, x)
         self.tokens += len(x)
 
     def gram(self) -> Gram | None:

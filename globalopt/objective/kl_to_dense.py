@@ -74,7 +74,13 @@ class ModelObjective:
         self._runner = runner
         self._dense = runner.layers.originals()
         self._placed: dict[str, Weight] = {}
-        self._teachers = [Teacher.of(self._logits(chunk, self._states(chunk)[-1]), top) for chunk in range(self.chunks)]
+        # The head runs on one window at a time: with a large vocabulary, logits of a chunk would take the most memory.
+        self._heads = [runner.single_windows(chunk) for chunk in range(self.chunks)]
+        self._teachers: list[list[Teacher]] = []
+        for chunk in range(self.chunks):
+            windows = self._states(chunk)[-1].split(1)
+            with torch.no_grad():
+                self._teachers.append([Teacher.of(self._logits(chunk, i, x), top) for i, x in enumerate(windows)])
 
     @property
     def chunks(self) -> int:
@@ -99,7 +105,8 @@ class ModelObjective:
     @property
     def tail(self) -> float:
         """Mean probability of the tokens outside of the `top` most probable ones."""
-        return float(torch.cat([teacher.tail.flatten() for teacher in self._teachers]).double().mean())
+        tails = [teacher.tail.flatten() for chunk in self._teachers for teacher in chunk]
+        return float(torch.cat(tails).double().mean())
 
     def losses_of(self, replacements: Sequence[Mapping[str, Weight]], chunks: Sequence[int]) -> Tensor:
         """Compute the losses of models with replaced layers.
@@ -126,7 +133,8 @@ class ModelObjective:
             states: list[Tensor] = []
             for i in order:
                 states = self._states(chunk, states[: self._place(replacements[i]) + 1])
-                column[i] = self._teachers[chunk].kl(self._logits(chunk, states[-1]))
+                with torch.no_grad():
+                    column[i] = torch.cat([self._kl(chunk, k, x) for k, x in enumerate(states[-1].split(1))])
                 if not bool(torch.isfinite(column[i]).all()):
                     raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
             columns.append(torch.stack([column[i] for i in range(len(replacements))]))
@@ -147,13 +155,17 @@ class ModelObjective:
         Returns:
             (windows,) float64, and the gradient of their sum, of the shape of `hidden`.
         """
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            losses = self._teachers[chunk].kl(self._runner.logits(chunk, hidden)[:, :-1])
-        if not bool(torch.isfinite(losses).all()):
+        losses, gradients = [], []
+        for i, window in enumerate(hidden.detach().split(1)):
+            with torch.enable_grad():
+                window = window.requires_grad_()
+                loss = self._kl(chunk, i, window)
+            losses.append(loss.detach())
+            gradients.append(torch.autograd.grad(loss.sum(), window)[0])
+        found = torch.cat(losses)
+        if not bool(torch.isfinite(found).all()):
             raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
-        (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-        return losses.detach(), gradient
+        return found, torch.cat(gradients)
 
     @property
     def runner(self) -> BlockRunner:
@@ -205,9 +217,13 @@ class ModelObjective:
             states.append(self._runner.run(block, chunk, states[-1]))
         return states
 
-    @torch.no_grad()
-    def _logits(self, chunk: int, hidden: Tensor) -> Tensor:
-        return self._runner.logits(chunk, hidden)[:, :-1]
+    def _logits(self, chunk: int, window: int, hidden: Tensor) -> Tensor:
+        """Logits (1, t - 1, vocabulary) of one window of a chunk, from the last block's output (1, t, d)."""
+        return self._heads[chunk][window].logits(0, hidden)[:, :-1]
+
+    def _kl(self, chunk: int, window: int, hidden: Tensor) -> Tensor:
+        """Loss (1,) of one window of a chunk, from the last block's output (1, t, d)."""
+        return self._teachers[chunk][window].kl(self._logits(chunk, window, hidden))
 
 
 def _made(weight: Weight) -> Tensor:

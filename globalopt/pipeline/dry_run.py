@@ -10,7 +10,7 @@ the blocks:
               parameters of the largest block, and P_out in the type that they are stored in
     states  = b T h (L + 1) if a backward sweep needs those of all blocks, else 2 b T h; 0 if they are kept in files
     stages  : a block's Grams of 4 d_in² bytes each and one more, and the solver's own tensors (`WORKING`);
-              logits of two models in evaluation, `LABEL_COPIES` times those of a batch where labels are sampled;
+              logits of two models in evaluation, `LABEL_COPIES` times those of a window where labels are sampled;
               candidate weights that a search keeps
 
 Time is that of matrix products, 2 T P operations per forward pass, and of solving layers, which grows as
@@ -57,7 +57,7 @@ LIBRARIES = 100 * 2**20
 """Bytes of libraries that are loaded later in a run, and of what is freed and not given back."""
 
 LABEL_COPIES = 5
-"""Tensors of the size of a batch's logits, in float32, while labels are sampled and their gradients taken."""
+"""Tensors of the size of the logits of a window, in float32, while labels are sampled and their gradients taken."""
 
 HEADER = 400
 """Bytes of the header of a file per packed decomposition in it: names, types and shapes of its tensors."""
@@ -325,7 +325,7 @@ def _logits(shape: _Shape, job: Job, lazy: bool) -> int:
     # Log probabilities of both models, their exponentials, differences and products.
     held = min(SOFTMAX_AT_ONCE, shape.texts.batch_size * window) if shape.parts and not lazy else rows * window
     evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
-    labels = LABEL_COPIES * 4 * min(shape.texts.batch_size, shape.texts.nsamples) * window if job.sweeps else 0
+    labels = LABEL_COPIES * 4 * window if job.sweeps else 0
     head = shape.vocabulary * shape.width * shape.computed if lazy and shape.stored < shape.computed else 0
     return max(evaluation, labels) + head
 
