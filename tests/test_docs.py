@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from globalopt import api
+from globalopt.models.example import example_gguf
 from tests.command import done, write_text
 from tests.evaluation.test_task_files import write
 from tests.tiny_models import save_tiny
@@ -52,6 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with the model, the text and the tasks that the guide names, shared by all pages."""
     folder = tmp_path_factory.mktemp("guide")
     save_tiny(folder / "my-model")
+    example_gguf(folder / "my-model.gguf")
     write_text(folder / "my-text.txt")
     (folder / "my-tasks").mkdir()
     write(folder / "my-tasks" / "piqa.jsonl", {"query": "the cat sat on", "choices": ["a mat", "the dog"], "gold": 0})

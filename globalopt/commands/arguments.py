@@ -51,7 +51,8 @@ def default_folder(models: ModelOptions, name: str) -> Path:
     path = Path(models.model)
     # Of "." and ".." only the resolved path has a name; of a hub id only its own.
     base = path.resolve() if path.exists() else path
-    return Path("runs") / f"{base.name}-{name}"
+    file = models.gguf_file or base.name
+    return Path("runs") / f"{Path(file).stem if file.lower().endswith('.gguf') else base.name}-{name}"
 
 
 def refine_options(

@@ -192,12 +192,11 @@ def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -
     """Make the budget that keeps a model whole."""
     from globalopt.budgets import budget_file
     from globalopt.models.identity import model_fingerprint
-    from globalopt.models.layers import find_layers
-    from globalopt.models.loading import load_model, reference_folder
+    from globalopt.pipeline.dry_run import Structure
+    from globalopt.pipeline.options import ModelOptions
 
-    source = named(model) or str(reference_folder())
-    loaded = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
-    layers = find_layers(loaded.model, allow_low_coverage=True)
+    models = ModelOptions(named(model), trust_remote_code=trust_remote_code, allow_low_coverage=True)
+    layers = Structure.of(models).layers
     coverage = layers.coverage
     return budget_file.whole(
         layers.specs, model_fingerprint(layers), coverage.covered, coverage.block_params, accounting

@@ -23,6 +23,7 @@ from globalopt.commands.options import (
     EvalText,
     EvalWindows,
     Fresh,
+    GGUFFile,
     Json,
     LowCoverage,
     MatchOrNot,
@@ -56,6 +57,7 @@ def compress(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     *,
+    gguf_file: GGUFFile = None,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -171,7 +173,13 @@ def compress(
         options = pairs(solver_set, "--set")
         fitting = get_solver(solver, options)
         models = ModelOptions(
-            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
+            one_model(model, model_option),
+            dtype,
+            device,
+            trust_remote_code,
+            allow_low_coverage,
+            max_memory,
+            gguf_file=gguf_file,
         )
         texts = TextOptions(
             calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
@@ -203,7 +211,7 @@ def compress(
 
             def compute_direct() -> tuple[Summary, Run]:
                 shown = reporter(quiet)
-                opened = session.set_up(models, texts, seed, shown)
+                opened = session.set_up(models, texts, seed, shown, shared)
                 return search.search(opened, shown, direct, folder, session.run_command(), shared, fresh)
 
             asked = question({"command": "compress", **direct.record()}, models, texts)
@@ -222,7 +230,7 @@ def compress(
 
         def compute() -> tuple[Summary, Run]:
             shown = reporter(quiet)
-            opened = session.set_up(models, texts, seed, shown)
+            opened = session.set_up(models, texts, seed, shown, shared)
             command = session.run_command()
             return pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
 

@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
-from globalopt.commands.arguments import named
+from globalopt.commands.arguments import chosen_cache, named
 from globalopt.commands.console import err, errors, out, print_json
 from globalopt.commands.options import (
     BatchSize,
+    CacheFolder,
     Calibration,
     Device,
     Dtype,
     EvalText,
+    GGUFFile,
     Json,
     MaxMemory,
     QuietScores,
@@ -32,6 +34,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    gguf_file: GGUFFile = None,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +102,7 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     max_memory: MaxMemory = None,
+    cache: CacheFolder = None,
     quiet: QuietScores = False,
     as_json: Json = False,
 ) -> None:
@@ -122,16 +126,17 @@ def evaluate(
         from globalopt.runs.folder import MANIFEST
         from reports import make_progress
 
-        models = ModelOptions(named(target), allow_low_coverage=True)
+        models = ModelOptions(named(target), allow_low_coverage=True, gguf_file=gguf_file)
         texts = TextOptions(nsamples=1)
-        run = None
+        run, dense_file = None, None
         if target is not None and is_there(Path(target) / MANIFEST):
             run, recorded, texts = session.recorded(Path(target))
             if recorded.in_memory and dense is None:
                 raise UsageError(f"{target} was made of a model in memory; say where it is with --dense MODEL.")
             if texts.calibration == IN_MEMORY and calibration is None:
                 raise UsageError(f"{target} was made with a text in memory; say where it is with --calibration TEXT.")
-            dense = dense or recorded.model or REFERENCE
+            if dense is None:
+                dense, dense_file = recorded.model or REFERENCE, recorded.gguf_file
             trust_remote_code = trust_remote_code or recorded.trust_remote_code
             models = replace(models, model=str(run.saved_model))
             if recorded.model is None and texts.calibration is None:
@@ -150,14 +155,16 @@ def evaluate(
         asked = tasks is not None or tasks_path is not None
         others = named_texts(ppl)
         splits = models.model is None or texts.calibration is not None or not (asked or others)
-        options = score.ScoreOptions(dense, splits, others, limit=tasks_limit)
+        options = score.ScoreOptions(dense, splits, others, limit=tasks_limit, dense_gguf_file=dense_file)
         if asked:
             from globalopt.evaluation.tasks import choose_tasks
 
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
         # No option chooses what is written: the result of a run, and hidden states that memory has no room for.
         with advising(""):
-            scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
+            shown = Reporter(make_progress(err, quiet))
+            home = chosen_cache(Path("runs") / "any" if run is None else run.folder, cache, no_cache=False)
+            scores = score.score(models, texts, options, shown, session.run_command(), home)
         if as_json:
             print_json(asdict(scores))
         else:

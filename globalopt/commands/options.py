@@ -20,12 +20,22 @@ def one_of(*words: str) -> str:
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        help="The model: a local folder or a hub id. If it is left out, the bundled model is used.", show_default=False
+        help="The model: a local folder, a .gguf file or a hub id. If it is left out, the bundled model is used.",
+        show_default=False,
     ),
 ]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "--model-name-or-path", help="The model, in place of the argument.", show_default=False),
+]
+GGUFFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file",
+        help="Name of the GGUF file in the model's folder or on the hub. It is dequantised once, into the cache.",
+        metavar="NAME",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str,

@@ -21,6 +21,7 @@ from globalopt.commands.options import (
     Dtype,
     EvalText,
     Fresh,
+    GGUFFile,
     Json,
     LowCoverage,
     Match,
@@ -57,6 +58,7 @@ BUDGET = 0.5
 def search(
     model: ModelArgument = None,
     model_option: ModelOption = None,
+    gguf_file: GGUFFile = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -244,7 +246,13 @@ def search(
         for kept in budgets:
             BudgetRule(kept, accounting).check()
         models = ModelOptions(
-            one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
+            one_model(model, model_option),
+            dtype,
+            device,
+            trust_remote_code,
+            allow_low_coverage,
+            max_memory,
+            gguf_file=gguf_file,
         )
         texts = TextOptions(
             calibration,
@@ -273,14 +281,14 @@ def search(
         command = session.run_command()
         if several:
             shown = reporter(quiet)
-            opened = session.set_up(models, texts, seed, shown)
+            opened = session.set_up(models, texts, seed, shown, shared)
             found, run = family.family(opened, shown, plan, budgets, folder, command, shared, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
 
             def compute() -> tuple[Summary, Run]:
                 shown = reporter(quiet)
-                opened = session.set_up(models, texts, seed, shown)
+                opened = session.set_up(models, texts, seed, shown, shared)
                 return pipeline.search(opened, shown, plan, folder, command, shared, fresh)
 
             asked = question({"command": "search", **plan.record()}, models, texts)

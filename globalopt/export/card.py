@@ -150,6 +150,7 @@ def _rows(summary: Summary, facts: Mapping[str, Any], name: str) -> dict[str, st
     trained = "the whole model" if any(match.block is None for match in summary.matching) else "block by block"
     rows = {
         "base model": name,
+        "weights of the base model": f"dequantised from {summary.quantisation}" if summary.quantisation else "",
         "licence": f"{licence}, that of the base model" if licence else "the base model's card names none",
         "method": f"solver {summary.solver}, allocator {summary.allocator}",
         "pattern": ", ".join(patterns),

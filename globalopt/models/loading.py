@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -144,7 +144,7 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
     with quiet():
-        config = _load_config(source, options)
+        config = load_config(source, options)
         check_config(source, config)
         folder = _weights_folder(source, options)
         _check_files(source, folder, config, options)
@@ -154,7 +154,7 @@ def load_model(
         if folder is not None and not lazily:
             short = _memory_short(folder, config, dtype, place, max_memory, tokens)
         if folder is None or not (lazily or short):
-            model, names = _load_weights(source, config, options)
+            model, names = load_weights(source, config, options)
         else:
             try:
                 model, names = _load_lazily(folder, config, options, dtype, place, max_memory, beside)
@@ -163,10 +163,10 @@ def load_model(
                     raise UnsupportedModelError(f"{name} {short} {error}") from error
                 if max_memory is not None:
                     raise
-                model, names = _load_weights(source, config, options)
+                model, names = load_weights(source, config, options)
         check_towers(source, config, model)
         unused = check_unused(source, model, names)
-        tokenizer = _load_tokenizer(source, options)
+        tokenizer = load_tokenizer(source, options)
     stored = model.dtype
     lazy = lazy_blocks(model)
     if lazy is None:
@@ -197,12 +197,33 @@ def load_structure(
     (torch.bfloat16, True)
     """
     source, options = _source(str(name_or_path), trust_remote_code)
+    with quiet():
+        config = load_config(source, options)
+    check_config(source, config)
+    return config_structure(source, config, dtype, trust_remote_code)
+
+
+def config_structure(
+    source: str, config: Any, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """Make a model with zeros for weights from a config; also return the type that the config says it is stored in.
+
+    Args:
+        source: file, folder or hub id of the config, for messages.
+        dtype, trust_remote_code: as for `load_structure`.
+    Raises:
+        UnsupportedModelError, UnknownNameError: as `load_model`.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> model, stored = config_structure("tiny", tiny_llama().config)
+    >>> model.num_parameters(), stored
+    (6480, torch.float32)
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
     computed = DTYPES.get(dtype, torch.float32)
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with quiet():
-        config = _load_config(source, options)
-        check_config(source, config)
         model = _empty(source, config, options, computed)
         _fill(model, Zeros(model), Precision(computed, computed, torch.device("cpu")))
     model.config.use_cache = False
@@ -294,8 +315,16 @@ def _is_local(name: str) -> bool:
     return True
 
 
-def _load_config(source: str, options: dict[str, Any]) -> Any:
-    """Load the config, with errors of known cause as one line."""
+def load_config(source: str, options: dict[str, Any]) -> Any:
+    """Load the config, with errors of known cause as one line.
+
+    Args:
+        source: folder or hub id.
+        options: of `from_pretrained`: `local_files_only` and `trust_remote_code`.
+
+    >>> load_config(str(reference_folder()), {"local_files_only": True, "trust_remote_code": False}).model_type
+    'llama'
+    """
     try:
         return AutoConfig.from_pretrained(source, **options)
     except OSError as error:
@@ -347,13 +376,26 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _load_weights(source: str, config: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    """Load the whole model; also return the names of the tensors that its class has no place for."""
+def load_weights(
+    source: str, config: Any, options: dict[str, Any], dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, set[str]]:
+    """Load the whole model; also return the names of the tensors that its class has no place for.
+
+    Args:
+        source, options: as for `load_config`, with further options of `from_pretrained`.
+        dtype: of the weights; "auto" is that of the checkpoint.
+
+    >>> options = {"local_files_only": True, "trust_remote_code": False}
+    >>> config = load_config(str(reference_folder()), options)
+    >>> model, unused = load_weights(str(reference_folder()), config, options)
+    >>> model.dtype, unused
+    (torch.bfloat16, set())
+    """
     unused: set[str] = set()
     try:
         with _recorded(unused):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype="auto", output_loading_info=True, **options
+                source, config=config, dtype=dtype, output_loading_info=True, **options
             )
     except (GlobalOptError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -367,7 +409,22 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> tuple[Pr
             raise ArtefactError(f"The weights of {source} do not have the shapes its config.json says.") from error
         raise _known(source, config, error) or _unusable(source, options, error) from error
     model, report = loaded
-    # transformers would go on with random numbers in their place.
+    check_report(source, report)
+    return model, unused | set(report["unexpected_keys"])
+
+
+def check_report(source: str, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks tensors, or has some of other shapes: transformers takes random numbers for them.
+
+    Args:
+        source: file, folder or hub id, for the message.
+        report: the loading info of `from_pretrained`.
+
+    >>> check_report("tiny", {"missing_keys": {"lm_head.weight"}})
+    Traceback (most recent call last):
+        ...
+    globalopt.errors.ArtefactError: The weights of tiny lack 1 tensors, lm_head.weight among them; ...
+    """
     if missing := sorted(report["missing_keys"]):
         raise ArtefactError(
             f"The weights of {source} lack {len(missing)} tensors, {missing[0]} among them; the checkpoint is "
@@ -377,7 +434,6 @@ def _load_weights(source: str, config: Any, options: dict[str, Any]) -> tuple[Pr
         raise ArtefactError(
             f"The weights of {source} do not have the shapes its config.json says: {mismatched[0]} has another."
         )
-    return model, unused | set(report["unexpected_keys"])
 
 
 @contextmanager
@@ -572,8 +628,13 @@ def _fill(
     return fill(model, list(blocks), path, source, precision, beside)
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with errors of known cause as one line."""
+def load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with errors of known cause as one line; the arguments are those of `load_config`.
+
+    >>> options = {"local_files_only": True, "trust_remote_code": False}
+    >>> load_tokenizer(str(reference_folder()), options).vocab_size
+    4096
+    """
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (GlobalOptError, MemoryError):

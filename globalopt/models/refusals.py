@@ -21,6 +21,10 @@ from globalopt.models.streaming import INDEX, SINGLE, Checkpoint
 
 PACKED_METHOD = "globalopt"
 """The `quant_method` of our own packed exports, the one kind of quantised weights that can be read."""
+GGUF_METHOD = "gguf"
+"""The method in the config of a model that transformers has read from a GGUF file."""
+DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Methods that transformers dequantises without further packages or devices, with its class of their options."""
 ADAPTER_CONFIG = "adapter_config.json"
 """File that marks the folder of a PEFT adapter."""
 PICKLED = "pytorch_model.bin"
@@ -49,8 +53,9 @@ def check_config(source: str, config: Any) -> None:
         ...
     globalopt.errors.UnsupportedModelError: t5 is an encoder-decoder (sequence-to-sequence) model of type t5; ...
     """
-    if (method := quantisation(config)) not in (None, PACKED_METHOD):
-        raise UnsupportedModelError(f"{source} is quantised ({method}). {_DEQUANTISE}")
+    method = quantisation(config)
+    if method is not None and method != PACKED_METHOD:
+        raise UnsupportedModelError(f"{source} is quantised ({method}). {_way_out(method)}")
     kind = f"of type {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -68,9 +73,30 @@ def check_config(source: str, config: Any) -> None:
 
 
 _DEQUANTISE = (
-    "Its weights cannot be compressed as they are; load the unquantised checkpoint, or dequantise this one to bfloat16 "
-    "first."
+    "Its weights cannot be compressed as they are; use the model that it was made from, or dequantise this one to "
+    "bfloat16 and save it."
 )
+
+_WAYS = {
+    "gptq": "transformers cannot dequantise these weights; use the model that it was made from.",
+    "awq": "transformers cannot dequantise these weights; use the model that it was made from.",
+    "bitsandbytes": "Use the model that it was made from, or dequantise this one where bitsandbytes is installed: "
+    "model.dequantize() of transformers, then save_pretrained().",
+    "compressed-tensors": "Use the model that it was made from, or dequantise this one where compressed-tensors is "
+    "installed: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)) of transformers, "
+    "then save_pretrained().",
+}
+"""What to do with a model by how it is quantised, where that is more than `_DEQUANTISE`."""
+
+
+def _way_out(method: str) -> str:
+    """Say what to do with a model that is quantised by `method`."""
+    if method in DEQUANTISED:
+        return (
+            f"Give its folder or hub id to a command, which dequantises it first, or load it with quantization_config="
+            f"{DEQUANTISED[method]}(dequantize=True)."
+        )
+    return _WAYS.get(method, _DEQUANTISE)
 
 
 def quantisation(config: Any) -> str | None:
@@ -85,10 +111,25 @@ def quantisation(config: Any) -> str | None:
         for field in ("quantization_config", "quantization", "compression_config", "quant_config"):
             found = part.get(field) if isinstance(part, Mapping) else getattr(part, field, None)
             if found:
-                values = found if isinstance(found, Mapping) else vars(found)
+                values = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
                 method = values.get("quant_method") or values.get("quant_algo") or values.get("mode") or field
                 return str(getattr(method, "value", method))
     return None
+
+
+def without_quantisation(config: Any) -> Any:
+    """Remove from a config, and from the parts of it, how the weights are quantised; return the config.
+
+    >>> from transformers import LlamaConfig
+    >>> config = without_quantisation(LlamaConfig(quantization_config={"quant_method": "fp8"}))
+    >>> quantisation(config) is None
+    True
+    """
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())):
+        for field in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(part, field):
+                delattr(part, field)
+    return config
 
 
 def check_folder(folder: Path) -> None:

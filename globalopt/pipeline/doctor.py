@@ -45,6 +45,7 @@ OPTIONAL = {
         "scores on tasks: lm_eval --model_args pretrained=RUN/model",
         "pip install 'globalopt[eval]'",
     ),
+    "gguf": ("gguf", "models in GGUF files", "pip install gguf"),
 }
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -39,6 +39,7 @@ from globalopt.machine.memory import WHOLE_COPIES, available, resident
 from globalopt.matching.training import Training
 from globalopt.models.layers import ModelLayers, find_layers, token_embedding
 from globalopt.models.loading import load_structure, reference_folder, resolve_device
+from globalopt.models.quantised import find_quantised
 from globalopt.models.streaming import dtype_of
 from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.objective.of_run import ANCHORS_AT_ONCE
@@ -64,6 +65,9 @@ HEADER = 400
 
 ON_A_PATH = 0.9
 """Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
+
+DEQUANTISING = 1e-7
+"""Seconds per parameter of reading a quantised model, and of writing it dequantised."""
 
 TRAINED = 5 * 4 + 8
 """Bytes per trained number: its value, its gradient, Adam's two moments, its best value so far, and its index."""
@@ -158,6 +162,7 @@ class Structure:
     Args:
         layers: of the model built from its config.
         stored: the floating-point type that the checkpoint's weights are stored in.
+        quantised: whether the model is dequantised into the cache first.
 
     >>> structure = Structure.of(ModelOptions())  # the bundled model
     >>> len(structure.layers.specs), structure.stored
@@ -166,13 +171,18 @@ class Structure:
 
     layers: ModelLayers
     stored: torch.dtype
+    quantised: bool = False
 
     @classmethod
     def of(cls, models: ModelOptions) -> Structure:
         """Read the structure of the model that the options name; raises what `load_model` and `find_layers` raise."""
         source = models.model or str(reference_folder())
-        model, stored = load_structure(source, models.dtype, models.trust_remote_code)
-        return cls(find_layers(model, models.allow_low_coverage), stored)
+        found = find_quantised(source, models.gguf_file, models.trust_remote_code)
+        if found is None:
+            model, stored = load_structure(source, models.dtype, models.trust_remote_code)
+        else:
+            model, stored = found.structure(models.dtype)
+        return cls(find_layers(model, models.allow_low_coverage), stored, quantised=found is not None)
 
 
 def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job) -> DryRun:
@@ -206,8 +216,9 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
         lazy=lazy,
         states_in_files=in_files,
         memory=memory,
-        disk=_disk(shape, job),
-        seconds=_seconds(shape, job, rate, fit_seconds, device),
+        disk=({"dequantised": shape.parameters * shape.stored} if structure.quantised else {}) | _disk(shape, job),
+        seconds=({"dequantise": DEQUANTISING * shape.parameters} if structure.quantised else {})
+        | _seconds(shape, job, rate, fit_seconds, device),
         rate=rate,
         fit_seconds=fit_seconds,
     )

@@ -67,6 +67,8 @@ def finish(
     """
     layers, allocation = session.layers, file.allocation
     notes = list(_notes(allocation, plan.solver))
+    if session.quantisation:
+        notes.append(f"The dense model is {session.name}, dequantised from {session.quantisation}.")
     if session.loaded.unused:
         notes.append(f"The result lacks {listed(session.loaded.unused)}; the model's class does not use them.")
     for note in notes:
@@ -123,10 +125,12 @@ def finish(
         search=found and found.search,
         uniform=found and found.uniform,
         matching=run.matches(len(layers.blocks)),
+        quantisation=session.quantisation,
     )
     # Before the summary, so that a finished run has a card: its figures are known only now.
-    from_hub = origin is not None and not is_there(Path(loaded.name).expanduser())
-    write_card(run.model_folder, run, summary, origin, "dense", loaded.name if from_hub else "")
+    named = session.model_options.model or loaded.name
+    from_hub = origin is not None and not is_there(Path(named).expanduser())
+    write_card(run.model_folder, run, summary, origin, "dense", named if from_hub else "")
     run.put(SUMMARY, None, summary)
     return summary
 

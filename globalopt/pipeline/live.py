@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
 from globalopt.models.layers import check_finite, find_layers
 from globalopt.models.loading import LoadedModel, computed_dtype
-from globalopt.models.refusals import check_config
+from globalopt.models.refusals import DEQUANTISED, GGUF_METHOD, check_config, quantisation, without_quantisation
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, flush_denormals, sizes
@@ -71,6 +71,8 @@ def live_session(
     with reporter.stage("load", 2, "steps") as advance:
         stored = model.dtype
         loaded = LoadedModel(_copy(model, device), tokenizer, name_of(model), device, stored)
+        method = quantisation(model.config) or ""
+        quantised = "GGUF" if method == GGUF_METHOD else method
         layers = find_layers(loaded.model, allow_low_coverage)
         check_finite(layers)
         advance("model")
@@ -83,7 +85,7 @@ def live_session(
     options = ModelOptions(loaded.name, in_memory=True, allow_low_coverage=allow_low_coverage, device=str(device))
     named = {"calibration": calibration.spec, "eval_text": evaluation and evaluation.spec}
     texts = TextOptions(**{**vars(texts), **named})
-    return Session(options, texts, loaded, layers, splits, lambda: _copy(model, device))
+    return Session(options, texts, loaded, layers, splits, lambda: _copy(model, device), quantised)
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -116,11 +118,24 @@ def read_documents(text: Documents) -> Text:
 def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Copy a model in evaluation mode, without gradients or cache, in the type that the pipeline computes in."""
     copied = copy.deepcopy(model)
+    forget_quantisation(copied)
     # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
     cast("nn.Module", copied).to(device, computed_dtype("auto", device, model.dtype))
     copied.eval().requires_grad_(False)
     copied.config.use_cache = False
     return copied
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Take from a model with dequantised weights what says that they were quantised: it could not be cast or saved.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> forget_quantisation(tiny_llama())
+    """
+    without_quantisation(model.config)
+    for field in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if field in vars(model):
+            delattr(model, field)
 
 
 def _device(model: Any) -> torch.device:
@@ -161,8 +176,11 @@ def _check_structure(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: it has not; names the first tensor.
     """
-    name = type(model).__name__
-    check_config(name_of(model), model.config)
+    name, config = type(model).__name__, copy.deepcopy(model.config)
+    if (quantised := quantisation(config)) in (GGUF_METHOD, *DEQUANTISED):
+        # transformers may have dequantised it as it was loaded, and the config still names what it was.
+        config = without_quantisation(config)
+    check_config(name_of(model), config)
     if adapted := next((path for path, module in model.named_modules() if _of_peft(module)), None):
         raise UnsupportedModelError(
             f"{name} has an adapter of peft inside, at {adapted}. Merge it or take it out first: merge_and_unload() or "
@@ -170,12 +188,14 @@ def _check_structure(model: PreTrainedModel) -> None:
         )
     try:
         with init_empty_weights():
-            made = type(model)(copy.deepcopy(model.config))
+            made = type(model)(copy.deepcopy(config))
     # A class of the caller's own may take other arguments; it is then known only when the saved model is loaded.
     except Exception:
         return
     found, expected = ({n: tuple(x.shape) for n, x in m.state_dict().items()} for m in (model, made))
     if wrong := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
+        if quantised is not None:
+            check_config(name_of(model), model.config)
         raise UnsupportedModelError(
             f"The model is not as {name} makes it from its config: {wrong[0]} is {_shape(found.get(wrong[0]))} and not "
             f"{_shape(expected.get(wrong[0]))}. Take out what was put into it, or give the config of its shapes."

@@ -128,6 +128,9 @@ class ModelOptions:
         allow_low_coverage: whether a model may have few of its parameters in compressible layers.
         max_memory: size of the process's memory as typed, such as "8GiB"; None is what the machine has.
         in_memory: whether the model was given as an object; `model` is then a name for reports alone.
+        gguf_file: name of a GGUF file in the folder or on the hub, which the model is read from.
+    Raises:
+        UsageError: `max_memory` is no size, or a file was chosen of no model.
 
     >>> ModelOptions("meta-llama/Llama-3.2-1B", max_memory="2GiB").limit
     2147483648
@@ -140,8 +143,11 @@ class ModelOptions:
     allow_low_coverage: bool = False
     max_memory: str | None = None
     in_memory: bool = False
+    gguf_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.gguf_file is not None and self.model is None:
+            raise UsageError(f"--gguf-file {self.gguf_file} is a file of a model: give its folder or hub id too.")
         if self.max_memory is not None:
             parse_size(self.max_memory)
 

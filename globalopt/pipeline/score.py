@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
 from globalopt.evaluation.tasks import TaskResults, Tasks, ask, lm_eval_version
 from globalopt.models.identity import weights_sha256
 from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.loading import LoadedModel, reference_folder
+from globalopt.models.loading import LoadedModel
 from globalopt.models.streaming import dtype_of
+from globalopt.pipeline.dense_source import dense_source
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import limits, load, load_from, set_up, versions
+from globalopt.runs.cache import Cache
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, consecutive_split
 from globalopt.values.results import Metrics
@@ -27,6 +29,7 @@ class ScoreOptions:
 
     Args:
         dense: the model to compare with, or None.
+        dense_gguf_file: name of the GGUF file that it is read from, as in `ModelOptions`.
         splits: whether the validation and test windows of the calibration text are evaluated.
         texts: further texts by name, evaluated whole.
         tasks: zero-shot tasks, or None.
@@ -43,6 +46,7 @@ class ScoreOptions:
     texts: Mapping[str, str]
     tasks: Tasks | None = None
     limit: int | None = None
+    dense_gguf_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 2:
@@ -54,10 +58,17 @@ class ScoreOptions:
 
 
 def score(
-    models: ModelOptions, texts: TextOptions, options: ScoreOptions, reporter: Reporter, command: str
+    models: ModelOptions,
+    texts: TextOptions,
+    options: ScoreOptions,
+    reporter: Reporter,
+    command: str,
+    cache: Cache | None = None,
 ) -> Scorecard:
     """Evaluate a model, and the dense model on the same windows and items.
 
+    Args:
+        cache: where the dequantised copy of a quantised model is kept; see `dense_source`.
     Raises:
         GlobalOptError: a model, text or task cannot be loaded; see `set_up`, `evaluate` and `ask`.
 
@@ -74,11 +85,12 @@ def score(
     [('words', True, True)]
     """
     if options.splits:
-        session = set_up(models, texts, 0, reporter)
+        session = set_up(models, texts, 0, reporter, cache)
         loaded, layers, splits = session.loaded, session.layers, [session.splits.validation, session.splits.test]
     else:
+        source = dense_source(models, cache, reporter)
         with reporter.stage("load", 1, "models") as advance:
-            (loaded, layers), splits = load(models), []
+            (loaded, layers), splits = load(source, models), []
             advance("model")
     splits += [
         consecutive_split(
@@ -94,8 +106,9 @@ def score(
     ]
     dense = None
     if options.dense is not None:
-        source = str(reference_folder()) if options.dense == REFERENCE else options.dense
-        dense = load_from(source, models, like=loaded.model)
+        named = None if options.dense == REFERENCE else options.dense
+        of_dense = replace(models, model=named, gguf_file=options.dense_gguf_file)
+        dense = load_from(dense_source(of_dense, cache, reporter).name, models, like=loaded.model)
 
     metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, reporter)
     answers = [

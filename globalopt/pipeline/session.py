@@ -20,9 +20,10 @@ from globalopt.export.loading import is_adapter_export, load_adapter_export, unp
 from globalopt.machine.memory import available, resident
 from globalopt.models.identity import model_fingerprint, model_sha256
 from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
-from globalopt.models.loading import LoadedModel, load_model, reference_folder
+from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, context_length
+from globalopt.pipeline.dense_source import DenseSource, dense_source
 from globalopt.pipeline.options import (
     REFERENCE,
     ModelOptions,
@@ -30,6 +31,7 @@ from globalopt.pipeline.options import (
 )
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.unreached import left_dense
+from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits, reference_splits
@@ -48,6 +50,7 @@ class Session:
         layers: its compressible layers.
         splits: windows of calibration, selection, validation and test.
         live: makes a copy of the dense model, for a model in memory that cannot be loaded again; else None.
+        quantisation: what the weights were quantised with before they were dequantised; "" where they were not.
 
     >>> from globalopt.pipeline.example import example_session
     >>> session = example_session()
@@ -63,6 +66,7 @@ class Session:
     layers: ModelLayers
     splits: Splits
     live: Callable[[], PreTrainedModel] | None = None
+    quantisation: str = ""
 
     @property
     def name(self) -> str:
@@ -73,8 +77,7 @@ class Session:
         """Load or copy the dense model again; stages change the session's own."""
         if self.live is not None:
             return self.live()
-        source = self.model_options.model or str(reference_folder())
-        return load_from(source, self.model_options, like=self.loaded.model).model
+        return load_from(self.loaded.name, self.model_options, like=self.loaded.model).model
 
     @property
     def fingerprint(self) -> str:
@@ -133,6 +136,7 @@ class Session:
         return {
             "command": command,
             "model": self.name,
+            "quantisation": self.quantisation,
             "model_options": asdict(self.model_options),
             "text_options": asdict(self.text_options),
             "splits": {split.name: split.record() for split in self.splits},
@@ -150,11 +154,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter) -> Session:
+def set_up(
+    model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter, cache: Cache | None = None
+) -> Session:
     """Load a model, and cut its text into splits; the process rounds numbers below 1e-38 to zero from then on.
 
     Args:
         seed: of the windows.
+        cache: where the dequantised copy of a quantised model is kept; see `dense_source`.
     Raises:
         UsageError: a model was given without a text.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
@@ -167,8 +174,9 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
     torch.Size([4, 16])
     """
     flush_denormals()
+    source = dense_source(model, cache, reporter)
     with reporter.stage("load", 2, "steps") as advance:
-        loaded, layers = load(model, tokens=text.nsamples * text.seqlen)
+        loaded, layers = load(source, model, tokens=text.nsamples * text.seqlen)
         advance("model")
         splits = _splits(loaded, model, text, seed)
         advance("text")
@@ -176,7 +184,7 @@ def set_up(model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter
         reporter.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
     for note in left_dense(layers):
         reporter.note(note)
-    return Session(model, text, loaded, layers, splits)
+    return Session(model, text, loaded, layers, splits, quantisation=source.quantisation)
 
 
 def flush_denormals() -> None:
@@ -190,17 +198,19 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def load(options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
-    """Load the model that the options name, find its layers, and check that its weights are finite.
+def load(source: DenseSource, options: ModelOptions, tokens: int = 0) -> tuple[LoadedModel, ModelLayers]:
+    """Load a model, find its layers, and check that its weights are finite.
 
     Args:
+        source: of the model that the options name.
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
 
-    >>> loaded, layers = load(ModelOptions())
+    >>> from globalopt.models.loading import reference_folder
+    >>> loaded, layers = load(DenseSource(str(reference_folder())), ModelOptions())
     >>> len(layers.blocks)
     8
     """
-    loaded = load_from(options.model or str(reference_folder()), options, tokens)
+    loaded = load_from(source.name, options, tokens)
     layers = find_layers(loaded.model, options.allow_low_coverage)
     check_finite(layers)
     return loaded, layers
@@ -215,6 +225,7 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
         like: a model in memory; the new one is loaded lazily if that one was, else whole.
 
+    >>> from globalopt.models.loading import reference_folder
     >>> load_from(str(reference_folder()), ModelOptions(dtype="bfloat16")).model.dtype
     torch.bfloat16
     """
@@ -247,6 +258,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
 def limits(loaded: LoadedModel) -> dict[str, Any]:
     """Return the limits of a model on its windows, as the arguments `max_length` and `vocabulary` of `make_splits`.
 
+    >>> from globalopt.models.loading import reference_folder
     >>> limits(load_from(str(reference_folder()), ModelOptions()))
     {'max_length': 512, 'vocabulary': 4096}
     """

@@ -35,6 +35,7 @@ class Stage(StrEnum):
     'SPANS'
     """
 
+    DEQUANTISED = "dequantised"
     GRAMS = "grams"
     LABELS = "labels"
     PROFILES = "profiles"

@@ -541,6 +541,8 @@ class Summary:
         matching: one entry per matched block, and one for the model if it was matched.
         uniform: outcome of the uniform allocation of the same budget, in `budget_unit`; None where nothing was
             searched.
+        quantisation: what the model was quantised with before it was dequantised, such as "GGUF Q4_1"; "" where it was
+            not.
 
     >>> window = dict(windows=64, seqlen=512, tokens=32704, text_sha256="9f2c", dtype="float32")
     >>> dense = Metrics("test", 20.0, 2.996, 0.01, kl=None, kl_stderr=None, **window)
@@ -582,3 +584,4 @@ class Summary:
     search: Search | None = None
     matching: tuple[MatchResult, ...] = ()
     uniform: Outcome | None = None
+    quantisation: str = ""

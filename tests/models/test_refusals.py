@@ -19,6 +19,8 @@ from globalopt.errors import ArtefactError, GlobalOptError, UnsupportedModelErro
 from globalopt.models import loading
 from globalopt.models.layers import decoder_blocks, find_layers
 from globalopt.models.loading import load_model, load_structure
+from globalopt.models.quantised import find_quantised
+from globalopt.models.refusals import DEQUANTISED
 from globalopt.models.streaming import INDEX, SINGLE
 from tests.command import WINDOWS, done
 from tests.tiny_models import KINDS, save_tiny, tiny_model, tiny_tokenizer
@@ -74,6 +76,24 @@ def test_a_quantised_config_is_refused_by_its_method(method: str, folder: Path) 
     refused(folder, "is quantised", method, "dequantise")
     with pytest.raises(UnsupportedModelError, match=method):
         load_structure(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("gptq", "the model that it was made from"),
+        ("awq", "the model that it was made from"),
+        ("bitsandbytes", "model.dequantize()"),
+        ("compressed-tensors", "CompressedTensorsConfig(dequantize=True)"),
+        ("fp8", "Give its folder or hub id to a command"),
+        ("of_tomorrow", "dequantise this one to bfloat16"),
+    ],
+)
+def test_a_refusal_names_the_way_out(method: str, way: str, folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    refused(folder, "is quantised", method, way)
+    if method not in DEQUANTISED:
+        assert find_quantised(str(folder)) is None
 
 
 def test_a_config_quantised_without_a_method_is_refused(folder: Path) -> None:
