@@ -33,6 +33,7 @@ from globalopt.commands.options import (
     NoCache,
     Nsamples,
     Out,
+    Prompts,
     Quiet,
     SampleCount,
     Seed,
@@ -120,6 +121,7 @@ def compress(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
+    prompts: Prompts = None,
     nsamples: Nsamples = 128,
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
@@ -174,7 +176,7 @@ def compress(
             one_model(model, model_option), dtype, device, trust_remote_code, allow_low_coverage, max_memory
         )
         texts = TextOptions(
-            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
+            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, prompts
         )
         if budget_path is None:
             assert budget is not None
@@ -203,7 +205,7 @@ def compress(
 
             def compute_direct() -> tuple[Summary, Run]:
                 shown = reporter(quiet)
-                opened = session.set_up(models, texts, seed, shown)
+                opened = session.set_up(models, texts, seed, shown, shared)
                 return search.search(opened, shown, direct, folder, session.run_command(), shared, fresh)
 
             asked = question({"command": "compress", **direct.record()}, models, texts)
@@ -222,7 +224,7 @@ def compress(
 
         def compute() -> tuple[Summary, Run]:
             shown = reporter(quiet)
-            opened = session.set_up(models, texts, seed, shown)
+            opened = session.set_up(models, texts, seed, shown, shared)
             command = session.run_command()
             return pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)
 

@@ -117,7 +117,7 @@ def evaluate(
         from globalopt.pipeline.live import IN_MEMORY
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
         from globalopt.pipeline.reporter import Reporter
-        from globalopt.runs.artefacts import SCORES
+        from globalopt.runs.artefacts import OWN_TEXT, SCORES
         from globalopt.runs.files import advising, is_there
         from globalopt.runs.folder import MANIFEST
         from reports import make_progress
@@ -147,6 +147,12 @@ def evaluate(
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         texts = replace(texts, batch_size=batch_size, **chosen)
+        written = None if run is None or calibration is not None else run.find(OWN_TEXT, None)
+        if written is None and any(part.own for part in texts.parts):
+            raise UsageError(
+                "--calibration self is written by the dense model while a run is made, and kept in the run. Give the "
+                "run, or another text."
+            )
         asked = tasks is not None or tasks_path is not None
         others = named_texts(ppl)
         splits = models.model is None or texts.calibration is not None or not (asked or others)
@@ -157,7 +163,8 @@ def evaluate(
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
         # No option chooses what is written: the result of a run, and hidden states that memory has no room for.
         with advising(""):
-            scores = score.score(models, texts, options, Reporter(make_progress(err, quiet)), session.run_command())
+            shown, command = Reporter(make_progress(err, quiet)), session.run_command()
+            scores = score.score(models, texts, options, shown, command, written)
         if as_json:
             print_json(asdict(scores))
         else:

@@ -31,6 +31,7 @@ from globalopt.commands.options import (
     ModelOption,
     NoCache,
     Out,
+    Prompts,
     Quiet,
     RankMultiple,
     SampleCount,
@@ -165,6 +166,7 @@ def search(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
+    prompts: Prompts = None,
     nsamples: Annotated[
         int | None,
         typer.Option(
@@ -256,6 +258,7 @@ def search(
             batch_size,
             bos,
             samples,
+            prompts,
         )
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
@@ -273,14 +276,14 @@ def search(
         command = session.run_command()
         if several:
             shown = reporter(quiet)
-            opened = session.set_up(models, texts, seed, shown)
+            opened = session.set_up(models, texts, seed, shown, shared)
             found, run = family.family(opened, shown, plan, budgets, folder, command, shared, fresh, leave_out=frontier)
             show_family(found, run, quiet, as_json)
         else:
 
             def compute() -> tuple[Summary, Run]:
                 shown = reporter(quiet)
-                opened = session.set_up(models, texts, seed, shown)
+                opened = session.set_up(models, texts, seed, shown, shared)
                 return pipeline.search(opened, shown, plan, folder, command, shared, fresh)
 
             asked = question({"command": "search", **plan.record()}, models, texts)
