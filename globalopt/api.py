@@ -84,6 +84,8 @@ def search(
     budget: float = 0.5,
     *,
     eval_text: Documents | None = None,
+    text_column: str | None = None,
+    prompts: str | Path | None = None,
     allocator: str | Allocator | None = None,
     allocator_options: Mapping[str, Any] | None = None,
     solver: str = "3basil",
@@ -114,9 +116,13 @@ def search(
 
     Args:
         model: a causal language model of transformers, on one device; it is not changed.
-        text: text of calibration and search: documents as strings, or the name of a file, a folder or a hub data set.
+        text: text of calibration and search: documents as strings, or what `--calibration` takes: the name of a file, a
+            folder or a hub data set, "self" for text that the model writes, "reference", or a mixture of these such as
+            "my-text.txt:0.7,self:0.3".
         budget: fraction kept of the compressible layers, in (0, 1].
         eval_text: the test split; without it a part of `text` is held out.
+        text_column: column of the text or of its messages, where the text is a table.
+        prompts: file of prompts that the model goes on with where it writes its own text.
         allocator: a name, with `allocator_options`; None is that of `effort`; or an object of your own: a frozen
             dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
@@ -170,11 +176,14 @@ def search(
         batch_size=batch_size,
         bos=bos,
         samples=samples,
+        text_column=text_column,
+        prompts=None if prompts is None else str(prompts),
     )
     reporter = Reporter(_progress(progress))
-    session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
-        found = run_search(session, reporter, plan, folder, "globalopt.search", _cache(folder, cache), fresh)
+        shared = _cache(folder, cache)
+        session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter, cache=shared)
+        found = run_search(session, reporter, plan, folder, "globalopt.search", shared, fresh)
         return _compressed(session, *found, out)
 
 
@@ -185,6 +194,8 @@ def compress(
     budget: BudgetFile | float | str | Path,
     *,
     eval_text: Documents | None = None,
+    text_column: str | None = None,
+    prompts: str | Path | None = None,
     allocator: str | Allocator | None = None,
     allocator_options: Mapping[str, Any] | None = None,
     rank_share: float | None = None,
@@ -216,8 +227,8 @@ def compress(
         refining: how layers are refined and matched; None matches nothing for a fraction, and blocks for a budget file.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
-        model, tokenizer, text, eval_text, sensitivity, nsamples, seqlen, eval_windows, batch_size, bos,
-            samples, seed, out, fresh, cache, progress: as in `search`.
+        model, tokenizer, text, eval_text, text_column, prompts, sensitivity, nsamples, seqlen, eval_windows,
+            batch_size, bos, samples, seed, out, fresh, cache, progress: as in `search`.
     Raises:
         GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
 
@@ -237,7 +248,8 @@ def compress(
     check_word("sensitivity", sensitivity, SENSITIVITIES)
     options = _texts(solver_options)
     chosen = get_solver(solver, options) if isinstance(solver, str) else solver
-    texts = TextOptions(None, None, None, nsamples, seqlen, eval_windows, batch_size, bos, samples)
+    instructed = None if prompts is None else str(prompts)
+    texts = TextOptions(None, None, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, instructed)
     reporter = Reporter(_progress(progress))
     if isinstance(budget, int | float):
         direct = plan_direct(
@@ -253,9 +265,10 @@ def compress(
             refining,
             seed,
         )
-        session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
         with _folder(out) as folder:
-            found = run_search(session, reporter, direct, folder, "globalopt.compress", _cache(folder, cache), fresh)
+            shared = _cache(folder, cache)
+            session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter, cache=shared)
+            found = run_search(session, reporter, direct, folder, "globalopt.compress", shared, fresh)
             return _compressed(session, *found, out)
     divided = {
         "allocator": allocator,
@@ -269,11 +282,10 @@ def compress(
     source = Path(budget) if isinstance(budget, str | Path) else Path("the budget given")
     file = budget if isinstance(budget, BudgetFile) else budget_file.read(source)
     plan = resolve_refinement(refining or MATCH_BLOCKS, chosen, fisher=sensitivity != "none", seed=seed)
-    session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter)
     with _folder(out) as folder:
-        found = run_compress(
-            session, reporter, plan, source, file, folder, "globalopt.compress", _cache(folder, cache), fresh
-        )
+        shared = _cache(folder, cache)
+        session = live_session(model, tokenizer, text, eval_text, texts, seed, reporter, cache=shared)
+        found = run_compress(session, reporter, plan, source, file, folder, "globalopt.compress", shared, fresh)
         return _compressed(session, *found, out)
 
 

@@ -34,6 +34,7 @@ from globalopt.commands.options import (
     NoCache,
     Nsamples,
     Out,
+    Prompts,
     Quiet,
     SampleCount,
     Seed,
@@ -122,6 +123,7 @@ def compress(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
+    prompts: Prompts = None,
     nsamples: Nsamples = 128,
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
@@ -182,7 +184,7 @@ def compress(
             gguf_file=gguf_file,
         )
         texts = TextOptions(
-            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples
+            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, prompts
         )
         if budget_path is None:
             assert budget is not None

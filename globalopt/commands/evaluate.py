@@ -121,7 +121,7 @@ def evaluate(
         from globalopt.pipeline.live import IN_MEMORY
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
         from globalopt.pipeline.reporter import Reporter
-        from globalopt.runs.artefacts import SCORES
+        from globalopt.runs.artefacts import OWN_TEXT, SCORES
         from globalopt.runs.files import advising, is_there
         from globalopt.runs.folder import MANIFEST
         from reports import make_progress
@@ -152,6 +152,12 @@ def evaluate(
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         texts = replace(texts, batch_size=batch_size, **chosen)
+        written = None if run is None or calibration is not None else run.find(OWN_TEXT, None)
+        if written is None and any(part.own for part in texts.parts):
+            raise UsageError(
+                "--calibration self is written by the dense model while a run is made, and kept in the run. Give the "
+                "run, or another text."
+            )
         asked = tasks is not None or tasks_path is not None
         others = named_texts(ppl)
         splits = models.model is None or texts.calibration is not None or not (asked or others)
@@ -162,9 +168,9 @@ def evaluate(
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
         # No option chooses what is written: the result of a run, and hidden states that memory has no room for.
         with advising(""):
-            shown = Reporter(make_progress(err, quiet))
+            shown, command = Reporter(make_progress(err, quiet)), session.run_command()
             home = chosen_cache(Path("runs") / "any" if run is None else run.folder, cache, no_cache=False)
-            scores = score.score(models, texts, options, shown, session.run_command(), home)
+            scores = score.score(models, texts, options, shown, command, home, written)
         if as_json:
             print_json(asdict(scores))
         else:

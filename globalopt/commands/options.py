@@ -119,7 +119,18 @@ Calibration = Annotated[
     typer.Option(
         # The backslash keeps rich from reading markup.
         help=r"Text to calibrate on: a .txt, .jsonl or .parquet file, a folder saved by datasets, a hub data set "
-        r"ID\[@CONFIG][:SPLIT], or `reference` for the bundled text.",
+        r"ID\[@CONFIG][:SPLIT], `self` for text that the model writes, `reference` for the bundled text, or a mixture "
+        r"TEXT:WEIGHT,TEXT:WEIGHT. Rows of messages are written with the chat template of the tokenizer.",
+        metavar="TEXT",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts that the model goes on with, for --calibration self: a .txt file with one per line, or a .jsonl "
+        "file with a column `prompt` or `messages`. If it is left out, it writes from the BOS token on.",
+        metavar="FILE",
         show_default=False,
     ),
 ]
@@ -130,7 +141,8 @@ EvalText = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    str | None, typer.Option(help="Column that holds the text, where the text is a table.", show_default=False)
+    str | None,
+    typer.Option(help="Column that holds the text or the messages, where the text is a table.", show_default=False),
 ]
 Nsamples = Annotated[int, typer.Option(help="Number of calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Number of tokens per window.")]

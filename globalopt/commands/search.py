@@ -32,6 +32,7 @@ from globalopt.commands.options import (
     ModelOption,
     NoCache,
     Out,
+    Prompts,
     Quiet,
     RankMultiple,
     SampleCount,
@@ -167,6 +168,7 @@ def search(
     calibration: Calibration = None,
     eval_text: EvalText = None,
     text_column: TextColumn = None,
+    prompts: Prompts = None,
     nsamples: Annotated[
         int | None,
         typer.Option(
@@ -264,6 +266,7 @@ def search(
             batch_size,
             bos,
             samples,
+            prompts,
         )
         variant = "" if accounting == "params" else "-bytes"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"

@@ -16,7 +16,7 @@ from globalopt.evaluation.logits import in_parts, logits_at
 from globalopt.models.layers import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
-from globalopt.text.splits import Split
+from globalopt.text.windows import Split
 from globalopt.values.results import Metrics, WindowLosses
 
 if TYPE_CHECKING:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from globalopt.evaluation.logits import takes
+from globalopt.evaluation.decoding import continued
 from globalopt.models.streaming import lazy_blocks
 from globalopt.models.walk import context_length
-from globalopt.text.splits import Split
+from globalopt.text.windows import Split
 from globalopt.values.results import Sample, Samples
 
 PROMPTS = 3
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""Argument of a model that takes its cache, and field of the output that holds it, the newer name first."""
 
 
 def write_samples(
@@ -42,6 +37,7 @@ def write_samples(
         count: number of prompts, at least 1; fewer where the split has fewer windows.
         advance: called once per model, with its name.
 
+    >>> import torch
     >>> from transformers import AutoTokenizer
     >>> from globalopt.models.loading import reference_folder
     >>> from globalopt.reference.tiny import tiny_llama
@@ -82,31 +78,6 @@ def write_samples(
 def _none(split: Split, why: str) -> Samples:
     """Return no samples, with the reason."""
     return Samples(split.name, 0, 0, (), why)
-
-
-@torch.no_grad()
-def continued(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
-    """Continue `prompts` (n, t) by greedy decoding: (n, new) token ids on the CPU, past any end-of-text token.
-
-    Keys and values of earlier tokens are cached where the model is a class of transformers that returns a cache of
-    them; other models (code that came with a checkpoint, recurrent models) read all tokens again for each new one.
-
-    >>> from globalopt.reference.tiny import tiny_llama
-    >>> continued(tiny_llama(), torch.tensor([[1, 2, 3], [4, 5, 6]]), new=4).shape
-    torch.Size([2, 4])
-    """
-    ids = prompts.to(model.device)
-    name = next((each for each in CACHE_NAMES if takes(model, each)), None)
-    last: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    cache: Cache | None = None
-    for _ in range(new):
-        given = {} if cache is None or name is None else {name: cache}
-        output = model(input_ids=ids[:, -1:] if given else ids, use_cache=name is not None, **given, **last)
-        found = None if name is None else getattr(output, name, None)
-        cache = found if isinstance(found, Cache) else None
-        token = output.logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, token.to(ids.device)], 1)
-    return ids[:, prompts.shape[1] :].cpu()
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:

@@ -20,6 +20,7 @@ about three; those of memory and disk are upper bounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from globalopt.analysis.grid import ANCHORS, Options
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import TOGETHER, sampled
+from globalopt.errors import UsageError
 from globalopt.evaluation.logits import in_parts
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
@@ -45,9 +47,12 @@ from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.objective.of_run import ANCHORS_AT_ONCE
 from globalopt.pipeline import timing
 from globalopt.pipeline.options import ModelOptions, TextOptions
+from globalopt.pipeline.own_text import TOO_LARGE, at_once
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.pipeline.session import WORKING_BLOCKS
 from globalopt.protocols import Needs, Outputs, Reads, Solver
+from globalopt.text.mixtures import share_out
+from globalopt.text.splits import CUT, NAMES
 from globalopt.values.layer import LayerSpec
 from globalopt.values.results import DryRun
 
@@ -71,6 +76,10 @@ DEQUANTISING = 1e-7
 
 TRAINED = 5 * 4 + 8
 """Bytes per trained number: its value, its gradient, Adam's two moments, its best value so far, and its index."""
+
+
+STEP = 1e-3
+"""Seconds that a block takes to read one token, apart from the products with its weights."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,8 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
     layers = structure.layers
     shape = _Shape.of(structure, models, texts)
     memory, lazy, in_files = _memory(shape, models, job)
+    if lazy and shape.written:
+        raise UsageError(TOO_LARGE)
     device = resolve_device(models.device)
     rate = timing.rate(device)
     fit_seconds = timing.fit_seconds(job.solver, job.kept, device, _weighted(job))
@@ -267,6 +278,19 @@ class _Shape:
         return self.texts.nsamples * self.texts.seqlen
 
     @property
+    def written(self) -> int:
+        """Count the windows that the model writes itself."""
+        parts, names = self.texts.parts, NAMES if self.texts.eval_text is None else CUT
+        most = {name: self.texts.nsamples if name == NAMES[0] else self.texts.eval_windows for name in names}
+        counts = [share_out(name, count, parts) for name, count in most.items()]
+        return sum(count for row in counts for part, count in zip(parts, row, strict=True) if part.own)
+
+    @property
+    def written_at_once(self) -> int:
+        """Count the windows that the model writes together."""
+        return min(self.written, at_once(self.texts.batch_size, self.texts.seqlen))
+
+    @property
     def sites(self) -> dict[str, list[LayerSpec]]:
         """Group the layers by input site."""
         found: dict[str, list[LayerSpec]] = {}
@@ -291,6 +315,7 @@ def _memory(shape: _Shape, models: ModelOptions, job: Job) -> tuple[dict[str, in
         "logits": _logits(shape, job, lazy),
         "candidates": _candidates(shape, job, lazy),
         "matching": _training(shape, job),
+        "writing": _writing(shape),
     }
     largest = max(stages, key=lambda name: stages[name])
     states = every if job.sweeps else 2 * row
@@ -353,6 +378,14 @@ def _candidates(shape: _Shape, job: Job, lazy: bool) -> int:
     return (0 if lazy else weights) + min(WEIGHTS_AT_ONCE // part, weights) + fits
 
 
+def _writing(shape: _Shape) -> int:
+    """Estimate the bytes of keys and values, at most `2 h` per block and token, and of predictions, in writing."""
+    # One block's are held twice, while those of a token are added.
+    values = 2 * shape.width * (shape.blocks + 1) * shape.texts.seqlen * shape.computed
+    # Probabilities and their sums, of the next token.
+    return shape.written_at_once * (values + 3 * 4 * shape.vocabulary)
+
+
 def _training(shape: _Shape, job: Job) -> int:
     """Estimate the bytes of training: `TRAINED` per kept number, the target outputs, and a block's inner states."""
     if not job.refines or job.matching is None:
@@ -376,6 +409,9 @@ def _disk(shape: _Shape, job: Job) -> dict[str, int]:
     weights = sum(spec.numel for spec in shape.specs)
     outputs = sum(_gram_bytes(spec.d_out) for spec in shape.specs)
     found: dict[str, int] = {}
+    if shape.written:
+        # In the cache, and in the run.
+        found["self-text"] = 2 * 8 * shape.written * shape.texts.seqlen
     predicts = Reads.SURFACES in job.reads
     if job.sweeps or predicts or Reads.PROFILES in job.reads:
         found["grams"] = sum(_gram_bytes(specs[0].d_in) for specs in shape.sites.values())
@@ -427,6 +463,11 @@ def _seconds(shape: _Shape, job: Job, rate: float, fit: float, device: torch.dev
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
     predicts, weighted = Reads.SURFACES in job.reads, _weighted(job)
     found: dict[str, float] = {}
+    if shape.written:
+        # Every step multiplies the weights with few tokens, so that reading them takes longest.
+        rows = shape.written_at_once
+        steps = math.ceil(shape.written / rows) * texts.seqlen
+        found["self-text"] = steps * (2 * rows * shape.parameters / timing.rate(device, rows) + STEP * shape.blocks)
     probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
     anchors = _anchor_count()
     if job.sweeps:

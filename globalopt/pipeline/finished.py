@@ -38,7 +38,7 @@ def question(
     >>> question({"budget": 0.5}, ModelOptions("meta-llama/Llama-3.2-1B"), TextOptions()) is None
     True
     """
-    named = [models.model, texts.calibration, texts.eval_text]
+    named = [models.model, *(part.spec for part in texts.parts if not part.own), texts.eval_text, texts.prompts]
     places = [reference_folder() if name in (None, REFERENCE) else Path(str(name)).expanduser() for name in named]
     found: dict[str, Any] = {}
     for place in (*places, *files):

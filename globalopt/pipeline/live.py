@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +20,15 @@ from globalopt.models.refusals import DEQUANTISED, GGUF_METHOD, check_config, qu
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, flush_denormals, sizes
+from globalopt.pipeline.texts import cut, fill, read_source
 from globalopt.pipeline.unreached import left_dense
-from globalopt.text.reading import Text, join, read_text
-from globalopt.text.splits import make_splits
+from globalopt.runs.cache import Cache
+from globalopt.text.reading import Text, join
 
 IN_MEMORY = "text in memory"
 
 Documents = str | Path | Sequence[str]
-"""A text: the name of a file, of a folder or of a hub data set, as in `--calibration`; or documents as strings."""
+"""A text: what `--calibration` takes, a name, `self` or a mixture; a path; or documents as strings."""
 
 
 def live_session(
@@ -38,6 +40,7 @@ def live_session(
     seed: int,
     reporter: Reporter,
     allow_low_coverage: bool = False,
+    cache: Cache | None = None,
 ) -> Session:
     """Make a session that works on a copy of `model`.
 
@@ -49,6 +52,7 @@ def live_session(
         texts: number and length of the windows; its names of texts are not used.
         seed: of the windows.
         allow_low_coverage: whether a model may have few of its parameters in compressible layers.
+        cache: keeps a text that the model writes itself; None keeps nothing.
     Raises:
         UsageError: an argument is not what it should be.
         UnsupportedModelError: the model is none that can be compressed, lies on several devices, or is not as its class
@@ -68,6 +72,7 @@ def live_session(
     _check_tokenizer(tokenizer)
     _check_structure(model)
     flush_denormals()
+    texts = replace(texts, calibration=named(text), eval_text=None if eval_text is None else named(eval_text))
     with reporter.stage("load", 2, "steps") as advance:
         stored = model.dtype
         loaded = LoadedModel(_copy(model, device), tokenizer, name_of(model), device, stored)
@@ -76,16 +81,14 @@ def live_session(
         layers = find_layers(loaded.model, allow_low_coverage)
         check_finite(layers)
         advance("model")
-        calibration = read_documents(text)
-        evaluation = None if eval_text is None else read_documents(eval_text)
-        splits = make_splits(tokenizer, calibration, evaluation, **sizes(loaded, texts, seed))
+        source = read_source(texts, tokenizer, _in_memory(text), _in_memory(eval_text))
+        cuts = cut(source, loaded, layers, sizes(loaded, texts, seed))
         advance("text")
+    splits, own = fill(cuts, loaded, layers, texts.batch_size, reporter, cache)
     for note in left_dense(layers):
         reporter.note(note)
     options = ModelOptions(loaded.name, in_memory=True, allow_low_coverage=allow_low_coverage, device=str(device))
-    named = {"calibration": calibration.spec, "eval_text": evaluation and evaluation.spec}
-    texts = TextOptions(**{**vars(texts), **named})
-    return Session(options, texts, loaded, layers, splits, lambda: _copy(model, device), quantised)
+    return Session(options, texts, loaded, layers, splits, lambda: _copy(model, device), quantised, own)
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -98,14 +101,19 @@ def name_of(model: PreTrainedModel) -> str:
     return model.config.name_or_path or type(model).__name__
 
 
-def read_documents(text: Documents) -> Text:
-    """Read a text by name, or join documents to one; `CalibrationError` if it is missing, empty or not of strings.
+def named(text: Documents) -> str:
+    """Return the name of a text, as in `--calibration`.
 
-    >>> read_documents(["One.", "Two."]).spec
-    'text in memory'
+    >>> named("a.txt"), named(["One.", "Two."])
+    ('a.txt', 'text in memory')
     """
-    if isinstance(text, str | Path):
-        return read_text(str(text))
+    return str(text) if isinstance(text, str | Path) else IN_MEMORY
+
+
+def _in_memory(text: Documents | None) -> Text | None:
+    """Join documents in memory to a text; None for a name. `CalibrationError` if they are empty or no strings."""
+    if text is None or isinstance(text, str | Path):
+        return None
     documents = list(text)
     for number, document in enumerate(documents):
         if not isinstance(document, str):

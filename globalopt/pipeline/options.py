@@ -14,7 +14,8 @@ from globalopt.matching.block import Loss, Matching
 from globalopt.matching.model import Distillation
 from globalopt.objective.of_run import CANDIDATES
 from globalopt.refine.blocks import Order
-from globalopt.text.splits import BOS_CHOICES
+from globalopt.text.beginning import BOS_CHOICES
+from globalopt.text.mixtures import Part, parse_mixture
 from globalopt.values.budget import Limits
 
 SENSITIVITIES = ("fisher", "none")
@@ -166,7 +167,8 @@ class TextOptions:
     """Hold the options of the text and of its windows.
 
     Args:
-        calibration: file, folder or hub data set; None is the bundled text, for the reference model only.
+        calibration: file, folder, hub data set, `reference` or `self`, or a mixture `TEXT:WEIGHT,TEXT:WEIGHT`; None is
+            the bundled text, for the reference model only.
         eval_text: text of the test split; None holds out a part of the calibration text.
         text_column: column of a table that holds the text; None finds it.
         nsamples: number of calibration windows.
@@ -175,6 +177,7 @@ class TextOptions:
         batch_size: windows of a forward pass.
         bos: whether every window begins as the tokenizer begins a text: one of `BOS_CHOICES`.
         samples: prompts that both models go on with, after the evaluation; 0 writes no text.
+        prompts: file of prompts that the dense model goes on with where it writes its own text; None is without.
     Raises:
         UsageError: a number is too small.
 
@@ -192,6 +195,7 @@ class TextOptions:
     batch_size: int = 8
     bos: str = "auto"
     samples: int = PROMPTS
+    prompts: str | None = None
 
     def __post_init__(self) -> None:
         check_word("bos", self.bos, BOS_CHOICES)
@@ -199,6 +203,21 @@ class TextOptions:
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must be at least {least}; got {getattr(self, name)}.")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the calibration texts with their weights; the bundled one where none was named.
+
+        Raises:
+            UsageError: the mixture cannot be read, or there are prompts for a model that writes no text.
+        """
+        found = parse_mixture(REFERENCE if self.calibration is None else self.calibration)
+        if self.prompts is not None and not any(part.own for part in found):
+            raise UsageError(
+                f"--prompts {self.prompts} is for --calibration self, where the model writes its own text. Leave it "
+                "out, or add self."
+            )
+        return found
 
 
 MATCHES = ("none", "block", "model")

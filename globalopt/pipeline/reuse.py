@@ -19,6 +19,7 @@ from globalopt.runs.artefacts import (
     GRAM,
     METRIC_CHOICE,
     OUTPUT_GRAM,
+    OWN_TEXT,
     PREDICTION,
     SOLVED_LAYER,
     SOLVER_GAP,
@@ -61,6 +62,9 @@ def opened(
         def at(addresses: Addresses) -> None:
             run.folders.update({stage: home.open(address, session.name) for stage, address in addresses.items()})
 
+        if session.own_text is not None and not run.has(OWN_TEXT, None):
+            # An evaluation of the run reads it: the model that is evaluated would write another.
+            run.put(OWN_TEXT, None, session.own_text)
         yield run, at
 
 

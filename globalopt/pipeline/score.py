@@ -17,8 +17,11 @@ from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import limits, load, load_from, set_up, versions
 from globalopt.runs.cache import Cache
+from globalopt.text.messages import Chat
 from globalopt.text.reading import read_text
-from globalopt.text.splits import Split, consecutive_split
+from globalopt.text.splits import consecutive_split
+from globalopt.text.windows import Split
+from globalopt.values.own_text import OwnText
 from globalopt.values.results import Metrics
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, averages
 
@@ -64,11 +67,13 @@ def score(
     reporter: Reporter,
     command: str,
     cache: Cache | None = None,
+    written: OwnText | None = None,
 ) -> Scorecard:
     """Evaluate a model, and the dense model on the same windows and items.
 
     Args:
         cache: where the dequantised copy of a quantised model is kept; see `dense_source`.
+        written: the text that the dense model wrote in the run that made the model, or None.
     Raises:
         GlobalOptError: a model, text or task cannot be loaded; see `set_up`, `evaluate` and `ask`.
 
@@ -85,7 +90,7 @@ def score(
     [('words', True, True)]
     """
     if options.splits:
-        session = set_up(models, texts, 0, reporter, cache)
+        session = set_up(models, texts, 0, reporter, cache, written)
         loaded, layers, splits = session.loaded, session.layers, [session.splits.validation, session.splits.test]
     else:
         source = dense_source(models, cache, reporter)
@@ -95,7 +100,7 @@ def score(
     splits += [
         consecutive_split(
             loaded.tokenizer,
-            read_text(path, texts.text_column),
+            read_text(path, texts.text_column, Chat.of(loaded.tokenizer, texts.bos)),
             name,
             texts.seqlen,
             None,

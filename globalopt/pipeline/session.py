@@ -24,17 +24,14 @@ from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, context_length
 from globalopt.pipeline.dense_source import DenseSource, dense_source
-from globalopt.pipeline.options import (
-    REFERENCE,
-    ModelOptions,
-    TextOptions,
-)
+from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
+from globalopt.pipeline.texts import cut, fill, read_source
 from globalopt.pipeline.unreached import left_dense
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
-from globalopt.text.reading import read_text
-from globalopt.text.splits import Split, Splits, make_splits, reference_splits
+from globalopt.text.windows import Split, Splits
+from globalopt.values.own_text import OwnText
 
 WORKING_BLOCKS = 4
 """Memory of a block, its Grams and a solver's own tensors, in units of the block."""
@@ -51,6 +48,7 @@ class Session:
         splits: windows of calibration, selection, validation and test.
         live: makes a copy of the dense model, for a model in memory that cannot be loaded again; else None.
         quantisation: what the weights were quantised with before they were dequantised; "" where they were not.
+        own_text: what the dense model wrote for its calibration, or None.
 
     >>> from globalopt.pipeline.example import example_session
     >>> session = example_session()
@@ -67,6 +65,7 @@ class Session:
     splits: Splits
     live: Callable[[], PreTrainedModel] | None = None
     quantisation: str = ""
+    own_text: OwnText | None = None
 
     @property
     def name(self) -> str:
@@ -155,13 +154,20 @@ def versions() -> dict[str, str]:
 
 
 def set_up(
-    model: ModelOptions, text: TextOptions, seed: int, reporter: Reporter, cache: Cache | None = None
+    model: ModelOptions,
+    text: TextOptions,
+    seed: int,
+    reporter: Reporter,
+    cache: Cache | None = None,
+    written: OwnText | None = None,
 ) -> Session:
     """Load a model, and cut its text into splits; the process rounds numbers below 1e-38 to zero from then on.
 
     Args:
         seed: of the windows.
-        cache: where the dequantised copy of a quantised model is kept; see `dense_source`.
+        cache: keeps the dequantised copy of a quantised model (`dense_source`), and the text that the model writes
+            itself; None keeps nothing.
+        written: the text that a model wrote itself in an earlier run; None lets it write where the options say so.
     Raises:
         UsageError: a model was given without a text.
         ArtefactError, CalibrationError, UnsupportedModelError, NumericalError: model or text cannot be used.
@@ -174,17 +180,26 @@ def set_up(
     torch.Size([4, 16])
     """
     flush_denormals()
-    source = dense_source(model, cache, reporter)
+    # Before a long load: a mixture that cannot be read is refused.
+    _ = text.parts
+    dense = dense_source(model, cache, reporter)
     with reporter.stage("load", 2, "steps") as advance:
-        loaded, layers = load(source, model, tokens=text.nsamples * text.seqlen)
+        loaded, layers = load(dense, model, tokens=text.nsamples * text.seqlen)
         advance("model")
-        splits = _splits(loaded, model, text, seed)
+        if model.model is not None and text.calibration is None:
+            raise UsageError(
+                "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
+                "folder saved by `datasets`, a hub data set, or `self`, which the model writes."
+            )
+        source = read_source(text, loaded.tokenizer)
+        cuts = cut(source, loaded, layers, sizes(loaded, text, seed), written)
         advance("text")
+    splits, own = fill(cuts, loaded, layers, text.batch_size, reporter, cache)
     if model.model is None:
         reporter.note("No model given: using the bundled reference model (a 7M-parameter Llama, WikiText-2).")
     for note in left_dense(layers):
         reporter.note(note)
-    return Session(model, text, loaded, layers, splits, quantisation=source.quantisation)
+    return Session(model, text, loaded, layers, splits, quantisation=dense.quantisation, own_text=own)
 
 
 def flush_denormals() -> None:
@@ -269,20 +284,6 @@ def limits(loaded: LoadedModel) -> dict[str, Any]:
         "max_length": context_length(model.config),
         "vocabulary": min(rows, getattr(head, "out_features", rows)),
     }
-
-
-def _splits(loaded: LoadedModel, model: ModelOptions, text: TextOptions, seed: int) -> Splits:
-    """Cut the texts that the options name, or the bundled ones."""
-    if text.calibration in (None, REFERENCE):
-        if model.model is not None and text.calibration is None:
-            raise UsageError(
-                "A model of your own needs a text of its own: add --calibration FILE (.txt, .jsonl, .parquet), a "
-                "folder saved by `datasets`, or a hub data set."
-            )
-        return reference_splits(loaded.tokenizer, **sizes(loaded, text, seed))
-    calibration = read_text(text.calibration, text.text_column)
-    evaluation = read_text(text.eval_text, text.text_column) if text.eval_text else None
-    return make_splits(loaded.tokenizer, calibration, evaluation, **sizes(loaded, text, seed))
 
 
 def run_command() -> str:

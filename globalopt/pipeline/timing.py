@@ -21,14 +21,14 @@ PRODUCT = 1024
 """Rows, and columns, of the matrices whose product is timed."""
 
 
-def rate(device: torch.device) -> float:
-    """Measure the floating-point operations per second of a product of two `PRODUCT` x `PRODUCT` matrices.
+def rate(device: torch.device, rows: int = PRODUCT) -> float:
+    """Measure the floating-point operations per second of a product (`rows`, `PRODUCT`) by (`PRODUCT`, `PRODUCT`).
 
     >>> rate(torch.device("cpu")) > 1e6
     True
     """
     one = torch.rand(PRODUCT, PRODUCT, generator=torch.Generator().manual_seed(0)).to(device)
-    return 2 * PRODUCT**3 / _timed(lambda: one @ one)
+    return 2 * rows * PRODUCT**2 / _timed(lambda: one[:rows] @ one)
 
 
 def fit_seconds(solver: Solver, kept: float, device: torch.device, weighted: bool = False) -> float:

@@ -36,6 +36,7 @@ class Stage(StrEnum):
     """
 
     DEQUANTISED = "dequantised"
+    SELF_TEXT = "self-text"
     GRAMS = "grams"
     LABELS = "labels"
     PROFILES = "profiles"
@@ -78,6 +79,7 @@ LAYER: Key[LayerSpec] = Key(
 NAME: Key[str] = Key(lambda name: name, lambda name: {"name": name})
 SITE: Key[str] = Key(lambda site: site, lambda site: {"site": site})
 BLOCK: Key[int] = Key(lambda block: f"block.{block}", lambda block: {"block": block})
+BATCH: Key[int] = Key(lambda batch: f"batch.{batch}", lambda batch: {"batch": batch})
 
 
 def only(name: str) -> Key[None]:
@@ -245,6 +247,8 @@ class Artefact(Generic[K, T]):
         return replace(self, stage=stage)
 
 
+_IDS = tensors(lambda ids: ({"ids": ids}, {}), lambda _, found, facts: found["ids"], ("ids",))
+_OWN_TEXT = tensors(codecs.encode_own_text, codecs.decode_own_text, ("windows",), ("counts", "order", "prefix", "seed"))
 _GRAM = tensors(codecs.encode_gram, codecs.decode_gram, (), ("tokens",))
 _PROFILE = json(codecs.encode_profile, codecs.decode_profile)
 _CHOICE = json(codecs.encode_choice, codecs.decode_choice)
@@ -259,6 +263,8 @@ _LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("values", "U", "V"))
 _MATCHED = tensors(codecs.encode_matched, codecs.decode_matched, (), ("layers",))
 
 # The table: folder below the stage's own, key, form, stage.
+WRITTEN = Artefact("", BATCH, _IDS, Stage.SELF_TEXT)
+OWN_TEXT = Artefact("", only("self-text"), _OWN_TEXT, Stage.RESULT)
 GRAM = Artefact("", SITE, _GRAM, Stage.GRAMS)
 CURVES = Artefact("curves", NAME, values(LayerCurves), Stage.SPECTRA)
 PROFILE = Artefact("", LAYER, _PROFILE, Stage.PROFILES)

@@ -28,6 +28,7 @@ from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
+from globalopt.values.own_text import OwnText
 from globalopt.values.problem import Profile
 from globalopt.values.results import Outcome, Search
 from globalopt.values.span import SpanBasis
@@ -55,6 +56,31 @@ def decode_target(words: Sequence[Any]) -> Target:
     """
     rank, nnz, pattern, *signs = words
     return Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None, bool(signs and signs[0]))
+
+
+def encode_own_text(text: OwnText) -> tuple[Tensors, Metadata]:
+    """Encode the text that a model wrote.
+
+    >>> tensors, metadata = encode_own_text(OwnText(torch.arange(6).view(2, 3), {"test": 2}, prefix=(), seed=0))
+    >>> tensors["windows"].shape, metadata["counts"]
+    (torch.Size([2, 3]), {'test': 2})
+    """
+    prompts = None if text.prompts is None else dict(text.prompts)
+    facts = {"counts": dict(text.counts), "prefix": [*text.prefix], "seed": text.seed, "begin": [*text.begin]}
+    # Metadata may be sorted by name.
+    return {"windows": text.windows}, {**facts, "order": list(text.counts), "prompts": prompts}
+
+
+def decode_own_text(key: Any, tensors: Tensors, metadata: Metadata) -> OwnText:
+    """Decode what `encode_own_text` made.
+
+    >>> text = OwnText(torch.arange(6).view(2, 3), {"test": 2}, prefix=(), seed=0)
+    >>> decode_own_text(None, *encode_own_text(text)).sha256 == text.sha256
+    True
+    """
+    counts = {name: int(metadata["counts"][name]) for name in metadata["order"]}
+    prefix, begin = (tuple(int(token) for token in metadata[name]) for name in ("prefix", "begin"))
+    return OwnText(tensors["windows"], counts, prefix, int(metadata["seed"]), begin, metadata["prompts"])
 
 
 def encode_gram(gram: Gram) -> tuple[Tensors, Metadata]:

@@ -50,6 +50,7 @@ FILES = (
     "windows.json",
     "eval.json",
     "samples.json",
+    "self-text.safetensors",
     "family.json",
     "budget.json",
     ASKED,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, continued, write_samples
+from globalopt.evaluation.decoding import continued
+from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, write_samples
 from globalopt.models.loading import load_model
 from globalopt.runs.artefacts import SAMPLES
 from globalopt.runs.folder import Run

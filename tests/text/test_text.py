@@ -20,9 +20,12 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from globalopt.errors import CalibrationError, UsageError
-from globalopt.text import reading, splits
+from globalopt.text import reading
+from globalopt.text.beginning import prefix_of
 from globalopt.text.reading import Text, read_text
-from globalopt.text.splits import Split, Splits, consecutive_split, make_splits, reference_splits
+from globalopt.text.regions import cut_text, tokenise
+from globalopt.text.splits import consecutive_split, make_splits, reference_splits
+from globalopt.text.windows import Split, Splits
 
 ROWS = ["The first document.", "A second one, with ümlauts and \u2028 inside.", "And the third."]
 JOINED = "\n\n".join(ROWS)
@@ -218,7 +221,7 @@ def test_windows_are_the_texts_tokens_and_no_token_is_in_two_splits(word_tokeniz
 @pytest.mark.parametrize(("length", "nsamples", "seqlen"), [(40, 5, 8), (41, 5, 8), (500, 7, 16), (10, 1, 10)])
 def test_random_windows_do_not_overlap_while_they_fit(word_tokenizer, length, nsamples, seqlen):
     for seed in range(20):
-        (region,) = splits._cut(word_tokenizer, words(length - 1), ("calibration",), nsamples, seqlen)
+        (region,) = cut_text(word_tokenizer, words(length - 1), ("calibration",), nsamples, seqlen).values()
         split = region.random(nsamples, seqlen, seed)
         assert len(tokens_of(split)) == nsamples * seqlen
         assert not split.overlapping
@@ -226,7 +229,7 @@ def test_random_windows_do_not_overlap_while_they_fit(word_tokenizer, length, ns
 
 def test_random_windows_are_uniform_over_their_placements(word_tokenizer):
     # Two windows of two tokens in five: at {0, 2}, {0, 3} or {1, 3}, in either order.
-    (region,) = splits._cut(word_tokenizer, words(4), ("calibration",), 2, 2)
+    (region,) = cut_text(word_tokenizer, words(4), ("calibration",), 2, 2).values()
     seen = Counter(region.random(2, 2, seed).starts for seed in range(1200))
     assert set(seen) == {(0, 2), (2, 0), (0, 3), (3, 0), (1, 3), (3, 1)}
     assert all(abs(count - 200) < 5 * (1200 * 1 / 6 * 5 / 6) ** 0.5 for count in seen.values())
@@ -263,7 +266,7 @@ def test_special_tokens_are_added_once_and_long_texts_pass_without_a_warning(cap
     transformers.logging.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
-            tokens = splits.tokenise(word_tokenizer, words(100))
+            tokens = tokenise(word_tokenizer, words(100))
     finally:
         transformers.logging.disable_propagation()
         transformers.logging.set_verbosity_error()
@@ -295,9 +298,9 @@ def begun(template: str, **special: str) -> transformers.PreTrainedTokenizerBase
 @pytest.mark.parametrize(("template", "prefix"), BEGINS.values(), ids=BEGINS)
 def test_every_window_begins_as_the_tokenizer_begins_a_text(template, prefix):
     tokenizer = begun(template)
-    assert splits.prefix_of(tokenizer, "auto") == prefix
-    assert splits.prefix_of(tokenizer, "yes") == (prefix or (0,))
-    assert splits.prefix_of(tokenizer, "no") == ()
+    assert prefix_of(tokenizer, "auto") == prefix
+    assert prefix_of(tokenizer, "yes") == (prefix or (0,))
+    assert prefix_of(tokenizer, "no") == ()
     made = make_splits(tokenizer, words(1000), None, 20, 8, seed=3, eval_windows=None, bos="auto")
     plain = make_splits(tokenizer, words(1000), None, 20, 8, seed=3, eval_windows=None, bos="no")
     for split, other in zip(made, plain, strict=True):
@@ -319,7 +322,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(template, prefix):
 def test_a_beginning_that_cannot_be_had_is_refused(word_tokenizer):
     without = begun("$A")
     without.bos_token = None
-    assert splits.prefix_of(without, "auto") == ()
+    assert prefix_of(without, "auto") == ()
     with pytest.raises(UsageError, match="--bos yes needs a tokenizer with a BOS token"):
         consecutive_split(without, words(100), "test", 8, bos="yes")
     with pytest.raises(UsageError, match="--bos is auto or yes or no; got maybe"):
