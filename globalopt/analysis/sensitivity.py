@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import NumericalError
-from globalopt.kernels.precision import rough_forward
+from globalopt.kernels.precision import RoughLinear
 from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
@@ -93,8 +93,8 @@ def backward_sweep(
         changes: gives the change `E` (d_out, d_in) of a layer's weight, whose inner products are computed in place of
             output Grams; called once per layer, when its block is reached.
         behind: called per block with the output Gram `A` of the hidden states that leave it.
-        rough: whether blocks multiply in bfloat16 where a CPU is faster at it, which gradients of sampled labels, noisy
-            as they are, do not show.
+        rough: whether linear layers multiply in bfloat16 where a CPU is faster at it (`RoughLinear`), which gradients
+            of sampled labels, noisy as they are, do not show.
     Raises:
         NumericalError: the gradient at a layer is not finite, or none reaches it.
 
@@ -137,7 +137,7 @@ def backward_sweep(
                     for tap in taps.values():
                         tap.begin(*batch.input_ids.shape)
                     hidden = inputs[index][i].detach().requires_grad_()
-                    with torch.enable_grad(), rough_forward(hidden.device, rough):
+                    with torch.enable_grad(), RoughLinear(rough):
                         output = runner.run(index, i, hidden)
                     if not output.requires_grad:
                         raise NumericalError(
@@ -175,7 +175,7 @@ def _label_gradient(runner: BlockRunner, hidden: Tensor, generator: torch.Genera
     """
     (batch,) = runner.batches
     hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), rough_forward(hidden.device, rough):
+    with torch.enable_grad(), RoughLinear(rough):
         logits = runner.logits(0, hidden)
     p = logits.detach().float().softmax(-1)
     labels = _sample(p, generator)

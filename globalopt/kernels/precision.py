@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 ROUGH_FROM = 192 * 192  # entries of a matrix below which its conversion to bfloat16 takes longer than it saves
 
@@ -79,14 +82,38 @@ def rough_product(X: Tensor, Y: Tensor) -> Tensor:
     return (X.bfloat16() @ Y.bfloat16()).float()
 
 
-def rough_forward(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """Return the context in which a model multiplies in bfloat16, if `wanted` and if a CPU `device` is faster at it.
+class RoughLinear(TorchFunctionMode):
+    """Compute large linear layers of a model by products in bfloat16, where a CPU is faster at it.
 
-    Parameters, and the sums that make the hidden states, stay in float32.
+        y = float32(bfloat16(x) bfloat16(W)ᵀ) + b
 
-    >>> with rough_forward(torch.device("cpu")):
-    ...     product = torch.ones(2, 2) @ torch.ones(2, 2)
-    >>> (product.dtype == torch.bfloat16) == cpu_has_bfloat16()
-    True
+    Everything else stays as it is, in float32: parameters, hidden states, norms, attention. (`torch.autocast` would
+    leave tensors of two types in code that mixes them, such as that of some experts.)
+
+    Args:
+        wanted: whether anything changes.
+
+    >>> x, W = torch.ones(1, 256), torch.full((256, 256), 1.001)  # 1 in bfloat16
+    >>> with RoughLinear():
+    ...     y = F.linear(x, W)
+    >>> y[0, 0].item() == (256 if cpu_has_bfloat16() else F.linear(x, W)[0, 0].item()), y.dtype
+    (True, torch.float32)
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and device.type == "cpu" and cpu_has_bfloat16())
+
+    def __init__(self, wanted: bool = True) -> None:
+        super().__init__()
+        self.wanted = wanted
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute a linear layer, or call what else it is."""
+        if self.wanted and func is F.linear:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32 or not rough_products(weight):
+            return F.linear(x, weight, bias)
+        y = F.linear(x.bfloat16(), weight.bfloat16()).float()
+        return y if bias is None else y + bias

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from globalopt.kernels import precision as kernel
-from globalopt.kernels.precision import cpu_has_bfloat16, fast_products, rough_product, rough_products
+from globalopt.kernels.precision import RoughLinear, cpu_has_bfloat16, fast_products, rough_product, rough_products
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,25 @@ def test_a_rough_product_is_summed_in_float32():
     ones = torch.ones(1, 4000)
     # In bfloat16, sums of ones end at 256.
     assert rough_product(ones, ones.mT).item() == 4000
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_linear_layers_are_rough_and_all_else_is_as_it_was(monkeypatch, bias):
+    monkeypatch.setattr(kernel, "rough_products", lambda weight: len(weight) == 8)
+    torch.manual_seed(0)
+    large, small, x = torch.nn.Linear(4, 8, bias), torch.nn.Linear(8, 4), torch.randn(3, 4, requires_grad=True)
+    with RoughLinear():
+        y = large(x)
+        z = small(y)
+        product = x @ x.mT
+    exact = x.bfloat16().float() @ large.weight.bfloat16().float().mT
+    torch.testing.assert_close(y, exact + large.bias if bias else exact, rtol=0.01, atol=0.01)
+    assert y.dtype == torch.float32
+    assert not torch.equal(y, large(x))
+    torch.testing.assert_close(z, small(y))
+    assert torch.equal(product, x @ x.mT)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, large.weight.sum(0).expand(3, -1), rtol=0.01, atol=0.01)
+    with RoughLinear(wanted=False):
+        assert torch.equal(large(x), large(x))
+        assert not torch.equal(large(x), y)

@@ -122,8 +122,10 @@ def followers(*stages: Stage) -> set[Stage]:
 
 
 def test_every_stage_is_addressed_and_has_a_version():
-    assert set(BASE) == set(READS) == set(Stage) - {Stage.RESULT}
-    assert set(VERSIONS) == set(Stage)
+    # Model and text, which all addresses hold the hashes of, have addresses of their own.
+    before = {Stage.DEQUANTISED, Stage.SELF_TEXT}
+    assert set(BASE) == set(READS) == set(Stage) - {Stage.RESULT} - before
+    assert set(VERSIONS) == set(Stage) - before
     assert len({address.digest for address in BASE.values()}) == len(BASE)
 
 
