@@ -15,27 +15,24 @@ same, or a refusal where a client cannot read the format. The exit code is 1 if 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from client_programs import REFUSED, RULE, by_torch
+from environments import HERE, install, last_line, python_of, run_python
 from rich.console import Console
 from rich.console import Group as Stack
 
-from globalopt.errors import GlobalOptError, UsageError
+from globalopt.errors import GlobalOptError
 from globalopt.export.formats import export
 from globalopt.models.loading import load_model, reference_folder
 from globalopt.runs.files import read_json, write_json
 from globalopt.runs.folder import Run
 from reports.table_style import add_numbers, footed, report_table
 
-CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 TOKENS = 64
 EXACT, ROUNDED = 1e-6, 1e-3
 """Largest mean KL of what is the same model: one checkpoint, and parts that are rounded one by one to 16 bits."""
@@ -43,8 +40,6 @@ SHOWN = 100
 LARGEST = 5e-3, 0.25
 """Largest difference of one log probability, for clients that say only some."""
 SAME, NO, EITHER = "same", "refused", "same or refused"
-HERE = "globalopt"
-"""The environment that runs this script."""
 
 CLIENTS: dict[str, tuple[str, ...]] = {
     HERE: (),
@@ -127,21 +122,6 @@ class Result:
         return self.found == "not installed" or self.found in self.expected.split(" or ")
 
 
-def python_of(client: str, environments: Path) -> Path:
-    """The interpreter of a client."""
-    return Path(sys.executable) if client == HERE else environments / client / "bin" / "python"
-
-
-def install(client: str, environments: Path) -> None:
-    """Make the environment of a client."""
-    venv.create(environments / client, with_pip=True)
-    pip = [str(python_of(client, environments)), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
-    done = subprocess.run([*pip, *CLIENTS[client]], check=False, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UsageError(f"The environment {environments / client} cannot be made ({last}). Delete it and try again.")
-
-
 def compare(found: np.ndarray, expected: np.ndarray) -> tuple[float | None, float | None]:
     """Largest difference of log probabilities (tokens, vocabulary), and mean KL of `expected` to `found`.
 
@@ -168,23 +148,18 @@ def judge(form: str, largest: float | None, kl: float | None) -> str:
 
 def run(check: Check, environments: Path, folder: Path, tokens: Path, expected: np.ndarray) -> Result:
     """Run one check."""
-    interpreter = python_of(check.client, environments)
-    if not interpreter.is_file():
+    if not python_of(check.client, environments).is_file():
         return Result(check.name, check.expected, "not installed")
     out = tokens.with_name("found.npy")
     out.unlink(missing_ok=True)
     program = Path(__file__).with_name("client_programs.py")
-    words = [interpreter, program, check.program, folder, tokens, out]
+    words = [program, check.program, folder, tokens, out]
     words += ["--ignore-mismatched"] if check.ignore_mismatched else []
-    # No client may look a name up on the hub.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    if check.client != HERE:
-        env.pop("PYTHONPATH", None)
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, env=env)
+    done = run_python(check.client, environments, words)
     if done.returncode == REFUSED:
         return Result(check.name, check.expected, NO, said=done.stdout.rpartition(RULE)[2].strip())
     if done.returncode or not out.is_file():
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        said = last_line(done.stderr or f"exit code {done.returncode}")
         return Result(check.name, check.expected, "crashed", said=said)
     found = np.load(out)
     # Some clients pad the vocabulary.
@@ -245,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for client in options.clients:
             if options.install and not python_of(client, options.environments).exists():
-                install(client, options.environments)
+                install(client, options.environments, CLIENTS[client])
         folders, tokens, expected = prepare(options)
         path = options.out / "clients.json"
         known = {} if options.again or not path.exists() else {each["check"]: each for each in read_json(path)}
