@@ -90,7 +90,7 @@ def choose_metrics(
     14
     """
     # Not all of a model's solutions are held at once: each is read when its weight is put into the model.
-    checked = {spec: _checked(solutions(spec)) for spec in specs}
+    checked = {spec: _checked(spec, solutions(spec)) for spec in specs}
     weights = {spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()}
     try:
         shares = attribute(model, weights, range(model.chunks), device).shares
@@ -110,13 +110,10 @@ def choose_metrics(
             yield spec, MetricChoice()
 
 
-def _checked(found: AnchorSolutions) -> tuple[Target, ...]:
+def _checked(spec: LayerSpec, found: AnchorSolutions) -> tuple[Target, ...]:
     """Return the targets of a layer's first row of solutions that keep little, and at least the first of them."""
     row = found.rows[0]
-    value = found.values[0]
-    numel = value.S.numel()
-    per_rank = sum(value.S.shape)
-    few = tuple(t for t in row if t.rank * per_rank + t.nnz <= CHECKED_KEPT * numel)
+    few = tuple(t for t in row if t.params(spec) <= CHECKED_KEPT * spec.numel)
     return few or row[:1]
 
 

@@ -192,7 +192,7 @@ def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -
     """Make the budget that keeps a model whole."""
     from globalopt.budgets import budget_file
     from globalopt.models.identity import model_fingerprint
-    from globalopt.pipeline.dry_run import Structure
+    from globalopt.pipeline.estimates.shape import Structure
     from globalopt.pipeline.options import ModelOptions
 
     models = ModelOptions(named(model), trust_remote_code=trust_remote_code, allow_low_coverage=True)

@@ -155,7 +155,8 @@ def compress(
         from globalopt.pipeline import compress as pipeline
         from globalopt.pipeline import search, session
         from globalopt.pipeline.direct import plan_direct
-        from globalopt.pipeline.dry_run import Structure, compress_job, search_job
+        from globalopt.pipeline.estimates.job import compress_job, search_job
+        from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
         from globalopt.pipeline.plan import resolve_refinement

@@ -14,7 +14,8 @@ import typer
 from globalopt.commands.console import DONE_WITH_FALLBACKS, err, out, print_json, say
 
 if TYPE_CHECKING:
-    from globalopt.pipeline.dry_run import Job, Structure
+    from globalopt.pipeline.estimates.job import Job
+    from globalopt.pipeline.estimates.shape import Structure
     from globalopt.pipeline.options import ModelOptions, TextOptions
     from globalopt.runs.folder import Run
     from globalopt.values.results import Family, Summary

@@ -209,8 +209,9 @@ def search(
         from globalopt.errors import UsageError
         from globalopt.pipeline import family, session
         from globalopt.pipeline import search as pipeline
-        from globalopt.pipeline.dry_run import Structure, search_job
         from globalopt.pipeline.effort import get_effort
+        from globalopt.pipeline.estimates.job import search_job
+        from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
         from globalopt.pipeline.plan import BudgetRule, resolve

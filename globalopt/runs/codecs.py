@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pydantic import TypeAdapter
@@ -264,8 +264,33 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
             [0., 1.]])
     """
     rows = tuple(tuple(decode_target(words) for words in row) for row in metadata["anchors"])
-    count = sum(len(row) for row in rows)
-    return AnchorSolutions(rows, tuple(unpack(tensors, f".{i}") for i in range(count)))
+    return AnchorSolutions(rows, _Packed(tensors, sum(len(row) for row in rows)))
+
+
+class _Packed(Sequence[Decomposition]):
+    """Unpack a decomposition when it is asked for: most readers of a layer's anchor solutions want one of five."""
+
+    def __init__(self, tensors: Tensors, count: int) -> None:
+        for i in range(count):
+            values, U, V = (tensors[f"{part}.{i}"] for part in ("values", "U", "V"))
+            entries = len(U) * V.shape[1]
+            if 0 < len(values) < entries and len(tensors[f"kept.{i}"]) != -(-entries // 8):
+                raise ValueError(f"There are {len(tensors[f'kept.{i}'])} bytes of bits for {entries} entries.")
+        self._tensors = tensors
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Decomposition: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Decomposition, ...]: ...
+    def __getitem__(self, index: int | slice) -> Decomposition | tuple[Decomposition, ...]:
+        numbers = range(self._count)[index]
+        if isinstance(numbers, range):
+            return tuple(unpack(self._tensors, f".{i}") for i in numbers)
+        return unpack(self._tensors, f".{numbers}")
 
 
 _WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class AnchorSolutions:
     """
 
     rows: tuple[tuple[Target, ...], ...]
-    values: tuple[Decomposition, ...]
+    values: Sequence[Decomposition]
 
     @property
     def anchors(self) -> tuple[Target, ...]:

@@ -11,7 +11,9 @@ import pytest
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
 from globalopt.pipeline import dry_run, timing
-from globalopt.pipeline.dry_run import Job, Structure
+from globalopt.pipeline.estimates import memory
+from globalopt.pipeline.estimates.job import Job
+from globalopt.pipeline.estimates.shape import Structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from solvers import get_solver
 from tests.command import WINDOWS, contents, done, refused, write_text
@@ -125,7 +127,7 @@ def test_only_what_allocator_and_solver_read_is_estimated(allocator: str, model:
 
 
 def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "resident", lambda: 10**6)
+    monkeypatch.setattr(memory, "resident", lambda: 10**6)
     job = Job(0.5, get_solver("wanda"), get_solver("wanda"), refines=True, sweeps=True)
     size = 4 * parameter_count(tiny_model("llama"))
     states = 4 * 8 * 16 * 32 * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from globalopt.values.corrections import Corrections
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
+from globalopt.values.own_text import OwnText
 from globalopt.values.problem import Profile
 from globalopt.values.results import (
     Curve,
@@ -174,6 +175,10 @@ MATCHED = Matched(
 )
 
 EXAMPLES = {
+    "WRITTEN": Example(3, torch.arange(6).view(2, 3), 0, "ids"),
+    "OWN_TEXT": Example(
+        None, OwnText(torch.arange(6).view(2, 3), {"test": 2}, prefix=(1,), seed=0, begin=(1,)), None, "windows"
+    ),
     "GRAM": Example("block.0.in", stored(gram(8)), "block.0.out", "correlations"),
     "CURVES": Example(
         SPEC.name,
@@ -245,8 +250,8 @@ def same(one: Any, other: Any) -> bool:
         )
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-    if isinstance(one, tuple | list):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return isinstance(other, Sequence) and len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and one == other
 
 

@@ -1,0 +1,67 @@
+"""Bound the bytes that a run writes, by folder."""
+
+from __future__ import annotations
+
+from globalopt.analysis.grid import Options
+from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
+from globalopt.pipeline.estimates.job import Job, is_weighted
+from globalopt.pipeline.estimates.shape import Shape
+from globalopt.protocols import Reads
+from globalopt.values.layer import LayerSpec
+
+HEADER = 400
+"""Bytes of the header of a file per packed decomposition in it: names, types and shapes of its tensors."""
+
+
+def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
+    """Bound the bytes on disk, by folder of the run.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> from globalopt.pipeline.estimates.job import search_job
+    >>> from globalopt.pipeline.estimates.shape import Structure
+    >>> from globalopt.pipeline.options import ModelOptions, TextOptions
+    >>> models, job = ModelOptions(), search_job(example_plan(), refines=True)
+    >>> shape = Shape.of(Structure.of(models), models, TextOptions())
+    >>> list(disk_bytes(shape, job))
+    ['layers', 'model']
+    """
+    weights = sum(spec.numel for spec in shape.specs)
+    outputs = sum(_gram_bytes(spec.d_out) for spec in shape.specs)
+    found: dict[str, int] = {}
+    if shape.written:
+        # In the cache, and in the run.
+        found["self-text"] = 2 * 8 * shape.written * shape.texts.seqlen
+    predicts = Reads.SURFACES in job.reads
+    if job.sweeps or predicts or Reads.PROFILES in job.reads:
+        found["grams"] = sum(_gram_bytes(specs[0].d_in) for specs in shape.sites.values())
+    if job.sweeps:
+        found["labels"] = outputs + shape.blocks * _gram_bytes(shape.width)
+    if predicts:
+        # Directions in bfloat16; singular values and scalings in float32.
+        found["spans"] = sum(
+            2 * (spec.d_out + spec.d_in) * (spec.max_rank + 2) + 4 * spec.max_rank + HEADER for spec in shape.specs
+        )
+    if job.anchors:
+        found["anchors"] = sum(map(_anchor_bytes, shape.specs))
+    elif is_weighted(job):
+        target = 4 * METRIC_KEPT + 1 / 8
+        found["metrics"] = int(target * weights) + HEADER * len(shape.specs)
+    if job.refines:
+        # Packed: the parameters that are kept, and one bit per entry for the support, and one for signs.
+        bits = (1 + job.solver.signs) * weights // 8
+        found["layers"] = int(job.kept * weights * shape.stored) + bits + HEADER * len(shape.specs)
+        if job.matching is not None:
+            found["matched"] = (1 + (job.distillation is not None)) * found["layers"]
+        found["model"] = shape.parameters * shape.stored
+    return found
+
+
+def _gram_bytes(side: int) -> int:
+    """Count the bytes of a Gram: a triangle of correlations in float16, and the diagonal in float32."""
+    return side * (side - 1) + 4 * side + HEADER
+
+
+def _anchor_bytes(spec: LayerSpec) -> int:
+    """Count the bytes of a layer's anchor solutions: values and factors in bfloat16, and one bit per entry."""
+    anchors = [anchor for row in Options.of(spec, spec.max_rank).anchors for anchor in row]
+    return sum(2 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)

@@ -1,0 +1,100 @@
+"""Estimate the seconds of every stage of a run.
+
+Time is that of matrix products, 2 T P operations per forward pass on T tokens through P parameters, and of solving
+layers, which grows as d_out d_in (d_out + d_in); reading and writing files are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from globalopt.analysis.collect import LABELLED
+from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
+from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
+from globalopt.analysis.solver_gap import sampled
+from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
+from globalopt.pipeline import timing
+from globalopt.pipeline.estimates.job import Job, anchor_count, is_weighted
+from globalopt.pipeline.estimates.shape import Shape
+from globalopt.protocols import Reads
+from globalopt.values.layer import LayerSpec
+
+ON_A_PATH = 0.9
+"""Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
+
+
+STEP = 1e-3
+"""Seconds that a block takes to read one token, apart from the products with its weights."""
+
+
+def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch.device) -> dict[str, float]:
+    """Estimate the seconds of every stage.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> from globalopt.pipeline.estimates.job import search_job
+    >>> from globalopt.pipeline.estimates.shape import Structure
+    >>> from globalopt.pipeline.options import ModelOptions, TextOptions
+    >>> models, job = ModelOptions(), search_job(example_plan(), refines=True)
+    >>> shape = Shape.of(Structure.of(models), models, TextOptions())
+    >>> list(stage_seconds(shape, job, rate=1e11, fit=1e-3, device=torch.device("cpu")))
+    ['refine', 'evaluate', 'samples']
+    """
+    texts = shape.texts
+
+    def forward(tokens: float) -> float:
+        return 2 * tokens * shape.parameters / rate
+
+    def fits(seconds: float, specs: Sequence[LayerSpec] = shape.specs) -> float:
+        return sum(seconds * timing.size(spec) for spec in specs)
+
+    tokens, window = shape.tokens, texts.seqlen
+    grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
+    outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
+    predicts, weighted = Reads.SURFACES in job.reads, is_weighted(job)
+    found: dict[str, float] = {}
+    if shape.written:
+        # Every step multiplies the weights with few tokens, so that reading them takes longest.
+        rows = shape.written_at_once
+        steps = math.ceil(shape.written / rows) * texts.seqlen
+        found["self-text"] = steps * (2 * rows * shape.parameters / timing.rate(device, rows) + STEP * shape.blocks)
+    probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
+    anchors = anchor_count()
+    if job.sweeps:
+        # A forward pass; on some of the batches another one, a backward pass, and the output Grams.
+        found["labels"] = forward(tokens) + grams + (3 * forward(tokens) + outputs) / LABELLED
+    elif predicts or Reads.PROFILES in job.reads:
+        found["grams"] = forward(tokens) + grams
+    if Reads.PROFILES in job.reads:
+        found["profile"] = 2 * sum(2 * spec.numel * min(spec.d_out, spec.d_in) for spec in shape.specs) / rate
+    if predicts:
+        found["span"] = fits(timing.span_seconds(device))
+    if job.anchors:
+        found["anchors"] = ON_A_PATH * anchors * fits(probed)
+    elif weighted:
+        found["probe"] = fits(probed)
+    if weighted:
+        # The dense model, the model with all layers replaced, forward and backward, and a few layers alone.
+        found["metric"] = (5 + len(shape.specs) / 20) * forward(CHECKED_WINDOWS * window)
+    if job.compared:
+        found["gap"] = anchors * fits(fit, sampled(shape.specs))
+    if predicts:
+        products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
+        found["predict"] = (anchors if job.anchors else 1) * products / rate
+    if job.rounds:
+        found["correct"] = 4 * job.rounds * forward(CORRECTION_WINDOWS * window)
+    if job.search_tokens:
+        found["search"] = forward(job.search_tokens)
+    if job.refines:
+        found["refine"] = 2 * forward(tokens) + grams + fits(fit)
+        if job.matching is not None:
+            # Forward and backward passes with the loss of held-out windows, and as much again for other operations.
+            found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
+        if job.distillation is not None:
+            found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
+        found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
+        if texts.samples:
+            found["samples"] = 2 * forward(texts.samples * (PROMPT_TOKENS + NEW_TOKENS))
+    return found
