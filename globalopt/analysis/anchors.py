@@ -53,18 +53,14 @@ def solve_anchors(
     >>> [(value.rank, value.nnz) for value in found.values]
     [(0, 17), (0, 56), (0, 140), (1, 96)]
     """
-
-    def solve(spec: LayerSpec) -> str:
+    for spec in specs:
         rows = analysis.options(spec).anchors
         state = probe.prepare(analysis.layers.weight(spec.name), analysis.metric(spec))
         found = probe.solve_path(state, [anchor for row in rows for anchor in row])
         # Rounding errors of 2^-9 at most have about a millionth of the energy of what is kept; half as much is stored.
         solutions = AnchorSolutions(rows, tuple(solution.value.cast(torch.bfloat16) for solution in found))
         analysis.work.put(analysis.anchors(spec), spec, solutions)
-        return spec.name
-
-    for name in analysis.each(solve, specs):
-        advance(name)
+        advance(spec.name)
 
 
 def compare_solvers(
@@ -104,8 +100,7 @@ def compare_solvers(
     >>> all(gap > 1 for gap in gaps.values())
     True
     """
-
-    def compare(spec: LayerSpec) -> str:
+    for spec in specs:
         weight, metric = analysis.layers.weight(spec.name), analysis.metric(spec)
         try:
             solutions = analysis.work.get(analysis.anchors(spec), spec)
@@ -114,7 +109,4 @@ def compare_solvers(
             cause.args = (f"Layer {spec.name}: {cause}",)
             raise
         analysis.work.put(SOLVER_GAP, spec, found)
-        return spec.name
-
-    for name in analysis.each(compare, specs):
-        advance(name)
+        advance(spec.name)

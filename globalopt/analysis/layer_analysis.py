@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from globalopt.analysis.grid import Options
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
-from globalopt.machine.parallel import in_threads
 from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Artefact, Stage
 from globalopt.runs.records import AnchorSolutions
@@ -20,8 +17,6 @@ from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.span import Span
-
-R = TypeVar("R")
 
 PLAIN_ANCHORS = ANCHORS.during(Stage.METRICS)
 """Anchor solutions without the output Gram, of the layers for which that is the better metric."""
@@ -79,22 +74,6 @@ class LayerAnalysis:
     limits: Limits = NO_LIMITS
     weighted: bool = False
     low_rank: bool = True
-
-    def each(self, work: Callable[[LayerSpec], R], specs: Sequence[LayerSpec]) -> Iterator[R]:
-        """Apply `work` to every layer and yield the results in order, several small layers at once (`in_threads`).
-
-        Layers of a lazy model, whose blocks are read one after the other, are worked on one after the other.
-
-        >>> from globalopt.models.layers import find_layers
-        >>> from globalopt.reference.tiny import tiny_llama
-        >>> from pathlib import Path
-        >>> analysis = LayerAnalysis(find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work")))
-        >>> list(analysis.each(lambda spec: spec.d_in, analysis.layers.specs[:2]))
-        [16, 16]
-        """
-        if self.layers.lazy is not None or not specs:
-            return map(work, specs)
-        return in_threads(work, specs, lambda spec: spec.numel, self.layers.device_of(specs[0].block))
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""

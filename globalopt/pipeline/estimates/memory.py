@@ -15,13 +15,10 @@ the blocks:
 
 from __future__ import annotations
 
-import torch
-
 from globalopt.analysis.solver_gap import TOGETHER, sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.kernels.top_kl import TOP
 from globalopt.machine.memory import WHOLE_COPIES, available, resident
-from globalopt.machine.parallel import at_once
 from globalopt.models.loading import resolve_device
 from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.objective.of_run import ANCHORS_AT_ONCE
@@ -104,7 +101,7 @@ def _comparison(shape: Shape, job: Job) -> int:
     for spec in sampled(shape.specs):
         together = max(1, min(anchor_count(), TOGETHER // spec.numel))
         found = max(found, 4 * (weights * together * spec.numel + grams * (spec.d_in**2 + spec.d_out**2)))
-    return found * at_once(max(spec.numel for spec in shape.specs), torch.device("cpu"))
+    return found
 
 
 def _logits(shape: Shape, job: Job, lazy: bool) -> int:
