@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, kept: str, row: str, match: str, seed: 
     words = [*command, "search", str(options.model), *budget_words(kept), *shlex.split(ROWS[row]), "--match", match]
     words += ["--calibration", options.calibration, "--seed", str(seed), "--samples", "0"]
     words += ["--seqlen", str(options.seqlen), "--nsamples", str(options.nsamples)]
-    # Quality is that of the evaluation below, the same for all; the search's own is a check.
+    # Quality is that of the evaluation below; the search's own is a check. The selection text is as short as that.
     words += ["--eval-windows", str(options.eval_windows)]
     if options.eval_text:
         words += ["--eval-text", options.eval_text]
@@ -215,17 +215,17 @@ def _table(kept: str, match: str, rows: Mapping[str, Sequence[Cell]]) -> str:
     for row, every in rows.items():
         words = [row]
         for text in texts:
-            kl = _mean(cell.texts[text].kl for cell in every)
-            error = _mean(cell.texts[text].stderr for cell in every)
-            dense = _mean(cell.texts[text].dense for cell in every)
-            unit = _mean(cell.texts[text].kl for cell in first)
-            words += [f"{_mean(cell.texts[text].perplexity for cell in every):.2f} ({dense:.2f})"]
+            kl = fmean(cell.texts[text].kl for cell in every)
+            error = fmean(cell.texts[text].stderr for cell in every)
+            dense = fmean(cell.texts[text].dense for cell in every)
+            unit = fmean(cell.texts[text].kl for cell in first)
+            words += [f"{fmean(cell.texts[text].perplexity for cell in every):.2f} ({dense:.2f})"]
             words += [f"{kl:.4f} ± {error:.4f}", f"{kl / unit:.2f}"]
         words += [
-            f"{_mean(cell.tasks[task][0] for cell in every):.3f} ({_mean(cell.tasks[task][1] for cell in every):.3f})"
+            f"{fmean(cell.tasks[task][0] for cell in every):.3f} ({fmean(cell.tasks[task][1] for cell in every):.3f})"
             for task in tasks
         ]
-        kinds = {kind: _mean(cell.rank_shares[kind] for cell in every) for kind in every[0].rank_shares}
+        kinds = {kind: fmean(cell.rank_shares[kind] for cell in every) for kind in every[0].rank_shares}
         words.append(
             ", ".join(f"{kind.rpartition('.')[2]} {share:.2f}" for kind, share in kinds.items() if share) or "0"
         )
@@ -237,10 +237,6 @@ def _table(kept: str, match: str, rows: Mapping[str, Sequence[Cell]]) -> str:
 
 def _line(words: Iterable[str]) -> str:
     return f"| {' | '.join(words)} |"
-
-
-def _mean(values: Iterable[float]) -> float:
-    return fmean(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -93,8 +93,7 @@ def backward_sweep(
         changes: gives the change `E` (d_out, d_in) of a layer's weight, whose inner products are computed in place of
             output Grams; called once per layer, when its block is reached.
         behind: called per block with the output Gram `A` of the hidden states that leave it.
-        rough: whether linear layers multiply in bfloat16 where a CPU is faster at it (`RoughLinear`), which gradients
-            of sampled labels, noisy as they are, do not show.
+        rough: whether linear layers multiply in bfloat16 where a CPU is faster at it (`RoughLinear`).
     Raises:
         NumericalError: the gradient at a layer is not finite, or none reaches it.
 

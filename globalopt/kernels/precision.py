@@ -72,9 +72,10 @@ def rough_products(tensor: Tensor) -> bool:
 
 
 def rough_product(X: Tensor, Y: Tensor) -> Tensor:
-    """Multiply two float32 matrices in bfloat16, with sums in float32: entries are off by about 1 / 400.
+    """Multiply two float32 matrices (m, k) and (k, n) in bfloat16, with sums in float32.
 
-    The product is rounded to bfloat16 as well, so that a Gram would not stay positive semidefinite.
+    Both and their product (m, n) are rounded to bfloat16, by at most 2^-9 of each entry; so a Gram would not stay
+    positive semidefinite.
 
     >>> rough_product(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0], [1 / 3]])).tolist()
     [[3.0]]
@@ -87,8 +88,9 @@ class RoughLinear(TorchFunctionMode):
 
         y = float32(bfloat16(x) bfloat16(W)ᵀ) + b
 
-    Everything else stays as it is, in float32: parameters, hidden states, norms, attention. (`torch.autocast` would
-    leave tensors of two types in code that mixes them, such as that of some experts.)
+    with `x` (..., d_in), `W` (d_out, d_in) and `b` (d_out,) in float32. Everything else stays as it is, in float32:
+    parameters, hidden states, norms, attention. (`torch.autocast` would leave tensors of two types in code that mixes
+    them, such as that of some experts.)
 
     Args:
         wanted: whether anything changes.

@@ -165,7 +165,7 @@ def ridge_admm(
 
     Where the processor multiplies bfloat16 faster (`rough_products`), only the first step after a change of the penalty
     solves for `S`; the others solve for its change, in bfloat16. Their errors are relative to changes that shrink, and
-    end with the penalty: final errors of layers differ by about a percent, either way, in .6 to .8 of the time.
+    end with the penalty: final errors of layers differ by a few percent either way, not in the mean (docs/results.md).
 
     Layers on the same inputs may be stacked: they share the products and the ridge problems, and each has its own
     `A`, count and rank. They end together: after all steps, or once counts are exact and less than the share

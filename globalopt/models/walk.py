@@ -204,7 +204,11 @@ class BlockRunner:
             return self._forward(i).logits
 
     def single_windows(self, i: int) -> list[BlockRunner]:
-        """Make a runner of every window of batch `i` alone, for what needs as much memory as the logits of a batch."""
+        """Make a runner of every window of batch `i` alone, for what needs as much memory as the logits of a batch.
+
+        Raises:
+            CalibrationError: a window is padding alone.
+        """
         batch = self.batches[i]
         masks = [None] * len(batch.input_ids) if batch.attention_mask is None else batch.attention_mask.split(1)
         return [

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, overload
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from globalopt.runs.packing import PackedSolutions, pack, pack_upper, unpack, unpack_upper
 from globalopt.runs.records import (
     Allocated,
     AnchorSolutions,
@@ -25,7 +26,6 @@ from globalopt.runs.records import (
 )
 from globalopt.values.budget import Target
 from globalopt.values.corrections import Corrections
-from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.own_text import OwnText
@@ -121,30 +121,6 @@ def _scales(diagonal: Tensor) -> Tensor:
     return torch.outer(roots, roots)
 
 
-def pack_upper(matrix: Tensor) -> Tensor:
-    """Pack what is above the diagonal of a symmetric matrix (n, n), row after row.
-
-    >>> pack_upper(torch.tensor([[1, 2], [2, 3]]))
-    tensor([2])
-    """
-    return torch.cat([row[i + 1 :] for i, row in enumerate(matrix)])
-
-
-def unpack_upper(packed: Tensor, n: int) -> Tensor:
-    """Unpack what `pack_upper` made of a symmetric matrix (n, n); its diagonal is zero.
-
-    >>> unpack_upper(torch.tensor([2]), 2)
-    tensor([[0, 2],
-            [2, 0]])
-    """
-    if n * (n - 1) // 2 != len(packed):
-        raise ValueError(f"{len(packed)} entries are not the upper triangle of a matrix of side {n}.")
-    matrix = packed.new_zeros(n, n)
-    for i, row in enumerate(packed.split(list(range(n - 1, -1, -1)))):
-        matrix[i, i + 1 :] = row
-    return matrix + matrix.mT
-
-
 def encode_span(basis: SpanBasis) -> tuple[Tensors, Metadata]:
     """Encode the basis of a span, its directions in bfloat16; the rest of the span is computed from the weight.
 
@@ -170,56 +146,10 @@ def decode_span(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> SpanBa
     return SpanBasis(**{**tensors, **directions}, stats=metadata["stats"])
 
 
-def pack(value: Decomposition) -> dict[str, Tensor]:
-    """Pack a decomposition: of `S` its nonzeros and one bit per entry, of a sign plane one bit per entry.
-
-    An `S` without zeros, or of zeros alone, needs no bits. `plus` is what a set bit of the signs stands for, in the
-    dtype of their plane. `unpack` gives back the same bits, for which a negative zero of `S` counts as a nonzero.
-
-    >>> pack(Decomposition(torch.eye(2), torch.ones(2, 0), torch.ones(0, 2)))["kept"]
-    tensor([9], dtype=torch.uint8)
-    """
-    kept = (value.S != 0) | value.S.signbit()
-    parts = {"values": value.S[kept], "U": value.U, "V": value.V}
-    if 0 < len(parts["values"]) < kept.numel():
-        parts["kept"] = pack_bits(kept)
-    if value.signs is not None:
-        parts |= {"signs": pack_bits(value.signs > 0), "plus": value.signs.new_ones(1)}
-    return parts
-
-
-def unpack(tensors: Tensors, end: str = "") -> Decomposition:
-    """Unpack what `pack` made.
-
-    Args:
-        end: of the name in `tensors` of every part.
-    Raises:
-        KeyError: a part is missing, with its name.
-        ValueError: the parts disagree.
-
-    >>> unpack(pack(Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2)))).S
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-    values, U, V = (tensors[part + end] for part in ("values", "U", "V"))
-    shape = (len(U), V.shape[1])
-    if f"kept{end}" in tensors or 0 < len(values) < len(U) * V.shape[1]:
-        kept = unpack_bits(tensors[f"kept{end}"], shape)
-    else:
-        kept = torch.full(shape, len(values) > 0)
-    if int(kept.sum()) != len(values):
-        raise ValueError(f"There are {len(values)} values for {int(kept.sum())} entries.")
-    # An assignment through the mask takes 70 times as long.
-    S = values.new_zeros(shape).masked_scatter_(kept, values)
-    if f"signs{end}" not in tensors:
-        return Decomposition(S, U, V)
-    plus = tensors[f"plus{end}"]
-    return Decomposition(S, U, V, torch.where(unpack_bits(tensors[f"signs{end}"], shape), plus, -plus))
-
-
 def encode_layer(solved: SolvedLayer) -> tuple[Tensors, Metadata]:
     """Encode a solved layer.
 
+    >>> from globalopt.values.decomposition import Decomposition
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> encode_layer(SolvedLayer(kept, {"status": "converged"}))[1]
     {'status': 'converged'}
@@ -231,6 +161,7 @@ def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Solve
     """Decode a solved layer.
 
     >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> from globalopt.values.decomposition import Decomposition
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> decode_layer(spec, *encode_layer(SolvedLayer(kept, {}))).value.nnz
     2
@@ -243,6 +174,7 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
 
     In the type that they have, so that the residuals `W - S - U V` are the same bits after reading as before writing.
 
+    >>> from globalopt.values.decomposition import Decomposition
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> tensors, metadata = encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))
     >>> tensors["values.0"], metadata["anchors"]
@@ -258,66 +190,14 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
     """Decode anchor solutions.
 
     >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
+    >>> from globalopt.values.decomposition import Decomposition
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> decode_anchors(spec, *encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))).values[0].S
     tensor([[1., 0.],
             [0., 1.]])
     """
     rows = tuple(tuple(decode_target(words) for words in row) for row in metadata["anchors"])
-    return AnchorSolutions(rows, _Packed(tensors, sum(len(row) for row in rows)))
-
-
-class _Packed(Sequence[Decomposition]):
-    """Unpack a decomposition when it is asked for: most readers of a layer's anchor solutions want one of five."""
-
-    def __init__(self, tensors: Tensors, count: int) -> None:
-        for i in range(count):
-            values, U, V = (tensors[f"{part}.{i}"] for part in ("values", "U", "V"))
-            entries = len(U) * V.shape[1]
-            if 0 < len(values) < entries and len(tensors[f"kept.{i}"]) != -(-entries // 8):
-                raise ValueError(f"There are {len(tensors[f'kept.{i}'])} bytes of bits for {entries} entries.")
-        self._tensors = tensors
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Decomposition: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Decomposition, ...]: ...
-    def __getitem__(self, index: int | slice) -> Decomposition | tuple[Decomposition, ...]:
-        numbers = range(self._count)[index]
-        if isinstance(numbers, range):
-            return tuple(unpack(self._tensors, f".{i}") for i in numbers)
-        return unpack(self._tensors, f".{numbers}")
-
-
-_WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a boolean tensor of any shape into bytes, eight entries each, the first in the lowest bit.
-
-    >>> pack_bits(torch.tensor([True, False, True]))
-    tensor([5], dtype=torch.uint8)
-    """
-    flat = mask.flatten().to(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (padded * _WEIGHTS.to(mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack what `pack_bits` made of a tensor of this `shape`.
-
-    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
-    tensor([ True, False,  True])
-    """
-    count = torch.Size(shape).numel()
-    if len(packed) != -(-count // 8):
-        raise ValueError(f"{len(packed)} bytes are not the bits of {count} entries.")
-    bits = (packed[:, None] & _WEIGHTS.to(packed.device)) != 0
-    return bits.flatten()[:count].view(*shape)
+    return AnchorSolutions(rows, PackedSolutions(tensors, sum(len(row) for row in rows)))
 
 
 def encode_choice(choice: MetricChoice) -> Metadata:
@@ -457,6 +337,7 @@ def decode_allocated(key: None, record: Metadata) -> Allocated:
 def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
     """Encode matched layers, packed, and norms, each tensor under `part:layer` or `norm:parameter`.
 
+    >>> from globalopt.values.decomposition import Decomposition
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> sorted(encode_matched(Matched({"up": kept}, {"norm.weight": torch.ones(2)}, {}))[0])
     ['U:up', 'V:up', 'kept:up', 'norm:norm.weight', 'values:up']
@@ -470,6 +351,7 @@ def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
 def decode_matched(key: Any, tensors: Tensors, metadata: Metadata) -> Matched:
     """Decode matched layers and norms.
 
+    >>> from globalopt.values.decomposition import Decomposition
     >>> kept = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> matched = Matched({"up": kept}, {"norm.weight": torch.ones(2)}, {"epochs": 3})
     >>> decode_matched(0, *encode_matched(matched)).metadata

@@ -26,7 +26,6 @@ CALIBRATION_SHARE = 3
 LEAST_WINDOWS = 2
 """Smallest number of windows of a split: a mean over fewer has no standard error."""
 
-
 PIECE = 2**20
 """Fewest characters of a piece of text that is tokenised at once, where it is cut."""
 AROUND = 1024

@@ -22,8 +22,8 @@ from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder
 from globalopt.pipeline import search
 from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY
-from globalopt.runs.codecs import unpack
 from globalopt.runs.folder import Run
+from globalopt.runs.packing import unpack
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM

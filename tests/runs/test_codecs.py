@@ -14,18 +14,9 @@ from torch import Tensor
 from globalopt.errors import ArtefactError
 from globalopt.runs import artefacts
 from globalopt.runs.artefacts import Artefact
-from globalopt.runs.codecs import (
-    decode_gram,
-    decode_target,
-    encode_gram,
-    encode_target,
-    pack,
-    pack_bits,
-    unpack,
-    unpack_bits,
-    unpack_upper,
-)
+from globalopt.runs.codecs import decode_gram, decode_target, encode_gram, encode_target
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
+from globalopt.runs.packing import pack, pack_bits, unpack, unpack_bits, unpack_upper
 from globalopt.runs.records import (
     Allocated,
     AnchorSolutions,

@@ -1,8 +1,7 @@
 """Bound the bytes of memory that a run takes at its peak.
 
-With T calibration
-tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which P_out lie outside
-the blocks:
+With T calibration tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which
+P_out lie outside the blocks:
 
     peak    = this process + weights + hidden states + the largest of the stages
     weights = 3 b P if the model fits in memory (the changed model, the original, the saved one); else b times the
@@ -31,14 +30,11 @@ from globalopt.protocols import Needs
 WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (12, 5)}
 """Copies of a site's weights and of its Gram, in float32, that a solver holds at once, by what it needs."""
 
-
 LIBRARIES = 100 * 2**20
 """Bytes of libraries that are loaded later in a run, and of what is freed and not given back."""
 
-
 LABEL_COPIES = 5
 """Tensors of the size of the logits of a window, in float32, while labels are sampled and their gradients taken."""
-
 
 TRAINED = 5 * 4 + 8
 """Bytes per trained number: its value, its gradient, Adam's two moments, its best value so far, and its index."""
