@@ -47,7 +47,7 @@ def probed_target(spec: LayerSpec, pattern: NM | None = None, limits: Limits = N
     """Return the target at which a metric is chosen: sparse, or of low rank where sparse parts are not allowed.
 
     >>> probed_target(LayerSpec("up", 0, "in", "up", 10, 10))
-    Target(rank=0, nnz=22, pattern=None, signs=False)
+    Target(rank=0, nnz=22)
     """
     if not limits.sparse:
         return Target(max(1, int(KEPT * spec.numel / (spec.d_out + spec.d_in))), 0)

@@ -110,3 +110,22 @@ def subspace_step(M: Tensor, N: Tensor, norm: Norm, previous: Subspace) -> Subsp
         return Subspace(U.mT, AU.mT)
     # The rows are linearly dependent, as where M has a smaller rank: an exact decomposition completes the basis.
     return leading_subspace(M, N, norm, previous.rank)
+
+
+def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Balance the factors of `U V`, `Uᵀ U = V Vᵀ`, by the SVD of the product, in float64 and without forming it.
+
+    Args:
+        U: (d_out, rank). V: (rank, d_in).
+
+    >>> U, V = balanced(torch.tensor([[8.0], [0.0]]), torch.tensor([[0.0, 2.0]]))
+    >>> U.abs().flatten().tolist(), V.abs().flatten().tolist()
+    ([4.0, 0.0], [0.0, 4.0])
+    """
+    if not U.numel():
+        return U, V
+    Qu, Ru = torch.linalg.qr(U.double())
+    Qv, Rv = torch.linalg.qr(V.double().mT)
+    P, s, Qh = torch.linalg.svd(Ru @ Rv.mT)
+    root = s.sqrt()
+    return ((Qu @ P) * root).float(), (root[:, None] * (Qh @ Qv.mT)).float()

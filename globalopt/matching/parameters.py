@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from globalopt.kernels.low_rank import balanced
 from globalopt.models.layers import ModelLayers
 from globalopt.values.decomposition import Decomposition
 
@@ -39,7 +40,7 @@ class TrainableLayer:
         S = value.S.to(device, torch.float32).flatten()
         self.support = S.nonzero().squeeze(1)
         self.values = nn.Parameter(S[self.support])
-        U, V = _balanced(value.U.to(device, torch.float32), value.V.to(device, torch.float32))
+        U, V = balanced(value.U.to(device, torch.float32), value.V.to(device, torch.float32))
         self.U, self.V = nn.Parameter(U), nn.Parameter(V)
         self.signs = None if value.signs is None else value.signs.to(device)
 
@@ -169,14 +170,3 @@ def norm_parameters(model: nn.Module, root: str) -> Iterator[tuple[str, nn.Param
 def _root_mean_square(parameter: Tensor) -> float:
     """Compute the root mean square of a parameter."""
     return float(parameter.detach().square().mean().sqrt())
-
-
-def _balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Balance the factors of `U V`, `Uᵀ U = V Vᵀ`, by the SVD of the product, in float64 and without forming it."""
-    if not U.numel():
-        return U, V
-    Qu, Ru = torch.linalg.qr(U.double())
-    Qv, Rv = torch.linalg.qr(V.double().mT)
-    P, s, Qh = torch.linalg.svd(Ru @ Rv.mT)
-    root = s.sqrt()
-    return ((Qu @ P) * root).float(), (root[:, None] * (Qh @ Qv.mT)).float()

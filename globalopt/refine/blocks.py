@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.protocols import Solver
 from globalopt.refine.rounding import rounded
+from globalopt.refine.stored import stored
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Matched, SolvedLayer
@@ -27,6 +28,7 @@ from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.results import LayerResult
+from globalopt.values.storage import PLAIN
 
 VERSION = 3
 """Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
@@ -256,12 +258,15 @@ class Job:
 
 def _solve_together(jobs: Sequence[Job], plan: Refinement) -> list[SolvedLayer]:
     """Solve the layers of one site together; each reports a share of the time in proportion to its size."""
-    searched = [job for job in jobs if job.target.nnz < job.spec.numel and job.target != Target.zero()]
+    searched = [job for job in jobs if 0 < job.target.nnz < job.spec.numel or job.target.rank]
     made = {job.spec: _saved(job, _whole(job), plan, 0.0) for job in jobs if job not in searched}
     if searched:
         started = time.perf_counter()
         try:
-            solutions = plan.solver.solve_site([(job.weight, job.solved, job.target) for job in searched])
+            # Solvers know nothing of bits: what they find is rounded after them.
+            solutions = plan.solver.solve_site(
+                [(job.weight, job.solved, replace(job.target, storage=PLAIN)) for job in searched]
+            )
         except GlobalOptError as cause:
             cause.args = (f"Layer {', '.join(job.spec.name for job in searched)}: {cause}",)
             raise
@@ -281,7 +286,10 @@ def _whole(job: Job) -> Solution:
 def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> SolvedLayer:
     """Round a solution to the saved type, check it against its target, and compute the error of the rounded one."""
     try:
-        value = checked(rounded(solution.value, job.weight, job.solved, plan.dtype), job.target)
+        value = solution.value
+        if not job.target.storage.plain:
+            value = stored(value, job.weight, job.solved, job.target.storage, job.target.pattern)
+        value = checked(rounded(value, job.weight, job.solved, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
         raise
@@ -313,7 +321,8 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
     if not value.fits(target):
         raise NumericalError(
             f"the solution keeps rank {value.rank} and {value.nnz} nonzeros; the target is rank {target.rank}, "
-            f"{target.nnz} nonzeros, pattern {target.pattern or 'unstructured'}."
+            f"{target.nnz} nonzeros, pattern {target.pattern or 'unstructured'}; it is stored in "
+            f"{value.storage} bits of {target.storage}."
         )
     return value
 
@@ -321,7 +330,7 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
 def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], plan: Refinement) -> LayerResult:
     """Collect the costs and errors of a saved layer."""
     pattern = plan.targets[spec.name].pattern
-    target = Target(value.rank, value.nnz, pattern, value.signs is not None)
+    target = Target(value.rank, value.nnz, pattern, value.signs is not None, value.storage)
     return LayerResult(
         name=spec.name,
         block=spec.block,

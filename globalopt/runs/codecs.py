@@ -52,7 +52,7 @@ def decode_target(words: Sequence[Any]) -> Target:
     """Decode what `encode_target` made.
 
     >>> decode_target([2, 10, None])
-    Target(rank=2, nnz=10, pattern=None, signs=False)
+    Target(rank=2, nnz=10)
     """
     rank, nnz, pattern, *signs = words
     return Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None, bool(signs and signs[0]))
@@ -214,7 +214,7 @@ def decode_choice(spec: LayerSpec, record: Metadata) -> MetricChoice:
 
     >>> record = {"checked": [[0, 2, None, 0.1, 0.2, 0.3]]}
     >>> decode_choice(LayerSpec("up", 0, "in", "up", 2, 2), record).losses
-    {Target(rank=0, nnz=2, pattern=None, signs=False): 0.2}
+    {Target(rank=0, nnz=2): 0.2}
     """
     return MetricChoice(
         tuple(CheckedLoss(decode_target(words[:-3]), *map(float, words[-3:])) for words in record["checked"])
@@ -234,7 +234,7 @@ def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
     """Decode one number per target.
 
     >>> decode_numbers(LayerSpec("up", 0, "in", "up", 2, 2), {"by_target": [[1, 0, None, 0.5]]})
-    {Target(rank=1, nnz=0, pattern=None, signs=False): 0.5}
+    {Target(rank=1, nnz=0): 0.5}
     """
     return {decode_target(words[:-1]): float(words[-1]) for words in record["by_target"]}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.storage import Scales, Storage
 
 _WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -76,6 +77,10 @@ def pack(value: Decomposition) -> dict[str, Tensor]:
         parts["kept"] = pack_bits(kept)
     if value.signs is not None:
         parts |= {"signs": pack_bits(value.signs > 0), "plus": value.signs.new_ones(1)}
+    if value.scales is not None:
+        storage, *scales = value.scales.storage, value.scales.S, value.scales.U, value.scales.V
+        parts["bits"] = torch.tensor([storage.values, storage.factors], dtype=torch.uint8)
+        parts |= {f"scales_{part}": x for part, x in zip("SUV", scales, strict=True) if x is not None}
     return parts
 
 
@@ -102,8 +107,12 @@ def unpack(tensors: Mapping[str, Tensor], end: str = "") -> Decomposition:
         raise ValueError(f"There are {len(values)} values for {int(kept.sum())} entries.")
     # An assignment through the mask takes 70 times as long.
     S = values.new_zeros(shape).masked_scatter_(kept, values)
+    scales = None
+    if f"bits{end}" in tensors:
+        storage = Storage(*tensors[f"bits{end}"].tolist())
+        scales = Scales(storage, *(tensors.get(f"scales_{part}{end}") for part in "SUV"))
     if f"signs{end}" not in tensors:
-        return Decomposition(S, U, V)
+        return Decomposition(S, U, V, scales=scales)
     plus = tensors[f"plus{end}"]
     return Decomposition(S, U, V, torch.where(unpack_bits(tensors[f"signs{end}"], shape), plus, -plus))
 

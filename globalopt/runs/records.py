@@ -25,7 +25,7 @@ class AnchorSolutions:
     >>> import torch
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> AnchorSolutions(((Target(0, 2),),), (half,)).anchors
-    (Target(rank=0, nnz=2, pattern=None, signs=False),)
+    (Target(rank=0, nnz=2),)
     """
 
     rows: tuple[tuple[Target, ...], ...]

@@ -27,7 +27,7 @@ class Workspace:
     True
     >>> work.put(SOLVER_GAP, spec, {Target(0, 2): 0.8})
     >>> work.get(SOLVER_GAP, spec)
-    {Target(rank=0, nnz=2, pattern=None, signs=False): 0.8}
+    {Target(rank=0, nnz=2): 0.8}
     """
 
     def __init__(self, folder: Path, folders: Mapping[Stage, Path] | None = None) -> None:

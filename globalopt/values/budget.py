@@ -13,6 +13,7 @@ from typing import Any
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.values.layer import NM, HasShape, LayerSpec
+from globalopt.values.storage import PLAIN, Storage
 
 ACCOUNTINGS = ("params", "bytes")
 """Units in which a budget may be counted: parameters, or bytes with the index of the sparse part."""
@@ -30,8 +31,9 @@ class Target:
         pattern: N:M pattern of `S`; None is unstructured.
         signs: whether `L` is multiplied, entry by entry, by a plane of +-1 at one bit per weight (SLaB,
             arXiv:2604.04493).
+        storage: bits of the values of `S` and of the factors.
     Raises:
-        UsageError: `rank` or `nnz` is negative.
+        UsageError: `rank` or `nnz` is negative, or there are signs in another storage than 16 bits.
 
     >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
     >>> target = Target(rank=8, nnz=1024)
@@ -43,10 +45,18 @@ class Target:
     nnz: int
     pattern: NM | None = None
     signs: bool = False
+    storage: Storage = PLAIN
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.nnz < 0:
             raise UsageError(f"A target needs rank >= 0 and nnz >= 0; got rank {self.rank}, nnz {self.nnz}.")
+        if self.signs and not self.storage.plain:
+            raise UsageError(f"Layers with a plane of signs are stored in 16 bits, not in {self.storage}.")
+
+    def __repr__(self) -> str:
+        defaults = ((self.pattern, None, "pattern"), (self.signs, False, "signs"), (self.storage, PLAIN, "storage"))
+        others = "".join(f", {name}={value}" for value, default, name in defaults if value != default)
+        return f"Target(rank={self.rank}, nnz={self.nnz}{others})"
 
     @classmethod
     def dense(cls, spec: HasShape) -> Target:
@@ -84,20 +94,23 @@ class Target:
         return self.rank * (spec.d_out + spec.d_in) / params if params else 0.0
 
     def bytes(self, spec: HasShape) -> int:
-        """Count the bytes kept at 16 bits per value, with the cheapest index of the sparse part.
+        """Count the bytes kept in the target's storage, with the cheapest index of the sparse part.
 
-        Factors: `2 rank (d_out + d_in)`. Sign plane: one bit per weight. `S`: 2 per value, plus an index: none if `S`
-        is full or empty; `ceil(log2 M)` bits per value under an N:M pattern; else the smaller of a bitmap (one bit per
-        weight) and 16-bit column indices with 32-bit row pointers.
+        Values of `S` and entries of the factors: in 16 bits 2 each, else their codes and the scales of their groups
+        (`number_bytes`). Sign plane: one bit per weight. Index of `S`: none if `S` is full or empty; `ceil(log2 M)`
+        bits per value under an N:M pattern; else the smaller of a bitmap (one bit per weight) and 16-bit column indices
+        with 32-bit row pointers.
 
         >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
         >>> Target(rank=0, nnz=2048).bytes(spec)  # values 2 x 2048, bitmap 4096 / 8
         4608
         >>> Target(rank=0, nnz=64).bytes(spec)  # values 2 x 64, column indices 2 x 64, row pointers 4 x 65
         516
+        >>> Target(rank=0, nnz=2048, storage=Storage(4, 8)).bytes(spec)  # codes 1024, scales 2 x 32, bitmap
+        1600
         """
         bits = index_bits(self.pattern)
-        return bytes_kept(self.rank, self.nnz, self.signs, bits, spec.d_out, spec.d_in)
+        return bytes_kept(self.rank, self.nnz, self.signs, bits, spec.d_out, spec.d_in, self.storage)
 
 
 def index_bits(pattern: NM | None) -> int:
@@ -126,12 +139,15 @@ def params_kept(rank: Whole, nnz: Whole, signs: Whole, d_out: Whole, d_in: Whole
     return rank * (d_out + d_in) + nnz + signs * -(-(d_out * d_in) // 16)
 
 
-def bytes_kept(rank: Whole, nnz: Whole, signs: Whole, bits: int, d_out: Whole, d_in: Whole) -> Whole:
+def bytes_kept(
+    rank: Whole, nnz: Whole, signs: Whole, bits: int, d_out: Whole, d_in: Whole, storage: Storage = PLAIN
+) -> Whole:
     """Count the bytes of targets, as `Target.bytes` says.
 
     Args:
         rank, nnz, signs: of the targets. d_out, d_in: of their layers.
         bits: of the index of a value under the pattern; 0 without one.
+        storage: of all of them.
 
     >>> import numpy as np
     >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 0, 64, 64).tolist()
@@ -146,7 +162,8 @@ def bytes_kept(rank: Whole, nnz: Whole, signs: Whole, bits: int, d_out: Whole, d
         columns = 2 * nnz + 4 * (d_out + 1) + (d_in > 2**16) * bitmap
         index = (bitmap + columns - abs(bitmap - columns)) // 2  # the smaller of the two
     partly = (nnz > 0) * (nnz < numel)
-    return BYTES_PER_VALUE * (rank * (d_out + d_in) + nnz) + signs * bitmap + partly * index
+    numbers = storage.value_bytes(nnz) + storage.factor_bytes(rank, d_out, d_in)
+    return numbers + signs * bitmap + partly * index
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from globalopt.errors import NumericalError
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN, Scales, Storage
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Decomposition:
         S: (d_out, d_in), sparse: with exact zeros.
         U: (d_out, rank). V: (rank, d_in). Rank 0 is allowed.
         signs: (d_out, d_in) of +-1, or None.
+        scales: of the grids on which the numbers lie, but for rounding to their dtype; None where they lie on none.
     Raises:
         NumericalError: the shapes disagree, or a part is not finite.
 
@@ -38,6 +40,7 @@ class Decomposition:
     U: Tensor
     V: Tensor
     signs: Tensor | None = None
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         d_out, d_in = self.S.shape
@@ -50,6 +53,11 @@ class Decomposition:
         for label, part in (("S", self.S), ("U", self.U), ("V", self.V)):
             if not bool(torch.isfinite(part).all()):
                 raise NumericalError(f"{label} of the decomposition is not finite.")
+
+    @property
+    def storage(self) -> Storage:
+        """Return the bits in which the numbers can be stored."""
+        return PLAIN if self.scales is None else self.scales.storage
 
     @property
     def rank(self) -> int:
@@ -74,12 +82,13 @@ class Decomposition:
         if self.S.device == device:
             return self
         signs = None if self.signs is None else self.signs.to(device)
-        return Decomposition(self.S.to(device), self.U.to(device), self.V.to(device), signs)
+        scales = None if self.scales is None else self.scales.to(device)
+        return Decomposition(self.S.to(device), self.U.to(device), self.V.to(device), signs, scales)
 
     def cast(self, dtype: torch.dtype) -> Decomposition:
         """Return the decomposition with its parts rounded to `dtype`; in bfloat16 no nonzero becomes zero."""
         signs = None if self.signs is None else self.signs.to(dtype)
-        return Decomposition(self.S.to(dtype), self.U.to(dtype), self.V.to(dtype), signs)
+        return Decomposition(self.S.to(dtype), self.U.to(dtype), self.V.to(dtype), signs, self.scales)
 
     def matvec(self, x: Tensor) -> Tensor:
         """Multiply inputs `x` (..., d_in) by the approximated weight, giving (..., d_out).
@@ -91,7 +100,9 @@ class Decomposition:
         return x @ self.S.to(x.dtype).mT + (x @ self.V.to(x.dtype).mT) @ self.U.to(x.dtype).mT
 
     def fits(self, target: Target) -> bool:
-        """Tell whether rank, nonzeros and pattern are within `target`, and signs are there exactly if it has them."""
+        """Tell whether rank, nonzeros and pattern are within `target`, and signs and storage are those of it."""
+        if self.storage != target.storage:
+            return False
         if self.rank > target.rank or self.nnz > target.nnz or (self.signs is not None) != target.signs:
             return False
         return target.pattern is None or follows(self.S, target.pattern)

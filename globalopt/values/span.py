@@ -135,7 +135,7 @@ class Mask:
         entries: (d_out, d_in) bool, which entries of the span's `S` are kept.
 
     >>> Mask(torch.tensor([True, False, True]), torch.eye(4, dtype=torch.bool)).target()
-    Target(rank=2, nnz=4, pattern=None, signs=False)
+    Target(rank=2, nnz=4)
     """
 
     directions: Tensor

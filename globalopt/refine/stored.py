@@ -1,0 +1,165 @@
+"""Round decompositions to the grids of their storage, every part making up for the rounding of the others.
+
+With `L = U V` fixed, the values of `S` are rounded on their support (`grid_sweep`, then `grid_descent`); with `S`
+fixed, the factors are refitted, rounded and refitted again, one after the other. After a few such rounds the best one
+is returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from globalopt.kernels.cholesky import damped_cholesky, obs_factor
+from globalopt.kernels.grid import fit_scales, spread
+from globalopt.kernels.grid_fit import grid_descent, grid_sweep
+from globalopt.kernels.low_rank import balanced
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.layer import NM
+from globalopt.values.metric import Metric
+from globalopt.values.storage import GROUP, Scales, Storage
+
+DAMPING = 0.01
+"""Fraction of the mean of a Gram's diagonal that is added to it."""
+
+PASSES = 2
+"""Passes of coordinate descent over the columns."""
+
+ROUNDS = 2
+"""Rounds in which `S` and the factors are rounded in turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class GridNorm:
+    """Hold a damped Gram (d, d) and the upper factor `R` of its inverse, for fits on a grid.
+
+    >>> GridNorm.of(4 * torch.eye(2)).R.round(decimals=2).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+
+    matrix: Tensor
+    R: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor) -> GridNorm:
+        """Damp and factorise a Gram (d, d)."""
+        damped = damped_cholesky(gram.flip(0, 1), DAMPING)
+        return cls(damped.matrix.flip(0, 1), obs_factor(damped.factor))
+
+    def fit(self, W: Tensor, start: Tensor, bits: int, columns: bool = False) -> tuple[Tensor, Tensor]:
+        """Fit levels to `W` (rows, d) on the support of `start` (rows, d), in the norm `tr(E G Eᵀ)`.
+
+        Args:
+            bits: of the codes. columns: whether groups follow the columns; otherwise they follow the rows.
+        Returns:
+            the levels (rows, d) and the scales of their groups.
+
+        >>> S = torch.tensor([[1.0, 0.0], [0.6, 2.0]])
+        >>> levels, scales = GridNorm.of(torch.eye(2)).fit(S, S, bits=8)
+        >>> bool((levels - S).abs().max() < 0.01), (levels != 0).tolist(), len(scales)
+        (True, [[True, False], [True, True]], 1)
+        """
+        ordered = start.mT.contiguous() if columns else start
+        support = ordered != 0
+        numbers = ordered[support]
+        weights = self.matrix.diagonal().expand_as(start)
+        weights = (weights.mT if columns else weights)[support]
+        scales = fit_scales(numbers, bits, GROUP, weights)
+        grids = torch.zeros_like(ordered).masked_scatter_(support, spread(scales, GROUP, len(numbers)))
+        grids = grids.mT.contiguous() if columns else grids
+        levels = grid_descent(W, grid_sweep(start, grids, bits, self.R), grids, bits, self.matrix, PASSES)
+        return levels, scales
+
+
+def stored(
+    value: Decomposition,
+    weight: Tensor,
+    metric: Metric,
+    storage: Storage,
+    pattern: NM | None = None,
+    rounds: int = ROUNDS,
+) -> Decomposition:
+    """Round a decomposition to the grids of `storage`, and make up for it where that lowers the error.
+
+    Rows of `S` are fitted in the norm `tr(E G Eᵀ)`, as the rounding of one row cannot make up for that of another
+    cheaply; the factors are refitted, and the best round is chosen, in the metric.
+
+    Args:
+        value: of `weight`, without signs.
+        weight: (d_out, d_in).
+        metric: the norm of the error.
+        storage: of the result.
+        pattern: of `S`; groups with fewer nonzeros than it allows are filled up, as all have equally many codes.
+        rounds: in which the parts are rounded in turn, >= 1.
+    Returns:
+        a decomposition in float32 with `scales`; parts in 16 bits are not rounded.
+
+    >>> from globalopt.values.metric import Gram
+    >>> W = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    >>> value = Decomposition(W * (W.abs() > 0.5), W[:, :0], W[:0])
+    >>> metric = Metric(Gram(torch.eye(6), tokens=1))
+    >>> found = stored(value, W, metric, Storage(4, 8))
+    >>> found.nnz == value.nnz, found.storage.values, metric.error(value.S - found.S) < 0.1 * metric.error(W)
+    (True, 4, True)
+    """
+    S, U, V = (part.float() for part in (value.S, value.U, value.V))
+    if pattern is not None and storage.values < 16:
+        S = completed(S, pattern)
+    U, V = balanced(U, V)
+    inputs = GridNorm.of(metric.inputs.matrix.float())
+    A = None if metric.outputs is None else metric.outputs.matrix.float()
+    best: Decomposition | None = None
+    least = torch.inf
+    for _ in range(rounds):
+        scales: dict[str, Tensor | None] = {"S": None, "U": None, "V": None}
+        if storage.values < 16:
+            S, scales["S"] = inputs.fit(weight - U @ V, S, storage.values)
+        if value.rank and storage.factors < 16:
+            U, V = balanced(U, _right(U, weight - S, A))
+            U, V, scales["U"], scales["V"] = _factors(weight - S, U, V, A, inputs, storage.factors)
+        found = Decomposition(S, U, V, scales=Scales(storage, **scales))
+        error = metric.error(weight - found.dense())
+        if error < least:
+            best, least = found, error
+        if not value.rank:
+            break
+    assert best is not None, "rounds are at least one"
+    return best
+
+
+def _factors(
+    M: Tensor, U: Tensor, V: Tensor, A: Tensor | None, inputs: GridNorm, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round `U` to its grid with `V` fixed, then `V`, refitted to the rounded `U`, to its own."""
+    G = inputs.matrix
+    inner = GridNorm.of(V @ G @ V.mT)
+    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, U, bits, columns=True)
+    V = _right(U, M, A)
+    V, of_V = inputs.fit(V, V, bits)
+    return U, V, of_U, of_V
+
+
+def _right(U: Tensor, M: Tensor, A: Tensor | None) -> Tensor:
+    """Compute the `V` of least `tr(A (M - U V) G (M - U V)ᵀ)`, which is the same for every `G`."""
+    if not U.shape[1]:
+        return M[:0]
+    U64 = U.double()
+    AU = U64 if A is None else A.double() @ U64
+    # A direction of U may have no error in the metric, which makes the system singular.
+    return (torch.linalg.pinv(U64.mT @ AU, hermitian=True) @ AU.mT @ M.double()).float()
+
+
+def completed(S: Tensor, pattern: NM) -> Tensor:
+    """Fill up the groups of `S` (d_out, d_in) that have fewer nonzeros than `pattern` allows, with tiny numbers.
+
+    >>> completed(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), NM(2, 4)).ne(0).tolist()
+    [[True, True, False, False]]
+    """
+    groups = S.reshape(-1, pattern.of)
+    empty = groups == 0
+    lacking = (pattern.keep - (~empty).sum(1, keepdim=True)).clamp_min(0)
+    filled = empty & (empty.cumsum(1) <= lacking)
+    tiny = torch.finfo(S.dtype).tiny ** 0.5
+    return groups.masked_fill(filled, tiny).view_as(S)

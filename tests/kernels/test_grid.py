@@ -1,0 +1,115 @@
+"""Grids of few bits: nearest levels, codes that come back, fits that lower the error and keep the support."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from globalopt.kernels.grid import codes, fit_scales, levels, snap, spread
+from globalopt.kernels.grid_fit import grid_descent, grid_sweep
+from globalopt.refine.stored import GridNorm, completed, stored
+from globalopt.values.decomposition import Decomposition, follows
+from globalopt.values.layer import NM
+from globalopt.values.metric import Gram, Metric
+from globalopt.values.storage import BITS, GROUP, Storage
+
+SHAPES = ((24, 40), (7, 130))
+
+
+def problem(d_out: int, d_in: int, kept: float = 0.5):
+    generator = torch.Generator().manual_seed(d_out)
+    W = torch.randn(d_out, d_in, generator=generator)
+    x = torch.randn(4 * d_in, d_in, generator=generator) @ torch.randn(d_in, d_in, generator=generator)
+    S = W * (W.abs() > W.abs().flatten().kthvalue(int((1 - kept) * W.numel()) + 1).values - 1e-9)
+    return W, S, x.mT @ x / len(x)
+
+
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits < 16])
+def test_every_number_goes_to_the_nearest_level_and_its_code_brings_it_back(bits):
+    numbers = torch.randn(300, generator=torch.Generator().manual_seed(bits))
+    scales = spread(fit_scales(numbers, bits, GROUP), GROUP, 300)
+    every = torch.arange(2**bits, dtype=torch.uint8)[None].expand(300, -1)
+    table = levels(every, scales[:, None], bits)
+    nearest = (table - numbers[:, None]).abs().amin(1)
+    found = snap(numbers, scales, bits)
+    torch.testing.assert_close((found - numbers).abs(), nearest)
+    assert bool((found != 0).all())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        again = levels(codes(found.to(dtype).float(), scales, bits), scales, bits)
+        assert torch.equal(again, found), dtype
+
+
+def test_the_scale_of_least_error_is_chosen_and_all_are_bfloat16():
+    numbers = torch.cat([torch.full((3,), 0.6), torch.tensor([1.9])])
+    plain, weighted = fit_scales(numbers, 3, 64), fit_scales(numbers, 3, 64, (numbers < 1).float())
+    assert weighted != plain and torch.equal(plain, plain.bfloat16().float())
+    assert fit_scales(torch.zeros(3), 4, 64).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [3, 5])
+def test_the_sweep_beats_rounding_and_descent_beats_the_sweep_on_the_same_support(shape, bits):
+    W, S, G = problem(*shape)
+    norm, metric = GridNorm.of(G), Metric(Gram(G, 100))
+    support = S != 0
+    scales = torch.zeros_like(S).masked_scatter_(
+        support, spread(fit_scales(S[support], bits, GROUP), GROUP, int(support.sum()))
+    )
+    nearest = snap(S, scales, bits)
+    swept = grid_sweep(S, scales, bits, norm.R)
+    fitted = grid_descent(W, swept, scales, bits, norm.matrix, passes=2)
+    assert metric.error(S - swept) < metric.error(S - nearest)
+    assert metric.error(W - fitted) < metric.error(W - swept)
+    for found in (nearest, swept, fitted):
+        assert torch.equal(found != 0, support)
+
+
+def test_descent_stops_where_no_single_level_lowers_the_error():
+    W, S, G = problem(5, 9)
+    scales = (S != 0) * 0.4
+    found = grid_descent(W, snap(S, scales, 3), scales, 3, G, passes=50)
+    metric = Metric(Gram(G, 10))
+    least = metric.error(W - found)
+    for i, j in (S != 0).nonzero().tolist():
+        for code in range(8):
+            other = found.clone()
+            other[i, j] = (code - 3.5) * 0.4
+            assert metric.error(W - other) >= least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("storage", [Storage(8, 8), Storage(4, 8), Storage(3, 5), Storage(16, 6), Storage(5, 16)])
+@pytest.mark.parametrize("outputs", [False, True])
+def test_stored_parts_lie_on_their_grids_and_keep_rank_and_support(storage, outputs):
+    W, S, G = problem(24, 40)
+    A = problem(8, 24)[2] if outputs else None
+    U, _, V = torch.linalg.svd(W - S)
+    value = Decomposition(S, U[:, :4], V[:4])
+    metric = Metric(Gram(G, 100), None if A is None else Gram(A, 100))
+    found = stored(value, W, metric, storage)
+    assert found.storage == storage and found.rank == 4
+    assert torch.equal(found.S != 0, S != 0)
+    parts = {"S": found.S[found.S != 0], "U": found.U.mT.flatten(), "V": found.V.flatten()}
+    for name, numbers in parts.items():
+        bits = storage.values if name == "S" else storage.factors
+        scales = getattr(found.scales, name)
+        if bits == 16:
+            assert scales is None
+            continue
+        each = spread(scales, GROUP, len(numbers))
+        torch.testing.assert_close(levels(codes(numbers, each, bits), each, bits), numbers)
+
+
+def test_more_bits_cost_less_error():
+    W, S, G = problem(24, 40)
+    U, s, V = torch.linalg.svd(W - S)
+    value, metric = Decomposition(S, U[:, :4] * s[:4], V[:4]), Metric(Gram(G, 100))
+    errors = [metric.error(W - stored(value, W, metric, Storage(bits, 8)).dense()) for bits in (3, 4, 5, 6, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_groups_of_a_pattern_are_filled_up():
+    S = torch.zeros(2, 8)
+    S[0, 3] = 1.0
+    filled = completed(S, NM(2, 4))
+    assert follows(filled, NM(2, 4)) and int(filled.count_nonzero()) == 8
+    torch.testing.assert_close(filled, S)
