@@ -83,10 +83,9 @@ class Posterior:
 
     def __init__(self, table: OptionTable, measured: Sequence[tuple[Sizes, float]]) -> None:
         self.warp = Warp.of(table.specs)
-        every = table.every
-        self._error = np.stack([table.predict(every, s.rank, s.nnz) for s, _ in measured])
+        self._error = np.stack([table.predict(*s.targets) for s, _ in measured])
         self._features = self.warp.features(table.specs)
-        self._share = np.stack([table.shares(every, s.rank, s.nnz) for s, _ in measured])
+        self._share = np.stack([table.shares(*s.targets) for s, _ in measured])
         self._losses = np.log([max(loss, LEAST) for _, loss in measured])
         coefficients, layers = len(self.warp.names), len(table.names)
         self.spread = np.concatenate(

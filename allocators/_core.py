@@ -26,13 +26,15 @@ class Pieces:
     """Describe parts of layers' choices: one target, or all targets between two neighbours that differ in nonzeros.
 
     Args:
-        layer: (pieces,) the places of their layers in the table.
+        layer: (pieces,) their layers.
+        place: (pieces,) the places of their storages in the table.
         start, end: (pieces,) the ranks and nonzeros of the neighbours; the same for a single target.
         cost, error: (pieces,) of `start`.
         rise, fall: (pieces,) the cost of `end` less that of `start`, and the error of `start` less that of `end`.
     """
 
     layer: Ints
+    place: Ints
     start: tuple[Ints, Ints]
     end: tuple[Ints, Ints]
     cost: Ints
@@ -90,7 +92,7 @@ def solve_core(
     proved = max(bound, min(least, float(result.mip_dual_bound) * scale))
     y, t = np.split(result.x, 2)
     # For every layer the piece with the largest y.
-    chosen = first_least(-y, np.searchsorted(pieces.layer, table.every))
+    chosen = first_least(-y, np.searchsorted(pieces.layer, np.arange(layers)))
     sizes = _within(table, pieces, chosen, t)
     # In bytes a count between two others may cost more than the line between them says.
     return (sizes if table.slack(sizes) >= 0 else None), proved
@@ -101,21 +103,23 @@ def _pieces(table: OptionTable, price: float, slack: float) -> Pieces:
     value = table.error + price * table.cost
     most = np.minimum.reduceat(value, table.starts) + slack
     if table.axis == "nnz":
-        layer, rank, nnz = table.layer, table.rank, table.nnz
+        place, rank, nnz = table.place, table.rank, table.nnz
         cost, error = table.cost, table.error
-        follows = np.append((layer[1:] == layer[:-1]) & (rank[1:] == rank[:-1]), False)
+        follows = np.append((place[1:] == place[:-1]) & (rank[1:] == rank[:-1]), False)
         alone = ~follows & ~np.append(False, follows[:-1])
         start = np.flatnonzero(follows | alone)
         end = start + follows[start]
     else:
-        layer, rank, nnz = _whole_ranks(table)
-        cost, error = table.costs(layer, rank, nnz), table.predict(layer, rank, nnz)
+        place, rank, nnz = _whole_ranks(table)
+        cost, error = table.costs(place, rank, nnz), table.predict(place, rank, nnz)
         value = error + price * cost
-        start = end = np.arange(len(layer))
+        start = end = np.arange(len(place))
+    layer = table.owner[place]
     near = np.minimum(value[start], value[end]) <= most[layer[start]]
     start, end = start[near], end[near]
     return Pieces(
         layer[start],
+        place[start],
         (rank[start], nnz[start]),
         (rank[end], nnz[end]),
         cost[start],
@@ -127,15 +131,15 @@ def _pieces(table: OptionTable, price: float, slack: float) -> Pieces:
 
 def _whole_ranks(table: OptionTable) -> tuple[Ints, Ints, Ints]:
     """Return the options with all ranks between two of the same nonzeros that are within the limits."""
-    order = np.lexsort((table.rank, table.nnz, table.layer))
-    layer, rank, nnz = table.layer[order], table.rank[order], table.nnz[order]
+    order = np.lexsort((table.rank, table.nnz, table.place))
+    place, rank, nnz = table.place[order], table.rank[order], table.nnz[order]
     step = table.limits.rank_multiple
-    follows = np.append((layer[1:] == layer[:-1]) & (nnz[1:] == nnz[:-1]), False)
+    follows = np.append((place[1:] == place[:-1]) & (nnz[1:] == nnz[:-1]), False)
     # Every option stands for itself and for the ranks up to the next one.
     counts = np.where(follows, (np.append(rank[1:], 0) - rank) // step, 1)
-    each = np.repeat(np.arange(len(layer)), counts)
-    place = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return layer[each], rank[each] + place * step, nnz[each]
+    each = np.repeat(np.arange(len(place)), counts)
+    number = np.arange(len(each)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place[each], rank[each] + number * step, nnz[each]
 
 
 def _within(table: OptionTable, pieces: Pieces, chosen: Ints, t: Floats) -> Sizes:
@@ -150,13 +154,14 @@ def _within(table: OptionTable, pieces: Pieces, chosen: Ints, t: Floats) -> Size
     between = (t > TOLERANCE) & (t < 1 - TOLERANCE)
     ended = t >= 1 - TOLERANCE
     rank, nnz = (np.where(ended, pieces.end[i][chosen], pieces.start[i][chosen]) for i in (0, 1))
+    place = pieces.place[chosen]
     if between.any():
         middle = np.flatnonzero(between)[-1:]
         piece = chosen[middle]
-        left = table.slack(Sizes(rank, nnz))
+        left = table.slack(Sizes(place, rank, nnz))
         limit = pieces.cost[piece] + left
-        rank[middle], nnz[middle] = table.grow(middle, rank[middle], nnz[middle], pieces.end[1][piece], limit)
-    return Sizes(rank, nnz)
+        rank[middle], nnz[middle] = table.grow(place[middle], rank[middle], nnz[middle], pieces.end[1][piece], limit)
+    return Sizes(place, rank, nnz)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,8 @@ class Database:
         rank = 0 if problem.axis == "nnz" else int(moves.unit.max())
         self.step = max(1, rank, weights * (BYTES_PER_VALUE if problem.budget.accounting == "bytes" else 1))
         sizes = table.sizes(start)
-        now = table.every, sizes.rank, sizes.nnz
+        now = sizes.targets
+        self._place = sizes.place
         spare, room = moves.spare(*now), moves.room(*now)
         self.least = -np.minimum(LEVELS, spare // self.step)
         self.most = np.minimum(LEVELS, room // self.step)
@@ -67,7 +68,8 @@ class Database:
 
     def sizes(self, levels: Ints) -> Sizes:
         """Return the targets at `levels`."""
-        return Sizes(self._rank[levels + LEVELS, self.table.every], self._nnz[levels + LEVELS, self.table.every])
+        every = np.arange(len(levels))
+        return Sizes(self._place, self._rank[levels + LEVELS, every], self._nnz[levels + LEVELS, every])
 
     def targets(self, levels: Ints) -> dict[str, Target]:
         """Return the allocation of `levels`, with the rest that rounding leaves in bytes or under a pattern spent."""

@@ -42,7 +42,7 @@ class Feedback:
     def tell(self, before: Sizes, after: Sizes, differences: Tensor) -> None:
         """Add `differences` (windows,), the losses of `after` less those of `before`."""
         table = self._table
-        errors = [table.predict(table.every, sizes.rank, sizes.nnz) for sizes in (before, after)]
+        errors = [table.predict(*sizes.targets) for sizes in (before, after)]
         change = errors[1] - errors[0]
         error = float(differences.var()) / len(differences) if len(differences) > 1 else 0.0
         variance = error + (MISFIT * self._scale * np.abs(change).sum()) ** 2

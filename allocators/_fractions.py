@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from allocators._spend import spend_sizes
+from allocators._storages import in_best_storage
 from globalopt.errors import UsageError
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -78,7 +79,11 @@ def kept_targets(problem: Problem, kept: Mapping[int, float], rank_share: float)
         rank_share: part of a layer's parameters that is in its rank: `rank = floor(rank_share kept d_out d_in / (d_out
             + d_in))`, at most the largest its surface offers, and within the problem's limits. Where only rank is free,
             all parameters are in the rank.
+
+    Where layers have several storages, all get the one whose targets have the least predicted loss.
     """
+    if problem.mixed:
+        return in_best_storage(problem, lambda narrow: kept_targets(narrow, kept, rank_share))
     table = problem.table
     ranges = _FractionRanges(table)
     wanted = np.array([kept[spec.block] for spec in table.specs])
@@ -107,13 +112,13 @@ class _FractionRanges:
 
     def __init__(self, table: OptionTable) -> None:
         self._table = table
-        self.dense = table.dense
+        self.dense = table.dense[table.every]
         self._bare = np.zeros(len(table.names), np.int64)
         self.least, self.most = np.zeros(len(table.names)), np.ones(len(table.names))
         if table.pattern is not None:
             self._bare = np.array([table.pattern.nnz(spec) for spec in table.specs], np.int64)
             self.least = table.costs(table.every, 0 * self._bare, self._bare) / self.dense
-            most = table.costs(table.every, table.most_rank, self._bare) / self.dense
+            most = table.costs(table.every, table.most_rank[table.every], self._bare) / self.dense
             self.most = np.maximum(self.least, np.minimum(most, 1.0))
 
     def clip(self, fractions: Floats) -> Floats:
@@ -125,14 +130,15 @@ class _FractionRanges:
         table = self._table
         every = table.every
         limit = np.floor(self.clip(fractions) * self.dense * (1 + ROUNDING)).astype(np.int64)
-        zero = np.zeros_like(limit)
+        zero, most_rank, numel = np.zeros_like(limit), table.most_rank[every], table.numel[every]
         if table.axis == "rank":
-            rank, nnz = table.grow(every, zero, self._bare, table.most_rank, limit)
+            rank, nnz = table.grow(every, zero, self._bare, most_rank, limit)
         else:
-            share = (rank_share * limit / self.dense * table.numel / table.per_rank).astype(np.int64)
-            rank = table.floor(np.minimum(share, table.most_rank))
-            rank, nnz = table.grow(every, rank, zero, table.numel - 1, limit)
+            share = (rank_share * limit / self.dense * numel / table.per_rank[every]).astype(np.int64)
+            rank = table.floor(np.minimum(share, most_rank))
+            rank, nnz = table.grow(every, rank, zero, numel - 1, limit)
         if table.pattern is None:
-            whole = limit == self.dense
-            rank, nnz = np.where(whole, 0, rank), np.where(whole, table.numel, nnz)
-        return Sizes(rank, nnz)
+            # A whole layer needs no index: in few bits it may cost less than most of its entries.
+            whole = table.costs(every, zero, numel) <= limit
+            rank, nnz = np.where(whole, 0, rank), np.where(whole, numel, nnz)
+        return Sizes(every, rank, nnz)

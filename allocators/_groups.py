@@ -52,7 +52,7 @@ class Groups:
     the problem's limits.
 
     Args:
-        problem: surfaces, budget, pattern.
+        problem: surfaces, budget, pattern; every layer has options in one storage.
         start: targets within the budget.
         groups: about how many there are in all.
     """
@@ -119,10 +119,12 @@ class _LayerPrices:
         self.pattern = problem.pattern
         self.limits = problem.limits
         nnz = self.pattern.nnz(self.spec) if self.pattern else 0
-        self.bare = Target(0, nnz, self.pattern)
+        (self.storage,) = surface.storages
+        self.bare = Target(0, nnz, self.pattern, storage=self.storage)
+        self.whole = replace(Target.dense(self.spec), storage=self.storage)
         self.base = self.budget.cost(self.bare, self.spec)
         self.per_rank = self.budget.cost(replace(self.bare, rank=1), self.spec) - self.base
-        self.dense = self.budget.cost(Target.dense(self.spec), self.spec)
+        self.dense = self.budget.cost(self.whole, self.spec)
         self.most_rank = max(target.rank for target in surface.targets)
 
     def tops(self) -> dict[str, int]:
@@ -146,11 +148,11 @@ class _LayerPrices:
             return replace(self.bare, rank=ranks)
         price = rank + nnz
         if price >= self.dense:
-            return Target.dense(self.spec)
+            return self.whole
         if not self.limits.sparse:
-            return Target(ranks, 0)
+            return Target(ranks, 0, storage=self.storage)
         while True:
-            target = self.budget.grow(Target(ranks, 0), self.spec, "nnz", self.spec.numel, price)
+            target = self.budget.grow(Target(ranks, 0, storage=self.storage), self.spec, "nnz", self.spec.numel, price)
             if not ranks or target.nnz >= self._least(ranks):
                 return target
             ranks -= self.limits.rank_multiple

@@ -30,12 +30,20 @@ CONFIDENCE = 0.95
 
 
 class Trades(NamedTuple):
-    """Hold trades of rank for nonzeros: the layers, their ranks and nonzeros afterwards, and the predicted gains."""
+    """Hold trades within layers: the layers, their places, ranks and nonzeros afterwards, and the predicted gains."""
 
     layer: Ints
+    place: Ints
     rank: Ints
     nnz: Ints
     gain: Floats
+
+    def beside(self, other: Trades) -> Trades:
+        """Return these trades, and then those of `other`."""
+        layer, place, rank, nnz = (
+            np.concatenate([mine, theirs]) for mine, theirs in zip(self[:4], other[:4], strict=True)
+        )
+        return Trades(layer, place, rank, nnz, np.concatenate([self.gain, other.gain]))
 
 
 class Moves:
@@ -58,39 +66,39 @@ class Moves:
 
     @cached_property
     def unit(self) -> Ints:
-        """Costs that are enough for one more of the free axis: a rank, a parameter, or a 16-bit value and its index."""
-        every = self.table.every
+        """Costs, by place, that are enough for one more of the free axis: a rank, a parameter, or a value and index."""
+        every = np.arange(len(self.table.owner))
         if self.axis == "rank":
             return self.table.costs(every, np.full_like(every, self.multiple), 0 * every)
         return np.full_like(every, 1 if self.table.budget.accounting == "params" else 4)
 
-    def spare(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+    def spare(self, place: Ints, rank: Ints, nnz: Ints) -> Ints:
         """Compute the most cost that targets can give up."""
-        return self.table.costs(layer, rank, nnz) - self.table.costs(layer, *self._bare(layer, rank, nnz))
+        return self.table.costs(place, rank, nnz) - self.table.costs(place, *self._bare(place, rank, nnz))
 
-    def room(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+    def room(self, place: Ints, rank: Ints, nnz: Ints) -> Ints:
         """Compute the most cost that targets can take."""
-        grown = self.grown(layer, rank, nnz, self.dense[layer])
-        return self.table.costs(layer, *grown) - self.table.costs(layer, rank, nnz)
+        grown = self.grown(place, rank, nnz, self.dense[place])
+        return self.table.costs(place, *grown) - self.table.costs(place, rank, nnz)
 
-    def shrunk(self, layer: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
+    def shrunk(self, place: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
         """Find the largest targets that cost an amount less, which is at most their `spare`."""
         top = rank if self.axis == "rank" else nnz
-        limit = self.table.costs(layer, rank, nnz) - amount
-        return self.table.grow(layer, *self._bare(layer, rank, nnz), top, limit)
+        limit = self.table.costs(place, rank, nnz) - amount
+        return self.table.grow(place, *self._bare(place, rank, nnz), top, limit)
 
-    def grown(self, layer: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
+    def grown(self, place: Ints, rank: Ints, nnz: Ints, amount: Ints) -> tuple[Ints, Ints]:
         """Find the largest targets that cost at most an amount more."""
         table = self.table
         if self.axis == "rank":
-            top = np.minimum(table.most_rank[layer], (table.numel[layer] - nnz) // table.per_rank[layer])
+            top = np.minimum(table.most_rank[place], (table.numel[place] - nnz) // table.per_rank[place])
         else:
-            top = table.numel[layer] - rank * table.per_rank[layer]
-        limit = np.minimum(self.dense[layer], table.costs(layer, rank, nnz) + amount)
-        return table.grow(layer, rank, nnz, top, limit)
+            top = table.numel[place] - rank * table.per_rank[place]
+        limit = np.minimum(self.dense[place], table.costs(place, rank, nnz) + amount)
+        return table.grow(place, rank, nnz, top, limit)
 
     def traded(
-        self, layer: Ints, rank: Ints, nnz: Ints, ranks: Ints, slack: int
+        self, place: Ints, rank: Ints, nnz: Ints, ranks: Ints, slack: int
     ) -> tuple[NDArray[np.bool_], Ints, Ints]:
         """Find the targets with so many ranks more, and the nonzeros that their costs and a slack pay for.
 
@@ -99,26 +107,43 @@ class Moves:
         table = self.table
         # To the next multiple at least, or nothing would move.
         change = np.maximum(self.multiple, abs(ranks) // self.multiple * self.multiple)
-        then = np.where(ranks > 0, rank + change, rank - change).clip(table.least_rank[layer], table.most_rank[layer])
+        then = np.where(ranks > 0, rank + change, rank - change).clip(table.least_rank[place], table.most_rank[place])
         if self.axis == "rank":
-            return np.zeros(len(layer), bool), rank, nnz
-        least = self._bare(layer, then, table.numel[layer])
-        limit = np.minimum(self.dense[layer], table.costs(layer, rank, nnz) + slack)
-        cost = table.costs(layer, *least)
-        fits = least[0] * table.per_rank[layer] + least[1] <= table.numel[layer]
+            return np.zeros(len(place), bool), rank, nnz
+        least = self._bare(place, then, table.numel[place])
+        limit = np.minimum(self.dense[place], table.costs(place, rank, nnz) + slack)
+        cost = table.costs(place, *least)
+        fits = least[0] * table.per_rank[place] + least[1] <= table.numel[place]
         can = (then != rank) & (cost <= limit) & fits
-        return can, *self.grown(layer, *least, limit - cost)
+        return can, *self.grown(place, *least, limit - cost)
 
-    def gain(self, layer: Ints, rank: Ints, nnz: Ints, then: tuple[Ints, Ints]) -> Floats:
+    def converted(self, place: Ints, rank: Ints, nnz: Ints, slack: int) -> Trades:
+        """Find the targets in the other storages of layers, with the nonzeros that their costs and a slack pay for."""
+        table = self.table
+        which, there = table.others(place)
+        limit = np.minimum(self.dense[there], table.costs(place, rank, nnz)[which] + slack)
+        rank, nnz, place = rank[which], nnz[which], place[which]
+        if self.axis == "nnz":
+            bare = self._bare(there, rank, table.numel[there])
+            top = table.numel[there] - rank * table.per_rank[there]
+            then = table.grow(there, *bare, top, limit)
+        else:
+            then = table.grow(there, *self._bare(there, rank, nnz), rank, limit)
+        fits = table.costs(there, *then) <= limit
+        there, then = there[fits], (then[0][fits], then[1][fits])
+        gain = table.predict(place[fits], rank[fits], nnz[fits]) - table.predict(there, *then)
+        return Trades(table.owner[there], there, *then, gain)
+
+    def gain(self, place: Ints, rank: Ints, nnz: Ints, then: tuple[Ints, Ints]) -> Floats:
         """Predict the falls of the errors."""
-        return self.table.predict(layer, rank, nnz) - self.table.predict(layer, *then)
+        return self.table.predict(place, rank, nnz) - self.table.predict(place, *then)
 
-    def _bare(self, layer: Ints, rank: Ints, nnz: Ints) -> tuple[Ints, Ints]:
+    def _bare(self, place: Ints, rank: Ints, nnz: Ints) -> tuple[Ints, Ints]:
         """Return the targets at the lower end of their free axis."""
         if self.axis == "rank":
-            return np.minimum(rank, self.table.least_rank[layer]), nnz
+            return np.minimum(rank, self.table.least_rank[place]), nnz
         # Below the options of the neighbouring ranks the prediction is a constant, which would look like a free gain.
-        return rank, np.minimum(nnz, self.table.least_nnz(layer, rank))
+        return rank, np.minimum(nnz, self.table.least_nnz(place, rank))
 
     # ------------------------------------------------------------------------------------ moves
 
@@ -140,7 +165,7 @@ class Moves:
         give, take = (_one(sizes, layer) for layer in (giver, taker))
         spare, room = int(self.spare(*give)[0]), int(self.room(*take)[0])
         wanted = min(delta, room - slack)
-        for amount in (min(wanted, spare), int(self.unit[taker]) - slack):
+        for amount in (min(wanted, spare), int(self.unit[take[0][0]]) - slack):
             if wanted < 1 or not 1 <= amount <= spare:
                 continue
             shrunk = self.shrunk(*give, np.array([amount]))
@@ -161,22 +186,20 @@ class Moves:
 
     def spend_rest(self, sizes: Sizes) -> Sizes:
         """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
-        every = self.table.every
         while (slack := self.table.slack(sizes)) > 0:
-            rank, nnz = self.grown(every, sizes.rank, sizes.nnz, np.full_like(every, slack))
+            rank, nnz = self.grown(*sizes.targets, np.full_like(sizes.rank, slack))
             able = np.flatnonzero((rank != sizes.rank) | (nnz != sizes.nnz))
             if not len(able):
                 break
-            gain = self.gain(able, sizes.rank[able], sizes.nnz[able], (rank[able], nnz[able]))
+            gain = self.gain(*_some(sizes, able), (rank[able], nnz[able]))
             best = int(able[gain.argmax()])
             sizes = sizes.with_layer(best, int(rank[best]), int(nnz[best]))
         return sizes
 
     def random_swap(self, sizes: Sizes, delta: int, rng: random.Random) -> Sizes | None:
         """Make a level swap of two layers drawn uniformly from those that can give and can take."""
-        every = self.table.every
-        givers = np.flatnonzero(self.spare(every, sizes.rank, sizes.nnz) > 0).tolist()
-        takers = np.flatnonzero(self.room(every, sizes.rank, sizes.nnz) > 0).tolist()
+        givers = np.flatnonzero(self.spare(*sizes.targets) > 0).tolist()
+        takers = np.flatnonzero(self.room(*sizes.targets) > 0).tolist()
         for _ in range(ATTEMPTS if givers and takers else 0):
             giver, taker = rng.choice(givers), rng.choice(takers)
             moved = self.swap(sizes, giver, taker, delta) if giver != taker else None
@@ -185,7 +208,7 @@ class Moves:
         return None
 
     def random_trade(self, sizes: Sizes, delta: int, rng: random.Random) -> Sizes | None:
-        """Make a trade of about `delta` between rank and nonzeros of a layer drawn uniformly."""
+        """Make a trade of about `delta` between rank and nonzeros, or to another storage, drawn uniformly."""
         trades = self._trades(sizes, delta)
         if not len(trades.layer):
             return None
@@ -205,14 +228,13 @@ class Moves:
         if rng.random() < UNIFORM_SHARE:
             first, second = rng.sample([self.random_swap, self.random_trade], 2)
             return first(sizes, delta, rng) or second(sizes, delta, rng)
-        every = self.table.every
-        spare = self.spare(every, sizes.rank, sizes.nnz)
+        spare = self.spare(*sizes.targets)
         givers = np.flatnonzero(spare > 0)
-        takers = np.flatnonzero(self.room(every, sizes.rank, sizes.nnz) > 0)
-        now = givers, sizes.rank[givers], sizes.nnz[givers]
+        takers = np.flatnonzero(self.room(*sizes.targets) > 0)
+        now = _some(sizes, givers)
         give = self.gain(*now, self.shrunk(*now, np.minimum(delta, spare[givers])))
-        now = takers, sizes.rank[takers], sizes.nnz[takers]
-        take = self.gain(*now, self.grown(*now, np.maximum(delta, self.unit[takers])))
+        now = _some(sizes, takers)
+        take = self.gain(*now, self.grown(*now, np.maximum(delta, self.unit[now[0]])))
         trades = self._trades(sizes, delta)
         changes = abs(np.concatenate([give, take]))
         scale = temperature * float(changes.sum()) / max(1, len(changes)) or 1.0
@@ -221,7 +243,7 @@ class Moves:
         give, take = np.exp((give - top_give) / scale), np.exp((take - top_take) / scale)
         traded = np.exp(np.minimum(500.0, (trades.gain - top_give - top_take) / scale))
         given = math.fsum(give.tolist())
-        own = np.zeros(len(every))
+        own = np.zeros(len(sizes.place))
         own[givers] = give
         paired = take * np.maximum(0.0, given - own[takers])
         swaps, all_trades = math.fsum(paired.tolist()), math.fsum(traded.tolist())
@@ -235,24 +257,32 @@ class Moves:
         return self.swap(sizes, giver, taker, delta)
 
     def _trades(self, sizes: Sizes, delta: int) -> Trades:
-        """Find every trade of about `delta`, by layer and of fewer ranks before more."""
+        """Find every trade of about `delta`, by layer and of fewer ranks before more; then those of storage."""
         table = self.table
-        layer = np.repeat(table.every, 2)
-        rank, nnz = sizes.rank[layer], sizes.nnz[layer]
-        per_rank = table.costs(layer, np.ones_like(layer), np.zeros_like(layer))
+        layer = np.repeat(np.arange(len(table.names)), 2)
+        place, rank, nnz = _some(sizes, layer)
+        per_rank = table.costs(place, np.ones_like(layer), np.zeros_like(layer))
         ranks = np.maximum(1, delta // per_rank) * np.tile([-1, 1], len(table.names))
-        can, *then = self.traded(layer, rank, nnz, ranks, table.slack(sizes))
-        layer, rank, nnz, then = layer[can], rank[can], nnz[can], (then[0][can], then[1][can])
-        return Trades(layer, *then, self.gain(layer, rank, nnz, then))
+        slack = table.slack(sizes)
+        can, *then = self.traded(place, rank, nnz, ranks, slack)
+        place, rank, nnz, then = place[can], rank[can], nnz[can], (then[0][can], then[1][can])
+        within = Trades(layer[can], place, *then, self.gain(place, rank, nnz, then))
+        between = self.converted(*sizes.targets, slack)
+        return within.beside(between)
 
     def _traded(self, sizes: Sizes, trades: Trades, chosen: int) -> Sizes:
-        layer, rank, nnz = (int(part[chosen]) for part in (trades.layer, trades.rank, trades.nnz))
-        return self.spend_rest(sizes.with_layer(layer, rank, nnz))
+        layer, rank, nnz, place = (int(part[chosen]) for part in (trades.layer, trades.rank, trades.nnz, trades.place))
+        return self.spend_rest(sizes.with_layer(layer, rank, nnz, place))
+
+
+def _some(sizes: Sizes, layers: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the targets of some layers, as places, ranks and nonzeros."""
+    return sizes.place[layers], sizes.rank[layers], sizes.nnz[layers]
 
 
 def _one(sizes: Sizes, layer: int) -> tuple[Ints, Ints, Ints]:
-    """Return a layer and its target as arrays of one element."""
-    return np.array([layer]), sizes.rank[[layer]], sizes.nnz[[layer]]
+    """Return the target of a layer as arrays of one element."""
+    return _some(sizes, np.array([layer]))
 
 
 def _numbers(target: tuple[Ints, Ints]) -> tuple[int, int]:

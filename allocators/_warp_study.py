@@ -45,7 +45,7 @@ def nearest(table: OptionTable, warp: Warp, sizes: Sizes) -> Theta:
     rising = slopes > 0
     if not rising.any():
         return (0.0,) * len(warp.names)
-    share = table.shares(table.every, sizes.rank, sizes.nnz)
+    share = table.shares(*sizes.targets)
     rows = np.column_stack([warp.features(table.specs), share, np.ones(len(share))])[rising]
     solution = np.linalg.lstsq(rows, -np.log(slopes[rising]), rcond=None)[0]
     return tuple(solution[:-1].tolist())
@@ -54,11 +54,11 @@ def nearest(table: OptionTable, warp: Warp, sizes: Sizes) -> Theta:
 def _slopes(table: OptionTable, sizes: Sizes) -> Floats:
     """Mean falls of the errors per unit of cost, from a tenth less to a tenth more of the free axis."""
     ranks = table.axis == "rank"
-    here, top = (sizes.rank, table.most_rank) if ranks else (sizes.nnz, table.numel)
+    here, top = (sizes.rank, table.most_rank[sizes.place]) if ranks else (sizes.nnz, table.numel[sizes.place])
     less = np.floor(0.9 * here).astype(np.int64)
     more = np.minimum(top, np.ceil(1.1 * here).astype(np.int64) + 1)
     ends = [(end, sizes.nnz) if ranks else (sizes.rank, end) for end in (less, more)]
-    costs, errors = ([of(table.every, *end) for end in ends] for of in (table.costs, table.predict))
+    costs, errors = ([of(sizes.place, *end) for end in ends] for of in (table.costs, table.predict))
     cost = costs[1] - costs[0]
     return np.where(cost > 0, (errors[0] - errors[1]) / np.where(cost > 0, cost, 1), 0.0)
 

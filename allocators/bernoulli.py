@@ -14,6 +14,7 @@ from allocators import cap
 from allocators._groups import Groups
 from allocators._policy import Control, Draws, Policy, gradient_samples, step_within
 from allocators._spend import spend
+from allocators._storages import in_storages_of
 from allocators._trials import FINALISTS, OutOfTokens, Trials
 from allocators.knapsack import Knapsack
 from allocators.uniform import Uniform
@@ -124,13 +125,14 @@ class Bernoulli:
         updates, samples = self.updates or UPDATES[self.preset], self.samples or SAMPLES[self.preset]
         starts = [Uniform().allocate(problem).targets]
         if self.preset is Preset.CAP:
+            problem = in_storages_of(problem, starts[0])
             trials = Trials(problem, objective, starts)
             chunks = self.chunks or len(trials.all_chunks)
             targets = cap.search(trials, updates, samples, self.learning_rate, chunks)
             return problem.finish(spend(problem, targets), by=self.name)
         starts.insert(0, Knapsack().allocate(problem).targets)
         trials = Trials(problem, objective, starts)
-        self._search(trials, Groups(problem, starts[0], self.groups), updates, samples)
+        self._search(trials, Groups(in_storages_of(problem, starts[0]), starts[0], self.groups), updates, samples)
         return problem.finish(trials.verdict(), by=self.name)
 
     def _search(self, trials: Trials, groups: Groups, updates: int, samples: int) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from allocators._trials import OutOfTokens, Trials
 from globalopt.protocols import Candidate
-from globalopt.values.budget import BYTES_PER_VALUE, Target
+from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.span import Mask
+from globalopt.values.storage import GROUP
 
 WINDOW = 5
 """Losses that the moving-average baseline is the mean of, the latest included."""
@@ -142,9 +143,10 @@ class Components:
         magnitude: list[Tensor] = []
         price: list[Tensor] = []
         start = 0
-        for spec in sorted(problem.specs, key=lambda spec: spec.name):
+        for surface in sorted(problem.surfaces, key=lambda surface: surface.spec.name):
+            spec, (storage,) = surface.spec, surface.storages
             span = problem.span(spec.name)
-            bare = Target(0, pattern.nnz(spec) if pattern else 0, pattern)
+            bare = Target(0, pattern.nnz(spec) if pattern else 0, pattern, storage=storage)
             room = (spec.numel - bare.nnz) // (spec.d_out + spec.d_in) if pattern else span.max_rank
             directions = problem.limits.floor(min(span.max_rank, room))
             entries = spec.numel if problem.axis == "nnz" else 0
@@ -153,7 +155,7 @@ class Components:
             parts = (span.s[:directions] / (spec.d_out + spec.d_in) ** 0.5, span.S.flatten()[:entries].abs())
             magnitude.append(torch.cat(parts).float().cpu() / max(energy / spec.numel, 1e-30) ** 0.5)
             per_rank = float(budget.cost(replace(bare, rank=1), spec) - budget.cost(bare, spec))
-            per_entry = 1.0 if budget.accounting == "params" else float(BYTES_PER_VALUE)
+            per_entry = 1.0 if budget.accounting == "params" else storage.value_bytes(GROUP) / GROUP
             price += [torch.full((directions,), per_rank), torch.full((entries,), per_entry)]
             self._parts.append(part)
             start = part.end
@@ -210,5 +212,5 @@ class Components:
         rank = self._problem.limits.floor(directions)
         target = replace(part.bare, rank=rank, nnz=part.bare.nnz + entries)
         if part.bare.pattern is None and target.params(part.spec) >= part.spec.numel:
-            return Target.dense(part.spec)
+            return replace(Target.dense(part.spec), storage=part.bare.storage)
         return target

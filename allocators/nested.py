@@ -59,7 +59,7 @@ def is_within(inner: Target, outer: Target, dense: Target) -> bool:
     >>> is_within(Target(3, 20), Target(2, 30), dense=Target(0, 64))
     False
     """
-    return outer == dense or (inner.rank <= outer.rank and inner.nnz <= outer.nnz)
+    return outer == dense or (inner.rank <= outer.rank and inner.nnz <= outer.nnz and inner.storage == outer.storage)
 
 
 def options_around(surface: ErrorSurface, inner: Target) -> ErrorSurface:

@@ -205,7 +205,7 @@ def make(
     """
     budget, table = allocation.budget, problem.table
     sizes = table.sizes(allocation.targets)
-    errors = dict(zip(table.names, table.predict(table.every, sizes.rank, sizes.nnz).tolist(), strict=True))
+    errors = dict(zip(table.names, table.predict(*sizes.targets).tolist(), strict=True))
     return BudgetFile(
         schema_version=SCHEMA_VERSION,
         fingerprint=fingerprint,

@@ -13,7 +13,7 @@ from typing import Any
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.values.layer import NM, HasShape, LayerSpec
-from globalopt.values.storage import PLAIN, Storage
+from globalopt.values.storage import PLAIN, Storage, factor_bytes, number_bytes
 
 ACCOUNTINGS = ("params", "bytes")
 """Units in which a budget may be counted: parameters, or bytes with the index of the sparse part."""
@@ -109,8 +109,8 @@ class Target:
         >>> Target(rank=0, nnz=2048, storage=Storage(4, 8)).bytes(spec)  # codes 1024, scales 2 x 32, bitmap
         1600
         """
-        bits = index_bits(self.pattern)
-        return bytes_kept(self.rank, self.nnz, self.signs, bits, spec.d_out, spec.d_in, self.storage)
+        bits = index_bits(self.pattern), self.storage.values, self.storage.factors
+        return bytes_kept(self.rank, self.nnz, self.signs, spec.d_out, spec.d_in, *bits)
 
 
 def index_bits(pattern: NM | None) -> int:
@@ -140,29 +140,36 @@ def params_kept(rank: Whole, nnz: Whole, signs: Whole, d_out: Whole, d_in: Whole
 
 
 def bytes_kept(
-    rank: Whole, nnz: Whole, signs: Whole, bits: int, d_out: Whole, d_in: Whole, storage: Storage = PLAIN
+    rank: Whole,
+    nnz: Whole,
+    signs: Whole,
+    d_out: Whole,
+    d_in: Whole,
+    position_bits: int = 0,
+    value_bits: Whole = 16,
+    factor_bits: Whole = 16,
 ) -> Whole:
     """Count the bytes of targets, as `Target.bytes` says.
 
     Args:
         rank, nnz, signs: of the targets. d_out, d_in: of their layers.
-        bits: of the index of a value under the pattern; 0 without one.
-        storage: of all of them.
+        position_bits: of a value under the pattern (`index_bits`); 0 without one.
+        value_bits, factor_bits: of their storage.
 
     >>> import numpy as np
-    >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 0, 64, 64).tolist()
+    >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 64, 64).tolist()
     [516, 4608, 8192]
     """
     numel = d_out * d_in
     bitmap = -(-numel // 8)
-    if bits:
-        index = -(-nnz * bits // 8)
+    if position_bits:
+        index = -(-nnz * position_bits // 8)
     else:
         # Column indices of 16 bits do not reach further: then they are made dearer than the bitmap.
         columns = 2 * nnz + 4 * (d_out + 1) + (d_in > 2**16) * bitmap
         index = (bitmap + columns - abs(bitmap - columns)) // 2  # the smaller of the two
     partly = (nnz > 0) * (nnz < numel)
-    numbers = storage.value_bytes(nnz) + storage.factor_bytes(rank, d_out, d_in)
+    numbers = number_bytes(nnz, value_bits) + factor_bytes(rank, d_out, d_in, factor_bits)
     return numbers + signs * bitmap + partly * index
 
 

@@ -17,6 +17,7 @@ from globalopt.values.budget import Budget, Limits, Target, bytes_kept, index_bi
 
 if TYPE_CHECKING:
     from globalopt.values.layer import NM
+    from globalopt.values.storage import Storage
     from globalopt.values.surface import ErrorSurface
 
 Floats = NDArray[np.float64]
@@ -28,6 +29,7 @@ class Sizes:
     """Hold one target per layer as arrays, in the order of the names of an `OptionTable`.
 
     Args:
+        place: (layers,) int64, the place of every layer's storage in the table.
         rank, nnz: (layers,) int64.
 
     >>> from allocators.example import example_problem
@@ -37,6 +39,7 @@ class Sizes:
     ([1, 1, 1, 1], [8, 16, 16, 16])
     """
 
+    place: Ints
     rank: Ints
     nnz: Ints
 
@@ -49,21 +52,29 @@ class Sizes:
     @cached_property
     def key(self) -> bytes:
         """The bytes that tell these targets from others of the same layers."""
-        return self.rank.tobytes() + self.nnz.tobytes()
+        return self.place.tobytes() + self.rank.tobytes() + self.nnz.tobytes()
 
-    def with_layer(self, layer: int, rank: int, nnz: int) -> Sizes:
-        """Return a copy with another rank and other nonzeros of one layer."""
-        ranks, counts = self.rank.copy(), self.nnz.copy()
-        ranks[layer], counts[layer] = rank, nnz
-        return Sizes(ranks, counts)
+    def with_layer(self, layer: int, rank: int, nnz: int, place: int | None = None) -> Sizes:
+        """Return a copy with another rank and other nonzeros of one layer, in its storage or at another `place`."""
+        places, ranks, counts = self.place.copy(), self.rank.copy(), self.nnz.copy()
+        places[layer], ranks[layer], counts[layer] = self.place[layer] if place is None else place, rank, nnz
+        return Sizes(places, ranks, counts)
+
+    @property
+    def targets(self) -> tuple[Ints, Ints, Ints]:
+        """The three arrays, as the methods of an `OptionTable` take them."""
+        return self.place, self.rank, self.nnz
 
 
 class OptionTable:
-    """Describe the options of all layers, flattened: ordered by the name of the layer, then by rank, then by nonzeros.
+    """Describe the options of all layers, flattened: ordered by the name of the layer, storage, rank and nonzeros.
 
-    Methods take arrays over some layers, `(layer, rank, nnz)` of equal shapes, where `layer` is a place in `names`;
-    they compute what `Target`, `Budget` and `ErrorSurface` compute for one layer. All targets are of the pattern of the
-    table, and without signs.
+    A layer has a place for every storage that it has options in, most bits first; where all have one storage, places
+    are layers. Methods take arrays over some places, `(place, rank, nnz)` of equal shapes; they compute what `Target`,
+    `Budget` and `ErrorSurface` compute for one layer. All targets are of the pattern of the table, and without signs.
+
+    Of every place: `owner`, its layer; `storages`, `d_out`, `d_in`, `numel`, `per_rank`. Of every option: `place`,
+    `layer`, `rank`, `nnz`, `error`, `cost`.
 
     Args:
         surfaces: one per layer, in any order.
@@ -89,27 +100,37 @@ class OptionTable:
         self.budget, self.pattern, self.limits = budget, pattern, limits
         self.specs = tuple(surface.spec for surface in ordered)
         self.names = tuple(spec.name for spec in self.specs)
+        self.storages = tuple(storage for surface in ordered for storage in surface.storages)
+        menus = np.array([len(surface.storages) for surface in ordered], np.int64)
+        self.owner: Ints = np.repeat(np.arange(len(ordered)), menus)
+        self.first_place: Ints = np.cumsum(menus) - menus
         parts = [surface.arrays for surface in ordered]
-        self.rank: Ints = np.concatenate([part[0] for part in parts])
-        self.nnz: Ints = np.concatenate([part[1] for part in parts])
-        self.error: Floats = np.concatenate([part[2] for part in parts])
-        counts = np.array([len(part[0]) for part in parts], np.int64)
-        self.starts: Ints = np.cumsum(counts) - counts
-        self.layer: Ints = np.repeat(np.arange(len(parts)), counts)
-        self.d_out = np.array([spec.d_out for spec in self.specs], np.int64)
-        self.d_in = np.array([spec.d_in for spec in self.specs], np.int64)
+        self.rank: Ints = np.concatenate([part[1] for part in parts])
+        self.nnz: Ints = np.concatenate([part[2] for part in parts])
+        self.error: Floats = np.concatenate([part[3] for part in parts])
+        self.place: Ints = np.concatenate(
+            [part[0] + first for part, first in zip(parts, self.first_place, strict=True)]
+        )
+        self.layer: Ints = self.owner[self.place]
+        self.starts: Ints = np.searchsorted(self.layer, np.arange(len(parts)))
+        places = [self.specs[layer] for layer in self.owner]
+        self.d_out = np.array([spec.d_out for spec in places], np.int64)
+        self.d_in = np.array([spec.d_in for spec in places], np.int64)
         self.numel = self.d_out * self.d_in
         self.per_rank = self.d_out + self.d_in
-        self.cost = self.costs(self.layer, self.rank, self.nnz)
-        # A row holds the options of one layer and rank.
-        self._first = np.flatnonzero(_changes(self.layer) | _changes(self.rank))
+        self._value_bits = np.array([storage.values for storage in self.storages], np.int64)
+        self._factor_bits = np.array([storage.factors for storage in self.storages], np.int64)
+        self.cost = self.costs(self.place, self.rank, self.nnz)
+        # A row holds the options of one place and rank.
+        self._first = np.flatnonzero(_changes(self.place) | _changes(self.rank))
         self._last = np.append(self._first[1:], len(self.rank)) - 1
         self._row = np.repeat(np.arange(len(self._first)), self._last - self._first + 1)
-        self._row_start = np.searchsorted(self.layer[self._first], np.arange(len(parts)), "left")
-        self._row_end = np.searchsorted(self.layer[self._first], np.arange(len(parts)), "right") - 1
-        # Keys that ascend over the whole table: a search in one row of one layer is a search in all of them.
+        every = np.arange(len(self.owner))
+        self._row_start = np.searchsorted(self.place[self._first], every, "left")
+        self._row_end = np.searchsorted(self.place[self._first], every, "right") - 1
+        # Keys that ascend over the whole table: a search in one row of one place is a search in all of them.
         self._ranks, self._counts = int(self.rank.max()) + 1, int(self.nnz.max()) + 1
-        self._row_keys = self.layer[self._first] * self._ranks + self.rank[self._first]
+        self._row_keys = self.place[self._first] * self._ranks + self.rank[self._first]
         self._keys = self._row * self._counts + self.nnz
         self._hull: tuple[Ints, Floats] | None = None
 
@@ -117,33 +138,62 @@ class OptionTable:
 
     @property
     def every(self) -> Ints:
-        """The places of all layers, (layers,)."""
-        return np.arange(len(self.names))
+        """The first place of every layer, (layers,): that of its most bits."""
+        return self.first_place
 
     def sizes(self, targets: Mapping[str, Target]) -> Sizes:
-        """Return targets by layer name as arrays."""
+        """Return targets by layer name as arrays; `UsageError` where one is in a storage that its layer lacks."""
         found = [targets[name] for name in self.names]
-        return Sizes(np.array([t.rank for t in found], np.int64), np.array([t.nnz for t in found], np.int64))
+        place = [self._place(layer, target) for layer, target in enumerate(found)]
+        rank, nnz = [target.rank for target in found], [target.nnz for target in found]
+        return Sizes(np.array(place, np.int64), np.array(rank, np.int64), np.array(nnz, np.int64))
+
+    @cached_property
+    def _menus(self) -> list[dict[Storage, int]]:
+        """The places of every layer by storage."""
+        menus: list[dict[Storage, int]] = [{} for _ in self.names]
+        for place, (layer, storage) in enumerate(zip(self.owner.tolist(), self.storages, strict=True)):
+            menus[layer][storage] = place
+        return menus
+
+    def _place(self, layer: int, target: Target) -> int:
+        menu = self._menus[layer]
+        if target.storage not in menu:
+            raise UsageError(
+                f"Layer {self.names[layer]} has no option in {target.storage} bits; there are "
+                f"{', '.join(map(str, menu))}."
+            )
+        return menu[target.storage]
+
+    def others(self, place: Ints) -> tuple[Ints, Ints]:
+        """List the other places of layers that are at `place` (n,): which of the n, and where they could be."""
+        counts = np.bincount(self.owner, minlength=len(self.names))[self.owner[place]]
+        which = np.repeat(np.arange(len(place)), counts)
+        first = self.first_place[self.owner[place]][which]
+        there = first + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        moved = there != place[which]
+        return which[moved], there[moved]
 
     def chosen(self, options: Ints) -> Sizes:
         """Return the targets of one option per layer, given by their places in the table (layers,)."""
-        return Sizes(self.rank[options], self.nnz[options])
+        return Sizes(self.place[options], self.rank[options], self.nnz[options])
 
     def targets(self, sizes: Sizes) -> dict[str, Target]:
         """Return arrays as targets by layer name."""
-        pairs = zip(self.names, sizes.rank.tolist(), sizes.nnz.tolist(), strict=True)
-        return {name: Target(rank, nnz, self.pattern) for name, rank, nnz in pairs}
+        parts = zip(self.names, *(part.tolist() for part in sizes.targets), strict=True)
+        return {name: Target(rank, nnz, self.pattern, storage=self.storages[place]) for name, place, rank, nnz in parts}
 
-    def costs(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+    def costs(self, place: Ints, rank: Ints, nnz: Ints) -> Ints:
         """Compute the costs of targets, in the budget's unit."""
-        d_out, d_in = self.d_out[layer], self.d_in[layer]
+        d_out, d_in = self.d_out[place], self.d_in[place]
         if self.budget.accounting == "params":
             return params_kept(rank, nnz, 0, d_out, d_in)
-        return bytes_kept(rank, nnz, 0, index_bits(self.pattern), d_out, d_in)
+        bits = index_bits(self.pattern), self._value_bits[place], self._factor_bits[place]
+        return bytes_kept(rank, nnz, 0, d_out, d_in, *bits)
 
     def used(self, sizes: Sizes) -> int:
         """Sum the costs of one target per layer."""
-        return int(self.costs(self.every, sizes.rank, sizes.nnz).sum())
+        return int(self.costs(*sizes.targets).sum())
 
     def slack(self, sizes: Sizes) -> int:
         """Compute the rest of the budget."""
@@ -151,10 +201,10 @@ class OptionTable:
 
     @cached_property
     def dense(self) -> Ints:
-        """The costs of the dense layers, (layers,)."""
+        """The costs of the dense layers in 16 bits, by place, (places,)."""
         if self.budget.accounting == "params":
             return self.numel
-        return bytes_kept(0, self.numel, 0, 0, self.d_out, self.d_in)
+        return bytes_kept(0, self.numel, 0, self.d_out, self.d_in)
 
     @property
     def axis(self) -> str:
@@ -166,7 +216,7 @@ class OptionTable:
         most = rank if self.limits.max_rank is None else np.minimum(rank, self.limits.max_rank)
         return most // self.limits.rank_multiple * self.limits.rank_multiple
 
-    def grow(self, layer: Ints, rank: Ints, nnz: Ints, top: Ints, limit: Ints) -> tuple[Ints, Ints]:
+    def grow(self, place: Ints, rank: Ints, nnz: Ints, top: Ints, limit: Ints) -> tuple[Ints, Ints]:
         """Raise the ranks or the nonzeros, whichever is the axis, within costs and limits, as `Problem.grow` does.
 
         Args:
@@ -185,40 +235,40 @@ class OptionTable:
             return (raised, nnz) if self.axis == "rank" else (rank, raised)
 
         high = np.maximum(0, (top - start) // step)
-        whole = self.costs(layer, *at(high)) <= limit
+        whole = self.costs(place, *at(high)) <= limit
         low = np.where(whole, high, 0)
         while bool((high - low > 1).any()):
             middle = (low + high) // 2
-            fits = self.costs(layer, *at(middle)) <= limit
+            fits = self.costs(place, *at(middle)) <= limit
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         return at(low)
 
     # ------------------------------------------------------------------------------------ predictions
 
-    def predict(self, layer: Ints, rank: Ints, nnz: Ints) -> Floats:
+    def predict(self, place: Ints, rank: Ints, nnz: Ints) -> Floats:
         """Interpolate the errors of targets, as `ErrorSurface.predict` does."""
-        return self.between_rows(layer, rank, lambda row: self._in_row(row, nnz, layer))
+        return self.between_rows(place, rank, lambda row: self._in_row(row, nnz, place))
 
     def predicted(self, sizes: Sizes) -> float:
-        """Sum the predicted errors of one target per layer."""
-        return math.fsum(self.predict(self.every, sizes.rank, sizes.nnz).tolist())
+        """Sum the predicted errors of one target per place."""
+        return math.fsum(self.predict(*sizes.targets).tolist())
 
-    def between_rows(self, layer: Ints, rank: Ints, values: Callable[[Ints], NDArray]) -> Floats:
-        """Interpolate values of rows linearly in rank; constant outside the ranks of the layer.
+    def between_rows(self, place: Ints, rank: Ints, values: Callable[[Ints], NDArray]) -> Floats:
+        """Interpolate values of rows linearly in rank; constant outside the ranks of the place's options.
 
         Args:
-            values: computes those of the rows with these numbers, one per element of `layer`.
+            values: computes those of the rows with these numbers, one per element of `place`.
         """
-        right = np.searchsorted(self._row_keys, layer * self._ranks + np.minimum(rank, self._ranks - 1))
-        right = np.where(rank >= self._ranks, self._row_end[layer] + 1, right)
-        first, last = self._row_start[layer], self._row_end[layer]
+        right = np.searchsorted(self._row_keys, place * self._ranks + np.minimum(rank, self._ranks - 1))
+        right = np.where(rank >= self._ranks, self._row_end[place] + 1, right)
+        first, last = self._row_start[place], self._row_end[place]
         low, high = (right - 1).clip(first, last), right.clip(first, last)
         x0, x1 = self.rank[self._first[low]], self.rank[self._first[high]]
         y0, y1 = values(low), values(high)
         t = (rank - x0) / np.where(high > low, x1 - x0, 1)
         return y0 + np.where(high > low, t, 0.0) * (y1 - y0)
 
-    def _in_row(self, row: Ints, nnz: Ints, layer: Ints) -> Floats:
+    def _in_row(self, row: Ints, nnz: Ints, place: Ints) -> Floats:
         """Interpolate errors in nonzeros, between the options of rows."""
         right = np.searchsorted(self._keys, row * self._counts + np.minimum(nnz, self._counts - 1))
         right = np.where(nnz >= self._counts, self._last[row] + 1, right)
@@ -247,38 +297,38 @@ class OptionTable:
 
     @cached_property
     def most_rank(self) -> Ints:
-        """The largest rank offered by every layer, (layers,)."""
+        """The largest rank offered at every place, (places,)."""
         return self.rank[self._first[self._row_end]]
 
     @cached_property
     def least_rank(self) -> Ints:
-        """The smallest rank offered by every layer, (layers,)."""
+        """The smallest rank offered at every place, (places,)."""
         return self.rank[self._first[self._row_start]]
 
     @cached_property
     def share(self) -> Floats:
         """The part of the parameters of every option that is in its rank; 0 where nothing is kept."""
-        return self.shares(self.layer, self.rank, self.nnz)
+        return self.shares(self.place, self.rank, self.nnz)
 
-    def shares(self, layer: Ints, rank: Ints, nnz: Ints) -> Floats:
+    def shares(self, place: Ints, rank: Ints, nnz: Ints) -> Floats:
         """Compute the parts of the parameters that are in the rank, as `Target.rank_share`."""
-        return rank * self.per_rank[layer] / np.maximum(1, rank * self.per_rank[layer] + nnz)
+        return rank * self.per_rank[place] / np.maximum(1, rank * self.per_rank[place] + nnz)
 
-    def least_nnz(self, layer: Ints, rank: Ints) -> Ints:
+    def least_nnz(self, place: Ints, rank: Ints) -> Ints:
         """Compute the fewest nonzeros at which errors beside these ranks are predicted and not a constant."""
-        return np.ceil(self.between_rows(layer, rank, lambda row: self.nnz[self._first[row]])).astype(np.int64)
+        return np.ceil(self.between_rows(place, rank, lambda row: self.nnz[self._first[row]])).astype(np.int64)
 
-    def next_option(self, layer: Ints, rank: Ints, nnz: Ints) -> Ints:
+    def next_option(self, place: Ints, rank: Ints, nnz: Ints) -> Ints:
         """Find the next larger value of the axis that an option has; -1 where there is none.
 
         Along the nonzeros these are the options of the same rank. Where that is between two options, or has one option
         alone, those of all ranks count.
         """
         if self.axis == "rank":
-            row = np.searchsorted(self._row_keys, layer * self._ranks + np.minimum(rank, self._ranks - 1), "right")
-            inside = row <= self._row_end[layer]
+            row = np.searchsorted(self._row_keys, place * self._ranks + np.minimum(rank, self._ranks - 1), "right")
+            inside = row <= self._row_end[place]
             return np.where(inside, self.rank[self._first[np.where(inside, row, 0)]], -1)
-        key = layer * self._ranks + np.minimum(rank, self._ranks - 1)
+        key = place * self._ranks + np.minimum(rank, self._ranks - 1)
         row = np.searchsorted(self._row_keys, key).clip(max=len(self._row_keys) - 1)
         own = (self._row_keys[row] == key) & (rank < self._ranks) & (self._last[row] > self._first[row])
         count = np.minimum(nnz, self._counts - 1)
@@ -287,15 +337,15 @@ class OptionTable:
         found = np.where(inside, self.nnz[np.where(inside, option, 0)], -1)
         if not bool(own.all()):
             levels = self._levels
-            place = np.searchsorted(levels, layer * self._counts + count, "right").clip(max=len(levels) - 1)
-            inside = ~own & (levels[place] // self._counts == layer) & (levels[place] % self._counts > nnz)
+            place = np.searchsorted(levels, place * self._counts + count, "right").clip(max=len(levels) - 1)
+            inside = ~own & (levels[place] // self._counts == place) & (levels[place] % self._counts > nnz)
             found = np.where(inside, levels[place] % self._counts, found)
         return found
 
     @cached_property
     def _levels(self) -> Ints:
-        """The distinct nonzeros of all options of every layer, as ascending keys."""
-        return np.unique(self.layer * self._counts + self.nnz)
+        """The distinct nonzeros of all options of every place, as ascending keys."""
+        return np.unique(self.place * self._counts + self.nnz)
 
     # ------------------------------------------------------------------------------------ the convex hull
 

@@ -15,6 +15,7 @@ from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.option_table import OptionTable
 from globalopt.values.span import Span
+from globalopt.values.storage import Storage
 from globalopt.values.surface import ErrorSurface
 
 OUTLIER_THRESHOLDS = (3, 5, 7, 10)
@@ -143,6 +144,21 @@ class Problem:
         if self.spans is None:
             raise UsageError("This needs the layers' spans; give Problem the function that reads them as `spans`.")
         return self.spans(name)
+
+    @cached_property
+    def storages(self) -> tuple[Storage, ...]:
+        """Return the storages in which every layer has options, most bits first."""
+        common = set.intersection(*(set(surface.storages) for surface in self.surfaces))
+        return tuple(sorted(common, reverse=True))
+
+    @property
+    def mixed(self) -> bool:
+        """Tell whether a layer has options in several storages."""
+        return any(len(surface.storages) > 1 for surface in self.surfaces)
+
+    def narrowed(self, storages: Mapping[str, Storage]) -> Problem:
+        """Make the same problem with the options of one storage for every layer, by layer name."""
+        return replace(self, surfaces=tuple(s.narrowed(storages[s.spec.name]) for s in self.surfaces))
 
     @property
     def axis(self) -> str:

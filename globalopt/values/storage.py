@@ -80,14 +80,14 @@ class Storage:
 
     def factor_bytes(self, rank: Any, d_out: Any, d_in: Any) -> Any:
         """Count the bytes of `U` (d_out, rank) and `V` (rank, d_in); integers or arrays of integers."""
-        return number_bytes(rank * d_out, self.factors) + number_bytes(rank * d_in, self.factors)
+        return factor_bytes(rank, d_out, d_in, self.factors)
 
 
 def number_bytes(count: Any, bits: Any) -> Any:
     """Count the bytes of `count` numbers of `bits` each, with the scales of their groups.
 
     Args:
-        count: an integer, or an array of integers. bits: of `BITS`.
+        count, bits: integers, or arrays of integers; the bits are of `BITS`.
 
     >>> number_bytes(65, 3)  # 195 bits are 25 bytes; two scales
     29
@@ -96,6 +96,15 @@ def number_bytes(count: Any, bits: Any) -> Any:
     """
     codes = -(-count * bits // 8)
     return codes + (bits < 16) * SCALE_BYTES * -(-count // GROUP)
+
+
+def factor_bytes(rank: Any, d_out: Any, d_in: Any, bits: Any) -> Any:
+    """Count the bytes of the factors of `L`, of `bits` for each entry; `U` and `V` have groups of their own.
+
+    >>> factor_bytes(2, d_out=64, d_in=128, bits=8)
+    396
+    """
+    return number_bytes(rank * d_out, bits) + number_bytes(rank * d_in, bits)
 
 
 PLAIN = Storage()

@@ -11,9 +11,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from globalopt.errors import NumericalError
+from globalopt.errors import NumericalError, UsageError
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
+from globalopt.values.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ErrorSurface:
 
     Args:
         spec: the layer.
-        targets: the options, with distinct `(rank, nnz)`.
+        targets: the options, with distinct `(rank, nnz, storage)`.
         error: one per option, >= 0: predicted loss in nats per token where the sensitivity of the loss was estimated,
             else the output error `tr(E G Eᵀ)`.
     Raises:
@@ -55,34 +56,57 @@ class ErrorSurface:
                     target.check(self.spec)
 
     @cached_property
-    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """The ranks, nonzeros and errors of the options, ordered by rank and then by nonzeros; not to be modified."""
-        rank = np.array([target.rank for target in self.targets], np.int64)
-        nnz = np.array([target.nnz for target in self.targets], np.int64)
-        order = np.lexsort((nnz, rank))
-        return rank[order], nnz[order], np.array(self.error)[order]
+    def storages(self) -> tuple[Storage, ...]:
+        """The storages of the options, most bits first."""
+        return tuple(sorted({target.storage for target in self.targets}, reverse=True))
 
     @cached_property
-    def _rows(self) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
-        """Sort the options into ranks, and for every rank into ascending nonzeros and their errors."""
-        by_rank: dict[int, list[tuple[int, float]]] = {}
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """The storages (places in `storages`), ranks, nonzeros and errors of the options, in this order; read only."""
+        places = {storage: place for place, storage in enumerate(self.storages)}
+        storage = np.array([places[target.storage] for target in self.targets], np.int64)
+        rank = np.array([target.rank for target in self.targets], np.int64)
+        nnz = np.array([target.nnz for target in self.targets], np.int64)
+        order = np.lexsort((nnz, rank, storage))
+        return storage[order], rank[order], nnz[order], np.array(self.error)[order]
+
+    @cached_property
+    def _rows(self) -> dict[Storage, tuple[list[int], list[tuple[list[int], list[float]]]]]:
+        """Sort the options of every storage into ranks, and for every rank into ascending nonzeros and their errors."""
+        by_rank: dict[Storage, dict[int, list[tuple[int, float]]]] = {}
         for target, error in zip(self.targets, self.error, strict=True):
-            by_rank.setdefault(target.rank, []).append((target.nnz, error))
-        ranks = sorted(by_rank)
-        rows = []
-        for rank in ranks:
-            points = sorted(by_rank[rank])
-            rows.append(([n for n, _ in points], [e for _, e in points]))
-        return ranks, rows
+            by_rank.setdefault(target.storage, {}).setdefault(target.rank, []).append((target.nnz, error))
+        found = {}
+        for storage, of_rank in by_rank.items():
+            ranks, rows = sorted(of_rank), []
+            for rank in ranks:
+                points = sorted(of_rank[rank])
+                rows.append(([n for n, _ in points], [e for _, e in points]))
+            found[storage] = ranks, rows
+        return found
 
     def predict(self, target: Target) -> float:
-        """Interpolate the loss of any target: linearly between options in nnz, then in rank; constant outside them."""
-        ranks, rows = self._rows
+        """Interpolate the loss of any target: linearly between options in nnz, then in rank; constant outside them.
+
+        Raises:
+            UsageError: there is no option in the target's storage.
+        """
+        if target.storage not in self._rows:
+            raise UsageError(
+                f"Layer {self.spec.name} has no option in {target.storage} bits; there are "
+                f"{', '.join(map(str, self.storages))}."
+            )
+        ranks, rows = self._rows[target.storage]
         # Only the neighbours in rank matter.
         right = bisect.bisect_left(ranks, target.rank)
         near = slice(max(0, right - 1), right + 1)
         at = [interpolate(nnz, error, target.nnz) for nnz, error in rows[near]]
         return interpolate(ranks[near], at, target.rank)
+
+    def narrowed(self, storage: Storage) -> ErrorSurface:
+        """Return the surface with the options of one storage alone."""
+        pairs = [(t, e) for t, e in zip(self.targets, self.error, strict=True) if t.storage == storage]
+        return ErrorSurface(self.spec, tuple(t for t, _ in pairs), tuple(e for _, e in pairs))
 
     def frontier(self, budget: Budget) -> tuple[tuple[Target, int, float], ...]:
         """Select the undominated options as `(target, cost, error)`: costs strictly ascend, errors strictly descend."""
