@@ -22,7 +22,7 @@ from globalopt.pipeline.compress import compress as run_compress
 from globalopt.pipeline.direct import plan_direct
 from globalopt.pipeline.effort import get_effort
 from globalopt.pipeline.live import Documents, live_session
-from globalopt.pipeline.options import SENSITIVITIES, RefineOptions, SearchOptions, TextOptions, check_word
+from globalopt.pipeline.options import SENSITIVITIES, RefineOptions, SearchOptions, TextOptions, check_word, unit_of
 from globalopt.pipeline.plan import resolve, resolve_refinement
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.search import search as run_search
@@ -90,7 +90,8 @@ def search(
     allocator_options: Mapping[str, Any] | None = None,
     solver: str = "3basil",
     solver_options: Mapping[str, Any] | None = None,
-    accounting: str = "params",
+    accounting: str | None = None,
+    storage: str = "16",
     pattern: str | None = None,
     serving_profile: str = "dense",
     rank_multiple: int | None = None,
@@ -126,8 +127,9 @@ def search(
         allocator: a name, with `allocator_options`; None is that of `effort`; or an object of your own: a frozen
             dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
-        accounting, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort, search_tokens, correct,
-            nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt search`.
+        accounting, storage, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort, search_tokens,
+            correct, nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt
+            search`.
         refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -151,7 +153,8 @@ def search(
     own = None if isinstance(chosen, str) else chosen
     options = SearchOptions(
         budget=budget,
-        accounting=accounting,
+        accounting=unit_of(accounting, storage),
+        storage=storage,
         **get_profile(serving_profile).choices(pattern),
         serving_profile=serving_profile,
         rank_multiple=rank_multiple,
@@ -201,6 +204,7 @@ def compress(
     rank_share: float | None = None,
     pattern: str | None = None,
     accounting: str | None = None,
+    storage: str | None = None,
     solver: str | Solver = "3basil",
     solver_options: Mapping[str, Any] | None = None,
     sensitivity: str = "fisher",
@@ -222,8 +226,8 @@ def compress(
     Args:
         budget: fraction kept of the compressible layers, in (0, 1]; or the path of a budget file; or
             `Compressed.budget` as `search` returns it.
-        allocator, allocator_options, rank_share, pattern, accounting: how a fraction is divided; see `plan_direct`.
-            They are refused with a budget file.
+        allocator, allocator_options, rank_share, pattern, accounting, storage: how a fraction is divided; see
+            `plan_direct`. They are refused with a budget file.
         refining: how layers are refined and matched; None matches nothing for a fraction, and blocks for a budget file.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
@@ -260,10 +264,11 @@ def compress(
             _texts(allocator_options),
             rank_share,
             pattern or "unstructured",
-            accounting or "params",
+            unit_of(accounting, storage or "16"),
             sensitivity,
             refining,
             seed,
+            storage or "16",
         )
         with _folder(out) as folder:
             shared = _cache(folder, cache)
@@ -276,6 +281,7 @@ def compress(
         "rank_share": rank_share,
         "pattern": pattern,
         "accounting": accounting,
+        "storage": storage,
     }
     if given := [name for name, value in divided.items() if value is not None]:
         raise UsageError(f"{given[0]} divides a fraction kept; the layers of a budget file have their targets.")

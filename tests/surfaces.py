@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem, Profile
 from globalopt.values.span import Span
+from globalopt.values.storage import PLAIN, Storage
 from globalopt.values.surface import ErrorSurface
 
 SHAPES = ((8, 12), (16, 16), (24, 8), (12, 20))
@@ -24,8 +26,12 @@ def surface(
     rng: random.Random,
     pattern: NM | None = None,
     limits: Limits = NO_LIMITS,
+    storages: tuple[Storage, ...] = (PLAIN,),
 ):
-    """A grid of ranks and counts; the error falls with both, with a seeded ripple that makes it non-convex."""
+    """A grid of ranks and counts; the error falls with both, with a seeded ripple that makes it non-convex.
+
+    What is kept has an error of its own in few bits, four times as large for every bit less.
+    """
     spec = LayerSpec(name, int(name.rsplit(".", 1)[-1]) // 4, name, "kind", d_out, d_in)
     targets: list[Target] = []
     errors: list[float] = []
@@ -41,7 +47,18 @@ def surface(
             left = (1 - nnz / spec.numel) ** 2 * 0.8**rank
             targets.append(target)
             errors.append(importance * left * (1 + 0.2 * rng.random()) if nnz < spec.numel else 0.0)
-    return ErrorSurface(spec, tuple(targets), tuple(errors))
+    every = [
+        (replace(target, storage=storage), error + rounding(target, spec, storage, importance))
+        for storage in storages
+        for target, error in zip(targets, errors, strict=True)
+    ]
+    return ErrorSurface(spec, tuple(target for target, _ in every), tuple(error for _, error in every))
+
+
+def rounding(target: Target, spec: LayerSpec, storage: Storage, importance: float) -> float:
+    """The error that rounding adds."""
+    values, factors = (0.0 if bits == 16 else 2.0 * 4.0**-bits for bits in (storage.values, storage.factors))
+    return importance * (values * target.nnz + factors * target.rank * (spec.d_out + spec.d_in)) / spec.numel
 
 
 def problem(
@@ -51,11 +68,12 @@ def problem(
     accounting: str = "params",
     pattern: NM | None = None,
     limits: Limits = NO_LIMITS,
+    storages: tuple[Storage, ...] = (PLAIN,),
 ) -> Problem:
     """A problem of `layers` layers of mixed shapes whose importances differ by up to a hundredfold."""
     rng = random.Random(seed)
     surfaces = tuple(
-        surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], 10 ** rng.uniform(-1, 1), rng, pattern, limits)
+        surface(f"layer.{i}", *SHAPES[i % len(SHAPES)], 10 ** rng.uniform(-1, 1), rng, pattern, limits, storages)
         for i in range(layers)
     )
     profiles = {

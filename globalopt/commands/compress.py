@@ -12,6 +12,7 @@ import typer
 from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
+    Accounting,
     BatchSize,
     Bos,
     CacheFolder,
@@ -101,10 +102,14 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    accounting: Annotated[
+    accounting: Accounting = None,
+    storage: Annotated[
         str | None,
         typer.Option(
-            help="Unit of --budget. Without it: params.", metavar=one_of("params", "bytes"), show_default=False
+            help="Bits of the stored numbers of every layer, with --budget: 16, 8, 6, 5, 4 or 3, or VALUES/FACTORS "
+            "such as 4/8. Without it: 16.",
+            metavar="BITS",
+            show_default=False,
         ),
     ] = None,
     solver: SolverName = "3basil",
@@ -158,7 +163,7 @@ def compress(
         from globalopt.pipeline.estimates.job import compress_job, search_job
         from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
-        from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word
+        from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word, unit_of
         from globalopt.pipeline.plan import resolve_refinement
         from globalopt.runs.folder import Run
         from solvers import get_solver
@@ -169,6 +174,7 @@ def compress(
             "--rank-share": rank_share,
             "--pattern": pattern,
             "--accounting": accounting,
+            "--storage": storage,
         }
         check_budget(budget, budget_path, [option for option, value in divided.items() if value not in (None, [])])
         check_word("sensitivity", sensitivity, SENSITIVITIES)
@@ -189,7 +195,8 @@ def compress(
         )
         if budget_path is None:
             assert budget is not None
-            chosen, form, unit = allocator or "uniform", pattern or "unstructured", accounting or "params"
+            chosen, form, bits = allocator or "uniform", pattern or "unstructured", storage or "16"
+            unit = unit_of(accounting, bits)
             direct = plan_direct(
                 budget,
                 fitting,
@@ -202,8 +209,10 @@ def compress(
                 sensitivity,
                 refining,
                 seed,
+                bits,
             )
             variant = "" if unit == "params" else "-bytes"
+            variant += "" if bits == "16" else f"-bits{bits.replace('/', 'x')}"
             variant += "" if form == "unstructured" else f"-{form.replace(':', 'of')}"
             folder = folder or default_folder(models, f"{budget:g}{variant}-{chosen}-{solver}-compressed-seed{seed}")
             shared = chosen_cache(folder, cache, no_cache)

@@ -196,6 +196,25 @@ MaxRank = Annotated[
         show_default=False,
     ),
 ]
+StorageMenu = Annotated[
+    str,
+    typer.Option(
+        "--storage",
+        help="Bits of the stored numbers (16, 8, 6, 5, 4 or 3): one number; VALUES/FACTORS such as 4/8; a menu of "
+        "these, separated by commas, from which every layer gets one; or auto, all of them. Budgets are then in bytes.",
+        metavar="BITS",
+    ),
+]
+Accounting = Annotated[
+    str | None,
+    typer.Option(
+        help="Unit of --budget. Without it: params, or bytes where --storage is less than 16 bits.",
+        metavar=one_of("params", "bytes"),
+        show_default=False,
+    ),
+]
+
+
 Out = Annotated[
     Path | None,
     typer.Option(

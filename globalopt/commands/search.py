@@ -11,6 +11,7 @@ import typer
 from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
 from globalopt.commands.console import errors
 from globalopt.commands.options import (
+    Accounting,
     BatchSize,
     Bos,
     CacheFolder,
@@ -42,6 +43,7 @@ from globalopt.commands.options import (
     ServingProfile,
     SolverName,
     SolverSet,
+    StorageMenu,
     TextColumn,
     Trust,
     Verbose,
@@ -72,7 +74,8 @@ def search(
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Make a family of the budgets 0.1, 0.15, ... 0.9.")
     ] = False,
-    accounting: Annotated[str, typer.Option(help="Unit of the budget.", metavar=one_of("params", "bytes"))] = "params",
+    accounting: Accounting = None,
+    storage: StorageMenu = "16",
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -213,7 +216,7 @@ def search(
         from globalopt.pipeline.estimates.job import search_job
         from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
-        from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions
+        from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions, unit_of
         from globalopt.pipeline.plan import BudgetRule, resolve
         from globalopt.runs.folder import Run
 
@@ -226,9 +229,11 @@ def search(
         if not several and search_tokens == 0:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
         choices = get_profile(serving_profile).choices(pattern, span_scaling)
+        unit = unit_of(accounting, storage)
         options = SearchOptions(
             budget=budgets[0],
-            accounting=accounting,
+            accounting=unit,
+            storage=storage,
             allocator=allocator,
             allocator_options=pairs(allocator_set, "--allocator-set"),
             solver=solver,
@@ -247,7 +252,7 @@ def search(
         )
         plan = resolve(options, refine_options(sequential, match, match_set, distill_set, level))
         for kept in budgets:
-            BudgetRule(kept, accounting).check()
+            BudgetRule(kept, unit).check()
         models = ModelOptions(
             one_model(model, model_option),
             dtype,
@@ -269,7 +274,8 @@ def search(
             samples,
             prompts,
         )
-        variant = "" if accounting == "params" else "-bytes"
+        variant = "" if unit == "params" else "-bytes"
+        variant += "" if storage == "16" else f"-bits{storage.replace('/', 'x').replace(',', '+')}"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"

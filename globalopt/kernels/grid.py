@@ -63,6 +63,21 @@ def snap(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     return torch.copysign(_level(numbers.abs(), scales, 2 ** (bits - 1)), numbers)
 
 
+def grid_noise(W: Tensor, bits: int, group: int) -> Tensor:
+    """Compute the error of rounding all entries of `W` to their nearest levels, by groups along its rows.
+
+    The largest level of a group is its largest number: less exact than `fit_scales`, and ten times as fast.
+
+    >>> grid_noise(torch.tensor([[1.0, 0.4, -0.2]]), bits=2, group=3).mul(1000).round().tolist()
+    [[2.0, -66.0, -134.0]]
+    """
+    half = 2 ** (bits - 1)
+    magnitudes = _grouped(W.abs().flatten(), group)
+    scales = (magnitudes.amax(1, keepdim=True) / (half - 0.5)).to(SCALE).to(W.dtype)
+    levels = _level(magnitudes, scales, half).flatten()[: W.numel()].view_as(W)
+    return torch.copysign(levels, W).sub_(W)
+
+
 def codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Find the codes `c + 2^(bits-1)` of the levels nearest to numbers, 0 to 2^bits - 1.
 

@@ -12,15 +12,18 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from globalopt.kernels.grid import grid_noise
 from globalopt.kernels.projection import keep_weights
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.span import Mask, Span
+from globalopt.values.storage import GROUP, PLAIN
 from globalopt.values.surface import ErrorSurface
 
 VERSION = 1
@@ -70,6 +73,7 @@ class AnchoredLayer:
             `Options.anchors`.
         residuals: (anchors, d_out, d_in) in any float dtype, the weight less each solution.
         overlap: (anchors, anchors) float64, cosines between the residuals in the norm of the predicted loss.
+        rounding: losses of few bits; None where all targets are in 16.
 
     >>> from globalopt.values.layer import LayerSpec
     >>> spec = LayerSpec("layer", 0, "layer", "q_proj", 4, 4)
@@ -89,12 +93,25 @@ class AnchoredLayer:
     anchors: tuple[tuple[Target, ...], ...]
     residuals: Tensor
     overlap: Tensor
+    rounding: RoundingLosses | None = None
 
     def weight(self, dense: Tensor, target: Target) -> Tensor:
-        """Compute the candidate (d_out, d_in) at `target` for the dense weight `dense` (d_out, d_in)."""
-        if target == Target.zero():
+        """Compute the candidate (d_out, d_in) at `target` for the dense weight `dense` (d_out, d_in).
+
+        In few bits it has the residual of 16 bits, and on top of it the error of rounding the dense weight, scaled to
+        the loss that rounding is predicted to add.
+        """
+        if not target.rank and not target.nnz:
             return torch.zeros_like(dense)
-        return dense - self.residual(target).to(dense.device)
+        made = dense - self.residual(replace(target, storage=PLAIN)).to(dense.device)
+        if target.storage.plain or self.rounding is None:
+            return made
+        bits = target.storage.values if target.nnz and target.storage.values < 16 else target.storage.factors
+        whole = self.rounding.noise.get(bits, 0.0)
+        if not whole:
+            return made
+        share = math.sqrt(self.rounding.added(target, self.surface.spec) / whole)
+        return made.add_(grid_noise(dense, bits, GROUP), alpha=share)
 
     def residual(self, target: Target) -> Tensor:
         """Compute an estimate (d_out, d_in) float32 of the residual that a solver would have at `target`.

@@ -197,7 +197,10 @@ class RecordedObjective:
         for name in sorted(candidate):
             kept = candidate[name]
             if isinstance(kept, Target):
-                sha.update(json.dumps([name, kept.rank, kept.nnz, str(kept.pattern), kept.signs]).encode())
+                words = [name, kept.rank, kept.nnz, str(kept.pattern), kept.signs]
+                if not kept.storage.plain:
+                    words.append(str(kept.storage))
+                sha.update(json.dumps(words).encode())
             else:
                 sha.update(name.encode() + kept.directions.numpy().tobytes() + kept.entries.numpy().tobytes())
         return sha.hexdigest()[:32]

@@ -19,6 +19,7 @@ from globalopt.analysis import (
     metric_choices,
     predictions,
     profiles,
+    rounding,
     spans,
 )
 from globalopt.analysis.corrections import WINDOWS
@@ -46,6 +47,7 @@ VERSIONS: Mapping[Stage, int] = {
     Stage.ANCHORS: anchors.ANCHORS_VERSION,
     Stage.METRICS: metric_choices.VERSION,
     Stage.GAPS: anchors.GAPS_VERSION,
+    Stage.ROUNDING: rounding.VERSION,
     Stage.PREDICTIONS: predictions.VERSION,
     Stage.CORRECTIONS: corrections.VERSION,
     Stage.OBJECTIVE: candidates.VERSION,
@@ -111,6 +113,9 @@ def analysis_addresses(session: Session, plan: AnalysisPlan, reads: Reads = Read
         inputs = {stage: _digest(found, stage) for stage in (Stage.ANCHORS, Stage.METRICS)}
         inputs |= {"solver": method_record(plan.solver), "accounting": plan.accounting}
         found[Stage.GAPS] = _address(Stage.GAPS, inputs)
+    if plan.rounds_numbers and Reads.SURFACES in reads:
+        inputs = {stage: _digest(found, stage) for stage in (Stage.GRAMS, Stage.ANCHORS, Stage.METRICS)}
+        found[Stage.ROUNDING] = _address(Stage.ROUNDING, {**inputs, "labels": of_outputs})
     read = (Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS)
     inputs = {stage: _digest(found, stage) for stage in read}
     inputs |= {**options, "labels": of_outputs}
@@ -142,6 +147,7 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
         "budget": asdict(plan.rule),
         "search_tokens": plan.search_tokens,
         "seed": plan.seed,
+        **_storages(plan),
     }
     return {**found, Stage.ALLOCATION: _address(Stage.ALLOCATION, inputs)}
 
@@ -161,6 +167,7 @@ def correction_address(found: Addresses, plan: SearchPlan, kept: Sequence[float]
         "kept": [*kept],
         "rounds": plan.rounds,
         "windows": WINDOWS,
+        **_storages(plan),
     }
     return _address(Stage.CORRECTIONS, inputs)
 
@@ -184,8 +191,15 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
         "selection": session.splits.selection.sha256,
         "batch_size": session.text_options.batch_size,
         "candidates": plan.candidates,
+        # What a target in few bits loses depends on the losses of rounding, but not on the menu.
+        **({"rounding": found[Stage.ROUNDING].digest} if Stage.ROUNDING in found else {}),
     }
     return {**found, Stage.OBJECTIVE: _address(Stage.OBJECTIVE, inputs)}
+
+
+def _storages(plan: SearchPlan) -> dict[str, Any]:
+    """Return the menu of storages as an input of a stage; nothing where all layers are in 16 bits."""
+    return {"storages": [str(storage) for storage in plan.analysis.storages]} if plan.analysis.rounds_numbers else {}
 
 
 def compress_addresses(

@@ -12,6 +12,7 @@ from globalopt.analysis.collect import write_curves, write_grams, write_output_g
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_target
 from globalopt.analysis.predictions import predict
+from globalopt.analysis.rounding import rounding_losses
 from globalopt.analysis.solver_gap import sampled
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
@@ -29,6 +30,7 @@ from globalopt.runs.artefacts import (
     PREDICTION,
     PROBED,
     PROFILE,
+    ROUNDING,
     SOLVER_GAP,
     SPAN,
 )
@@ -82,6 +84,11 @@ def analyse(
         _solve_anchors(session, reporter, plan, analysis)
     if predicts and plan.compared:
         _compare(session, reporter, plan, analysis)
+    if predicts and plan.rounds_numbers and (unrounded := run.missing(ROUNDING, specs)):
+        with reporter.stage("rounding", len(unrounded), "layers") as advance:
+            for spec, losses in rounding_losses(analysis, unrounded):
+                run.put(ROUNDING, spec, losses)
+                advance(spec.name)
     if unpredicted := run.missing(PREDICTION, specs) if predicts else []:
         with reporter.stage("predict", len(unpredicted), "layers") as advance:
             for spec, prediction in predict(analysis, unpredicted):
@@ -97,6 +104,7 @@ def _unfinished(plan: AnalysisPlan, analysis: LayerAnalysis, run: Run, reads: Re
     return bool(
         run.missing(PREDICTION, specs if predicts else ())
         or run.missing(SPAN, specs if predicts else ())
+        or run.missing(ROUNDING, specs if predicts and plan.rounds_numbers else ())
         or run.missing(CURVES, [spec.name for spec in specs] if predicts else ())
         or run.missing(METRIC_CHOICE, specs if plan.weighted else ())
         or run.missing(SOLVER_GAP, sampled(specs) if predicts and plan.compared else ())

@@ -23,6 +23,7 @@ def plan_direct(
     sensitivity: str = "fisher",
     refining: RefineOptions | None = None,
     seed: int = 0,
+    storage: str = "16",
 ) -> SearchPlan:
     """Resolve a search whose allocator reads the layers and their profiles alone, so that nothing else is computed.
 
@@ -35,6 +36,7 @@ def plan_direct(
         rank_share: part of a layer's kept parameters that is in its rank; None is the allocator's own.
         pattern: of the sparse parts: "unstructured" or N:M, such as "2:4".
         refining: how the layers are refined; None is without matching, as methods are published.
+        storage: bits of the stored numbers, "8" or "4/8", the same for all layers.
     Raises:
         UsageError: the allocator needs an analysis, or `rank_share` is given for a solver or an allocator without it.
 
@@ -70,6 +72,7 @@ def plan_direct(
         solver_options=solver_options,
         sensitivity=sensitivity,
         seed=seed,
+        storage=storage,
     )
     return resolve(words, refining, made, solver)
 

@@ -17,6 +17,8 @@ from globalopt.refine.blocks import Order
 from globalopt.text.beginning import BOS_CHOICES
 from globalopt.text.mixtures import Part, parse_mixture
 from globalopt.values.budget import Limits
+from globalopt.values.rounding_losses import AUTO_STORAGES
+from globalopt.values.storage import Storage
 
 SENSITIVITIES = ("fisher", "none")
 """How losses are predicted: from gradients, in nats per token; or from input Grams alone, as output errors."""
@@ -50,6 +52,7 @@ class SearchOptions:
         max_rank: the largest rank of a layer, 0 for sparse parts alone; None is the profile's own.
         correct: whether predicted losses are corrected by the loss of the model at the targets they lead to.
         probe_steps: steps of the probe solver, which computes the anchor solutions; at least 1.
+        storage: bits of the stored numbers: "16", "8" or "4/8" for all layers, a menu "8,4/8", or "auto".
     Raises:
         UsageError: an option is unknown, or at odds with another.
 
@@ -76,6 +79,7 @@ class SearchOptions:
     max_rank: int | None = None
     correct: bool = True
     probe_steps: int = PROBE_STEPS
+    storage: str = "16"
 
     def __post_init__(self) -> None:
         profile = get_profile(self.serving_profile)
@@ -97,6 +101,16 @@ class SearchOptions:
         check_word("predict-from", self.predict_from, PREDICT_FROM)
         if self.probe_steps < 1:
             raise UsageError(f"The probe solver takes at least 1 step; got {self.probe_steps}.")
+        if len(self.storages) > 1 and self.accounting != "bytes":
+            raise UsageError(
+                f"--storage {self.storage} is a choice of bits, which are free where parameters are counted. Add "
+                "--accounting bytes, or give one storage."
+            )
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """Return the storages that a layer may have, most bits first."""
+        return parse_storages(self.storage)
 
     @property
     def limits(self) -> Limits:
@@ -111,6 +125,26 @@ def check_word(option: str, value: str, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise UsageError(f"--{option} is one of {', '.join(known)}; got '{value}'.")
+
+
+def parse_storages(text: str) -> tuple[Storage, ...]:
+    """Parse a menu of storages, "8,4/8" or "auto", most bits first; `UsageError` if it is something else.
+
+    >>> [str(storage) for storage in parse_storages("4/8,16")]
+    ['16', '4/8']
+    """
+    if text == "auto":
+        return AUTO_STORAGES
+    return tuple(sorted({Storage.parse(word.strip()) for word in text.split(",")}, reverse=True))
+
+
+def unit_of(accounting: str | None, storage: str) -> str:
+    """Return the unit of a budget, which is bytes where nothing was said and numbers are stored in few bits.
+
+    >>> unit_of(None, "16"), unit_of(None, "4/8"), unit_of("params", "8")
+    ('params', 'bytes', 'params')
+    """
+    return accounting or ("params" if storage == "16" else "bytes")
 
 
 REFERENCE = "reference"

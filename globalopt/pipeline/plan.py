@@ -27,6 +27,7 @@ from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.storage import PLAIN, Storage
 from globalopt.values.surface import ErrorSurface
 from solvers import get_solver
 
@@ -73,6 +74,7 @@ class AnalysisPlan:
         pattern: N:M pattern of `S`, or None.
         limits: on every layer's target.
         seed: of sampled labels.
+        storages: in which a layer may be stored, most bits first.
 
     >>> plan = resolve(SearchOptions(0.5, solver="wanda")).analysis
     >>> plan.weighted, plan.unit.value
@@ -88,6 +90,12 @@ class AnalysisPlan:
     pattern: NM | None
     limits: Limits
     seed: int
+    storages: tuple[Storage, ...] = (PLAIN,)
+
+    @property
+    def rounds_numbers(self) -> bool:
+        """Tell whether a layer may be stored in fewer than 16 bits."""
+        return self.storages != (PLAIN,)
 
     @property
     def weighted(self) -> bool:
@@ -221,7 +229,10 @@ class SearchPlan:
                     f"{self.words['serving_profile']} needs some rank. Lower --rank-multiple."
                 )
         if pattern is not None:
-            surfaces = tuple(ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern),), (0.0,)) for spec in specs)
+            surfaces = tuple(
+                ErrorSurface(spec, (Target(0, pattern.nnz(spec), pattern, storage=self.analysis.storages[-1]),), (0.0,))
+                for spec in specs
+            )
             Problem(surfaces, budget, pattern)
 
     def record(self) -> dict[str, Any]:
@@ -230,6 +241,9 @@ class SearchPlan:
         Options of methods are recorded with their defaults, so that typing a default does not make it another run.
         """
         words = {name: word for name, word in self.words.items() if name not in ("allocator_options", "solver_options")}
+        if words.get("storage") == "16":
+            # The identity of a run in 16 bits is what it was before there were others.
+            del words["storage"]
         return {
             "search": words,
             "refining": self.refinement.record(),
@@ -283,7 +297,15 @@ def resolve(
         pattern=NM.parse(options.pattern),
         limits=options.limits,
         seed=options.seed,
+        storages=options.storages,
     )
+    if len(options.storages) > 1 and Reads.SURFACES not in allocator.reads:
+        raise UsageError(
+            f"Allocator {allocator.name} reads no predicted losses, so that it cannot choose among --storage "
+            f"{options.storage}. Give one storage, or another --allocator."
+        )
+    if analysis.rounds_numbers and solver.signs:
+        raise UsageError(f"Solver {solver.name} keeps a plane of signs, which is stored in 16 bits alone.")
     refinement = replace(
         resolve_refinement(refining or RefineOptions(), solver, analysis.fisher, options.seed),
         # Where losses were predicted there are output Grams, so that errors are reported in nats too.

@@ -30,7 +30,7 @@ from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
-from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, PROFILE, SPAN, SUMMARY, TEACHER
+from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, PROFILE, ROUNDING, SPAN, SUMMARY, TEACHER
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
@@ -39,6 +39,7 @@ from globalopt.values.corrections import NO_CORRECTIONS
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Outcome, Summary
+from globalopt.values.rounding_losses import with_storages
 from globalopt.values.span import Span
 from globalopt.values.surface import ErrorSurface
 
@@ -147,7 +148,8 @@ def corrected(
     if not run.has(CORRECTIONS, None):
         solve = Knapsack(exact=False).allocate
         best = NO_CORRECTIONS
-        dense = {spec.name: Target.dense(spec) for spec in problem.specs}
+        menu = {surface.spec.name: surface.storages[0] for surface in problem.surfaces}
+        dense = {spec.name: replace(Target.dense(spec), storage=menu[spec.name]) for spec in problem.specs}
         with (
             reporter.stage("correct", plan.rounds * len(budgets), "rounds") as advance,
             true_loss(session, plan, analysis, problem, WINDOWS) as objective,
@@ -257,6 +259,10 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
         surfaces = tuple(run.get(PREDICTION, spec).surface for spec in specs.values())
     else:
         surfaces = tuple(_unpredicted(spec, plan.analysis) for spec in specs.values())
+    if plan.analysis.rounds_numbers:
+        losses = [run.get(ROUNDING, s.spec) if Reads.SURFACES in reads else None for s in surfaces]
+        menu = plan.analysis.storages
+        surfaces = tuple(with_storages(s, each, menu) for s, each in zip(surfaces, losses, strict=True))
     profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()} if Reads.PROFILES in reads else {}
 
     def span(name: str) -> Span:
@@ -350,9 +356,10 @@ def true_loss(
 
     def fitted(surface: ErrorSurface, weight: Tensor) -> AnchoredLayer:
         residuals = analysis.residuals(surface.spec, weight, gap)
-        overlap = run.get(PREDICTION, surface.spec).overlap
-        assert overlap is not None, "anchor solutions were predicted too"
-        return AnchoredLayer(surface, residuals.rows, residuals.tensor, overlap)
+        prediction = run.get(PREDICTION, surface.spec)
+        assert prediction.overlap is not None, "anchor solutions were predicted too"
+        rounding = run.get(ROUNDING, surface.spec) if plan.analysis.rounds_numbers else None
+        return AnchoredLayer(prediction.surface, residuals.rows, residuals.tensor, prediction.overlap, rounding)
 
     objective = SearchObjective(
         lambda: BlockRunner(session.layers, batches),

@@ -7,7 +7,7 @@ the wrong kind raises one of Python's own errors, which the caller (`runs.artefa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ from globalopt.values.metric import Gram
 from globalopt.values.own_text import OwnText
 from globalopt.values.problem import Profile
 from globalopt.values.results import Outcome, Search
+from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.span import SpanBasis
+from globalopt.values.storage import Storage
 from globalopt.values.surface import ErrorSurface
 
 Tensors = Mapping[str, Tensor]
@@ -39,12 +41,14 @@ Metadata = Mapping[str, Any]
 
 
 def encode_target(target: Target) -> list[Any]:
-    """Encode a target as a JSON list; a sign plane is a fourth entry.
+    """Encode a target as a JSON list; a sign plane is a fourth entry, or a storage in few bits.
 
     >>> encode_target(Target(2, 10, NM(2, 4)))
     [2, 10, '2:4']
     """
     words: list[Any] = [target.rank, target.nnz, str(target.pattern) if target.pattern else None]
+    if not target.storage.plain:
+        return [*words, str(target.storage)]
     return [*words, True] if target.signs else words
 
 
@@ -53,9 +57,16 @@ def decode_target(words: Sequence[Any]) -> Target:
 
     >>> decode_target([2, 10, None])
     Target(rank=2, nnz=10)
+    >>> decode_target([2, 10, None, "4/8"])
+    Target(rank=2, nnz=10, storage=4/8)
     """
-    rank, nnz, pattern, *signs = words
-    return Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None, bool(signs and signs[0]))
+    rank, nnz, pattern, *more = words
+    made = Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None)
+    if not more:
+        return made
+    if isinstance(more[0], str):
+        return replace(made, storage=Storage.parse(more[0]))
+    return replace(made, signs=bool(more[0]))
 
 
 def encode_own_text(text: OwnText) -> tuple[Tensors, Metadata]:
@@ -237,6 +248,31 @@ def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
     {Target(rank=1, nnz=0): 0.5}
     """
     return {decode_target(words[:-1]): float(words[-1]) for words in record["by_target"]}
+
+
+def encode_rounding(losses: RoundingLosses) -> Metadata:
+    """Encode rounding losses; JSON has no whole numbers as keys.
+
+    >>> encode_rounding(RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2}))
+    {'kept': (1.0,), 'ranks': (), 'values': {'8': (0.1,)}, 'factors': {}, 'noise': {'8': 0.2}}
+    """
+    by_bits = {"values": losses.values, "factors": losses.factors, "noise": losses.noise}
+    named = {part: {str(bits): row for bits, row in by.items()} for part, by in by_bits.items()}
+    return {"kept": losses.kept, "ranks": losses.ranks, **named}
+
+
+def decode_rounding(spec: LayerSpec, record: Metadata) -> RoundingLosses:
+    """Decode rounding losses.
+
+    >>> record = {"kept": [1.0], "values": {"8": [0.1]}, "ranks": [], "factors": {}, "noise": {"8": 0.2}}
+    >>> decode_rounding(LayerSpec("up", 0, "in", "up", 2, 2), record).values
+    {8: (0.1,)}
+    """
+    values, factors = (
+        {int(bits): tuple(map(float, row)) for bits, row in record[part].items()} for part in ("values", "factors")
+    )
+    noise = {int(bits): float(loss) for bits, loss in record["noise"].items()}
+    return RoundingLosses(tuple(map(float, record["kept"])), values, tuple(map(int, record["ranks"])), factors, noise)
 
 
 def encode_profile(profile: Profile) -> Metadata:

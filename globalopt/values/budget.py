@@ -218,7 +218,7 @@ class Limits:
                 f"Layer {spec.name}: rank {target.rank} is no multiple of {self.rank_multiple}{most}, and that is all "
                 "that can be served."
             )
-        if not self.sparse and target.nnz and target != Target.dense(spec):
+        if not self.sparse and target.nnz and (target.rank or target.nnz < spec.numel):
             raise UsageError(
                 f"Layer {spec.name} has {target.nnz} nonzeros; it is to be served as factors alone, or whole."
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from globalopt.values.budget import Target
+from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.surface import ErrorSurface, interpolate
 
@@ -19,8 +20,9 @@ class Corrections:
     """Hold the factors by which the error surfaces of layers are multiplied.
 
     Args:
-        points: by layer name, pairs of the fraction kept and the logarithm of the factor there, ascending. Between them
-            the logarithm is linear in the fraction kept, outside of them constant. A layer without any is not changed.
+        points: by layer name, pairs of the fraction kept (in few bits: of the bytes) and the logarithm of the factor
+            there, ascending. Between them the logarithm is linear, outside of them constant. A layer without any is not
+            changed.
         losses: measured loss of the allocation of every round, in nats per token.
 
     >>> from globalopt.values.budget import Budget, Target
@@ -45,9 +47,8 @@ class Corrections:
         if not points:
             return surface
         xs, ys = [kept for kept, _ in points], [log for _, log in points]
-        numel = surface.spec.numel
         pairs = zip(surface.targets, surface.error, strict=True)
-        errors = tuple(e * math.exp(interpolate(xs, ys, t.params(surface.spec) / numel)) for t, e in pairs)
+        errors = tuple(e * math.exp(interpolate(xs, ys, _kept(t, surface.spec))) for t, e in pairs)
         return ErrorSurface(surface.spec, surface.targets, errors)
 
     def with_ratios(self, problem: Problem, targets: Mapping[str, Target], ratios: Mapping[str, float]) -> Corrections:
@@ -55,10 +56,15 @@ class Corrections:
         points = dict(self.points)
         for spec in problem.specs:
             if spec.name in ratios:
-                kept = targets[spec.name].params(spec) / spec.numel
+                kept = _kept(targets[spec.name], spec)
                 far = [point for point in points.get(spec.name, ()) if abs(point[0] - kept) > NEARBY]
                 points[spec.name] = tuple(sorted([*far, (kept, ratios[spec.name])]))
         return Corrections(points, self.losses)
+
+
+def _kept(target: Target, spec: LayerSpec) -> float:
+    """Compute the fraction kept: of the parameters, or of the bytes of a target in few bits."""
+    return target.params(spec) / spec.numel if target.storage.plain else target.bytes(spec) / (2 * spec.numel)
 
 
 NO_CORRECTIONS = Corrections()

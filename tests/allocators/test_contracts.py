@@ -12,6 +12,7 @@ from globalopt.protocols import Reads
 from globalopt.values.budget import Budget, Limits, Target
 from globalopt.values.layer import NM
 from globalopt.values.problem import Problem
+from globalopt.values.storage import PLAIN, Storage
 from tests.objectives import BentObjective
 from tests.reference.knapsack import best_on_grid
 from tests.surfaces import problem
@@ -25,6 +26,16 @@ CASES = [
         (0.5, "bytes", None),
         (0.6, "params", NM(2, 4)),
         (0.7, "bytes", NM(2, 4)),
+    ]
+]
+
+MENU = (PLAIN, Storage(8, 8), Storage(4, 8))
+MIXED = [
+    pytest.param({"kept": kept, "accounting": "bytes", "pattern": pattern, "storages": storages}, id=name)
+    for name, kept, pattern, storages in [
+        ("any of three", 0.45, None, MENU),
+        ("4 bits", 0.3, None, (Storage(4, 8),)),
+        ("2:4", 0.45, NM(2, 4), MENU),
     ]
 ]
 
@@ -106,6 +117,17 @@ def test_every_target_is_within_the_limits(allocator, case):
     if p.axis == "nnz":
         # What ranks leave of the budget goes to nonzeros, so that the limits cost none of it.
         assert p.budget.limit - found.used < (4 if p.budget.accounting == "bytes" else 1)
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_storages_are_of_the_menu_and_pay_for_themselves(allocator, case):
+    p, found = solve(allocator, case)
+    assert p.used(found.targets) == found.used <= p.budget.limit
+    assert {target.storage for target in found.targets.values()} <= set(case["storages"])
+    assert found.predicted == pytest.approx(sum(s.predict(found.targets[s.spec.name]) for s in p.surfaces))
+    if len(case["storages"]) > 1 and p.pattern is None:
+        plain = problem(**{**case, "storages": (PLAIN,)})
+        assert found.predicted < allocator.allocate(plain, BentObjective(plain)).predicted
 
 
 @pytest.mark.parametrize("case", CASES[:2])

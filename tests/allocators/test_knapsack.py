@@ -10,6 +10,7 @@ from scipy.optimize import milp
 from allocators import Knapsack, Uniform
 from globalopt.values.budget import NO_LIMITS, Limits
 from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN, Storage
 from tests.reference.knapsack import best_in_between, best_on_grid
 from tests.surfaces import problem
 
@@ -44,6 +45,20 @@ def test_bound_holds_in_bytes_and_within_limits(seed, limits):
     assert found.bound <= min(best_on_grid(p), found.predicted) * (1 + 1e-6)
     assert found.gap is not None
     assert found.gap < 1e-3
+
+
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_bits_are_chosen_with_the_sizes_and_proved_so(seed, pattern):
+    """In bytes, over storages: the grid is searched by dynamic programming, and the bound is below it."""
+    p = problem(0.4, seed=seed, accounting="bytes", pattern=pattern, storages=(PLAIN, Storage(8, 8), Storage(4, 8)))
+    found, best = Knapsack().allocate(p), best_on_grid(p)
+    assert len({target.storage for target in found.targets.values()}) > 1
+    assert found.predicted <= best * (1 + 1e-9)
+    assert found.bound is not None
+    assert found.bound <= best * (1 + 1e-6)
+    assert found.gap is not None
+    assert found.gap < 2e-3
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -35,6 +35,7 @@ from globalopt.values.budget import NO_LIMITS, Budget, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.storage import Storage
 from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS, get_solver
 
@@ -70,7 +71,8 @@ def everything(plan: SearchPlan, file: BudgetFile, data: Any) -> dict[Stage, Add
 
 
 def planned(refining: RefineOptions | None = None, **changes: Any) -> SearchPlan:
-    options = {"solver": "3basil", "allocator": "knapsack", **changes}
+    # In few bits, so that all stages are there.
+    options = {"solver": "3basil", "allocator": "knapsack", "storage": "8", **changes}
     return resolve(SearchOptions(options.pop("budget", 0.5), **options), refining or RefineOptions(match="model"))
 
 
@@ -100,8 +102,9 @@ READS: Mapping[Stage, set[Stage]] = {
     Stage.ANCHORS: {Stage.SPANS, Stage.LABELS},
     Stage.METRICS: {Stage.GRAMS, Stage.LABELS, Stage.ANCHORS},
     Stage.GAPS: {Stage.ANCHORS, Stage.METRICS},
+    Stage.ROUNDING: {Stage.GRAMS, Stage.ANCHORS, Stage.METRICS, Stage.LABELS},
     Stage.PREDICTIONS: {Stage.SPANS, Stage.ANCHORS, Stage.METRICS, Stage.GAPS, Stage.LABELS},
-    Stage.OBJECTIVE: {Stage.PREDICTIONS},
+    Stage.OBJECTIVE: {Stage.PREDICTIONS, Stage.ROUNDING},
     Stage.CORRECTIONS: {Stage.OBJECTIVE},
     Stage.ALLOCATION: {Stage.OBJECTIVE, Stage.PROFILES, Stage.CORRECTIONS},
     # The allocation enters by the budget that it is, whoever found it.
@@ -159,7 +162,7 @@ EVALUATED = {Stage.OBJECTIVE, *FOUND}
 
 AFTER_GAPS = {Stage.PREDICTIONS, *EVALUATED}
 
-SOLVED = {Stage.ANCHORS, Stage.METRICS, Stage.GAPS, *AFTER_GAPS}
+SOLVED = {Stage.ANCHORS, Stage.METRICS, Stage.GAPS, Stage.ROUNDING, *AFTER_GAPS}
 
 
 SESSION_CHANGES: dict[str, tuple[dict[str, object], set[Stage]]] = {
@@ -182,7 +185,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "budget": ({"budget": 0.4}, FOUND),
     "allocator": ({"allocator": "auto"}, {Stage.ALLOCATION}),
     # One that reads no predictions has no anchors, at which metrics are chosen otherwise.
-    "one-shot allocator": ({"allocator": "uniform"}, {Stage.METRICS, Stage.GAPS, *AFTER_GAPS}),
+    "one-shot allocator": ({"allocator": "uniform"}, {Stage.METRICS, Stage.GAPS, Stage.ROUNDING, *AFTER_GAPS}),
     "allocator options": ({"allocator_options": {"exact": "false"}}, {Stage.ALLOCATION}),
     "search tokens": ({"search_tokens": 1000}, {Stage.ALLOCATION}),
     "corrections": ({"correct": False}, FOUND),
@@ -196,6 +199,8 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "no outputs": ({"solver_options": {"outputs": "none"}}, SOLVED),
     "no low-rank part": ({"solver": "sparsegpt"}, SOLVED),
     "its own probe": ({"solver": "wanda"}, SOLVED),
+    "other bits": ({"storage": "4/8"}, FOUND),
+    "16 bits": ({"storage": "16"}, {Stage.ROUNDING, *EVALUATED}),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
     "pattern": ({"pattern": "2:4"}, SOLVED),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
@@ -336,6 +341,8 @@ OTHERS: Mapping[tuple[str, type], Any] = {
     ("max_rank", type(None)): 4,
     ("threshold", int): 7,
     ("samples", int): 4,
+    ("storage", str): "4/8",
+    ("storages", tuple): (Storage(4, 8),),
 }
 
 

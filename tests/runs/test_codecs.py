@@ -51,6 +51,7 @@ from globalopt.values.results import (
     Summary,
     WindowLosses,
 )
+from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
 from globalopt.values.span import SpanBasis
 from globalopt.values.surface import ErrorSurface
@@ -204,6 +205,9 @@ EXAMPLES = {
     ),
     "ANCHORS": Example(
         SPEC, AnchorSolutions(ROWS, (decomposition(), decomposition(signs=True), decomposition())), OTHER, "kept.1"
+    ),
+    "ROUNDING": Example(
+        SPEC, RoundingLosses((0.5, 1.0), {8: (THIRD, 0.1)}, (2,), {8: (0.2,)}, {8: 0.4}), OTHER, "noise"
     ),
     "SOLVER_GAP": Example(SPEC, {Target(0, 16): THIRD, Target(1, 4, NM(2, 4), True): 1.0}, OTHER, "by_target"),
     "PREDICTION": Example(SPEC, Prediction(SURFACE, random(3, 3, dtype=torch.float64)), OTHER, "options"),

@@ -11,6 +11,7 @@ import pytest
 from globalopt.errors import UsageError
 from globalopt.values.budget import Limits, Target
 from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN, Storage
 from tests.surfaces import problem
 
 CASES = [
@@ -23,18 +24,24 @@ CASES = [
 ]
 
 
+MENU = (PLAIN, Storage(8, 8), Storage(3, 6))
+
+
+@pytest.mark.parametrize("storages", [(PLAIN,), MENU])
 @pytest.mark.parametrize(("accounting", "pattern", "limits"), CASES)
-def test_costs_predictions_and_growth_are_those_of_one_layer(accounting, pattern, limits):
-    p = problem(0.8, seed=1, layers=7, accounting=accounting, pattern=pattern, limits=limits)
+def test_costs_predictions_and_growth_are_those_of_one_layer(accounting, pattern, limits, storages):
+    p = problem(0.8, seed=1, layers=7, accounting=accounting, pattern=pattern, limits=limits, storages=storages)
     table, rng = p.table, random.Random(0)
     surfaces = {surface.spec.name: surface for surface in p.surfaces}
-    for layer, name in enumerate(table.names):
-        surface = surfaces[name]
+    assert table.storages == storages * 7
+    for place, layer in enumerate(table.owner.tolist()):
+        surface = surfaces[table.names[layer]]
         spec = surface.spec
-        for _ in range(100):
+        for _ in range(100 // len(storages)):
             rank, nnz = limits.floor(rng.randint(0, spec.max_rank)), rng.randint(0, spec.numel)
-            target = Target(rank, pattern.nnz(spec) if pattern else nnz if limits.sparse else 0, pattern)
-            at = np.array([layer]), np.array([target.rank]), np.array([target.nnz])
+            kept = pattern.nnz(spec) if pattern else nnz if limits.sparse else 0
+            target = Target(rank, kept, pattern, storage=table.storages[place])
+            at = np.array([place]), np.array([target.rank]), np.array([target.nnz])
             assert table.costs(*at)[0] == p.budget.cost(target, spec)
             assert table.predict(*at)[0] == surface.predict(target)
             assert table.shares(*at)[0] == target.rank_share(spec)
@@ -45,9 +52,10 @@ def test_costs_predictions_and_growth_are_those_of_one_layer(accounting, pattern
             assert (found[0][0], found[1][0]) == (grown.rank, grown.nnz)
 
 
+@pytest.mark.parametrize("storages", [(PLAIN,), MENU])
 @pytest.mark.parametrize(("accounting", "pattern", "limits"), CASES)
-def test_the_hull_holds_what_is_best_at_some_price(accounting, pattern, limits):
-    p = problem(0.8, seed=2, layers=5, accounting=accounting, pattern=pattern, limits=limits)
+def test_the_hull_holds_what_is_best_at_some_price(accounting, pattern, limits, storages):
+    p = problem(0.8, seed=2, layers=5, accounting=accounting, pattern=pattern, limits=limits, storages=storages)
     table = p.table
     options, slopes = table.hull
     for name, surface in {surface.spec.name: surface for surface in p.surfaces}.items():
