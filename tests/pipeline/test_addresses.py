@@ -255,7 +255,7 @@ def test_a_refinement_reads_the_choices_that_the_search_made_by_what_it_computed
     own = planned(allocator="uniform")
     assert changed(BASE, everything(own, budget(), session())) >= {Stage.METRICS, Stage.REFINEMENT}
     # Without output Grams there is nothing to choose, whatever was solved before.
-    plain = (planned(allocator=name, solver="sparsegpt") for name in ("uniform", "knapsack"))
+    plain = (planned(allocator=name, solver="sparsegpt", storage="16") for name in ("uniform", "knapsack"))
     one, other = (everything(plan, budget(), session()) for plan in plain)
     # Errors of layers are in another unit.
     assert changed(one, other) == {Stage.ALLOCATION, Stage.REFINEMENT, Stage.MODEL_MATCHING}
@@ -373,7 +373,14 @@ NO_INPUT = "profile"
 """Field of a plan that is read before anything is computed."""
 
 
-@pytest.mark.parametrize(("name", "other"), variants(ANALYSIS, parts), ids=named)
+def test_the_menu_of_storages_decides_the_corrections_and_no_prediction():
+    one, two = (search_addresses(session(), planned(storage=storage)) for storage in ("8", "4/8"))
+    assert changed(one, two) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [row for row in variants(ANALYSIS, parts) if row[0] != "storages"], ids=named
+)
 def test_every_field_of_an_analysis_decides_the_predictions(name, other):
     one, two = (analysis_addresses(session(), plan)[Stage.PREDICTIONS] for plan in (ANALYSIS, other))
     assert one.digest != two.digest, name
@@ -465,7 +472,8 @@ def typed(value: Any) -> str:
 def test_a_default_that_is_typed_is_no_other_solver(name):
     solver = get_solver(name)
     words = {field.name: typed(getattr(solver, field.name)) for field in fields(solver)}  # pyright: ignore[reportArgumentType]
-    one, other = planned(solver=name), planned(solver=name, solver_options=words)
+    # One with a plane of signs is in 16 bits.
+    one, other = (planned(solver=name, storage="16", solver_options=options) for options in ({}, words))
     assert changed(everything(one, budget(), session()), everything(other, budget(), session())) == set()
     assert one.record() == other.record()
 
