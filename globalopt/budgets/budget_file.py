@@ -1,13 +1,14 @@
 """Write and read budget files: an allocation as JSON, which another run, solver or machine can use.
 
 A file holds the rank and the number of nonzeros of every layer, the accounting, and a fingerprint of the model, never a
-path or a date: the same search writes the same bytes.
+path or a date: the same search writes the same bytes. Where a layer is stored in fewer than 16 bits, it also holds the
+bits of every layer, and is of the second version of the schema, which older programs refuse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,11 @@ from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit, LayerPlan
+from globalopt.values.storage import PLAIN, Storage
 
 SCHEMA_VERSION = 1
+STORAGE_VERSION = 2
+"""Of files in which a layer is stored in fewer than 16 bits."""
 
 
 class LayerEntry(BaseModel):
@@ -44,6 +48,7 @@ class LayerEntry(BaseModel):
     pattern: str | None
     cost: int = Field(ge=0)
     predicted: float | None
+    storage: str = str(PLAIN)
 
     @property
     def spec(self) -> LayerSpec:
@@ -53,7 +58,8 @@ class LayerEntry(BaseModel):
     @property
     def target(self) -> Target:
         """The layer's target, never with a plane of signs."""
-        return Target(self.rank, self.nnz, NM.parse(self.pattern) if self.pattern else None)
+        pattern = NM.parse(self.pattern) if self.pattern else None
+        return Target(self.rank, self.nnz, pattern, storage=Storage.parse(self.storage))
 
 
 class LimitsEntry(BaseModel):
@@ -84,7 +90,7 @@ class BudgetFile(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     fingerprint: str
     accounting: Literal["params", "bytes"]
     asked: float = Field(gt=0, le=1)
@@ -140,6 +146,8 @@ class BudgetFile(BaseModel):
                 self.served.check(entry.target, entry.spec)
         except GlobalOptError as cause:
             raise ArtefactError(f"{source}: {cause}") from None
+        if self.schema_version != schema_of(entry.target for entry in self.layers):
+            raise ArtefactError(f"{source}: schema {self.schema_version} is not that of its storages.")
         for entry, cost in zip(self.layers, costs, strict=True):
             if cost != entry.cost:
                 raise ArtefactError(f"{source}: layer {entry.name} says cost {entry.cost}, its target costs {cost}.")
@@ -207,7 +215,7 @@ def make(
     sizes = table.sizes(allocation.targets)
     errors = dict(zip(table.names, table.predict(*sizes.targets).tolist(), strict=True))
     return BudgetFile(
-        schema_version=SCHEMA_VERSION,
+        schema_version=schema_of(allocation.targets.values()),
         fingerprint=fingerprint,
         accounting="bytes" if budget.accounting == "bytes" else "params",
         asked=asked,
@@ -263,7 +271,17 @@ def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | N
         pattern=str(target.pattern) if target.pattern else None,
         cost=budget.cost(target, spec),
         predicted=predicted,
+        storage=str(target.storage),
     )
+
+
+def schema_of(targets: Iterable[Target]) -> Literal[1, 2]:
+    """Return the version of the schema that a file of these targets needs.
+
+    >>> schema_of([Target(0, 8)]), schema_of([Target(0, 8), Target(0, 8, storage=Storage(4, 8))])
+    (1, 2)
+    """
+    return SCHEMA_VERSION if all(target.storage.plain for target in targets) else STORAGE_VERSION
 
 
 def whole(
@@ -333,6 +351,7 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
         )
     same = used == like.used
     changed = {
+        "schema_version": schema_of(targets.values()),
         "asked": like.asked if same else used / like.total,
         "limit": like.limit if same else used,
         "used": used,
@@ -384,13 +403,17 @@ def write(path: Path, file: BudgetFile) -> None:
 
 
 def record(file: BudgetFile) -> dict[str, Any]:
-    """Return the contents as JSON values, without `limits` where there are none.
+    """Return the contents as JSON values, without `limits` and storages where there are none but 16 bits.
 
     >>> from globalopt.budgets.example import example_budget
     >>> record(example_budget())["layers"][1]["nnz"], "limits" in record(example_budget())
     (16, False)
     """
-    return file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
+    found = file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
+    if file.schema_version == SCHEMA_VERSION:
+        for layer in found["layers"]:
+            del layer["storage"]
+    return found
 
 
 def read(path: Path) -> BudgetFile:
@@ -408,10 +431,10 @@ def read(path: Path) -> BudgetFile:
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("schema_version"), int):
         raise ArtefactError(f"{path} is not a budget file: it has no schema_version.")
-    if raw["schema_version"] > SCHEMA_VERSION:
+    if raw["schema_version"] > STORAGE_VERSION:
         raise ArtefactError(
-            f"{path} was written by a newer version (schema {raw['schema_version']}, this one reads {SCHEMA_VERSION}). "
-            "Upgrade globalopt."
+            f"{path} was written by a newer version (schema {raw['schema_version']}, this one reads up to "
+            f"{STORAGE_VERSION}). Upgrade globalopt."
         )
     try:
         return BudgetFile.model_validate(raw).check(path)

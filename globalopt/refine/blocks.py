@@ -349,4 +349,5 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         damping=float(facts["damping"]),
         seconds=float(facts["seconds"]),
         bytes=target.bytes(spec),
+        storage=str(target.storage),
     )

@@ -257,6 +257,7 @@ class LayerPlan:
         cost: parameters or bytes used, in the budget's accounting. dense_cost: those of the dense layer.
         predicted: the layer's predicted loss at the target, in the unit of the layer errors; None where the allocation
             was made in another unit.
+        storage: bits of the stored numbers, as text ("16", "4/8").
 
     >>> size = dict(rank=8, nnz=1024, pattern=None, cost=2048, dense_cost=4096)
     >>> plan = LayerPlan("q_proj", 0, "q_proj", 64, 64, **size, predicted=0.01)
@@ -275,6 +276,7 @@ class LayerPlan:
     cost: int
     dense_cost: int
     predicted: float | None
+    storage: str = field(default="16", kw_only=True)
 
     @property
     def kept(self) -> float:
@@ -308,7 +310,7 @@ class LayerResult(LayerPlan):
         status: the value of the solver's `Status`.
         damping: the damping that the solver needed, as a fraction of the mean of the Gram's diagonal.
         seconds: time of the solver.
-        bytes: size at 16 bits per value with the cheapest index (`Target.bytes`); 0 where it was not counted.
+        bytes: size in its storage with the cheapest index (`Target.bytes`); 0 where it was not counted.
 
     >>> target = dict(rank=8, nnz=1024, pattern=None, cost=2048, dense_cost=4096, predicted=0.010)
     >>> found = dict(actual=0.012, relative=0.05, status="converged", damping=0.01, seconds=0.4)
