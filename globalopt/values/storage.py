@@ -58,13 +58,10 @@ class Storage:
     @classmethod
     def parse(cls, text: str) -> Storage:
         """Parse "8", or "4/8" for values and factors; `UsageError` if it is something else."""
-        values, _, factors = text.partition("/")
-        try:
-            return cls(int(values), int(factors or values))
-        except ValueError:
-            raise UsageError(
-                f'A storage is written as "8", or as "4/8" for values and factors; got {text!r}.'
-            ) from None
+        words = text.split("/")
+        if len(words) > 2 or not all(word.isdecimal() for word in words):
+            raise UsageError(f'A storage is written as "8", or as "4/8" for values and factors; got {text!r}.')
+        return cls(int(words[0]), int(words[-1]))
 
     def __str__(self) -> str:
         return str(self.values) if self.values == self.factors else f"{self.values}/{self.factors}"

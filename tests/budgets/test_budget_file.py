@@ -13,6 +13,7 @@ from globalopt.values.budget import Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
+from globalopt.values.storage import PLAIN, Storage
 from tests.surfaces import problem
 
 PROBLEMS = {
@@ -22,6 +23,7 @@ PROBLEMS = {
     "all": lambda: problem(1.0),
     "even ranks": lambda: problem(0.5, limits=Limits(2, 4)),
     "factors": lambda: problem(0.5, limits=Limits(sparse=False)),
+    "bits": lambda: problem(0.3, accounting="bytes", storages=(PLAIN, Storage(8, 8), Storage(4, 8))),
 }
 
 
@@ -142,3 +144,15 @@ def test_a_file_says_only_limits_that_there_are(tmp_path):
     first = limited.layers[0]
     changed[first.name] = replace(first.target, rank=0, nnz=first.target.nnz // 2)
     assert budget_file.imported(changed, limited).limits is None
+
+
+def test_only_files_with_few_bits_are_of_the_second_schema(tmp_path):
+    plain, few = made(PROBLEMS["bytes"]()), made(PROBLEMS["bits"]())
+    assert (plain.schema_version, few.schema_version) == (1, 2)
+    assert "storage" not in budget_file.record(plain)["layers"][0]
+    assert {entry["storage"] for entry in budget_file.record(few)["layers"]} >= {"4/8", "8"}
+    raw = budget_file.record(few)
+    raw["layers"][0]["storage"] = "7"
+    (tmp_path / "budget.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtefactError, match="stored in 16, 8, 6, 5, 4, 3 bits; got 7"):
+        budget_file.read(tmp_path / "budget.json")
