@@ -16,6 +16,8 @@ from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.grid import fit_scales, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep
 from globalopt.kernels.low_rank import balanced
+from globalopt.kernels.norm import Norm, Side
+from globalopt.kernels.support_refit import fit_support
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
@@ -26,6 +28,9 @@ DAMPING = 0.01
 
 PASSES = 2
 """Passes of coordinate descent over the columns."""
+
+STEPS = 10
+"""Of conjugate gradients, on the support of `S`."""
 
 ROUNDS = 2
 """Rounds in which `S` and the factors are rounded in turn."""
@@ -83,8 +88,10 @@ def stored(
 ) -> Decomposition:
     """Round a decomposition to the grids of `storage`, and make up for it where that lowers the error.
 
-    Rows of `S` are fitted in the norm `tr(E G Eᵀ)`, as the rounding of one row cannot make up for that of another
-    cheaply; the factors are refitted, and the best round is chosen, in the metric.
+    The levels of `S` are fitted in the norm `tr(D G Dᵀ)`, in which rows do not interact. Without an output Gram `D` is
+    what remains of the weight. With one it is the distance to the best values on the support: those of the solver, and
+    once the factors have moved those of `fit_support`. What is left of the weight is at right angles to these in
+    `tr(A E G Eᵀ)`, but not in `tr(E G Eᵀ)`. The factors are refitted, and the best round is chosen, in the metric.
 
     Args:
         value: of `weight`, without signs.
@@ -110,12 +117,15 @@ def stored(
     U, V = balanced(U, V)
     inputs = GridNorm.of(metric.inputs.matrix.float())
     A = None if metric.outputs is None else metric.outputs.matrix.float()
+    free, norm = S, _norm(inputs, A)
     best: Decomposition | None = None
     least = torch.inf
-    for _ in range(rounds):
+    for turn in range(rounds):
         scales: dict[str, Tensor | None] = {"S": None, "U": None, "V": None}
         if storage.values < 16:
-            S, scales["S"] = inputs.fit(weight - U @ V, S, storage.values)
+            if turn:
+                free = fit_support(weight - U @ V, free, norm, STEPS)
+            S, scales["S"] = inputs.fit(weight - U @ V if A is None else free, free, storage.values)
         if value.rank and storage.factors < 16:
             U, V = balanced(U, _right(U, weight - S, A))
             U, V, scales["U"], scales["V"] = _factors(weight - S, U, V, A, inputs, storage.factors)
@@ -127,6 +137,15 @@ def stored(
             break
     assert best is not None, "rounds are at least one"
     return best
+
+
+def _norm(inputs: GridNorm, A: Tensor | None) -> Norm:
+    """Make the damped norm of fits that are on no grid; conjugate gradients need no factors of its Grams."""
+    G = Side(inputs.matrix, inputs.matrix)
+    if A is None:
+        return Norm(G)
+    damped = damped_cholesky(A, DAMPING)
+    return Norm(G, Side(damped.matrix, damped.factor))
 
 
 def _factors(
