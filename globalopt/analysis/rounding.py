@@ -1,27 +1,33 @@
 """Measure what a layer loses by storing its numbers in few bits, at its anchor solutions and for the dense weight.
 
 The solutions are there already: their values are rounded, and what that adds is measured in the metric of the predicted
-loss. A fit on the grid (`refine.stored`) leaves .2 to .9 of what rounding to the nearest level adds, much the same part
-at all bits, so that it is made at `FITTED` bits alone and the others are taken in proportion.
+loss. A fit on the grid leaves .2 to .9 of what rounding to the nearest level adds, much the same part at all bits, so
+that it is made at `FITTED` bits alone, for the dense weight and for one sparse solution, and all others are taken in
+proportion. What rows save by making up for each other (`joint_descent`) depends on the kind of layer: it is measured on
+one layer of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.analysis.solver_gap import sampled
+from globalopt.kernels.cholesky import damped_cholesky
 from globalopt.kernels.grid import fit_scales, grid_noise, snap, spread
+from globalopt.kernels.grid_fit import joint_descent
 from globalopt.kernels.low_rank import balanced
-from globalopt.refine.stored import GridNorm
+from globalopt.refine.stored import DAMPING, PASSES, GridNorm, spread_over
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric
 from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.storage import BITS, GROUP
 
-VERSION = 1
+VERSION = 2
 """Raised whenever measured rounding losses change."""
 
 FITTED = 4
@@ -56,6 +62,7 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
     (1.0, True, 1)
     """
     norms: dict[str, GridNorm] = {}
+    joint = _joint_shares(analysis)
     for spec in specs:
         weight, metric = analysis.layers.weight(spec.name).float(), analysis.loss_metric(spec)
         if spec.site not in norms:
@@ -65,10 +72,17 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
         sparse, ranked = _solutions(analysis, spec)
         kept: list[float] = []
         values: dict[int, list[float]] = {bits: [] for bits in FEW}
-        for S in (*(value.S.to(weight.device).float() for value in sparse), weight):
-            kept.append(int(S.count_nonzero()) / spec.numel)
-            for bits, loss in _value_losses(S, metric, norm).items():
-                values[bits].append(scale * loss)
+        of_kind = joint.get(spec.kind, 1.0)
+        share = _fitted_share(sparse[len(sparse) // 2].S.to(weight.device).float(), metric, norm) if sparse else 1.0
+        for value in sparse:
+            S = value.S.to(weight.device).float()
+            kept.append(value.nnz / spec.numel)
+            for bits in FEW:
+                values[bits].append(scale * of_kind * share * _nearest_loss(S, metric, norm, bits))
+        kept.append(int(weight.count_nonzero()) / spec.numel)
+        share = _fitted_share(weight, metric, norm)
+        for bits in FEW:
+            values[bits].append(scale * of_kind * share * _nearest_loss(weight, metric, norm, bits))
         noise = {bits: scale * metric.error(grid_noise(weight, bits, GROUP)) for bits in FEW}
         factors = {bits: tuple(scale * _factor_loss(value, metric, bits) for value in ranked) for bits in FEW}
         yield (
@@ -93,20 +107,38 @@ def _solutions(analysis: LayerAnalysis, spec: LayerSpec) -> tuple[list[Decomposi
     return sorted(sparse, key=lambda value: value.nnz), [by_rank[rank] for rank in sorted(by_rank)]
 
 
-def _value_losses(S: Tensor, metric: Metric, norm: GridNorm) -> dict[int, float]:
-    """Compute the errors that storing the values of `S` in few bits adds, by bits."""
+def _nearest_loss(S: Tensor, metric: Metric, norm: GridNorm, bits: int) -> float:
+    """Compute the error that rounding the values of `S` to their nearest levels adds."""
     support = S != 0
     numbers = S[support]
     weights = norm.matrix.diagonal().expand_as(S)[support]
+    scales = spread(fit_scales(numbers, bits, GROUP, weights), GROUP, len(numbers))
+    return metric.error(torch.zeros_like(S).masked_scatter_(support, numbers - snap(numbers, scales, bits)))
 
-    def nearest(bits: int) -> float:
-        scales = spread(fit_scales(numbers, bits, GROUP, weights), GROUP, len(numbers))
-        return metric.error(S.new_zeros(S.shape).masked_scatter_(support, numbers - snap(numbers, scales, bits)))
 
-    fitted, _ = norm.fit(S, S, FITTED)
-    plain = nearest(FITTED)
-    share = min(1.0, metric.error(S - fitted) / plain) if plain > 0 else 1.0
-    return {bits: share * (plain if bits == FITTED else nearest(bits)) for bits in FEW}
+def _fitted_share(S: Tensor, metric: Metric, norm: GridNorm) -> float:
+    """Compute the part of what rounding `S` to its nearest levels adds that a fit row by row leaves."""
+    nearest = _nearest_loss(S, metric, norm, FITTED)
+    return min(1.0, metric.error(S - norm.fit(S, S, FITTED)[0]) / nearest) if nearest > 0 else 1.0
+
+
+def _joint_shares(analysis: LayerAnalysis) -> dict[str, float]:
+    """Compute by kind of layer the part of a rounding error row by row that `joint_descent` leaves of it.
+
+    Where a layer is solved without its output Gram it is 1; of a kind that has no layer in the middle block too.
+    """
+    found = {}
+    for spec in sampled(analysis.layers.specs):
+        metric = analysis.metric(spec)
+        if metric.outputs is not None:
+            weight, norm = analysis.layers.weight(spec.name).float(), GridNorm.of(metric.inputs.matrix.float())
+            A = damped_cholesky(metric.outputs.matrix.float(), DAMPING).matrix
+            levels, scales = norm.fit(weight, weight, FITTED)
+            grids = spread_over(levels, scales)
+            joint = joint_descent(weight, levels, grids, FITTED, norm.matrix, A, PASSES)
+            before = metric.error(weight - levels)
+            found[spec.kind] = metric.error(weight - joint) / before if before > 0 else 1.0
+    return found
 
 
 def _factor_loss(value: Decomposition, metric: Metric, bits: int) -> float:

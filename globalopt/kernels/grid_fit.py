@@ -10,6 +10,9 @@ from globalopt.kernels.grid import snap
 BLOCK = 64
 """Columns that are updated one by one; all others follow in one product."""
 
+ROW_BLOCKS = 16
+"""Blocks of rows that move in turn where outputs are correlated; with 4 a block often raised the error."""
+
 
 def grid_sweep(S: Tensor, scales: Tensor, bits: int, R: Tensor) -> Tensor:
     """Round `S` column by column, and let the columns to the right make up for it.
@@ -86,3 +89,59 @@ def grid_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, pas
         if not moved:
             break
     return S.mT.contiguous()
+
+
+def joint_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, A: Tensor, passes: int) -> Tensor:
+    """Lower `tr(A (W - S) G (W - S)ᵀ)` over levels of the grids, where rows make up for each other too.
+
+    Rows are taken in `ROW_BLOCKS` interleaved blocks. The rows of a block move together, column after column, each to
+    the levels nearest to `S_ij + (A (W - S) G)_ij / (A_ii G_jj)` with all other rows fixed. That leaves out what the
+    rows of one block are to each other; a block that would raise the error stays as it is. In layers of the bundled
+    model two passes leave .5 to .9 of the error that rounding adds by `grid_descent`.
+
+    Args:
+        W: (d_out, d_in) to approximate.
+        S: (d_out, d_in) levels, not modified.
+        scales: (d_out, d_in) of the grids; 0 outside the support.
+        G: (d_in, d_in) damped input Gram. A: (d_out, d_out) damped output Gram.
+        passes: over all blocks.
+
+    >>> A = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # two outputs whose errors can make up for each other
+    >>> W, levels = torch.tensor([[1.1], [0.8]]), torch.tensor([[1.5], [0.5]])
+    >>> joint_descent(W, levels, torch.ones(2, 1), 3, torch.eye(1), A, passes=1).flatten().tolist()
+    [1.5, 0.5]
+    >>> joint_descent(W, torch.full((2, 1), 1.5), torch.ones(2, 1), 3, torch.eye(1), A, passes=1).flatten().tolist()
+    [0.5, 1.5]
+    """
+    S = S.clone()
+    columns, rows = G.diagonal(), A.diagonal()
+    # Rows without any output are of no consequence: they stay.
+    inverse = torch.where(rows > 0, 1 / rows, rows.new_zeros(()))
+    EG = (W - S) @ G
+    for _ in range(passes):
+        moved = False
+        for first in range(min(ROW_BLOCKS, len(S))):
+            block = torch.arange(first, len(S), ROW_BLOCKS, device=S.device)
+            gradient = A[block] @ EG
+            near = (gradient * inverse[block, None]).mT.contiguous()
+            now, grids = S[block].mT.contiguous(), scales[block].mT.contiguous()
+            found = torch.empty_like(now)
+            for begin in range(0, len(now), BLOCK):
+                end = min(begin + BLOCK, len(now))
+                changes = torch.empty_like(now[begin:end])
+                here = near[begin:end]
+                for j in range(begin, end):
+                    found[j] = snap(now[j] + near[j] / columns[j], grids[j], bits)
+                    torch.sub(found[j], now[j], out=changes[j - begin])
+                    here.addr_(G[begin:end, j], changes[j - begin], alpha=-1)
+                near[end:].addmm_(G[end:, begin:end], changes, alpha=-1)
+            change = (found - now).mT
+            changed = change @ G
+            rise = ((A[block][:, block] @ changed - 2 * gradient) * change).sum(dtype=torch.float64)
+            if float(rise) < 0:
+                S[block] = found.mT
+                EG[block] -= changed
+                moved = True
+        if not moved:
+            break
+    return S

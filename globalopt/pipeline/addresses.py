@@ -31,12 +31,13 @@ from globalopt.objective import candidates
 from globalopt.pipeline.plan import AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads, Solver
-from globalopt.refine import blocks
+from globalopt.refine import blocks, stored
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.runs.files import digest
 from globalopt.values.budget import Limits
 from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN
 
 VERSIONS: Mapping[Stage, int] = {
     Stage.GRAMS: collect.GRAMS_VERSION,
@@ -262,6 +263,7 @@ def refinement_addresses(
         "dtype": str(session.loaded.checkpoint_dtype),
         "metrics": _digest(found, Stage.METRICS) if plan.metric_choices else None,
         "labels": found[Stage.LABELS].digest if plan.output_grams or plan.block_output_grams else None,
+        **({"rounding": stored.VERSION} if any(layer.storage != str(PLAIN) for layer in file.layers) else {}),
     }
     found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
     if distillation is not None:

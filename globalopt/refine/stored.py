@@ -14,7 +14,7 @@ from torch import Tensor
 
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.grid import fit_scales, spread
-from globalopt.kernels.grid_fit import grid_descent, grid_sweep
+from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
 from globalopt.kernels.low_rank import balanced
 from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.support_refit import fit_support
@@ -22,6 +22,9 @@ from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
 from globalopt.values.storage import GROUP, Scales, Storage
+
+VERSION = 3
+"""Raised whenever rounded layers change; it is of no consequence to layers in 16 bits."""
 
 DAMPING = 0.01
 """Fraction of the mean of a Gram's diagonal that is added to it."""
@@ -91,7 +94,8 @@ def stored(
     The levels of `S` are fitted in the norm `tr(D G Dᵀ)`, in which rows do not interact. Without an output Gram `D` is
     what remains of the weight. With one it is the distance to the best values on the support: those of the solver, and
     once the factors have moved those of `fit_support`. What is left of the weight is at right angles to these in
-    `tr(A E G Eᵀ)`, but not in `tr(E G Eᵀ)`. The factors are refitted, and the best round is chosen, in the metric.
+    `tr(A E G Eᵀ)`, but not in `tr(E G Eᵀ)`. Then rows make up for each other too (`joint_descent`). The factors are
+    refitted, and the best round is chosen, in the metric.
 
     Args:
         value: of `weight`, without signs.
@@ -126,6 +130,9 @@ def stored(
             if turn:
                 free = fit_support(weight - U @ V, free, norm, STEPS)
             S, scales["S"] = inputs.fit(weight - U @ V if A is None else free, free, storage.values)
+            if norm.outputs is not None:
+                grids = spread_over(S, scales["S"])
+                S = joint_descent(weight - U @ V, S, grids, storage.values, inputs.matrix, norm.outputs.matrix, PASSES)
         if value.rank and storage.factors < 16:
             U, V = balanced(U, _right(U, weight - S, A))
             U, V, scales["U"], scales["V"] = _factors(weight - S, U, V, A, inputs, storage.factors)
@@ -182,3 +189,13 @@ def completed(S: Tensor, pattern: NM) -> Tensor:
     filled = empty & (empty.cumsum(1) <= lacking)
     tiny = torch.finfo(S.dtype).tiny ** 0.5
     return groups.masked_fill(filled, tiny).view_as(S)
+
+
+def spread_over(S: Tensor, scales: Tensor) -> Tensor:
+    """Spread the scales of the nonzeros of `S` (d_out, d_in) over their entries; 0 elsewhere.
+
+    >>> spread_over(torch.tensor([[0.0, 3.0], [2.0, 0.0]]), torch.tensor([0.5])).tolist()
+    [[0.0, 0.5], [0.5, 0.0]]
+    """
+    support = S != 0
+    return torch.zeros_like(S).masked_scatter_(support, spread(scales, GROUP, int(support.sum())))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from globalopt.kernels.grid import codes, fit_scales, levels, snap, spread
-from globalopt.kernels.grid_fit import grid_descent, grid_sweep
-from globalopt.refine.stored import GridNorm, completed, stored
+from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
+from globalopt.refine.stored import GridNorm, completed, spread_over, stored
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM
 from globalopt.values.metric import Gram, Metric
@@ -121,3 +121,19 @@ def test_the_sweep_of_a_whole_matrix_beats_rounding_to_the_nearest_level():
     norm, metric = GridNorm.of(G), Metric(Gram(G, 100))
     scales = spread(fit_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
     assert metric.error(W - grid_sweep(W, scales, 4, norm.R)) < 0.7 * metric.error(W - snap(W, scales, 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_make_up_for_each_other_lower_the_joint_error_and_never_raise_it(shape):
+    W, S, G = problem(*shape)
+    A = problem(5, shape[0])[2]
+    A += 0.01 * A.diagonal().mean() * torch.eye(len(A))
+    norm, metric = GridNorm.of(G), Metric(Gram(G, 100), Gram(A, 100))
+    levels, scales = norm.fit(S, S, 3)
+    grids, errors = spread_over(levels, scales), []
+    for passes in range(4):
+        found = joint_descent(W, levels, grids, 3, G, A, passes)
+        assert torch.equal(found != 0, S != 0)
+        errors.append(metric.error(W - found))
+    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 0.9 * errors[0]
