@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -135,5 +137,5 @@ def test_rows_that_make_up_for_each_other_lower_the_joint_error_and_never_raise_
         found = joint_descent(W, levels, grids, 3, G, A, passes)
         assert torch.equal(found != 0, S != 0)
         errors.append(metric.error(W - found))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
