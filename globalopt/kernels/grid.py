@@ -100,6 +100,21 @@ def levels(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (codes.to(scales.dtype) - (2 ** (bits - 1) - 0.5)) * scales
 
 
+def never_zero(rounded: Tensor, exact: Tensor) -> Tensor:
+    """Replace values that float16 rounds to zero by its smallest number: groups of codes are counted in nonzeros.
+
+    Args:
+        rounded: what `exact`, of the same shape, was rounded to.
+
+    >>> x = torch.tensor([0.0, -1e-9])
+    >>> never_zero(x.half(), x).tolist()
+    [0.0, -5.960464477539063e-08]
+    """
+    least = torch.finfo(rounded.dtype).smallest_normal * torch.finfo(rounded.dtype).eps
+    lost = (rounded == 0) & (exact != 0)
+    return torch.where(lost, torch.copysign(rounded.new_tensor(least), exact.to(rounded.dtype)), rounded)
+
+
 def _level(magnitudes: Tensor, scales: Tensor, half: int) -> Tensor:
     """Round magnitudes to the nearest positive level; 0 where the scale is 0."""
     steps = magnitudes / scales.clamp_min(torch.finfo(magnitudes.dtype).tiny)

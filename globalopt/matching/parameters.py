@@ -8,19 +8,28 @@ that nothing has to be masked and no step can bring it back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from globalopt.kernels.grid import never_zero
 from globalopt.kernels.low_rank import balanced
+from globalopt.kernels.straight_through import scales_of, straight_levels
 from globalopt.models.layers import ModelLayers
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.storage import GROUP, Scales
+
+SCALE_UNIT = 1.0
+"""Unit of the steps of the logarithm of a scale."""
 
 
 class TrainableLayer:
     """Parametrise `W = S + U V`, or `S + (U V) * signs`, by the nonzero values of `S` and the factors.
 
-    The factors are balanced first, `Uᵀ U = V Vᵀ`, so that steps of equal relative size move both alike.
+    Factors in 16 bits are balanced first, `Uᵀ U = V Vᵀ`, so that steps of equal relative size move both alike. Numbers
+    that lie on grids are rounded to them in every forward pass, and the logarithms of their scales are parameters too
+    (`kernels.straight_through`): weights, and the losses computed with them, are always those that can be stored.
 
     Args:
         value: the decomposition to start from, in any dtype.
@@ -39,31 +48,80 @@ class TrainableLayer:
         self.dtype = value.S.dtype
         S = value.S.to(device, torch.float32).flatten()
         self.support = S.nonzero().squeeze(1)
-        self.values = nn.Parameter(S[self.support])
-        U, V = balanced(value.U.to(device, torch.float32), value.V.to(device, torch.float32))
-        self.U, self.V = nn.Parameter(U), nn.Parameter(V)
+        values = S[self.support]
+        U, V = value.U.to(device, torch.float32), value.V.to(device, torch.float32)
+        scales = value.scales
+        self.storage = value.storage
+        self.of_values = _Grid.of(None if scales is None else scales.S, self.storage.values, device)
+        self.of_U = _Grid.of(None if scales is None else scales.U, self.storage.factors, device)
+        self.of_V = _Grid.of(None if scales is None else scales.V, self.storage.factors, device)
+        if self.of_U is None and self.of_V is None:
+            U, V = balanced(U, V)
+        self.values, self.U, self.V = nn.Parameter(values), nn.Parameter(U), nn.Parameter(V)
         self.signs = None if value.signs is None else value.signs.to(device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """List the values, `U` and `V`, without empty ones."""
-        return [part for part in (self.values, self.U, self.V) if part.numel()]
+        """List the values, `U` and `V`, without empty ones, then the logarithms of their scales."""
+        numbers = [part for part in (self.values, self.U, self.V) if part.numel()]
+        return numbers + [grid.sizes for grid in (self.of_values, self.of_U, self.of_V) if grid is not None]
+
+    def units(self) -> list[float]:
+        """Compute the unit of the steps of every parameter, in the order of `parameters`.
+
+        Of numbers it is their root mean square; of logarithms of scales `SCALE_UNIT`.
+        """
+        grids = {id(grid.sizes) for grid in (self.of_values, self.of_U, self.of_V) if grid is not None}
+        return [SCALE_UNIT if id(part) in grids else _root_mean_square(part) for part in self.parameters()]
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `S`, `U` and `V` as they are stored but for their dtype, differentiable in the parameters."""
+        values = self.values if self.of_values is None else self.of_values.levels(self.values)
+        U = self.U if self.of_U is None else self.of_U.levels(self.U.mT.flatten()).view(self.U.mT.shape).mT
+        V = self.V if self.of_V is None else self.of_V.levels(self.V.flatten()).view(self.V.shape)
+        return self.values.new_zeros(self.shape.numel()).scatter(0, self.support, values).view(self.shape), U, V
 
     def weight(self) -> Tensor:
         """Compute the weight (d_out, d_in), differentiable in the parameters."""
-        S = self.values.new_zeros(self.shape.numel()).scatter(0, self.support, self.values).view(self.shape)
-        if not self.U.numel():
+        S, U, V = self.parts()
+        if not U.numel():
             return S
-        L = self.U @ self.V
+        L = U @ V
         return S + (L if self.signs is None else L * self.signs)
 
     @torch.no_grad()
     def value(self) -> Decomposition:
         """Return the current decomposition on the CPU, in the dtype of the one it was made from."""
-        S = self.values.new_zeros(self.shape.numel()).scatter(0, self.support, self.values).view(self.shape)
-        U, V = self.U.detach(), self.V.detach()
+        exact, U, V = self.parts()
+        S, U, V = (part.to("cpu", self.dtype, copy=True) for part in (exact, U, V))
         signs = None if self.signs is None else self.signs.cpu()
-        S, U, V = (part.to("cpu", self.dtype, copy=True) for part in (S, U, V))
-        return Decomposition(S, U, V, signs)
+        if self.storage.plain:
+            return Decomposition(S, U, V, signs)
+        grids = (self.of_values, self.of_U, self.of_V)
+        scales = Scales(self.storage, *(None if grid is None else grid.scales().cpu() for grid in grids))
+        return Decomposition(never_zero(S, exact.cpu()), U, V, signs, scales)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Hold the grids of some numbers: the logarithms of their scales, which are trained, and the bits of codes."""
+
+    sizes: nn.Parameter
+    bits: int
+
+    @classmethod
+    def of(cls, scales: Tensor | None, bits: int, device: torch.device) -> _Grid | None:
+        """Make the grids of `scales`; None where there are none."""
+        return None if scales is None or not scales.numel() else cls(
+            nn.Parameter(scales.to(device, torch.float32).log()), bits
+        )
+
+    def levels(self, numbers: Tensor) -> Tensor:
+        """Round numbers (n,) to their levels."""
+        return straight_levels(numbers, self.sizes, self.bits, GROUP)
+
+    def scales(self) -> Tensor:
+        """Compute the scales as they are stored."""
+        return scales_of(self.sizes.detach())
 
 
 class Trainable:
@@ -116,7 +174,7 @@ class Trainable:
         for name, unit in norms.items():
             module = name.rpartition(".")[0]
             of_norm[module] = max(unit, of_norm.get(module, 0.0))
-        parts = [_root_mean_square(part) for layer in self.layers.values() for part in layer.parameters()]
+        parts = [unit for layer in self.layers.values() for unit in layer.units()]
         return parts + [unit or of_norm[name.rpartition(".")[0]] or 1.0 for name, unit in norms.items()]
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:

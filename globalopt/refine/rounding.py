@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from globalopt.kernels.grid import never_zero
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.metric import Metric
 
@@ -38,7 +39,7 @@ def rounded(value: Decomposition, weight: Tensor, metric: Metric, dtype: torch.d
     # Pruned and rounded entries may be negative zeros. The sum makes them positive, which need not be stored.
     plain = Decomposition(value.S.to(dtype) + 0.0, value.U.to(dtype), value.V.to(dtype), value.signs, value.scales)
     if value.scales is not None:
-        return replace(plain, S=_never_zero(plain.S, value.S))
+        return replace(plain, S=never_zero(plain.S, value.S))
     if value.rank == 0 or value.signs is not None or torch.finfo(dtype).bits >= 32:
         return plain
     U = plain.U.double()
@@ -48,10 +49,3 @@ def rounded(value: Decomposition, weight: Tensor, metric: Metric, dtype: torch.d
     refitted = replace(plain, V=V.to(dtype))
     better = metric.error(weight - refitted.dense()) < metric.error(weight - plain.dense())
     return refitted if better else plain
-
-
-def _never_zero(rounded: Tensor, exact: Tensor) -> Tensor:
-    """Replace values that float16 rounds to zero by its smallest number: groups of codes are counted in nonzeros."""
-    least = torch.finfo(rounded.dtype).smallest_normal * torch.finfo(rounded.dtype).eps
-    lost = (rounded == 0) & (exact != 0)
-    return torch.where(lost, torch.copysign(rounded.new_tensor(least), exact.to(rounded.dtype)), rounded)
