@@ -121,3 +121,14 @@ def test_the_sweep_of_a_whole_matrix_beats_rounding_to_the_nearest_level():
     norm, metric = GridNorm.of(G), Metric(Gram(G, 100))
     scales = spread(fit_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
     assert metric.error(W - grid_sweep(W, scales, 4, norm.R)) < 0.7 * metric.error(W - snap(W, scales, 4))
+
+
+def test_every_entry_of_the_factors_has_a_code_also_where_the_weight_has_none():
+    W = problem(24, 70)[0]
+    W[:, 5], W[3] = 0, 0
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    U[3], V[:, 5] = 0, 0
+    value, metric = Decomposition(W * 0, U[:, :4] * s[:4], V[:4]), Metric(Gram(problem(24, 70)[2], 100))
+    found = stored(value, W, metric, Storage(16, 4))
+    assert (found.scales.U.numel(), found.scales.V.numel()) == (-(-24 * 4 // GROUP), -(-70 * 4 // GROUP))
+    assert bool((found.U != 0).all() and (found.V != 0).all())
