@@ -161,9 +161,9 @@ def _factors(
     """Round `U` to its grid with `V` fixed, then `V`, refitted to the rounded `U`, to its own."""
     G = inputs.matrix
     inner = GridNorm.of(V @ G @ V.mT)
-    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, U, bits, columns=True)
+    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, _nonzero(U), bits, columns=True)
     V = _right(U, M, A)
-    V, of_V = inputs.fit(V, V, bits)
+    V, of_V = inputs.fit(V, _nonzero(V), bits)
     return U, V, of_U, of_V
 
 
@@ -187,8 +187,7 @@ def completed(S: Tensor, pattern: NM) -> Tensor:
     empty = groups == 0
     lacking = (pattern.keep - (~empty).sum(1, keepdim=True)).clamp_min(0)
     filled = empty & (empty.cumsum(1) <= lacking)
-    tiny = torch.finfo(S.dtype).tiny ** 0.5
-    return groups.masked_fill(filled, tiny).view_as(S)
+    return groups.masked_fill(filled, _tiny(S)).view_as(S)
 
 
 def spread_over(S: Tensor, scales: Tensor) -> Tensor:
@@ -199,3 +198,13 @@ def spread_over(S: Tensor, scales: Tensor) -> Tensor:
     """
     support = S != 0
     return torch.zeros_like(S).masked_scatter_(support, spread(scales, GROUP, int(support.sum())))
+
+
+def _nonzero(factor: Tensor) -> Tensor:
+    """Replace zeros of a factor, as those of an unused input, by tiny numbers: all of its entries have codes."""
+    return factor.masked_fill(factor == 0, _tiny(factor))
+
+
+def _tiny(like: Tensor) -> float:
+    """Return a number that counts as a nonzero, and whose square is no underflow."""
+    return torch.finfo(like.dtype).tiny ** 0.5
