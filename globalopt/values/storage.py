@@ -76,7 +76,7 @@ class Storage:
         return number_bytes(nnz, self.values)
 
     def factor_bytes(self, rank: Any, d_out: Any, d_in: Any) -> Any:
-        """Count the bytes of `U` (d_out, rank) and `V` (rank, d_in), which have groups of their own; as `value_bytes`."""
+        """Count the bytes of `U` (d_out, rank) and `V` (rank, d_in), with groups of their own; integers or arrays."""
         return number_bytes(rank * d_out, self.factors) + number_bytes(rank * d_in, self.factors)
 
 
