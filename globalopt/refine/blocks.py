@@ -350,4 +350,5 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         seconds=float(facts["seconds"]),
         bytes=target.bytes(spec),
         storage=str(target.storage),
+        signs=target.signs,
     )
