@@ -130,7 +130,7 @@ class SparseLowRankLinear(nn.Module):
         return self.weight.dtype if self.weight.is_floating_point() else self._dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
-        """Apply a cast or a move to all tensors; codes stay as they are, and are decoded in the new type from then on."""
+        """Apply a cast or a move to all tensors; codes stay, and are decoded in the new type from then on."""
         self._dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
