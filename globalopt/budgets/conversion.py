@@ -14,9 +14,10 @@ def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budg
     """Convert a target into one that `solver` can meet, at no higher cost.
 
     For a solver without a low-rank part, rank becomes nonzeros; for one without a sparse part, nonzeros become rank. A
-    solver with a plane of signs gets one, of rank 1, paid for with nonzeros. The targets of layers that are kept dense
-    or dropped do not change, nor do the bits in which any layer is stored. A layer with one output or input has no low
-    rank that is cheaper than itself: where the solver has nothing else for it, it is dropped.
+    solver with a plane of signs gets one, of rank 1, paid for with nonzeros. One without either part gets all nonzeros.
+    The targets of layers that are kept dense or dropped do not change, nor do the bits in which any layer is stored. A
+    layer with one output or input has no low rank that is cheaper than itself: where the solver has nothing else for
+    it, it is dropped.
 
     Args:
         budget: its accounting is that of the cost.
@@ -33,6 +34,8 @@ def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budg
     if target.nnz == spec.numel or not target.rank + target.nnz:
         return target
     cost = budget.cost(target, spec)
+    if not solver.sparse and not solver.low_rank:
+        return _whole(target, spec, solver, budget, cost)
     if solver.signs and not target.signs:
         return _with_signs(target, spec, solver, budget)
     if target.nnz and not solver.sparse:
@@ -53,6 +56,18 @@ def convert_target(target: Target, spec: LayerSpec, solver: Solver, budget: Budg
             )
         return budget.grow(replace(target, rank=0), spec, "nnz", spec.numel - 1, cost)
     return target
+
+
+def _whole(target: Target, spec: LayerSpec, solver: Solver, budget: Budget, cost: int) -> Target:
+    """Convert a target into one that keeps the whole layer in the same storage, if that costs at most `cost`."""
+    whole = Target(0, spec.numel, storage=target.storage)
+    if (least := budget.cost(whole, spec)) > cost:
+        raise UsageError(
+            f"Solver {solver.name} keeps every weight, and in {target.storage.values} bits that takes {least} "
+            f"{budget.accounting} for layer {spec.name}; its target costs {cost}. Use a larger budget, fewer bits, or "
+            "another solver."
+        )
+    return whole
 
 
 def _with_signs(target: Target, spec: LayerSpec, solver: Solver, budget: Budget) -> Target:

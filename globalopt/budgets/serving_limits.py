@@ -131,7 +131,7 @@ def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
         return
     if solver.signs:
         raise UsageError(f"Solver {solver.name} keeps a plane of signs of rank 1, which is not within limits of rank.")
-    if limits.sparse and not solver.sparse:
+    if limits.sparse and solver.low_rank and not solver.sparse:
         raise UsageError(
             f"Solver {solver.name} turns nonzeros into any rank; limits of rank need another solver, or "
             "--serving-profile factors."

@@ -111,8 +111,10 @@ class _Grid:
     @classmethod
     def of(cls, scales: Tensor | None, bits: int, device: torch.device) -> _Grid | None:
         """Make the grids of `scales`; None where there are none."""
-        return None if scales is None or not scales.numel() else cls(
-            nn.Parameter(scales.to(device, torch.float32).log()), bits
+        return (
+            None
+            if scales is None or not scales.numel()
+            else cls(nn.Parameter(scales.to(device, torch.float32).log()), bits)
         )
 
     def levels(self, numbers: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from globalopt.matching.block import Matching, match_block
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.protocols import Solver
+from globalopt.refine.published_rounding import on_grid
 from globalopt.refine.rounding import rounded
-from globalopt.refine.stored import stored
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Matched, SolvedLayer
@@ -288,7 +288,8 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> So
     try:
         value = solution.value
         if not job.target.storage.plain:
-            value = stored(value, job.weight, job.solved, job.target.storage, job.target.pattern)
+            how, storage, pattern = plan.solver.rounding, job.target.storage, job.target.pattern
+            value = on_grid(how, value, job.weight, job.solved, storage, pattern)
         value = checked(rounded(value, job.weight, job.solved, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
