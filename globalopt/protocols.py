@@ -68,7 +68,7 @@ class Outputs(StrEnum):
 class Rounding(StrEnum):
     """Say how a solver's solution is put on the grids of a target in few bits.
 
-    `FITTED`: by a sweep, coordinate descent, and refits of the factors (`refine.stored`). `SWEEP`: by one sweep over
+    `FITTED`: by a sweep, coordinate descent, and refits of the factors (`rounding.stored`). `SWEEP`: by one sweep over
     the columns. `NEAREST`: every number to its nearest level. The last two are methods as published, without factors.
 
     >>> Rounding("sweep")

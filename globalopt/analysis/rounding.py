@@ -20,7 +20,7 @@ from globalopt.kernels.cholesky import damped_cholesky
 from globalopt.kernels.grid import fit_scales, grid_noise, snap, spread
 from globalopt.kernels.grid_fit import joint_descent
 from globalopt.kernels.low_rank import balanced
-from globalopt.refine.stored import DAMPING, PASSES, GridNorm, spread_over
+from globalopt.rounding.stored import DAMPING, PASSES, GridNorm, spread_over
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric

@@ -18,8 +18,8 @@ from globalopt.matching.block import Matching, match_block
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.protocols import Solver
-from globalopt.refine.published_rounding import on_grid
 from globalopt.refine.rounding import rounded
+from globalopt.rounding.published import on_grid
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Matched, SolvedLayer

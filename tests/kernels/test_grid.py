@@ -9,7 +9,7 @@ import torch
 
 from globalopt.kernels.grid import codes, fit_scales, levels, snap, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
-from globalopt.refine.stored import GridNorm, completed, spread_over, stored
+from globalopt.rounding.stored import GridNorm, completed, spread_over, stored
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM
 from globalopt.values.metric import Gram, Metric

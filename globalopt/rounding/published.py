@@ -8,7 +8,7 @@ from torch import Tensor
 from globalopt.kernels.grid import fit_scales, snap, spread
 from globalopt.kernels.grid_fit import grid_sweep
 from globalopt.protocols import Rounding
-from globalopt.refine.stored import GridNorm, stored
+from globalopt.rounding.stored import GridNorm, stored
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
