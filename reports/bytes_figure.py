@@ -76,8 +76,8 @@ def bytes_figure(points: Sequence[BytesPoint], made_of: str = "") -> Figure:
         colour = COLOURS[n % len(COLOURS)]
         # The errors by themselves, so that the legend shows only line and marker.
         axes.errorbar(xs, ys, [point.stderr or 0.0 for point in line], fmt="none", ecolor=colour, elinewidth=1)
-        style = {"marker": MARKERS[n % len(MARKERS)], "linestyle": "--" if _alone(method) else "-"}
-        axes.plot(xs, ys, color=colour, markersize=5, linewidth=1.4, label=method, **style)
+        marker, dashes = MARKERS[n % len(MARKERS)], "--" if _alone(method) else "-"
+        axes.plot(xs, ys, marker=marker, linestyle=dashes, color=colour, markersize=5, linewidth=1.4, label=method)
     if shown:
         axes.set(xscale="log", yscale="log")
         kept, losses = [point.kept for point in shown], [point.kl for point in shown]
