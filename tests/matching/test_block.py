@@ -93,7 +93,8 @@ def test_matching_helps_every_solver_and_keeps_its_support(tmp_path, solver):
         after = output_error(runner, dense)
         norms = run.get(MATCHED_BLOCK, 0).norms
         before = output_error(runner, dense, before_matching(run, runner, norms))
-    assert after < 0.9 * before
+    # A layer that is only rounded loses little that could be made up for.
+    assert after < (0.9 if plan.solver.sparse or plan.solver.low_rank else 0.95) * before
 
 
 def before_matching(run: Run, runner: BlockRunner, norms) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "pattern": ({"pattern": "2:4"}, SOLVED),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
     "largest rank": ({"max_rank": 4}, SOLVED),
-    "serving profile": ({"serving_profile": "adapter"}, SOLVED),
+    "serving profile": ({"serving_profile": "adapter", "storage": "16"}, SOLVED),
     "span scaling": ({"scaling": "none"}, {Stage.SPANS, *SOLVED}),
     "span scaling by outputs": ({"scaling": "output"}, {Stage.SPANS, *SOLVED}),
     "predict_from": ({"predict_from": "span"}, SOLVED),

@@ -172,7 +172,7 @@ def test_the_probe_solver_weights_rows_where_the_solver_weights_outputs(name):
 def test_a_solver_that_only_ranks_entries_probes_itself_and_is_compared_with_nothing(name):
     solver = get_solver(name)
     plan = resolve(SearchOptions(0.5, solver=name)).analysis
-    ranks = name in ("wanda", "magnitude")
+    ranks = name in ("wanda", "magnitude", "rtn")
     assert (plan.probe == solver) == ranks
     assert plan.compared == (not ranks)
     if not ranks:
