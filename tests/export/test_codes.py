@@ -69,6 +69,19 @@ def test_bytes_promised_are_the_bytes_of_the_tensors(size, how, storage):
     assert saved["weight"].ndim == 1
 
 
+def test_where_another_index_is_smaller_than_the_one_that_is_counted_it_is_stored():
+    spec, wide = LayerSpec("layer", 0, "layer", "layer", 24, 32), NM(4, 8)
+    groups = weight(24, 32).reshape(-1, 8)
+    S = (groups * torch.zeros_like(groups).scatter_(1, groups.abs().topk(4, dim=1).indices, 1.0)).reshape(24, 32)
+    value = in_few_bits(Decomposition(S, S[:, :0], S[:0]), weight(24, 32), Storage(8, 8), wide)
+    promised = Target(0, wide.nnz(spec), wide, storage=Storage(8, 8)).bytes(spec)
+    assert promised - shape_of(value, wide).bytes(2) == 24 * 32 * 4 // 8 // 8  # 12 bits of positions a group, or 8
+    full = weight(24, 32).bfloat16()
+    full[0, :10] = 0
+    promised = Target(0, full.numel() - 10).bytes(spec)
+    assert promised - shape_of(Decomposition(full, full[:, :0], full[:0])).bytes(2) == 24 * 32 // 8 - 20
+
+
 @pytest.mark.parametrize("compute", ["auto", "split", "merged", "unpack"])
 @pytest.mark.parametrize("storage", [Storage(4, 8), Storage(16, 5), Storage(3, 16)], ids=str)
 @pytest.mark.parametrize("how", ["both", "sparse", "factors", "few", "full", "2:4"])
