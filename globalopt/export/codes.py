@@ -72,11 +72,21 @@ def decode(packed: Tensor, scales: Tensor, bits: int, n: int, dtype: torch.dtype
     >>> decode(*encode(torch.tensor([-0.5, 1.5]), torch.tensor([1.0]), 4), 4, 2, torch.float32).tolist()
     [-0.5, 1.5]
     """
+    return decode_codes(unpacked_numbers(packed, bits, n), scales, bits, dtype)
+
+
+def decode_codes(numbers: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Compute the numbers (n,) in `dtype` that codes (n,) uint8 stand for; errors as of `decode`.
+
+    >>> scales = torch.tensor([2.0], dtype=torch.bfloat16).view(torch.int16)
+    >>> decode_codes(torch.tensor([7, 9], dtype=torch.uint8), scales, bits=4, dtype=torch.float32).tolist()
+    [-1.0, 3.0]
+    """
+    n = len(numbers)
     if scales.shape != (-(-n // GROUP),):
-        raise ArtefactError(f"{n} codes have {len(scales)} scales; expected one per {GROUP}.")
+        raise ArtefactError(f"{n} codes have scales of shape {tuple(scales.shape)}; expected one per {GROUP}.")
     grids = scales.view(SCALE)
     if bool((scales < 0).any()) or not bool(torch.isfinite(grids).all()):
         raise ArtefactError("A scale of packed codes is negative or not finite.")
-    numbers = unpacked_numbers(packed, bits, n)
     groups = pad(numbers, (0, -n % GROUP)).view(-1, GROUP)
     return levels(groups, grids.float()[:, None], bits).view(-1)[:n].to(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from globalopt.errors import ArtefactError, UsageError
+from globalopt.errors import ArtefactError
 from globalopt.export.codes import SCALE_BITS
 from globalopt.export.packing import EMPTY, Layout, layout
 from globalopt.values.bits import packed_size
@@ -69,7 +69,7 @@ class Shape:
             how = Layout(record["d_out"], record["d_in"], record["form"], record["values"])
             storage = Storage.parse(record["storage"]) if "storage" in record else PLAIN
             return cls(how, record["rank"], record["signs"], storage)
-        except (KeyError, TypeError, IndexError, AttributeError, UsageError):
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
             raise ArtefactError(f"{str(record)[:120]} does not describe a packed layer.") from None
 
     @property
