@@ -134,7 +134,9 @@ class _FractionRanges:
         if table.axis == "rank":
             rank, nnz = table.grow(every, zero, self._bare, most_rank, limit)
         else:
-            share = (rank_share * limit / self.dense * numel / table.per_rank[every]).astype(np.int64)
+            # What a rank costs in few bits, over what it costs in 16.
+            relative = table.costs(every, zero + 1, zero) / (table.per_rank[every] * (self.dense / numel))
+            share = (rank_share * limit / self.dense * numel / table.per_rank[every] / relative).astype(np.int64)
             rank = table.floor(np.minimum(share, most_rank))
             rank, nnz = table.grow(every, rank, zero, numel - 1, limit)
         if table.pattern is None:

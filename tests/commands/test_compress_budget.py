@@ -37,7 +37,8 @@ def test_a_fraction_is_kept_without_an_analysis(tiny_llama, tiny_text, tmp_path,
 
 def test_bits_of_a_run_go_into_its_budget_its_results_and_its_report(tiny_llama, tiny_text, tmp_path):
     text = ("--calibration", tiny_text, *WINDOWS, "--samples", "0")
-    options = ("--budget", "0.3", "--storage", "4/8", "--solver", "oats", "--set", "steps=2", "--rank-share", "0.2")
+    # At .27 all entries fit in 4 bits, which is better than rank beside some of them.
+    options = ("--budget", "0.2", "--storage", "4/8", "--solver", "oats", "--set", "steps=2", "--rank-share", "0.5")
     done("compress", tiny_llama, *options, *text, "--out", tmp_path / "run", "-q")
     file = budget_file.read(tmp_path / "run" / "budget.json")
     assert (file.schema_version, file.accounting) == (2, "bytes")
