@@ -43,6 +43,7 @@ PATH_STEPS = 0.22
 PATH_LEAST = 40
 PATH_BEGUN = 0.3
 PATH_GROWS = 0.4
+PATH_FROM = 0.02  # a rise that begins where a cold one does shares its penalties, and so its inverses (`Side.inverse`)
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,9 @@ class ThreeBASiL(Solver[UnitDiagonal]):
         if neighbour is None:
             return cold
         there = min(1.0, int(torch.count_nonzero(neighbour.S)) / nnz)
+        begun = PATH_BEGUN * there**4
         return AdmmSearch(
             min(cold.steps, max(PATH_LEAST, round(PATH_STEPS * cold.steps))),
-            begun=PATH_BEGUN * there**4,
+            begun=begun if begun >= PATH_FROM else 0.0,
             full=cold.full + PATH_GROWS * there,
         )

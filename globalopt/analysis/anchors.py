@@ -15,10 +15,10 @@ from globalopt.runs.records import AnchorSolutions
 from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
-ANCHORS_VERSION = 3
+ANCHORS_VERSION = 4
 """Raised whenever anchor solutions change."""
 
-GAPS_VERSION = 3
+GAPS_VERSION = 4
 """Raised whenever solver gaps change."""
 
 
@@ -54,7 +54,7 @@ def solve_anchors(
     [(0, 17), (0, 56), (0, 140), (1, 96)]
     """
     for spec in specs:
-        rows = analysis.options(spec).anchors
+        rows = analysis.anchor_rows(spec)
         state = probe.prepare(analysis.layers.weight(spec.name), analysis.metric(spec))
         found = probe.solve_path(state, [anchor for row in rows for anchor in row])
         # Rounding errors of 2^-9 at most have about a millionth of the energy of what is kept; half as much is stored.

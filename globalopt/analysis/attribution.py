@@ -91,6 +91,7 @@ def attribute(
         placed = weight if isinstance(weight, Tensor) else weight()
         return (dense - placed.to(dense)).to(runner.layers.device_of(spec.block))
 
-    found = backward_sweep(runner, inputs, specs, upstream, device, changes=residual)
+    # Shares are estimates from a few windows; the losses themselves are those of products in float32.
+    found = backward_sweep(runner, inputs, specs, upstream, device, changes=residual, rough=True)
     shares = {layer.spec.name: -layer.products / 2 for layer in found if layer.products is not None}
     return Attribution(torch.cat(losses), {spec.name: shares[spec.name] for spec in specs})

@@ -12,16 +12,17 @@ from globalopt.analysis.curves import layer_curves
 from globalopt.analysis.profiles import profile_block
 from globalopt.analysis.sensitivity import backward_sweep, label_gradients
 from globalopt.analysis.spans import compute_span
+from globalopt.kernels.precision import RoughLinear
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 
-GRAMS_VERSION = 3
+GRAMS_VERSION = 4
 """Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 4
+LABELS_VERSION = 5
 """Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
 LABELLED = 2
@@ -36,6 +37,8 @@ def write_grams(
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
     """Compute the Gram of every site by one forward pass, and write those that are missing.
+
+    Linear layers multiply in bfloat16 where a CPU is faster at it (`RoughLinear`); the moments are float32.
 
     Args:
         runner: of the dense model, on the calibration text.
@@ -52,9 +55,10 @@ def write_grams(
     >>> work.get(GRAM, layers.specs[0].site).tokens
     64
     """
-    for visit in walk_blocks(runner, device):
-        _grams(visit, work)
-        advance(f"block {visit.index}")
+    with RoughLinear():
+        for visit in walk_blocks(runner, device):
+            _grams(visit, work)
+            advance(f"block {visit.index}")
 
 
 def write_output_grams(
@@ -88,9 +92,10 @@ def write_output_grams(
     """
     labelled = BlockRunner(runner.layers, runner.batches[::LABELLED], runner.scratch)
     inputs: list[list[Tensor]] = []
-    for visit in walk_blocks(runner, device):
-        _grams(visit, work)
-        inputs += [states[::LABELLED] for states in _hidden_states(visit, runner.layers)]
+    with RoughLinear():
+        for visit in walk_blocks(runner, device):
+            _grams(visit, work)
+            inputs += [states[::LABELLED] for states in _hidden_states(visit, runner.layers)]
     upstream = label_gradients(labelled, inputs[-1], seed, rough=True)
     behind = partial(work.put, BLOCK_OUTPUT_GRAM)
     for found in backward_sweep(labelled, inputs, specs, upstream, device, behind=behind, rough=True):

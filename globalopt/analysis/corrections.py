@@ -25,7 +25,7 @@ from globalopt.values.budget import Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.problem import Allocation, Problem
 
-VERSION = 1
+VERSION = 2
 """Raised whenever corrections change."""
 
 ROUNDS = 8

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from globalopt.analysis.grid import Options
+from globalopt.analysis.rank_worth import ranked
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Artefact, Stage
@@ -59,6 +61,7 @@ class LayerAnalysis:
         limits: every option of a layer is within them.
         weighted: whether the error metric of a layer has its output Gram, unless `METRIC_CHOICE` says otherwise.
         low_rank: whether options have low-rank parts.
+        all_ranked: whether every layer is solved at anchors with rank, and not only those that `ranked` names.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
@@ -74,11 +77,21 @@ class LayerAnalysis:
     limits: Limits = NO_LIMITS
     weighted: bool = False
     low_rank: bool = True
+    all_ranked: bool = False
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
         most = self.work.get(SPAN, spec).max_rank if self.low_rank else 0
         return Options.of(spec, most, self.pattern, self.limits)
+
+    def anchor_rows(self, spec: LayerSpec) -> tuple[tuple[Target, ...], ...]:
+        """List the anchors at which a layer is solved, in rows of equal rank share; the first is without rank."""
+        rows = self.options(spec).anchors
+        return rows if self.all_ranked or spec.name in self._ranked else rows[:1]
+
+    @cached_property
+    def _ranked(self) -> frozenset[str]:
+        return ranked(self.layers.specs)
 
     def span(self, spec: LayerSpec) -> Span:
         """Read the span of a layer, and compute its entries from the weight, which is to be dense."""

@@ -24,7 +24,7 @@ from globalopt.runs.records import AnchorSolutions, CheckedLoss, MetricChoice
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 
-VERSION = 2
+VERSION = 3
 """Raised whenever choices of metrics change."""
 
 KEPT = 0.22

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
-from globalopt.analysis.surfaces import calibrated_surface, span_errors
+from globalopt.analysis.rank_worth import RankWorths, Worth
+from globalopt.analysis.solver_gap import SolverGap
+from globalopt.analysis.surfaces import calibrated_surface, rank_worth, span_errors
+from globalopt.kernels.precision import rough_product, rough_products
 from globalopt.runs.records import Prediction
+from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric
 
-VERSION = 2
+VERSION = 3
 """Raised whenever predicted losses change."""
 
 
@@ -45,24 +51,84 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     True
     """
     gap = read_gap(analysis)
-    for spec in specs:
-        weight, options, metric = analysis.layers.weight(spec.name), analysis.options(spec), analysis.loss_metric(spec)
-        span = analysis.span(spec)
-        # Half of the squared norm is the loss.
-        scale = 1.0 if metric.outputs is None else 0.5
-        errors, overlap = [], None
-        if analysis.solved_anchors(spec):
-            residuals = analysis.residuals(spec, weight, gap)
-            products = _products(residuals.tensor, metric)
-            checked = analysis.checked_losses(spec)
-            errors = [
-                max(scale * error, checked.get(anchor, 0.0))
-                for anchor, error in zip(residuals.anchors, products.diagonal().clamp_min(0.0).tolist(), strict=True)
-            ]
-            overlap = _cosines(products)
-        shape = [scale * error for error in span_errors(span, options, metric)]
-        zero = max(scale * metric.error(weight), *errors, 0.0)
-        yield spec, Prediction(calibrated_surface(options, shape, errors, zero), overlap)
+    measured: dict[str, Worth | None] = {}
+
+    def worth_of(spec: LayerSpec, found: _Measured) -> Worth | None:
+        """Compute what rank is worth to a layer that was solved with rank."""
+        return rank_worth(found.options, found.shape, found.errors)
+
+    def worths() -> RankWorths:
+        """Collect what rank is worth from all layers that were solved with rank, some of them in an earlier call."""
+        known: list[tuple[LayerSpec, Worth]] = []
+        for spec in analysis.layers.specs:
+            if analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) > 1:
+                if spec.name not in measured:
+                    measured[spec.name] = worth_of(spec, _measure(analysis, spec, gap))
+                if (worth := measured[spec.name]) is not None:
+                    known.append((spec, worth))
+        return RankWorths.of(known)
+
+    # Layers without a solution with rank take its worth from the others, so these come first.
+    alone = [spec for spec in specs if not _lacks_rank(analysis, spec)]
+    everywhere: RankWorths | None = None
+    for spec in [*alone, *(spec for spec in specs if spec not in set(alone))]:
+        found, worth = _measure(analysis, spec, gap), None
+        if _lacks_rank(analysis, spec):
+            everywhere = everywhere or worths()
+            kept = tuple(anchor.params(spec) / spec.numel for anchor in found.options.anchors[-1])
+            worth = everywhere.at(spec.kind, spec.block, kept)
+        elif len(found.options.anchors) > 1 and found.errors:
+            measured[spec.name] = worth_of(spec, found)
+        checked = analysis.checked_losses(spec)
+        errors = [
+            max(error, checked.get(anchor, 0.0)) for anchor, error in zip(found.anchors, found.errors, strict=True)
+        ]
+        zero = max(found.whole, *errors, 0.0)
+        yield spec, Prediction(calibrated_surface(found.options, found.shape, errors, zero, worth), found.overlap)
+
+
+def _lacks_rank(analysis: LayerAnalysis, spec: LayerSpec) -> bool:
+    """Tell whether a layer was solved at its anchors without rank alone, though there are others."""
+    return analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) < len(analysis.options(spec).anchors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Hold what is measured of one layer, in the unit of its predicted loss.
+
+    Args:
+        shape: errors of its span, of all options or of those of the first rank.
+        anchors, errors: its anchors and the errors of their solutions; empty where none were solved.
+        overlap: of the residuals of these, or None.
+        whole: error of the layer dropped whole.
+    """
+
+    options: Options
+    shape: list[float]
+    anchors: tuple[Target, ...]
+    errors: list[float]
+    overlap: Tensor | None
+    whole: float
+
+
+def _measure(analysis: LayerAnalysis, spec: LayerSpec, gap: SolverGap) -> _Measured:
+    """Measure the errors of a layer's span and of its anchor solutions."""
+    weight, options, metric = analysis.layers.weight(spec.name), analysis.options(spec), analysis.loss_metric(spec)
+    # Half of the squared norm is the loss.
+    scale = 1.0 if metric.outputs is None else 0.5
+    anchors, errors, overlap = (), [], None
+    if analysis.solved_anchors(spec):
+        residuals = analysis.residuals(spec, weight, gap)
+        products = _products(residuals.tensor, metric)
+        anchors, overlap = residuals.anchors, _cosines(products)
+        errors = [scale * error for error in products.diagonal().clamp_min(0.0).tolist()]
+    read = analysis.span(spec)
+    offered = options
+    if errors and len(options.anchors) > 1:
+        # What rank is worth comes from the anchors, and the first directions of a span from nothing.
+        offered = replace(options, rows=options.rows[:1])
+    shape = [scale * error for error in span_errors(read, offered, metric)]
+    return _Measured(options, shape, anchors, errors, overlap, scale * metric.error(weight))
 
 
 def _products(residuals: Tensor, metric: Metric) -> Tensor:
@@ -71,11 +137,13 @@ def _products(residuals: Tensor, metric: Metric) -> Tensor:
     One residual is multiplied by the Grams at a time: of a large layer, no more than a few copies are held.
     """
     count = len(residuals)
+    # Sums over a whole layer, of residuals that are in bfloat16 themselves.
+    times = rough_product if rough_products(metric.inputs.matrix) else torch.matmul
     found = torch.zeros(count, count, dtype=torch.float64)
     for i in range(count):
-        product = residuals[i].float() @ metric.inputs.matrix
+        product = times(residuals[i].float(), metric.inputs.matrix)
         if metric.outputs is not None:
-            product = metric.outputs.matrix @ product
+            product = times(metric.outputs.matrix, product)
         for j in range(i + 1):
             found[i, j] = found[j, i] = float((product * residuals[j]).sum(dtype=torch.float64))
     return found

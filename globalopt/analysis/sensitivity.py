@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import NumericalError
-from globalopt.kernels.precision import RoughLinear
+from globalopt.kernels.precision import RoughLinear, rough_product, rough_products
+from globalopt.kernels.second_moment import add_second_moment, mirror
 from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
@@ -120,13 +121,13 @@ def backward_sweep(
         if behind is not None:
             outputs = _second_moment(runner, upstream, index)
             behind(index, outputs)
-        taps = {spec.name: _Tap(spec, None if changes is None else changes(spec)) for spec in here}
+        taps = {spec.name: _Tap(spec, None if changes is None else changes(spec), rough) for spec in here}
         if changes is None:
             outputs = _second_moment(runner, upstream, index) if outputs is None else outputs
             for spec in here:
                 for sibling in spec.siblings(layers.of_block(index)):
                     # Its output Gram may have to stand in for another.
-                    taps.setdefault(sibling.name, _Tap(sibling, None))
+                    taps.setdefault(sibling.name, _Tap(sibling, None, rough))
         with layers.resident(index, device):
             hooks = [
                 layers.module(name).register_forward_hook(tap.listen, with_kwargs=True) for name, tap in taps.items()
@@ -216,10 +217,14 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor], block: int)
     """Compute the second moment per token of the gradients of the hidden states that leave a block."""
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
         raise NumericalError(f"The gradient behind block {block} is not finite; load the model in float32.")
-    rows = (batch.select(g).float() for batch, g in zip(runner.batches, gradients, strict=True))
-    total = sum((g.mT @ g for g in rows), torch.zeros(()))
+    total: Tensor | None = None
+    for batch, gradient in zip(runner.batches, gradients, strict=True):
+        rows = batch.select(gradient).float()
+        total = rows.new_zeros(rows.shape[1], rows.shape[1]) if total is None else total
+        add_second_moment(total, rows)
+    assert total is not None, "a runner has batches"
     tokens = sum(batch.tokens for batch in runner.batches)
-    return Gram(total.cpu() / tokens, tokens)
+    return Gram(mirror(total).cpu() / tokens, tokens)
 
 
 def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstream: Tensor) -> None:
@@ -262,12 +267,13 @@ class _Call:
 class _Tap:
     """Sum over the gradients at one linear layer: `g gᵀ` of tokens, or inner products of sequences with a change."""
 
-    def __init__(self, spec: LayerSpec, change: Tensor | None) -> None:
+    def __init__(self, spec: LayerSpec, change: Tensor | None, rough: bool) -> None:
         self.spec = spec
         self.change = change
         self.shape: tuple[int, int] = (0, 0)
         self.calls: list[_Call] = []
         self.in_order = False
+        self.rough = rough
         self.second: Tensor | None = None
         self.products: list[Tensor] = []
 
@@ -320,8 +326,9 @@ class _Tap:
             raise NumericalError(f"The gradient at layer {self.spec.name} is not finite; load the model in float32.")
         rows = g.flatten(0, -2)
         if self.change is None:
-            part = rows.mT @ rows
-            self.second = part if self.second is None else self.second + part
+            if self.second is None:
+                self.second = rows.new_zeros(rows.shape[1], rows.shape[1])
+            add_second_moment(self.second, rows, self.rough)
         else:
             # A layer may be called more than once in a batch.
             self.products[-1] += self._per_sequence(call, rows, self.change)
@@ -329,7 +336,9 @@ class _Tap:
     def _per_sequence(self, call: _Call, rows: Tensor, change: Tensor) -> Tensor:
         """Compute `sum of g (E x)` over the tokens of every sequence, (sequences,) float64."""
         sequences, _ = self.shape
-        each = (rows * (call.x.float().flatten(0, -2) @ change.mT)).sum(1).double().cpu()
+        x = call.x.float().flatten(0, -2)
+        changed = rough_product(x, change.mT) if self.rough and rough_products(change) else x @ change.mT
+        each = (rows * changed).sum(1).double().cpu()
         if call.sequence is None:
             return each.view(sequences, -1).sum(1)
         return torch.zeros(sequences, dtype=torch.float64).index_add_(0, call.sequence.cpu(), each)
@@ -340,4 +349,7 @@ class _Tap:
 
     def output_gram(self, tokens: int) -> Gram | None:
         """Divide the second moment of all batches by the number of tokens; None if no gradient arrived."""
-        return None if self.second is None else Gram(self.second.cpu() / tokens, tokens)
+        if self.second is None:
+            return None
+        # It may be asked for again, as one that stands in for a sibling's.
+        return Gram(mirror(self.second).cpu() / tokens, tokens)

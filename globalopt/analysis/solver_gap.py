@@ -34,9 +34,6 @@ from globalopt.values.metric import Metric
 LEAST = 1e-9
 """Errors below this fraction of the layer's energy are rounding."""
 
-TOGETHER = 2**22
-"""Number of weights solved at once: several targets of a small layer take little more time than one."""
-
 
 @dataclass(frozen=True)
 class SolverGap:
@@ -129,12 +126,9 @@ def measure_gap(
         anchor: metric.error(weight - value.to(weight.device).dense())
         for anchor, value in zip(solutions.anchors, solutions.values, strict=True)
     }
-    found = {}
-    together = max(1, TOGETHER // weight.numel())
-    for start in range(0, len(targets), together):
-        some = list(targets.items())[start : start + together]
-        solved = solver.solve_site([(weight, metric, target) for _, target in some])
-        for (anchor, _), solution in zip(some, solved, strict=True):
-            own = metric.error(weight - solution.value.dense())
-            found[anchor] = max(own, least) / max(by_probe[anchor], least)
-    return found
+    # Along a path all anchors but the first take a share of the steps, to much the same error (`solve_path`).
+    solved = solver.solve_path(solver.prepare(weight, metric), list(targets.values()))
+    return {
+        anchor: max(metric.error(weight - solution.value.dense()), least) / max(by_probe[anchor], least)
+        for anchor, solution in zip(targets, solved, strict=True)
+    }

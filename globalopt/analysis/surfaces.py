@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from globalopt.analysis.grid import AnchorValues, Options
+from globalopt.analysis.rank_worth import Worth
 from globalopt.kernels.projection import keep_nm
 from globalopt.values.budget import Target
 from globalopt.values.metric import Metric
@@ -60,7 +62,11 @@ def span_errors(span: Span, options: Options, metric: Metric) -> list[float]:
 
 
 def calibrated_surface(
-    options: Options, span_error: Sequence[float], anchor_error: Sequence[float], zero_error: float
+    options: Options,
+    span_error: Sequence[float],
+    anchor_error: Sequence[float],
+    zero_error: float,
+    worth: Worth | None = None,
 ) -> ErrorSurface:
     """Compute the error surface of a layer: its shape from the errors of the span, its level from those of the anchors.
 
@@ -82,9 +88,11 @@ def calibrated_surface(
     the same reason the error of the zero option is at least `zero_error`.
 
     Args:
-        span_error: one per option of `options.targets`.
+        span_error: one per option of `options.targets`; where a second row of anchors says what rank is worth, those of
+            the first rank, zero, are enough.
         anchor_error: one per anchor, row by row, in the same unit; if empty, the errors of the span are not changed.
         zero_error: a second estimate for the layer dropped whole, in the same unit.
+        worth: of rank, where `anchor_error` is that of the first row alone.
 
     >>> from globalopt.values.layer import LayerSpec
     >>> spec = LayerSpec("up", 0, "in", "up", 10, 10)
@@ -95,13 +103,32 @@ def calibrated_surface(
     >>> round(surface.predict(Target(0, 50)), 2), surface.predict(Target.zero())
     (0.25, 2.0)
     """
-    base = ErrorSurface(options.spec, options.targets, tuple(_monotone(options, span_error)))
-    between = _fitted_errors(options, base, anchor_error) if anchor_error else base.predict
+    base = ErrorSurface(options.spec, options.targets[: len(span_error)], tuple(_monotone(options, span_error)))
+    between = _fitted_errors(options, base, anchor_error, worth) if anchor_error else base.predict
+    known = dict(zip(base.targets, base.error, strict=True))
     errors = [
-        max(error, zero_error) if target == Target.zero() else between(target) if error > 0 else 0.0
-        for target, error in zip(base.targets, base.error, strict=True)
+        max(known[target], zero_error)
+        if target == Target.zero()
+        else between(target)
+        if target not in known or known[target] > 0
+        else 0.0
+        for target in options.targets
     ]
-    return ErrorSurface(options.spec, base.targets, tuple(errors))
+    return ErrorSurface(options.spec, options.targets, tuple(errors))
+
+
+def rank_worth(options: Options, span_error: Sequence[float], anchor_error: Sequence[float]) -> Worth | None:
+    """Compute what rank is worth from both rows of anchors, as in `calibrated_surface`; None without a second row.
+
+    >>> from globalopt.values.layer import LayerSpec
+    >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
+    >>> span_error = [1 - target.nnz / 4096 for target in Options.of(options.spec, max_rank=0).targets]
+    >>> worth = rank_worth(options, span_error, [0.93, 0.78, 0.45, 0.75, 0.25])  # with rank, half of it at .5 kept
+    >>> [round(log, 2) for log in worth.logs]
+    [-0.0, -0.69]
+    """
+    base = ErrorSurface(options.spec, options.targets[: len(span_error)], tuple(_monotone(options, span_error)))
+    return _Levels.of(options, base, anchor_error).worth
 
 
 def _monotone(options: Options, error: Sequence[float]) -> list[float]:
@@ -109,6 +136,8 @@ def _monotone(options: Options, error: Sequence[float]) -> list[float]:
     made: list[float] = []
     start = 0
     for _, counts in options.rows:
+        if start == len(error):
+            break
         row = list(error[start : start + len(counts)])
         start += len(counts)
         for i in reversed(range(len(row) - 1)):
@@ -117,38 +146,68 @@ def _monotone(options: Options, error: Sequence[float]) -> list[float]:
     return made
 
 
-def _fitted_errors(options: Options, base: ErrorSurface, anchor_error: Sequence[float]) -> Callable[[Target], float]:
+@dataclass(frozen=True)
+class _Levels:
+    """Hold the level of a layer's errors along its row of anchors without rank, and what rank is worth.
+
+    Args:
+        floor: errors below are rounding, whose logarithms mean nothing.
+        kept, ratios: kept fractions of the anchors of the first row, and the logarithms of anchor over span there.
+        worth: of rank; None without a second row.
+    """
+
+    options: Options
+    base: ErrorSurface
+    floor: float
+    kept: tuple[float, ...]
+    ratios: tuple[float, ...]
+    worth: Worth | None
+
+    @classmethod
+    def of(
+        cls, options: Options, base: ErrorSurface, anchor_error: Sequence[float], worth: Worth | None = None
+    ) -> _Levels:
+        """Make it from the errors at all anchors, or from those of the first row and the worth of rank."""
+        spec, (sparse, *further) = options.spec, options.anchors
+        floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
+        first = dict(zip(sparse, anchor_error[: len(sparse)], strict=True))
+        ratios = {anchor: _log(error, floor) - _log(base.predict(anchor), floor) for anchor, error in first.items()}
+        ((_, kept, logs),) = AnchorValues.of(options, ratios).rows
+        found = cls(options, base, floor, kept, logs, worth)
+        if worth is not None or not further:
+            return found
+        (row,) = further
+        shares = tuple(anchor.params(spec) / spec.numel for anchor in row)
+        errors = zip(shares, anchor_error[len(sparse) :], strict=True)
+        logs = tuple(_log(error, floor) - found.without_rank(share) for share, error in errors)
+        return replace(found, worth=Worth(shares, logs))
+
+    def without_rank(self, kept: float) -> float:
+        """Predict the logarithm of the error with all of the kept fraction as nonzeros."""
+        plain = self.base.predict(self.options.sharing(kept, 0.0))
+        return _log(plain, self.floor) + interpolate(self.kept, self.ratios, kept)
+
+
+def _log(error: float, floor: float) -> float:
+    return math.log(max(error, floor))
+
+
+def _fitted_errors(
+    options: Options, base: ErrorSurface, anchor_error: Sequence[float], worth: Worth | None
+) -> Callable[[Target], float]:
     """Return the function that predicts the error of any target; see `calibrated_surface`."""
     spec = options.spec
-    # Below this floor errors are rounding, whose logarithms mean nothing.
-    floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
-
-    def log(error: float) -> float:
-        return math.log(max(error, floor))
-
-    anchors = [anchor for row in options.anchors for anchor in row]
-    ratios = {
-        anchor: log(error) - log(base.predict(anchor)) for anchor, error in zip(anchors, anchor_error, strict=True)
-    }
-    sparse, *ranked = AnchorValues.of(options, ratios).rows
-
-    def without_rank(kept: float) -> float:
-        """Predict the logarithm of the error with all of the kept fraction as nonzeros."""
-        _, xs, ys = sparse
-        return log(base.predict(options.sharing(kept, 0.0))) + interpolate(xs, ys, kept)
-
-    if not ranked:
-        _, xs, ys = sparse
-        return lambda target: base.predict(target) * math.exp(interpolate(xs, ys, target.params(spec) / spec.numel))
-    # What rank is worth: the logarithm of the error with a share of rank, less that without.
-    ((share, xs, _),) = ranked
-    row = options.anchors[-1]
-    errors = dict(zip(anchors, anchor_error, strict=True))
-    worth = [log(errors[anchor]) - without_rank(kept) for anchor, kept in zip(row, xs, strict=True)]
+    levels = _Levels.of(options, base, anchor_error, worth)
+    worth = levels.worth
+    if worth is None:
+        return lambda target: (
+            base.predict(target) * math.exp(interpolate(levels.kept, levels.ratios, target.params(spec) / spec.numel))
+        )
+    share = max(anchor.rank_share(spec) for anchor in options.anchors[-1])
 
     def error(target: Target) -> float:
         kept = target.params(spec) / spec.numel
         part = target.rank_share(spec) / share
-        return math.exp(without_rank(kept) + part * (2 - part) * interpolate(xs, worth, kept))
+        return math.exp(levels.without_rank(kept) + part * (2 - part) * worth.at(kept))
 
     return error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from globalopt.kernels.cholesky import ridge_inverse
 from globalopt.kernels.precision import rough_product
+
+INVERSES = 2**27
+"""Bytes of inverses that one matrix of a norm keeps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,22 @@ class Side:
         """Compute the eigenvalues (d,), ascending, and the eigenvectors (d, d)."""
         values, vectors = torch.linalg.eigh(self.matrix)
         return values, vectors
+
+    def inverse(self, penalty: float) -> Tensor:
+        """Compute `(matrix + penalty I)^-1` (d, d); the first ones, up to `INVERSES` bytes, are kept.
+
+        The targets of a path are solved at the same penalties, and an inverse takes longer than several steps.
+        """
+        if penalty not in self._inverses:
+            made = ridge_inverse(self.matrix, penalty)
+            if (len(self._inverses) + 1) * made.nbytes > INVERSES:
+                return made
+            self._inverses[penalty] = made
+        return self._inverses[penalty]
+
+    @cached_property
+    def _inverses(self) -> dict[float, Tensor]:
+        return {}
 
     @cached_property
     def geometric_mean(self) -> float:
@@ -149,8 +168,9 @@ def ridge(inputs: Side, outputs: Sequence[tuple[slice, Side | None]], penalty: f
     [[0.25, 0.0625]]
     """
     if all(side is None for _, side in outputs):
-        inverse = ridge_inverse(inputs.matrix, penalty)
-        return RidgePair(lambda R: R @ inverse, lambda R: rough_product(R, inverse))
+        inverse = inputs.inverse(penalty)
+        rounded = cache(inverse.bfloat16)
+        return RidgePair(lambda R: R @ inverse, lambda R: rough_product(R, rounded()))
 
     b, Q = inputs.eigen
 

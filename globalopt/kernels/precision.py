@@ -72,7 +72,7 @@ def rough_products(tensor: Tensor) -> bool:
 
 
 def rough_product(X: Tensor, Y: Tensor) -> Tensor:
-    """Multiply two float32 matrices (m, k) and (k, n) in bfloat16, with sums in float32.
+    """Multiply two matrices (m, k) and (k, n), float32 or rounded already, in bfloat16, with sums in float32.
 
     Both and their product (m, n) are rounded to bfloat16, by at most 2^-9 of each entry; so a Gram would not stay
     positive semidefinite.

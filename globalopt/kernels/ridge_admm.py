@@ -216,6 +216,7 @@ def ridge_admm(
         extrapolated.sub_(times(L))
         # The dual that makes the start stationary: A (W - L - Z) G / p off the support.
         Y = (extrapolated - times(Z)).masked_fill_(Z != 0, 0.0).div_(penalty)
+    ranked = any(part.rank for part in parts)
     support, moved, at_rest, step = Z != 0, 1.0, False, 0
     traces: list[list[tuple[int, float]]] = [[] for _ in parts]
     if trace_every:
@@ -233,13 +234,19 @@ def ridge_admm(
             for since_change in range(min(schedule.hold, schedule.steps - step)):
                 torch.add(extrapolated, torch.sub(Z, Y, out=P), alpha=penalty, out=R)
                 S = solve.rough(torch.sub(R, last_R, out=last_R)).add_(S) if rough and since_change else solve(R)
-                if rough:
+                if rough and ranked:
                     last_R.copy_(R)
+                elif rough:
+                    # R is not read again.
+                    R, last_R = last_R, R
                 torch.add(S, Y, out=P)
                 size, magnitudes = schedule.size(step), torch.abs(P, out=Y)
                 for part in parts:
                     torch.mul(P[part.rows], part.keep(magnitudes[part.rows], size, exact), out=Z[part.rows])
                 torch.sub(P, Z, out=Y)
+                step += 1
+                if not ranked:
+                    continue
                 M, N = torch.sub(W, S, out=P), torch.sub(AWG, R.sub_(S, alpha=penalty), out=R)
                 for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
                     if part.rank:
@@ -253,7 +260,6 @@ def ridge_admm(
                         torch.lerp(last_step, here, 1 + momentum, out=extrapolated[part.rows])
                         subspaces[i] = subspace
                 now, before = before, now
-                step += 1
             support = Z != 0
             if schedule.size(step - 1) == 1:
                 moved = int((support != support_before).sum()) / max(1, int(support.sum()))

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from transformers import Cache, PreTrainedConfig
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
+from globalopt.kernels.second_moment import add_second_moment, mirror
 from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
 from globalopt.values.layer import LayerSpec
@@ -439,7 +440,7 @@ class _Moment:
         x = rows.float()
         if self.sum is None:
             self.sum = x.new_zeros(x.shape[1], x.shape[1])
-        self.sum.addmm_(x.mT, x)
+        add_second_moment(self.sum, x)
         self.tokens += len(x)
 
     def gram(self) -> Gram | None:
@@ -458,9 +459,7 @@ class _Moment:
                 "NaN. Use --dtype float32 or bfloat16."
             )
         mean, self.sum = self.sum.div_(self.tokens), None
-        matrix = torch.add(mean, mean.mT).div_(2)
-        del mean
-        return Gram(matrix, self.tokens)
+        return Gram(mirror(mean), self.tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from globalopt.values.metric import Gram, Metric
 from globalopt.values.results import LayerResult
 from globalopt.values.storage import PLAIN
 
-VERSION = 3
+VERSION = 4
 """Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
 
 
