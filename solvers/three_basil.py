@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
 
@@ -89,6 +89,15 @@ class ThreeBASiL(Solver[UnitDiagonal]):
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, diagonal_damping=self.diagonal_damping, output_damping=self.output_damping)
         at_least(0, steps=self.steps)
+
+    def shorter(self) -> ThreeBASiL:
+        """Take the preset before this one.
+
+        Errors of fast are 1.00 to 1.08 of those of default without rank, and 1.07 to 1.18 with a share of .3 of rank
+        (queries and values of block 15 of SmolLM2-135M, five anchors).
+        """
+        presets = list(STEPS)
+        return self if self.steps else replace(self, preset=presets[max(0, presets.index(self.preset) - 1)])
 
     def prepare(self, weight: Tensor, metric: Metric) -> UnitDiagonal:
         damping = Damping(self.damping, self.diagonal_damping, self.output_damping)

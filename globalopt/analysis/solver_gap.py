@@ -34,6 +34,9 @@ from globalopt.values.metric import Metric
 LEAST = 1e-9
 """Errors below this fraction of the layer's energy are rounding."""
 
+TOGETHER = 2**22
+"""Number of weights solved at once: several targets of a small layer take little more time than one."""
+
 
 @dataclass(frozen=True)
 class SolverGap:
@@ -100,7 +103,7 @@ def measure_gap(
         weight: (d_out, d_in), dense.
         metric: error metric of the layer.
         solutions: anchor solutions of the probe solver.
-        solver: solver of the refinement.
+        solver: solver of the refinement, of which the shorter version is compared (`Solver.shorter`).
         budget: parts that the solver lacks are converted into others of no higher cost in it; see `convert_target`.
 
     >>> import torch
@@ -126,9 +129,19 @@ def measure_gap(
         anchor: metric.error(weight - value.to(weight.device).dense())
         for anchor, value in zip(solutions.anchors, solutions.values, strict=True)
     }
-    # Along a path all anchors but the first take a share of the steps, to much the same error (`solve_path`).
-    solved = solver.solve_path(solver.prepare(weight, metric), list(targets.values()))
+    solver = solver.shorter()
+    # Along a path of nonzeros alone, all but the first take a share of the steps, to much the same error. Where rank
+    # grows too, a path ended 12 to 19 % higher in queries and values of SmolLM2-135M.
+    plain = [anchor for anchor in solutions.anchors if anchor in targets and not targets[anchor].rank]
+    solved = solver.solve_path(solver.prepare(weight, metric), [targets[anchor] for anchor in plain])
+    by_solver = {anchor: solution.value for anchor, solution in zip(plain, solved, strict=True)}
+    others = [anchor for anchor in solutions.anchors if anchor in targets and targets[anchor].rank]
+    together = max(1, TOGETHER // weight.numel())
+    for start in range(0, len(others), together):
+        some = others[start : start + together]
+        solved = solver.solve_site([(weight, metric, targets[anchor]) for anchor in some])
+        by_solver |= {anchor: solution.value for anchor, solution in zip(some, solved, strict=True)}
     return {
-        anchor: max(metric.error(weight - solution.value.dense()), least) / max(by_probe[anchor], least)
-        for anchor, solution in zip(targets, solved, strict=True)
+        anchor: max(metric.error(weight - by_solver[anchor].dense()), least) / max(by_probe[anchor], least)
+        for anchor in targets
     }

@@ -13,7 +13,9 @@ import torch
 
 from globalopt.analysis.collect import LABELLED
 from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
+from globalopt.analysis.grid import ANCHORS
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
+from globalopt.analysis.rank_worth import ranked
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
 from globalopt.pipeline import timing
@@ -25,6 +27,8 @@ from globalopt.values.layer import LayerSpec
 ON_A_PATH = 0.9
 """Time of the probe solver per target on a path of targets, as a fraction of its time for one target alone."""
 
+SHORTER = 0.4
+"""Time of the shorter version of a solver, with which the probe is compared, as a fraction of the solver's."""
 
 STEP = 1e-3
 """Seconds that a block takes to read one token, apart from the products with its weights."""
@@ -72,14 +76,18 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if predicts:
         found["span"] = fits(timing.span_seconds(device))
     if job.anchors:
-        found["anchors"] = ON_A_PATH * anchors * fits(probed)
+        plain, *further = (len(kept) for _, kept in ANCHORS)
+        some = ranked(shape.specs)
+        with_rank = [spec for spec in shape.specs if spec.name in some]
+        found["anchors"] = ON_A_PATH * (plain * fits(probed) + sum(further) * fits(probed, with_rank))
     elif weighted:
         found["probe"] = fits(probed)
     if weighted:
         # The dense model, the model with all layers replaced, forward and backward, and a few layers alone.
         found["metric"] = (5 + len(shape.specs) / 20) * forward(CHECKED_WINDOWS * window)
     if job.compared:
-        found["gap"] = anchors * fits(fit, sampled(shape.specs))
+        shorter = 1.0 if job.solver.shorter() == job.solver else SHORTER
+        found["gap"] = shorter * anchors * fits(fit, sampled(shape.specs))
     if predicts:
         products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
         found["predict"] = (anchors if job.anchors else 1) * products / rate
