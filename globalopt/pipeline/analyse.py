@@ -64,7 +64,9 @@ def analyse(
     [(0, True), (16, True)]
     """
     specs = session.layers.specs
-    analysis = LayerAnalysis(session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank, plan.rounds_numbers)
+    analysis = LayerAnalysis(
+        session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank, plan.rounds_numbers
+    )
     predicts = Reads.SURFACES in reads
     anchors = predicts and plan.anchors
     if _unfinished(plan, analysis, run, reads):

@@ -23,6 +23,7 @@ class Job:
         reads: what the allocator reads, which an analysis computes; nothing where there is no allocator.
         anchors: whether the analysis computes anchor solutions.
         compared: whether the solver is compared with the probe on a few layers.
+        all_ranked: whether every layer is solved at anchors with rank, and not only some of every kind.
         rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
@@ -41,6 +42,7 @@ class Job:
     reads: Reads = Reads.NOTHING
     anchors: bool = False
     compared: bool = False
+    all_ranked: bool = False
     rounds: int = 0
     search_tokens: int = 0
     matching: Training | None = None
@@ -66,6 +68,7 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         reads=plan.reads,
         anchors=predicts and analysis.anchors,
         compared=predicts and analysis.compared,
+        all_ranked=analysis.rounds_numbers,
         rounds=plan.rounds if predicts else 0,
         search_tokens=plan.search_tokens if Reads.OBJECTIVE in plan.reads else 0,
         matching=plan.refinement.matching,

@@ -77,7 +77,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         found["span"] = fits(timing.span_seconds(device))
     if job.anchors:
         plain, *further = (len(kept) for _, kept in ANCHORS)
-        some = ranked(shape.specs)
+        some = {spec.name for spec in shape.specs} if job.all_ranked else ranked(shape.specs)
         with_rank = [spec for spec in shape.specs if spec.name in some]
         found["anchors"] = ON_A_PATH * (plain * fits(probed) + sum(further) * fits(probed, with_rank))
     elif weighted:
