@@ -34,7 +34,7 @@ ROUNDS = 8
 WINDOWS = 24
 """Windows of the selection text on which an allocation is measured."""
 
-GAIN = 0.02
+GAIN = 0.01
 """Relative change of the least loss below which no further round is made."""
 
 PATIENCE = 2

@@ -76,3 +76,17 @@ def test_a_side_in_another_order_is_that_of_the_reordered_matrix():
     torch.testing.assert_close(vectors * values @ vectors.mT, found.matrix)
     assert found.geometric_mean == origin.geometric_mean
     assert values is origin.eigen[0]
+
+
+def test_an_inverse_is_kept_for_the_next_target_while_there_is_room(monkeypatch):
+    _, made = problem((5, 8), False)
+    assert made.inputs is not None
+    G = made.inputs.matrix
+    first = made.inputs.inverse(0.3)
+    torch.testing.assert_close(first @ (G + 0.3 * torch.eye(8).double()), torch.eye(8).double())
+    assert made.inputs.inverse(0.3) is first
+    monkeypatch.setattr("globalopt.kernels.norm.INVERSES", first.nbytes)
+    other = made.inputs.inverse(0.5)
+    assert made.inputs.inverse(0.5) is not other
+    assert torch.equal(made.inputs.inverse(0.5), other)
+    assert made.inputs.inverse(0.3) is first
