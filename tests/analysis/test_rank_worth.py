@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_every_kind_is_solved_with_rank_at_both_ends_and_between():
     blocks = sorted(int(name.split(".")[0]) for name in names if name.endswith("up"))
     assert blocks[:FIRST] == list(range(FIRST))
     assert blocks[-1] == depth - 1
-    assert max(b - a for a, b in zip(blocks, blocks[1:], strict=False)) <= EVERY
+    assert max(b - a for a, b in pairwise(blocks)) <= EVERY
     assert len(blocks) < depth / 2
     assert {"5.gate", "6.gate", "30.gate"} <= names
     assert {spec.name for spec in sampled(specs)} <= names
@@ -60,7 +61,9 @@ def test_a_layer_in_between_has_no_solution_with_rank_and_yet_a_price_of_it(deep
     for spec in lacking:
         solutions = deep.work.get(ANCHORS, spec)
         assert {target.rank for target in solutions.anchors} == {0}
-        assert found[spec].overlap.shape == (len(solutions.anchors),) * 2
+        overlap = found[spec].overlap
+        assert overlap is not None
+        assert overlap.shape == (len(solutions.anchors),) * 2
         half, few = deep.options(spec).anchors[1][-1], deep.options(spec).sharing(0.5, 0.0)
 
         def worth(block: int, spec: LayerSpec = spec, half: Target = half, few: Target = few) -> float:
