@@ -200,7 +200,8 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "no low-rank part": ({"solver": "sparsegpt"}, SOLVED),
     "its own probe": ({"solver": "wanda"}, SOLVED),
     "other bits": ({"storage": "4/8"}, FOUND),
-    "16 bits": ({"storage": "16"}, {Stage.ROUNDING, *EVALUATED}),
+    # In few bits every layer is solved with rank.
+    "16 bits": ({"storage": "16"}, SOLVED),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
     "pattern": ({"pattern": "2:4"}, SOLVED),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
