@@ -42,15 +42,13 @@ HALVES: Mapping[str, str] = {f"half-{bits}": f"search --allocator uniform --stor
 
 SEARCHES: Mapping[str, str] = {
     "knapsack": "search --allocator knapsack --storage 16",
-    "bits": "search --allocator knapsack --solver gptq --storage 16,8,6,5,4,3",
     "joint": "search --allocator knapsack --storage auto",
 }
-"""Words of `globalopt` for rows that use the whole fraction: of 16 bits, of whole layers, and of both."""
+"""Words of `globalopt` for rows that use the whole fraction, in 16 bits and in those that the search chooses."""
 
 ROWS = (*WHOLE, *HALVES, *SEARCHES)
 NAMES: Mapping[str, str] = {
     "knapsack": "sparse + low rank, 16 bits",
-    "bits": "bits of every layer",
     "joint": "sparse + low rank + bits",
 } | {name: f"half kept, {name.removeprefix('half-')} bits" for name in HALVES}
 
@@ -123,8 +121,7 @@ def measure(options: argparse.Namespace, name: str, words: Sequence[str], match:
     sizes = ["--nsamples", str(options.nsamples), "--seqlen", str(options.seqlen)]
     sizes += ["--eval-windows", str(options.eval_windows), "--samples", "0"]
     given = [*others, *texts, *sizes, "--match", match, "--seed", str(seed)]
-    # Methods of whole layers are alone in not reading what a search is told of its solver.
-    given += shlex.split(options.extra) if method == "search" and "--solver" not in others else []
+    given += shlex.split(options.extra) if method == "search" else []
     if options.model:
         given.insert(0, options.model)
     run([*command, method, *given, "--out", str(place), "--cache", str(options.out / FOLDER), "--quiet"], folder)
