@@ -12,8 +12,9 @@ from allocators._storages import in_best_storage
 from globalopt.errors import UsageError
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Problem, Profile
+from globalopt.values.sizes import Floats, Sizes
 
 BISECTIONS = 64
 ROUNDING = 1e-13

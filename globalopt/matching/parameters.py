@@ -20,8 +20,12 @@ from globalopt.models.layers import ModelLayers
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.storage import GROUP, Scales
 
-SCALE_UNIT = 1.0
-"""Unit of the steps of the logarithm of a scale."""
+ON_GRID = 0.5
+"""Steps of numbers on grids, and of logarithms of their scales, as a share of those of other numbers.
+
+On two blocks of the bundled model in 4/8 and 3/8 bits, half the rate left .74 to .83 of the held-out loss, the whole
+rate .76 to .86.
+"""
 
 
 class TrainableLayer:
@@ -63,15 +67,20 @@ class TrainableLayer:
     def parameters(self) -> list[nn.Parameter]:
         """List the values, `U` and `V`, without empty ones, then the logarithms of their scales."""
         numbers = [part for part in (self.values, self.U, self.V) if part.numel()]
-        return numbers + [grid.sizes for grid in (self.of_values, self.of_U, self.of_V) if grid is not None]
+        return numbers + [grid.log_scales for grid in (self.of_values, self.of_U, self.of_V) if grid is not None]
 
     def units(self) -> list[float]:
         """Compute the unit of the steps of every parameter, in the order of `parameters`.
 
-        Of numbers it is their root mean square; of logarithms of scales `SCALE_UNIT`.
+        Of numbers it is their root mean square, of logarithms of scales 1; for both `ON_GRID` of that on grids.
         """
-        grids = {id(grid.sizes) for grid in (self.of_values, self.of_U, self.of_V) if grid is not None}
-        return [SCALE_UNIT if id(part) in grids else _root_mean_square(part) for part in self.parameters()]
+        grids = {id(self.values): self.of_values, id(self.U): self.of_U, id(self.V): self.of_V}
+        scales = {id(grid.log_scales) for grid in grids.values() if grid is not None}
+        found = []
+        for part in self.parameters():
+            share = ON_GRID if id(part) in scales or grids.get(id(part)) is not None else 1.0
+            found.append(share * (1.0 if id(part) in scales else _root_mean_square(part)))
+        return found
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Compute `S`, `U` and `V` as they are stored but for their dtype, differentiable in the parameters."""
@@ -105,7 +114,7 @@ class TrainableLayer:
 class _Grid:
     """Hold the grids of some numbers: the logarithms of their scales, which are trained, and the bits of codes."""
 
-    sizes: nn.Parameter
+    log_scales: nn.Parameter
     bits: int
 
     @classmethod
@@ -119,11 +128,11 @@ class _Grid:
 
     def levels(self, numbers: Tensor) -> Tensor:
         """Round numbers (n,) to their levels."""
-        return straight_levels(numbers, self.sizes, self.bits, GROUP)
+        return straight_levels(numbers, self.log_scales, self.bits, GROUP)
 
     def scales(self) -> Tensor:
         """Compute the scales as they are stored."""
-        return scales_of(self.sizes.detach())
+        return scales_of(self.log_scales.detach())
 
 
 class Trainable:

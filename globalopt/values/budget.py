@@ -109,7 +109,7 @@ class Target:
         >>> Target(rank=0, nnz=2048, storage=Storage(4, 8)).bytes(spec)  # codes 1024, scales 2 x 32, bitmap
         1600
         """
-        return sum(self.parts(spec))
+        return self.parts(spec).total
 
     def parts(self, spec: HasShape) -> Parts:
         """Count the bytes of every part of the compressed layer.
@@ -156,7 +156,7 @@ class Parts(NamedTuple):
         scales: of the groups of codes, of values and factors.
         factors: the entries of `U` and `V`, as codes or in 16 bits. signs: the planes of signs.
 
-    >>> sum(Parts(values=1024, index=512, scales=72, factors=256, signs=0))
+    >>> Parts(values=1024, index=512, scales=72, factors=256, signs=0).total
     1864
     """
 
@@ -165,6 +165,11 @@ class Parts(NamedTuple):
     scales: Whole
     factors: Whole
     signs: Whole
+
+    @property
+    def total(self) -> Whole:
+        """The bytes of all parts."""
+        return self.values + self.index + self.scales + self.factors + self.signs
 
 
 def bytes_by_part(
@@ -186,6 +191,9 @@ def bytes_by_part(
 
     >>> bytes_by_part(2, 1024, False, 64, 64)
     Parts(values=2048, index=512, scales=0, factors=512, signs=0)
+    >>> import numpy as np
+    >>> bytes_by_part(0, np.array([64, 2048, 4096]), 0, 64, 64).total.tolist()
+    [516, 4608, 8192]
     """
     numel = d_out * d_in
     bitmap = -(-numel // 8)
@@ -204,25 +212,6 @@ def bytes_by_part(
         factors=code_bytes(U, factor_bits) + code_bytes(V, factor_bits),
         signs=signs * bitmap,
     )
-
-
-def bytes_kept(
-    rank: Whole,
-    nnz: Whole,
-    signs: Whole,
-    d_out: Whole,
-    d_in: Whole,
-    position_bits: int = 0,
-    value_bits: Whole = 16,
-    factor_bits: Whole = 16,
-) -> Whole:
-    """Count the bytes of targets, as `Target.bytes` says: the sum of `bytes_by_part`, which has the same arguments.
-
-    >>> import numpy as np
-    >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 64, 64).tolist()
-    [516, 4608, 8192]
-    """
-    return sum(bytes_by_part(rank, nnz, signs, d_out, d_in, position_bits, value_bits, factor_bits))
 
 
 @dataclass(frozen=True)

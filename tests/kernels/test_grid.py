@@ -148,5 +148,5 @@ def test_every_entry_of_the_factors_has_a_code_also_where_the_weight_has_none():
     U[3], V[:, 5] = 0, 0
     value, metric = Decomposition(W * 0, U[:, :4] * s[:4], V[:4]), Metric(Gram(problem(24, 70)[2], 100))
     found = stored(value, W, metric, Storage(16, 4))
-    assert (found.scales.U.numel(), found.scales.V.numel()) == (-(-24 * 4 // GROUP), -(-70 * 4 // GROUP))
+    assert (found.scales.U.numel(), found.scales.V.numel()) == (-(-24 * 4 // GROUP), -(-70 * 4 // GROUP))  # pyright: ignore[reportOptionalMemberAccess]
     assert bool((found.U != 0).all() and (found.V != 0).all())

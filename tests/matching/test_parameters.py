@@ -3,9 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from globalopt.kernels.grid import codes, levels, spread
 from globalopt.matching.parameters import Trainable, TrainableLayer, norm_parameters
 from globalopt.models.layers import find_layers
+from globalopt.refine.rounding import rounded
+from globalopt.rounding.stored import stored
+from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.metric import Gram, Metric
+from globalopt.values.storage import GROUP, Storage
 from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -28,6 +34,74 @@ def test_the_weight_is_that_of_the_decomposition(rank, signs):
     torch.testing.assert_close(layer.weight().detach(), value.dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.value().dense(), value.dense(), rtol=1e-5, atol=1e-5)
     assert layer.value().rank == rank
+
+
+def on_grids(storage: Storage, dtype=torch.float32, rank=3) -> Decomposition:
+    """A decomposition whose numbers lie on grids, of more than one group in every part, with a group of zeros in V."""
+    value = decomposition(24, 40, rank)
+    value.V[0] = 0
+    value.V[1, :24] = 0
+    metric = Metric(Gram(torch.eye(40), 100))
+    return rounded(stored(value, value.dense(), metric, storage, rounds=1), value.dense(), metric, dtype)
+
+
+STORAGES = [Storage(4, 8), Storage(3, 3), Storage(16, 4), Storage(4, 16)]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_on_grids_start_where_they_are_and_stay_on_grids(storage, dtype):
+    value = on_grids(storage, dtype)
+    layer = TrainableLayer(value, CPU)
+    start = layer.value()
+    torch.testing.assert_close(start.dense(), value.dense(), rtol=1e-2, atol=1e-3)
+    units = layer.units()
+    adam = torch.optim.Adam([{"params": [p], "lr": 0.05 * u} for p, u in zip(layer.parameters(), units, strict=True)])
+    wanted = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(30):
+        adam.zero_grad()
+        loss = (layer.weight() - wanted).square().sum()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    found = layer.value()
+    assert torch.equal(found.S != 0, value.S != 0)
+    assert (found.rank, found.storage, found.S.dtype) == (value.rank, storage, dtype)
+    assert found.fits(Target(value.rank, value.nnz, storage=storage))
+    # What is saved is what the loss was computed with, but for the dtype.
+    torch.testing.assert_close(found.dense(), layer.weight().detach(), rtol=1e-2, atol=2e-2)
+    assert found.scales is not None
+    assert value.scales is not None
+    parts = (found.S[found.S != 0], found.U.mT.flatten(), found.V.flatten())
+    before = (value.scales.S, value.scales.U, value.scales.V)
+    for part, scales, old in zip(parts, (found.scales.S, found.scales.U, found.scales.V), before, strict=True):
+        assert (scales is None) == (old is None)
+        if scales is not None and old is not None:
+            bits = storage.values if part is parts[0] else storage.factors
+            each = spread(scales, GROUP, len(part))
+            exact = levels(codes(part.float(), each, bits), each, bits)
+            assert torch.equal(scales, scales.bfloat16().float())
+            assert torch.equal(scales > 0, old > 0)
+            assert not torch.equal(scales, old)
+            assert torch.equal(exact.to(part.dtype), part)
+
+
+def test_the_gradient_of_a_scale_is_that_of_fixed_codes():
+    value = on_grids(Storage(4, 4))
+    layer = TrainableLayer(value, CPU)
+    slope = torch.randn(24, 40, generator=torch.Generator().manual_seed(2))
+    (layer.weight() * slope).sum().backward()
+    assert layer.of_values is not None
+    assert layer.of_V is not None
+    products = (value.S * slope)[value.S != 0]
+    expected = [float(part.sum()) for part in products.split(GROUP)]
+    torch.testing.assert_close(layer.of_values.log_scales.grad, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert layer.values.grad is not None
+    torch.testing.assert_close(layer.values.grad, slope[value.S != 0])
+    expected = [float(part.sum()) for part in (value.V * (value.U.mT @ slope)).flatten().split(GROUP)]
+    torch.testing.assert_close(layer.of_V.log_scales.grad, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_factors_are_balanced():

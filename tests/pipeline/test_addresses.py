@@ -26,8 +26,9 @@ from globalopt.pipeline.addresses import (
     refinement_addresses,
     search_addresses,
 )
+from globalopt.pipeline.method_records import method_record
 from globalopt.pipeline.options import RefineOptions, SearchOptions
-from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, resolve, resolve_refinement
+from globalopt.pipeline.plan import SearchPlan, probe_solver, resolve, resolve_refinement
 from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address

@@ -15,10 +15,9 @@ import pytest
 from allocators import ALLOCATORS
 from globalopt.analysis.corrections import ROUNDS
 from globalopt.errors import UsageError
+from globalopt.pipeline.method_records import limits_record, method_record
 from globalopt.pipeline.options import PROBE_STEPS, RefineOptions, SearchOptions
 from globalopt.pipeline.plan import (
-    limits_record,
-    method_record,
     probe_solver,
     resolve,
     resolve_refinement,

@@ -107,7 +107,7 @@ def test_the_heatmaps_hold_the_bits():
     summary = few()
     panels = [axes for axes in allocation_figure(summary).axes if axes.images]
     assert len(panels) == 9
-    values, factors, whole = (np.ma.filled(axes.images[0].get_array(), np.nan) for axes in panels[6:])
+    values, factors, whole = (np.ma.filled(axes.images[0].get_array(), np.nan) for axes in panels[6:])  # pyright: ignore[reportCallIssue, reportArgumentType]
     kinds = list(dict.fromkeys(layer.kind for layer in summary.layers))
     for layer in summary.layers:
         at = layer.block, kinds.index(layer.kind)
