@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,8 @@ LONGEST = timedelta(days=7)
 
 MEETING = timedelta(minutes=10)
 """Time within which all processes must have started."""
+
+_meetings = itertools.count()
 
 
 @contextlib.contextmanager
@@ -59,10 +63,13 @@ def joined() -> Iterator[None]:
     else:
         dist.destroy_process_group()
     finally:
+        if dist.is_initialized() and world.gpus is None:
+            # Where GPUs talk, that waits for processes that have ended; the system takes it apart.
+            dist.destroy_process_group()
         ranks.enter(ranks.ALONE)
 
 
-def _join(asked: str) -> tuple[ranks.World, dist.Store]:
+def _join(asked: str) -> tuple[ranks.World, Any]:
     """Meet the other processes."""
     if missing := [name for name in VARIABLES if not os.environ.get(name)]:
         raise UsageError(
@@ -72,8 +79,10 @@ def _join(asked: str) -> tuple[ranks.World, dist.Store]:
     if not dist.is_available():
         raise UsageError("This build of torch cannot talk to other processes. Run the command without a launcher.")
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))  # pyright: ignore[reportPrivateImportUsage]
-        own = dist.PrefixStore(f"globalopt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)  # pyright: ignore[reportPrivateImportUsage]
+        store, rank, size = _meet()
+        # A store keeps what was written into it: of every meeting of these processes the names are others.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"globalopt {restarts} {next(_meetings)}", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=LONGEST)
     except (RuntimeError, ValueError) as cause:
         raise UsageError(
@@ -86,6 +95,12 @@ def _join(asked: str) -> tuple[ranks.World, dist.Store]:
     local = everyone[:rank].count(host)
     world = ranks.World(rank, size, everyone.count(host), dist.group.WORLD, _gpus(local, size))
     return world, own
+
+
+@cache
+def _meet() -> tuple[Any, int, int]:
+    """Open the store by which the processes of the launcher find each other; return it with the place of this one."""
+    return next(iter(dist.rendezvous("env://", timeout=MEETING)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _gpus(local: int, size: int) -> dist.ProcessGroup | None:
@@ -118,7 +133,7 @@ def _ending() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _speaks(world: ranks.World, store: dist.Store) -> bool:
+def _speaks(world: ranks.World, store: Any) -> bool:
     """Tell whether this process is the first to end with an error, and so the one that says why."""
     try:
         return store.add("ended", 1) == 1
