@@ -256,7 +256,9 @@ def gpus(shape: ModelShape, name: str, kept: float, steps: int, bandwidth: float
         cells = []
         for count in counts:
             owners = shares.bins(costs, count)
-            loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == one) for one in range(count)]
+            loads = [
+                sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == one) for one in range(count)
+            ]
             cells.append(f"{sum(costs) / max(loads):.2f}")
         table.add_row(stage, *cells)
     Console().print(table)

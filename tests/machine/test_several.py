@@ -45,17 +45,8 @@ def words(tiny_llama, tiny_text) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def job(tiny_llama, tiny_text, words, tmp_path_factory) -> Job:
     folder = tmp_path_factory.mktemp("several")
-    site = (
-        "compress",
-        str(tiny_llama),
-        "--calibration",
-        str(tiny_text),
-        *WINDOWS,
-        "--budget",
-        "0.5",
-        "--solver",
-        "wanda",
-    )
+    site = ("compress", str(tiny_llama), "--calibration", str(tiny_text), *WINDOWS)
+    site += ("--budget", "0.5", "--solver", "wanda")
     site += ("--sequential", "site", "--match", "model", "--distill-set", "epochs=1", "--batch-size", "4", "-q")
 
     def step(name: str, arguments: tuple[str, ...], out: str, cache: str, dies_at: int = 0) -> dict[str, Any]:
@@ -76,21 +67,18 @@ def job(tiny_llama, tiny_text, words, tmp_path_factory) -> Job:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks_worker", str(folder), str(folder / "steps.json")],
-            cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank)},
-            stdout=(folder / f"said.{rank}").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-m", "tests.ranks_worker", str(folder), str(folder / "steps.json")]
+    started = []
+    for rank in range(2):
+        own = {**os.environ, **place, "RANK": str(rank)}
+        with (folder / f"said.{rank}").open("wb") as said:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=said, stderr=subprocess.STDOUT))
     try:
-        codes = tuple(process.wait(timeout=600) for process in started)
+        codes = tuple(process.wait(timeout=1500) for process in started)
     finally:
         for process in started:
             process.kill()
+            process.wait()
     assert (folder / "killed.0.json").exists(), (folder / "said.0").read_text() + (folder / "said.1").read_text()
     return Job(folder, (codes[0], codes[1]))
 
