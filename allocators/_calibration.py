@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocators._warp import Warp
-from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
+from globalopt.values.sizes import Floats, Sizes
 
 # Prior standard deviations, in log units: the coefficients of the warp, a layer's own multiplier, and the power.
 WARP_SPREAD = 0.7
@@ -83,9 +84,9 @@ class Posterior:
 
     def __init__(self, table: OptionTable, measured: Sequence[tuple[Sizes, float]]) -> None:
         self.warp = Warp.of(table.specs)
-        self._error = np.stack([table.predict(*s.targets) for s, _ in measured])
+        self._error = np.stack([table.predict(*s.arrays) for s, _ in measured])
         self._features = self.warp.features(table.specs)
-        self._share = np.stack([table.shares(*s.targets) for s, _ in measured])
+        self._share = np.stack([table.shares(*s.arrays) for s, _ in measured])
         self._losses = np.log([max(loss, LEAST) for _, loss in measured])
         coefficients, layers = len(self.warp.names), len(table.names)
         self.spread = np.concatenate(

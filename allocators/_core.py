@@ -13,7 +13,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, hstack
 
-from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes, first_least
+from globalopt.values.option_table import OptionTable, first_least
+from globalopt.values.sizes import Floats, Ints, Sizes
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from allocators._moves import Moves
 from allocators._trials import Trials
 from globalopt.protocols import Candidate
 from globalopt.values.budget import BYTES_PER_VALUE, Target
-from globalopt.values.option_table import Ints, Sizes
 from globalopt.values.problem import Problem
+from globalopt.values.sizes import Ints, Sizes
 
 LEVELS = 8
 """Levels above and below the start."""
@@ -51,7 +51,7 @@ class Database:
         rank = 0 if problem.axis == "nnz" else int(moves.unit.max())
         self.step = max(1, rank, weights * (BYTES_PER_VALUE if problem.budget.accounting == "bytes" else 1))
         sizes = table.sizes(start)
-        now = sizes.targets
+        now = sizes.arrays
         self._place = sizes.place
         spare, room = moves.spare(*now), moves.room(*now)
         self.least = -np.minimum(LEVELS, spare // self.step)

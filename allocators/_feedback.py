@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
+from globalopt.values.sizes import Floats, Sizes
 
 PRIOR = 0.5
 """Standard deviation of a layer's multiplier, relative to the common scale."""
@@ -42,7 +43,7 @@ class Feedback:
     def tell(self, before: Sizes, after: Sizes, differences: Tensor) -> None:
         """Add `differences` (windows,), the losses of `after` less those of `before`."""
         table = self._table
-        errors = [table.predict(*sizes.targets) for sizes in (before, after)]
+        errors = [table.predict(*sizes.arrays) for sizes in (before, after)]
         change = errors[1] - errors[0]
         error = float(differences.var()) / len(differences) if len(differences) > 1 else 0.0
         variance = error + (MISFIT * self._scale * np.abs(change).sum()) ** 2

@@ -12,8 +12,9 @@ from allocators._storages import in_best_storage
 from globalopt.errors import UsageError
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Problem, Profile
+from globalopt.values.sizes import Floats, Sizes
 
 BISECTIONS = 64
 ROUNDING = 1e-13
@@ -134,7 +135,9 @@ class _FractionRanges:
         if table.axis == "rank":
             rank, nnz = table.grow(every, zero, self._bare, most_rank, limit)
         else:
-            share = (rank_share * limit / self.dense * numel / table.per_rank[every]).astype(np.int64)
+            # What a rank costs in few bits, over what it costs in 16.
+            relative = table.costs(every, zero + 1, zero) / (table.per_rank[every] * (self.dense / numel))
+            share = (rank_share * limit / self.dense * numel / table.per_rank[every] / relative).astype(np.int64)
             rank = table.floor(np.minimum(share, most_rank))
             rank, nnz = table.grow(every, rank, zero, numel - 1, limit)
         if table.pattern is None:

@@ -15,8 +15,9 @@ from scipy.special import betaincinv
 from allocators._trials import t_statistic
 from globalopt.protocols import Objective
 from globalopt.values.budget import Target
-from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Problem
+from globalopt.values.sizes import Floats, Ints, Sizes
 
 UNIFORM_SHARE = 0.2
 """Part of the guided moves that is drawn uniformly, because guidance alone ends on a plateau and stays there."""
@@ -187,7 +188,7 @@ class Moves:
     def spend_rest(self, sizes: Sizes) -> Sizes:
         """Spend the rest of the budget that a move has left on the layers that gain most by it, one after the other."""
         while (slack := self.table.slack(sizes)) > 0:
-            rank, nnz = self.grown(*sizes.targets, np.full_like(sizes.rank, slack))
+            rank, nnz = self.grown(*sizes.arrays, np.full_like(sizes.rank, slack))
             able = np.flatnonzero((rank != sizes.rank) | (nnz != sizes.nnz))
             if not len(able):
                 break
@@ -198,8 +199,8 @@ class Moves:
 
     def random_swap(self, sizes: Sizes, delta: int, rng: random.Random) -> Sizes | None:
         """Make a level swap of two layers drawn uniformly from those that can give and can take."""
-        givers = np.flatnonzero(self.spare(*sizes.targets) > 0).tolist()
-        takers = np.flatnonzero(self.room(*sizes.targets) > 0).tolist()
+        givers = np.flatnonzero(self.spare(*sizes.arrays) > 0).tolist()
+        takers = np.flatnonzero(self.room(*sizes.arrays) > 0).tolist()
         for _ in range(ATTEMPTS if givers and takers else 0):
             giver, taker = rng.choice(givers), rng.choice(takers)
             moved = self.swap(sizes, giver, taker, delta) if giver != taker else None
@@ -228,9 +229,9 @@ class Moves:
         if rng.random() < UNIFORM_SHARE:
             first, second = rng.sample([self.random_swap, self.random_trade], 2)
             return first(sizes, delta, rng) or second(sizes, delta, rng)
-        spare = self.spare(*sizes.targets)
+        spare = self.spare(*sizes.arrays)
         givers = np.flatnonzero(spare > 0)
-        takers = np.flatnonzero(self.room(*sizes.targets) > 0)
+        takers = np.flatnonzero(self.room(*sizes.arrays) > 0)
         now = _some(sizes, givers)
         give = self.gain(*now, self.shrunk(*now, np.minimum(delta, spare[givers])))
         now = _some(sizes, takers)
@@ -267,7 +268,7 @@ class Moves:
         can, *then = self.traded(place, rank, nnz, ranks, slack)
         place, rank, nnz, then = place[can], rank[can], nnz[can], (then[0][can], then[1][can])
         within = Trades(layer[can], place, *then, self.gain(place, rank, nnz, then))
-        between = self.converted(*sizes.targets, slack)
+        between = self.converted(*sizes.arrays, slack)
         return within.beside(between)
 
     def _traded(self, sizes: Sizes, trades: Trades, chosen: int) -> Sizes:

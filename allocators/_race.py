@@ -16,7 +16,8 @@ from allocators._moves import Moves, default_delta
 from allocators._trials import Trials, t_statistic
 from allocators.knapsack import relaxed_knapsack
 from globalopt.values.budget import Target
-from globalopt.values.option_table import OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
+from globalopt.values.sizes import Sizes
 
 Targets = Mapping[str, Target]
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from globalopt.values.budget import Target
-from globalopt.values.option_table import Floats, Ints, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Problem
+from globalopt.values.sizes import Floats, Ints, Sizes
 
 
 def spend(problem: Problem, targets: Mapping[str, Target]) -> dict[str, Target]:

@@ -22,8 +22,9 @@ from allocators._warp import Sampler, Warp
 from allocators.knapsack import relaxed_knapsack
 from globalopt.errors import ArtefactError
 from globalopt.values.budget import Target
-from globalopt.values.option_table import Floats, OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Problem
+from globalopt.values.sizes import Floats, Sizes
 
 Theta = tuple[float, ...]
 Told = list[tuple[Theta, float]]
@@ -45,7 +46,7 @@ def nearest(table: OptionTable, warp: Warp, sizes: Sizes) -> Theta:
     rising = slopes > 0
     if not rising.any():
         return (0.0,) * len(warp.names)
-    share = table.shares(*sizes.targets)
+    share = table.shares(*sizes.arrays)
     rows = np.column_stack([warp.features(table.specs), share, np.ones(len(share))])[rising]
     solution = np.linalg.lstsq(rows, -np.log(slopes[rising]), rcond=None)[0]
     return tuple(solution[:-1].tolist())

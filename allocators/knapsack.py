@@ -12,8 +12,9 @@ from allocators._core import solve_core
 from allocators._spend import spend_sizes
 from globalopt.protocols import Objective, Reads
 from globalopt.registry import at_least
-from globalopt.values.option_table import OptionTable, Sizes
+from globalopt.values.option_table import OptionTable
 from globalopt.values.problem import Allocation, Problem
+from globalopt.values.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from globalopt.pipeline import analyse
 from globalopt.pipeline import search as pipeline
 from globalopt.pipeline import session as sessions
 from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, objective_addresses
+from globalopt.pipeline.method_records import method_record
 from globalopt.pipeline.options import ModelOptions, TextOptions
-from globalopt.pipeline.plan import SearchPlan, method_record
+from globalopt.pipeline.plan import SearchPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import opened
 from globalopt.pipeline.session import Session

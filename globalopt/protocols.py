@@ -65,6 +65,21 @@ class Outputs(StrEnum):
     FULL = "full"
 
 
+class Rounding(StrEnum):
+    """Say how a solver's solution is put on the grids of a target in few bits.
+
+    `FITTED`: by a sweep, coordinate descent, and refits of the factors (`rounding.stored`). `SWEEP`: by one sweep over
+    the columns. `NEAREST`: every number to its nearest level. The last two are methods as published, without factors.
+
+    >>> Rounding("sweep")
+    <Rounding.SWEEP: 'sweep'>
+    """
+
+    FITTED = "fitted"
+    SWEEP = "sweep"
+    NEAREST = "nearest"
+
+
 class Solver(ABC, Generic[State]):
     """Fit `S + L` to one weight `W` (d_out, d_in) at a target rank and number of nonzeros.
 
@@ -84,6 +99,9 @@ class Solver(ABC, Generic[State]):
         low_rank  whether it fits an `L`; if not, a target has rank 0
         patterns  whether its `S` keeps to N:M patterns
         signs     whether it fits a sign plane, as SLaB does; if so, every target has one
+        rounding  how its solutions are put on the grids of targets in few bits
+
+    A solver with neither `sparse` nor `low_rank` keeps every layer whole, and saves by the bits of its numbers alone.
 
     >>> from dataclasses import dataclass
     >>> import torch
@@ -116,6 +134,7 @@ class Solver(ABC, Generic[State]):
     low_rank: ClassVar[bool] = True
     patterns: ClassVar[bool] = True
     signs: ClassVar[bool] = False
+    rounding: ClassVar[Rounding] = Rounding.FITTED
 
     outputs: Outputs = Outputs.NONE
     """How much of `Metric.outputs` weights the error. A dataclass field of the same name makes it an option."""

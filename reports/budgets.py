@@ -11,15 +11,16 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.diff import BudgetDiff, Move
 from globalopt.values.results import LayerPlan
 from reports import formats
+from reports.bits import bits_text, few_bits, mean_bits, stored_facts
 from reports.groups import by_kind
 from reports.layer_tables import group_table
-from reports.shaded_grid import change_grid, kept_grid
-from reports.table_style import add_numbers, common_prefix, facts, footed, report_table, unit_name
+from reports.shaded_grid import bits_grid, change_grid, kept_grid
+from reports.table_style import GAP, add_numbers, common_prefix, facts, footed, report_table, unit_name
 from reports.tables import prediction
 
 
 def budget_file(file: BudgetFile) -> Stack:
-    """Make the tables of a budget file: its totals, its layers by kind, and the grid of kept fractions.
+    """Make the tables of a budget file: its totals, its layers by kind, and the grids of kept fractions and of bits.
 
     >>> from rich.console import Console
     >>> from globalopt.budgets.example import example_budget
@@ -34,12 +35,14 @@ def budget_file(file: BudgetFile) -> Stack:
     rows = [
         ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
         ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
+        *stored_facts(plans),
         *prediction("predicted", file.predicted, file.bound, file.error_unit),
         ("seed", str(file.seed)),
     ]
     table = facts(f"Budget by {file.allocator}", rows)
     kinds = group_table("Allocation by kind", "kind", by_kind(plans), plans, file.error_unit)
-    return Stack(table, Text(), kinds, Text(), kept_grid(plans))
+    bits = bits_grid(plans)
+    return Stack(table, Text(), kinds, Text(), kept_grid(plans), *([] if bits is None else [Text(), bits]))
 
 
 def budget_diff(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tuple[str, str], most: int) -> Stack:
@@ -94,6 +97,8 @@ def _totals(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tup
     whole = found.whole
     row(f"used, {unit_name(found.accounting)}", [formats.count(n) for n in whole.cost], _signed(whole.change))
     row("of the dense size", [f"{kept:.3f}" for kept in whole.kept], _change(whole.kept))
+    if few_bits([*found.before, *found.after]):
+        row("mean bits of a number", [bits_text(mean_bits(plans)) for plans in (found.before, found.after)])
     row("share in low rank", [f"{share:.3f}" for share in whole.rank_share], _change(whole.rank_share))
     lines = [f"before: {labels[0]}", f"after: {labels[1]}"]
     units = {file.error_unit for file in files}
@@ -117,7 +122,8 @@ def _moved(found: BudgetDiff) -> str:
     lost = sum(after.cost < before.cost for before, after in found.pairs)
     said = f"{whole.changed} of {whole.layers} layers differ: "
     said += f"{gained} keep more, {formats.compact(found.given)} {unit_name(found.accounting)} in all; "
-    return said + f"{lost} keep less, {formats.compact(found.taken)}."
+    said += f"{lost} keep less, {formats.compact(found.taken)}."
+    return said + (f" {found.restored} are stored in other bits." if found.restored else "")
 
 
 def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDiff) -> Stack:
@@ -148,11 +154,11 @@ def _cells(move: Move) -> list[str]:
 def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) -> Stack:
     """Make the table of the layers with the largest changes."""
     prefix = common_prefix([before.name for before in found.before])
-    table = report_table("Largest moves")
+    few = few_bits([plan for pair in largest for plan in pair])
+    table = report_table("Largest moves", gap=1 if few else GAP)
     table.add_column("\nlayer", overflow="fold")
-    add_numbers(
-        table, ("cost,\nchange", "kept\nbefore", "\nafter", "rank\nbefore", "\nafter", "density\nbefore", "\nafter")
-    )
+    heads = "cost,\nchange", "kept\nbefore", "\nafter", "rank\nbefore", "\nafter", "density\nbefore", "\nafter"
+    add_numbers(table, [*heads, *(["bits\nbefore", "\nafter"] if few else [])])
     for before, after in largest:
         table.add_row(
             Text(before.name.removeprefix(prefix)),
@@ -163,6 +169,7 @@ def _largest(found: BudgetDiff, largest: Sequence[tuple[LayerPlan, LayerPlan]]) 
             str(after.rank),
             f"{before.density:.3f}",
             f"{after.density:.3f}",
+            *([before.storage, after.storage] if few else []),
         )
     rest = found.whole.changed - len(largest)
     under = f"names under {prefix}; " if prefix else ""

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from globalopt.values.results import LayerResult, Summary
+from reports.bits import few_bits
 from reports.figures import COLOURS, MARKERS, in_corner, named, not_drawn, plain, round_ticks, save, titled_figure
 from reports.groups import Grid
-from reports.heatmaps import colours, heatmap, panel_size
+from reports.heatmaps import BITS_PER_WEIGHT, bits_heatmap, bits_per_weight, colours, heatmap, panel_size
 
 DRAWN = 8
 """Most runs whose layers are drawn, as a picture of more would be too long to read."""
@@ -95,7 +96,8 @@ def quality_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figur
 def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> Figure:
     """Draw kept fraction, rank share and relative error, block by kind, in a row for each of the first `DRAWN` runs.
 
-    A column has the same colours in every row.
+    A column has the same colours in every row. Where a run stores layers in fewer than 16 bits there is a column of the
+    bits per weight.
 
     >>> from reports.example import example_summary
     >>> figure = allocations_figure([example_summary(), example_summary()], ["a", "b"])
@@ -109,13 +111,17 @@ def allocations_figure(summaries: Sequence[Summary], labels: Sequence[str]) -> F
     grids = [Grid.of(summary.layers) for summary in shown]
     sizes = [panel_size(grid) for grid in grids]
     heights = [height + 0.3 for _, height in sizes]
-    width = 3 * max(width for width, _ in sizes)
+    few = any(few_bits(summary.layers) for summary in shown)
+    columns = len(PANELS) + few
+    width = columns * max(width for width, _ in sizes)
     figure = titled_figure("What every layer keeps and loses, run by run", runs, sum(heights) + 0.3, width)
-    panels = figure.subplots(len(shown), len(PANELS), squeeze=False, height_ratios=heights)
+    panels = figure.subplots(len(shown), columns, squeeze=False, height_ratios=heights)
     norms = [colours(np.concatenate([grid.values(value).ravel() for grid in grids]), log) for _, value, log in PANELS]
     for row, grid, label in zip(panels, grids, labels, strict=False):
-        for axes, (name, value, log), norm in zip(row, PANELS, norms, strict=True):
+        for axes, (name, value, log), norm in zip(row, PANELS, norms, strict=False):
             heatmap(axes, grid, value, name, log=log, norm=norm)
+        if few:
+            bits_heatmap(row[-1], grid, bits_per_weight, BITS_PER_WEIGHT, decimals=1)
         # Above the first panel, where a long one has the width of all.
         row[0].set_title(f"{label}\n{PANELS[0][0]}", fontsize=10, loc="left", parse_math=False)
     return figure

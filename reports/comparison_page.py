@@ -7,9 +7,10 @@ from pathlib import Path
 
 from globalopt.values.results import Summary, WindowLosses
 from reports import formats, quality_tables, table_style, tables
+from reports.bits import few_bits, stored_facts
 from reports.comparison import TOKENS_NOTE, common_split, differences_to_first, measured_runs, not_compared, not_paired
 from reports.groups import by_kind
-from reports.html import Card, Cell, Code, Lines, Page, Part, Picture, Section, Table
+from reports.html import Card, Cell, Code, Facts, Lines, Page, Part, Picture, Section, Table
 from reports.paired import CONFIDENCE, Difference, Interval, incomparable
 from reports.run_page import MISSING, columns, quality_cells, share_cell
 
@@ -60,7 +61,11 @@ def comparison_page(
                 "quality", "Quality", [*_not_comparable(reasons), _quality(summaries, labels), *picture("quality")]
             ),
             Section("apart", f"Against {labels[0]}", _apart(apart)),
-            Section("allocation", "Allocation", [_kinds(summaries, labels), *picture("allocations")]),
+            Section(
+                "allocation",
+                "Allocation",
+                [_kinds(summaries, labels), *_bits(summaries, labels), *picture("allocations")],
+            ),
             Section("cost", "Cost", [_costs(summaries, labels)]),
             Section("reproduce", "Reproduce", commands),
         ],
@@ -168,6 +173,18 @@ def _kinds(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
     kinds = dict.fromkeys(kind for of in groups for kind in of)
     rows = [[Cell(kind), *(share_cell(of[kind].kept) if kind in of else MISSING for of in groups)] for kind in kinds]
     return Table("Kept fraction by kind", columns("kind'", *labels), rows)
+
+
+def _bits(summaries: Sequence[Summary], labels: Sequence[str]) -> list[Part]:
+    """List the bits in which every run stores its numbers; nothing where all have 16."""
+    if not any(few_bits(summary.layers) for summary in summaries):
+        return []
+    rows = [
+        (label, text)
+        for label, summary in zip(labels, summaries, strict=True)
+        for _, text in stored_facts(summary.layers) or [("", "all layers in 16 bits")]
+    ]
+    return [Facts(rows, "Stored")]
 
 
 def _costs(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:

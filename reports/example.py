@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Trace
+from globalopt.values.layer import NM, LayerSpec, Shape
 from globalopt.values.results import (
     Curve,
     Details,
@@ -29,6 +32,7 @@ from globalopt.values.results import (
     WindowLosses,
 )
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
+from globalopt.values.storage import PLAIN, Storage
 
 KINDS = {
     "q_proj": (256, 256),
@@ -48,11 +52,15 @@ FALLBACK = (3, "down_proj")
 FAMILY_KEPT = (0.1, 0.35, 0.6, 1.0)
 
 
-def example_layers(blocks: int = 2, pattern: str | None = None) -> tuple[LayerResult, ...]:
+def example_layers(
+    blocks: int = 2, pattern: str | None = None, storages: Sequence[str] = (str(PLAIN),), accounting: str = "params"
+) -> tuple[LayerResult, ...]:
     """Make up the results of layers that keep more the deeper and the smaller they are; the first `v_proj` is dense.
 
     Args:
         pattern: of `S`, such as "2:4".
+        storages: of the layers, in turn.
+        accounting: of their costs.
 
     >>> layers = example_layers()
     >>> len(layers), layers[2].name, layers[2].kept
@@ -73,6 +81,10 @@ def example_layers(blocks: int = 2, pattern: str | None = None) -> tuple[LayerRe
             untouched = (block, kind) == (0, "v_proj")
             if untouched:
                 rank, nnz, predicted = 0, numel, 0.0
+            shape = Shape(d_out, d_in)
+            of_layer = None if untouched or pattern is None else NM.parse(pattern)
+            target = Target(rank, nnz, of_layer, storage=Storage.parse(storages[len(layers) % len(storages)]))
+            budget = Budget.fraction(1.0, [LayerSpec(kind, block, kind, kind, d_out, d_in)], accounting)
             layers.append(
                 LayerResult(
                     name=f"model.layers.{block}.{part}.{kind}",
@@ -83,15 +95,16 @@ def example_layers(blocks: int = 2, pattern: str | None = None) -> tuple[LayerRe
                     rank=rank,
                     nnz=nnz,
                     pattern=None if untouched else pattern,
-                    cost=rank * (d_out + d_in) + nnz,
-                    dense_cost=numel,
+                    cost=budget.cost(target, shape),
+                    dense_cost=budget.total,
                     predicted=predicted,
                     actual=predicted * math.exp(0.4 * random.normal() + 0.3),
                     relative=0.0 if untouched else 0.02 * math.exp(random.normal() - 2 * kept),
                     status="fallback" if (block, kind) == FALLBACK else "converged",
                     damping=0.1 if (block, kind) == FALLBACK else 0.01,
                     seconds=0.35 + 0.1 * random.random(),
-                    bytes=2 * numel if untouched else 2 * (rank * (d_out + d_in) + nnz) + numel // 8,
+                    bytes=target.bytes(shape),
+                    storage=str(target.storage),
                 )
             )
     return tuple(layers)
@@ -119,14 +132,23 @@ def example_metrics(split: str, perplexity: float, kl: float | None, **changed: 
     return Metrics(**{**values, **changed})
 
 
-def example_summary(blocks: int = 2, pattern: str | None = None, **changed: Any) -> Summary:
+def example_summary(
+    blocks: int = 2,
+    pattern: str | None = None,
+    storages: Sequence[str] = (str(PLAIN),),
+    accounting: str = "params",
+    **changed: Any,
+) -> Summary:
     """Make up the summary of a finished run with all fields but those of a search; `changed` replaces fields.
+
+    Args:
+        blocks, pattern, storages, accounting: of the layers (`example_layers`).
 
     >>> summary = example_summary(asked=0.25)
     >>> summary.asked, summary.solver, len(summary.layers)
     (0.25, '3basil', 14)
     """
-    layers = example_layers(blocks, pattern)
+    layers = example_layers(blocks, pattern, storages, accounting)
     total = sum(layer.dense_cost for layer in layers)
     used = sum(layer.cost for layer in layers)
     predicted = math.fsum(layer.predicted for layer in layers if layer.predicted is not None)
@@ -136,7 +158,7 @@ def example_summary(blocks: int = 2, pattern: str | None = None, **changed: Any)
         "allocator": "knapsack",
         "solver": "3basil",
         "seed": 0,
-        "accounting": "params",
+        "accounting": accounting,
         "asked": 0.5,
         "limit": used + 151,
         "used": used,
@@ -145,8 +167,8 @@ def example_summary(blocks: int = 2, pattern: str | None = None, **changed: Any)
         "bound": predicted * 0.99988,
         "error_unit": ErrorUnit.NATS,
         "budget_unit": ErrorUnit.NATS,
-        "covered": total,
-        "block_params": total + 4096,
+        "covered": sum(layer.d_out * layer.d_in for layer in layers),
+        "block_params": sum(layer.d_out * layer.d_in for layer in layers) + 4096,
         "skipped": {"model.embed_tokens": 2_097_152, "model.layers.5.self_attn.k_proj": 32_768},
         "layers": layers,
         "dense": (example_metrics("validation", 60.87, None), example_metrics("test", 62.21, None)),

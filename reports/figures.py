@@ -91,8 +91,11 @@ def not_drawn(hidden: Mapping[str, int]) -> str:
     return said and f"not drawn: {said}"
 
 
-def in_corner(axes: Axes, *lines: str) -> None:
+def in_corner(axes: Axes, *lines: str, left: bool = False) -> None:
     """Write small text into the lower right corner, legible over points; empty lines are left out.
+
+    Args:
+        left: into the lower left corner.
 
     >>> axes = titled_figure("Quality", "reference model", 4.0).subplots()
     >>> in_corner(axes, "", "not drawn: 3 at zero")
@@ -100,9 +103,9 @@ def in_corner(axes: Axes, *lines: str) -> None:
     'not drawn: 3 at zero'
     """
     if text := "\n".join(filter(None, lines)):
-        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+        corner = {"transform": axes.transAxes, "ha": "left" if left else "right", "va": "bottom"}
         behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
-        axes.text(0.98, 0.02, text, fontsize=7, color="0.4", bbox=behind, **corner)
+        axes.text(0.02 if left else 0.98, 0.02, text, fontsize=7, color="0.4", bbox=behind, **corner)
 
 
 def round_ticks(axis: Axis, ends: tuple[float, float]) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from globalopt.errors import ArtefactError
 from globalopt.values.results import LayerPlan, LayerResult
+from reports.bits import mean_bits
 
 P = TypeVar("P", bound=LayerPlan)
 
@@ -27,6 +28,7 @@ class Group:
         density: nonzeros over weights.
         rank: mean over the layers, weighted by their weights.
         rank_share: parameters in low-rank factors over parameters kept.
+        bits: mean bits of the parameters kept; None where there are none.
         predicted, actual: sums over the layers; None where a layer has none.
         relative: mean over the layers, weighted by their weights; None for layers that are not refined yet.
 
@@ -42,6 +44,7 @@ class Group:
     density: float
     rank: float
     rank_share: float
+    bits: float | None
     predicted: float | None
     actual: float | None
     relative: float | None
@@ -63,6 +66,7 @@ class Group:
             density=nnz / weights,
             rank=sum(size * layer.rank for size, layer in zip(sizes, layers, strict=True)) / weights,
             rank_share=low_rank / (low_rank + nnz) if low_rank + nnz else 0.0,
+            bits=mean_bits(layers),
             predicted=math.fsum(predicted) if len(predicted) == len(layers) else None,
             actual=math.fsum(layer.actual for layer in done) if measured else None,
             relative=math.fsum(layer.d_out * layer.d_in * layer.relative for layer in done) / weights

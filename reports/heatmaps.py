@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from globalopt.values.decomposition import Status
 from globalopt.values.results import LayerResult, Summary
+from globalopt.values.storage import PLAIN, Storage
 from reports import formats
+from reports.bits import few_bits
 from reports.figures import (
     COLOURS,
     MARKERS,
@@ -32,11 +34,15 @@ from reports.shaded_grid import span
 from reports.table_style import unit_name
 
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
+BITS_PER_WEIGHT = "bits per weight, scales and index counted"
 LABELLED = 24  # most blocks that are all named on an axis
 
 
 def allocation_figure(summary: Summary) -> Figure:
     """Draw heatmaps, block by kind: kept fraction, rank, rank share, cost, density, and relative error on a log scale.
+
+    Where a layer is stored in fewer than 16 bits there is a third row: the bits of the values of `S`, those of the
+    factors, and the bits of the whole layer per weight, with scales and index.
 
     >>> from reports.example import example_summary
     >>> [axes.get_title(loc="left") for axes in allocation_figure(example_summary()).axes][:2]
@@ -44,8 +50,10 @@ def allocation_figure(summary: Summary) -> Figure:
     """
     grid = Grid.of(summary.layers)
     width, height = panel_size(grid)
-    figure = new_figure(summary, "What every layer keeps and loses", 2 * height + 0.3, 3 * width)
-    axes = figure.subplots(2, 3)
+    few = few_bits(summary.layers)
+    rows = 3 if few else 2
+    figure = new_figure(summary, "What every layer keeps and loses", rows * height + 0.3, 3 * width)
+    axes = figure.subplots(rows, 3)
     unit = unit_name(summary.accounting)
     relative = rf"relative error: {OUTPUT_ERROR} / tr$(WGW^\mathsf{{T}})$"
     heatmap(axes[0, 0], grid, lambda layer: layer.kept, f"kept fraction of the {unit}")
@@ -54,7 +62,50 @@ def allocation_figure(summary: Summary) -> Figure:
     heatmap(axes[1, 0], grid, lambda layer: layer.cost, f"kept {unit}", whole=True)
     heatmap(axes[1, 1], grid, lambda layer: layer.density, "density: nonzeros of S / weights")
     heatmap(axes[1, 2], grid, lambda layer: layer.relative, relative, log=True)
+    if few:
+        bits_heatmap(axes[2, 0], grid, _value_bits, "bits of a value of S")
+        bits_heatmap(axes[2, 1], grid, _factor_bits, "bits of an entry of U or V; hatched: rank 0")
+        bits_heatmap(axes[2, 2], grid, bits_per_weight, BITS_PER_WEIGHT, decimals=1)
     return figure
+
+
+def bits_heatmap(
+    axes: Axes, grid: Grid[LayerResult], value: Callable[[LayerResult], float], title: str, decimals: int = 0
+) -> None:
+    """Draw bits of every layer as a heatmap; a layer that stores no such numbers is hatched.
+
+    Args:
+        value: computes the bits; NaN where there are none.
+        decimals: written into the cells.
+
+    >>> from reports.example import example_layers
+    >>> axes = Figure().subplots()
+    >>> layers = example_layers(storages=("8", "4"))
+    >>> bits_heatmap(axes, Grid.of(layers), lambda layer: float(layer.storage), "bits of a value of S")
+    >>> axes.texts[0].get_text()
+    '8'
+    """
+    heatmap(axes, grid, value, title, norm=Normalize(0, PLAIN.values), text=lambda bits: f"{bits:.{decimals}f}")
+
+
+def _value_bits(layer: LayerResult) -> float:
+    """Return the bits of the values of `S`; NaN where it is empty."""
+    return Storage.parse(layer.storage).values if layer.nnz else math.nan
+
+
+def _factor_bits(layer: LayerResult) -> float:
+    """Return the bits of the entries of the factors; NaN where there are none."""
+    return Storage.parse(layer.storage).factors if layer.rank else math.nan
+
+
+def bits_per_weight(layer: LayerResult) -> float:
+    """Compute the bits of a packed layer, scales and index among them, per weight.
+
+    >>> from reports.example import example_layers
+    >>> bits_per_weight(example_layers()[2])
+    16.0
+    """
+    return 8 * layer.bytes / (layer.d_out * layer.d_in)
 
 
 def error_figure(summary: Summary) -> Figure:
@@ -88,6 +139,7 @@ def heatmap(
     log: bool = False,
     whole: bool = False,
     norm: Normalize | None = None,
+    text: Callable[[float], str] | None = None,
 ) -> None:
     """Draw `value` of every layer as a heatmap, blocks down and kinds across; a place without a layer is hatched.
 
@@ -96,6 +148,7 @@ def heatmap(
         log: colour by the logarithm; zeros have the lowest colour.
         whole: the values are counts, coloured from zero on.
         norm: colour scale shared by several heatmaps; without, from the least to the largest value of this one.
+        text: formats a value for its cell; without, by `log` and `whole`.
 
     >>> from reports.example import example_layers
     >>> axes = Figure().subplots()
@@ -126,11 +179,12 @@ def heatmap(
         axes.grid(which="minor", color="white", linewidth=1)
         axes.tick_params(which="minor", length=0)
     if len(grid.blocks) <= WRITTEN and len(grid.kinds) <= WRITTEN:
+        written = text or (formats.prefixed if whole else _short if log else _fraction)
         for (i, j), cell in np.ndenumerate(values):
             if not math.isnan(cell):
                 dark = float(norm(cell)) < 0.6
-                text = formats.prefixed(cell) if whole else _short(cell) if log or cell == 0 else f"{cell:.2f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                shown = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
+                axes.text(j, i, written(float(cell)), **shown)
 
 
 def scatter(axes: Axes, summary: Summary, kinds: Sequence[str]) -> None:
@@ -208,6 +262,11 @@ def _log_norm(values: NDArray[np.float64]) -> Normalize:
 def _count_norm(values: NDArray[np.float64]) -> Normalize:
     """Make a colour scale from zero on."""
     return Normalize(0, max(1.0, float(np.nanmax(values))))
+
+
+def _fraction(value: float) -> str:
+    """Format a fraction with two decimals, zero without any."""
+    return f"{value:.2f}" if value else "0"
 
 
 def _short(value: float) -> str:

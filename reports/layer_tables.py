@@ -14,8 +14,9 @@ from globalopt.values.results import (
     Summary,
 )
 from reports import formats
+from reports.bits import NOTE, bits_text, few_bits
 from reports.groups import Group, by_block, by_kind
-from reports.table_style import add_numbers, common_prefix, errors_unit, footed, report_table, unit_name
+from reports.table_style import GAP, add_numbers, common_prefix, errors_unit, footed, report_table, unit_name
 
 
 def by_kind_table(summary: Summary) -> Stack:
@@ -70,9 +71,11 @@ def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequenc
         values = [getattr(row, name) for row in rows]
         if None not in values:
             errors[name] = values
-    table = report_table(title)
+    few = few_bits(layers)
+    # The column of bits would not fit into 80 otherwise.
+    table = report_table(title, gap=1 if few else GAP)
     table.add_column(f"\n{label}", overflow="fold")
-    add_numbers(table, ("\nlayers", "\nkept", "\ndensity", "mean\nrank", "rank\nshare"))
+    add_numbers(table, ("\nlayers", "\nkept", "\ndensity", "mean\nrank", "rank\nshare", *(["\nbits"] if few else [])))
     add_numbers(table, [f"{name}\nerror" for name in errors])
     cells = list(zip(*map(formats.aligned, errors.values()), strict=True)) or [()] * len(rows)
     for row, texts in zip(rows, cells, strict=True):
@@ -86,17 +89,19 @@ def group_table(title: str, label: str, groups: Sequence[Group], layers: Sequenc
             f"{row.density:.3f}",
             f"{row.rank:.1f}",
             f"{row.rank_share:.3f}",
+            *([bits_text(row.bits)] if few else []),
             *texts,
             style="bold" if last else "",
         )
     summed = [name for name in errors if name != "relative"]
     means = ["rank", *(["relative"] if "relative" in errors else [])]
     parts = [f"{', '.join(summed)}: sums in {unit}"] if summed else []
-    return footed(table, "; ".join([*parts, f"{', '.join(means)}: size-weighted means"]))
+    lines = ["; ".join([*parts, f"{', '.join(means)}: size-weighted means"]), *([NOTE] if few else [])]
+    return footed(table, *lines)
 
 
 def layer_allocation(summary: Summary) -> Table:
-    """Make the table of the targets of all layers: shape, rank, nonzeros, pattern, cost and dense cost.
+    """Make the table of the targets of all layers: shape, rank, nonzeros, pattern, bits, cost and dense cost.
 
     >>> from reports.example import example_summary
     >>> layer_allocation(example_summary()).row_count
@@ -106,7 +111,9 @@ def layer_allocation(summary: Summary) -> Table:
     table = report_table(f"Layers: allocation (cost in {unit_name(summary.accounting)})", gap=1)
     table.add_column("\nblock", justify="right")
     table.add_column("\nkind", overflow="fold")
-    add_numbers(table, ("d_out x\nd_in", "\nrank", "\nnnz", *(["\nN:M"] if patterns else []), "\ncost"))
+    few = few_bits(summary.layers)
+    add_numbers(table, ("d_out x\nd_in", "\nrank", "\nnnz", *(["\nN:M"] if patterns else [])))
+    add_numbers(table, (*(["\nbits"] if few else []), "\ncost"))
     add_numbers(table, ("dense\ncost", "\nkept", "\ndensity", "rank\nshare"))
     for layer in summary.layers:
         table.add_row(
@@ -116,6 +123,7 @@ def layer_allocation(summary: Summary) -> Table:
             str(layer.rank),
             formats.compact(layer.nnz),
             *([layer.pattern or "-"] if patterns else []),
+            *([layer.storage] if few else []),
             formats.compact(layer.cost),
             formats.compact(layer.dense_cost),
             f"{layer.kept:.3f}",

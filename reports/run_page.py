@@ -10,6 +10,7 @@ from pathlib import Path
 from globalopt.values.decomposition import Status
 from globalopt.values.results import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
 from reports import formats, quality_tables, table_style, tables
+from reports.bits import NOTE, bits_text, few_bits
 from reports.groups import Group, by_block, by_kind
 from reports.html import (
     Card,
@@ -26,7 +27,7 @@ from reports.html import (
     Table,
 )
 from reports.menu import Menu
-from reports.size import size_facts
+from reports.size import PARTS_NOTE, part_sizes, size_facts
 
 MISSING = Cell("-", "")
 
@@ -79,7 +80,7 @@ def run_page(summary: Summary, details: Details, pictures: Sequence[Path], menu:
         sections=[
             Section("quality", "Quality", [_quality(summary)]),
             Section("budget", "Budget", [Facts(tables.budget_facts(summary, menu))]),
-            Section("size", "Size", [Facts(size_facts(summary))]),
+            Section("size", "Size", [Facts(size_facts(summary)), *_parts(summary)]),
             Section("allocation", "Allocation", [*picture("allocation"), *_groups(summary), layer_table(summary)]),
             Section("curves", "Singular values and saliencies", picture("curves")),
             Section("errors", "Errors", picture("error")),
@@ -187,23 +188,37 @@ def quality_cells(dense: Metrics, compressed: Metrics) -> list[Cell]:
 def _groups(summary: Summary) -> list[Part]:
     """Make the tables of layers pooled by kind and by block."""
     unit = table_style.errors_unit(summary)
-    whole = Group.pool("all", summary.layers)
+    whole, few = Group.pool("all", summary.layers), few_bits(summary.layers)
     found: list[Part] = []
     for title, label, groups in (
         ("By kind", "kind'", by_kind(summary.layers)),
         ("By block", "block", by_block(summary.layers)),
     ):
-        heads = columns(
-            label, "layers", "kept", "density", "mean rank", "rank share", "predicted", "actual", "relative"
-        )
-        rows = [_pooled(group) for group in groups]
-        notes = (f"predicted, actual: sums in {unit}; rank, relative: means weighted by size",)
-        found.append(Table(title, heads, rows, _pooled(whole), notes, tall=len(rows) > 16))
+        heads = columns(label, "layers", "kept", "density", "mean rank", "rank share", *(["bits"] if few else []))
+        heads += columns("predicted", "actual", "relative")
+        rows = [_pooled(group, few) for group in groups]
+        notes = [f"predicted, actual: sums in {unit}; rank, relative: means weighted by size", *([NOTE] if few else [])]
+        found.append(Table(title, heads, rows, _pooled(whole, few), notes, tall=len(rows) > 16))
     return found
 
 
-def _pooled(group: Group) -> list[Cell]:
-    """Make the row of pooled layers."""
+def _parts(summary: Summary) -> list[Part]:
+    """Make the table of the bytes of the layers by part; nothing where all layers have 16 bits."""
+    sizes = [
+        [
+            Cell(size.label),
+            Cell(formats.count(size.bytes), size.bytes),
+            Cell(f"{100 * size.share:.2f} %", size.share, bar=round(100 * size.share, 1)),
+            Cell(f"{size.per_weight:.3f}", size.per_weight),
+        ]
+        for size in part_sizes(summary)
+    ]
+    heads = columns("part'", "bytes", "of the dense layers", "bits per weight")
+    return [Table("Bytes of the layers, by part", heads, sizes[:-1], sizes[-1], (PARTS_NOTE,))] if sizes else []
+
+
+def _pooled(group: Group, few: bool) -> list[Cell]:
+    """Make the row of pooled layers, with their mean bits where `few`."""
     label = Cell(group.label, int(group.label) if group.label.isdecimal() else None)
     return [
         label,
@@ -212,6 +227,7 @@ def _pooled(group: Group) -> list[Cell]:
         Cell(f"{group.density:.3f}", group.density),
         Cell(f"{group.rank:.1f}", group.rank),
         Cell(f"{group.rank_share:.3f}", group.rank_share),
+        *([Cell(bits_text(group.bits), "" if group.bits is None else group.bits)] if few else []),
         *(_error(value) for value in (group.predicted, group.actual, group.relative)),
     ]
 
@@ -239,18 +255,20 @@ def layer_table(summary: Summary) -> Table:
     (14, ['3', '0', 'v_proj', '128 x 256', '0'])
     """
     patterns = any(layer.pattern for layer in summary.layers)
+    few = few_bits(summary.layers)
     heads = columns("layer", "block", "kind'", "shape'", "rank", "nonzeros", *(["N:M'"] if patterns else []))
+    heads += columns("bits'") if few else []
     heads += columns("kept", "cost", "density", "rank share", "predicted", "actual", "relative")
     heads += columns("status'", "damping", "time")
-    rows = [_layer(n, layer, patterns) for n, layer in enumerate(summary.layers, 1)]
+    rows = [_layer(n, layer, patterns, few) for n, layer in enumerate(summary.layers, 1)]
     notes = (
         f"cost: {table_style.unit_name(summary.accounting)}; predicted, actual: {table_style.errors_unit(summary)}",
     )
     return Table("Layer by layer", heads, rows, notes=notes, tall=True)
 
 
-def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
-    """Make the row of a layer."""
+def _layer(number: int, layer: LayerResult, patterns: bool, few: bool) -> list[Cell]:
+    """Make the row of a layer, with its pattern where there are `patterns`, and its bits where `few`."""
     return [
         Cell(str(number)),
         Cell(str(layer.block)),
@@ -259,6 +277,7 @@ def _layer(number: int, layer: LayerResult, patterns: bool) -> list[Cell]:
         Cell(str(layer.rank)),
         Cell(formats.count(layer.nnz), layer.nnz),
         *([Cell(layer.pattern or "-")] if patterns else []),
+        *([Cell(layer.storage)] if few else []),
         share_cell(layer.kept),
         Cell(formats.count(layer.cost), layer.cost),
         Cell(f"{layer.density:.3f}", layer.density),

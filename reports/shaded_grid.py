@@ -14,10 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from globalopt.values.results import LayerPlan
+from globalopt.values.storage import BITS, PLAIN
+from reports.bits import few_bits, mean_bits
 from reports.groups import Grid, by_block
 
 WIDTH = 80
 MIN_SPAN = 0.05  # least range of a colour scale, so that small differences do not look large
+_LEAST_BITS = math.log(min(BITS))
 
 Shade = Callable[[float, int], Text]
 """Formats a number as a coloured cell of some width."""
@@ -54,6 +57,33 @@ def kept_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
     return Stack(title, shaded_grid(grid, values, whole, shade, ("lowest", "highest"), width))
 
 
+def bits_grid(layers: Sequence[LayerPlan], width: int = WIDTH) -> Stack | None:
+    """Make the grid of the mean bits of the stored numbers, coloured by value; None where all have 16.
+
+    >>> from rich.console import Console
+    >>> from reports.example import example_layers
+    >>> Console(width=80, color_system=None).print(bits_grid(example_layers(storages=("16", "8", "4/8"))))
+    Bits of a stored number, block by kind
+     block q_proj  k_proj  v_proj  o_proj  gate_proj  up_proj  down_proj    all
+         0   16.0    8.0     4.0     16.0       8.0      4.5       16.0      9.7
+         1   8.0     4.6     16.0    8.0        4.0     16.0        8.0      9.3
+    <BLANKLINE>
+    lowest   4.0     highest   16.0
+    """
+    if not few_bits(layers) or mean_bits(layers) is None:
+        return None
+    grid = Grid.of(layers)
+    values = grid.values(lambda layer: math.nan if (bits := mean_bits([layer])) is None else bits)
+
+    def shade(value: float, cell: int) -> Text:
+        at = (math.log(value) - _LEAST_BITS) / (math.log(PLAIN.values) - _LEAST_BITS)
+        return _painted(f"{value:^{cell}.1f}", at, _VIRIDIS)
+
+    whole = {group.label: math.nan if group.bits is None else group.bits for group in by_block(layers)}
+    title = Text("Bits of a stored number, block by kind", "bold")
+    return Stack(title, shaded_grid(grid, values, whole, shade, ("lowest", "highest"), width, "- nothing stored"))
+
+
 def change_grid(before: Sequence[LayerPlan], after: Sequence[LayerPlan], width: int = WIDTH) -> Stack:
     """Make the grid of changes of the kept fractions, `after - before`, red below zero and blue above it.
 
@@ -88,6 +118,7 @@ def shaded_grid(
     shade: Shade,
     ends: tuple[str, str],
     width: int = WIDTH,
+    empty: str = "- no such layer",
 ) -> Stack:
     """Make a grid with a row per block, a cell per kind and one for the whole block, and a legend of the colours.
 
@@ -97,6 +128,7 @@ def shaded_grid(
         shade: formats a cell.
         ends: names of the lowest and the highest value in the legend.
         width: columns of the terminal; more kinds than fit go into further tables.
+        empty: what the legend says of cells without a value.
 
     >>> from rich.console import Console
     >>> from reports.example import example_layers
@@ -127,7 +159,7 @@ def shaded_grid(
     lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
     legend = Text.assemble((f"{ends[0]} ", "dim"), shade(lowest, 8), (f"  {ends[1]} ", "dim"), shade(highest, 8))
     if np.isnan(values).any():
-        legend.append("  - no such layer", "dim")
+        legend.append(f"  {empty}", "dim")
     return Stack(*tables, Padding(legend, (1, 0, 0, 0)))
 
 

@@ -22,11 +22,12 @@ from globalopt.values.results import (
     Summary,
 )
 from reports import formats
+from reports.bits import stored_facts
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
 from reports.menu import Menu
 from reports.quality_tables import quality
-from reports.shaded_grid import kept_grid
-from reports.size import size_facts
+from reports.shaded_grid import bits_grid, kept_grid
+from reports.size import size_facts, size_table
 from reports.surrogate import FEWEST, Surrogate, chosen, whole
 from reports.table_style import _some_names, add_numbers, facts, footed, model_name, report_table, unit_name
 
@@ -46,7 +47,7 @@ def render(summary: Summary, console: Console, verbose: bool = False, menu: Menu
     ...
     """
     sign = "+-" if console.options.ascii_only else "±"
-    parts: list[RenderableType] = [
+    parts: list[RenderableType | None] = [
         heading(summary),
         budget(summary, menu),
         quality(summary, sign),
@@ -54,16 +55,16 @@ def render(summary: Summary, console: Console, verbose: bool = False, menu: Menu
         by_kind_table(summary),
         by_block_table(summary),
         kept_grid(summary.layers),
+        bits_grid(summary.layers),
         *([matched(summary.matching)] if summary.matching else []),
         facts("Size", size_facts(summary)),
+        size_table(summary),
         stages(summary),
     ]
     if verbose:
         parts += [layer_allocation(summary), layer_results(summary), provenance(summary)]
     remarks = notes(summary)
-    if remarks is not None:
-        parts.append(remarks)
-    for part in parts:
+    for part in filter(None, [*parts, remarks]):
         console.print(Padding(part, (0, 0, 1, 0)))
 
 
@@ -97,7 +98,7 @@ def budget(summary: Summary, menu: Menu | None = None) -> Table:
 
 
 def budget_facts(summary: Summary, menu: Menu | None = None) -> list[tuple[str, str]]:
-    """List labels and values on the budget: requested, limit, used, predicted loss, certificate, limits, coverage.
+    """List labels and values on the budget: asked, limit, used, bits, predicted loss, certificate, limits, coverage.
 
     >>> from reports.example import example_summary
     >>> budget_facts(example_summary())[0]
@@ -109,6 +110,7 @@ def budget_facts(summary: Summary, menu: Menu | None = None) -> list[tuple[str, 
         ("limit", f"{formats.count(summary.limit)} of {formats.count(summary.total)} {unit}"),
         ("used", f"{formats.count(summary.used)} {unit}, {formats.percent(summary.used, summary.limit)} of the limit"),
         ("accounting", summary.accounting),
+        *stored_facts(summary.layers),
         ("allocator", summary.allocator),
         ("solver", summary.solver),
         *prediction("predicted loss", summary.predicted, summary.bound, f"{summary.budget_unit}, summed over layers"),

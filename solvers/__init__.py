@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from globalopt import registry
-from globalopt.protocols import Outputs, Solver
+from globalopt.protocols import Needs, Outputs, Rounding, Solver
 from globalopt.registry import variant
 from solvers.eora import EoRA
 from solvers.hassle_free import HassleFree
 from solvers.layer_problem import LayerProblem
 from solvers.magnitude import Magnitude
 from solvers.oats import OATS
+from solvers.round_to_nearest import RTN
 from solvers.slab import SLaB
 from solvers.sparsegpt import SparseGPT
 from solvers.svd import SVD
@@ -52,6 +53,24 @@ SOLVERS: dict[str, type[Solver[Any]]] = {
     "hassle-free": HassleFree,
     "3basil": ThreeBASiL,
     "slab": SLaB,
+    "rtn": RTN,
+    "gptq": variant(
+        RTN,
+        "GPTQ",
+        """Keep every weight, and round column by column, the rest of a row making up for it (arXiv:2210.17323).
+
+            min over levels S   tr((W - S) G (W - S)ᵀ)
+
+        The sweep is `grid_sweep`, once over the columns from left to right, with G damped by 0.01 of its mean diagonal.
+        Departures: grids are symmetric half-integer multiples of one scale per group of 64 weights of a row, where the
+        public code has a zero point; scales are chosen before the sweep, as those of least squared error. Bits belong
+        to the target, as for `rtn`. All other solvers add coordinate descent to this sweep.
+        """,
+        name="gptq",
+        paper="arXiv:2210.17323",
+        needs=Needs.GRAM,
+        rounding=Rounding.SWEEP,
+    ),
 }
 
 

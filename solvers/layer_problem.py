@@ -111,6 +111,12 @@ class LayerProblem:
         if target.signs != solver.signs:
             wanted = "fits a sign plane; set signs in the target" if solver.signs else "has no sign plane"
             raise UsageError(f"Solver '{solver.name}' {wanted}; the target has signs={target.signs}.")
+        whole = not solver.sparse and not solver.low_rank
+        if whole and (target.rank or target.nnz not in (0, d_out * d_in)):
+            raise UsageError(
+                f"Solver '{solver.name}' keeps every weight of a layer or none, but the target has rank {target.rank} "
+                f"and {target.nnz} of {d_out * d_in} nonzeros; give it fewer bits instead, or choose another solver."
+            )
         if target.nnz not in (0, d_out * d_in) and not solver.sparse:
             raise UsageError(
                 f"Solver '{solver.name}' fits no sparse part, but the target keeps {target.nnz} nonzeros; fold them "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -58,7 +58,8 @@ class BentObjective:
         total = 0.0
         for surface in self.problem.surfaces:
             kept = candidate[surface.spec.name]
-            target = kept.target() if isinstance(kept, Mask) else kept
+            # Components of a span are in no storage of their own.
+            target = replace(kept.target(), storage=surface.storages[0]) if isinstance(kept, Mask) else kept
             total += self.multipliers[surface.spec.name] * surface.predict(target)
         return total**self.power
 

@@ -19,7 +19,7 @@ FLOORS = (
     {"errors"},
     {"values", "registry", "reference"},
     {"protocols", "kernels", "machine", "runs"},
-    {"text", "models", "budgets", "solvers", "allocators"},
+    {"text", "models", "budgets", "solvers", "allocators", "rounding"},
     {"objective", "matching", "evaluation", "export", "reports"},
     {"analysis", "refine"},
     {"pipeline"},

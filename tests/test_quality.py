@@ -68,7 +68,9 @@ def half(spec: Any) -> Target:
 
 
 def test_every_solver_has_a_figure() -> None:
-    assert RELATIVE_ERRORS.keys() == SOLVERS.keys()
+    # What only rounds a layer leaves nothing of it out.
+    prune = {name for name, solver in SOLVERS.items() if solver.sparse or solver.low_rank}
+    assert RELATIVE_ERRORS.keys() == prune
 
 
 @pytest.mark.parametrize("name", RELATIVE_ERRORS)

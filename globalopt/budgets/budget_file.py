@@ -7,181 +7,20 @@ bits of every layer, and is of the second version of the schema, which older pro
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from globalopt.budgets.schema import SCHEMA_VERSION, STORAGE_VERSION, BudgetFile, LayerEntry, LimitsEntry, schema_of
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.runs.files import read_json, write_json
-from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.budget import NO_LIMITS, Budget, Target
+from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import ErrorUnit, LayerPlan
-from globalopt.values.storage import PLAIN, Storage
-
-SCHEMA_VERSION = 1
-STORAGE_VERSION = 2
-"""Of files in which a layer is stored in fewer than 16 bits."""
-
-
-class LayerEntry(BaseModel):
-    """Record the target of one layer, with its shape, its cost and its predicted error.
-
-    >>> from globalopt.budgets.example import example_budget
-    >>> entry = example_budget().layers[0]
-    >>> (entry.d_out, entry.d_in), entry.target.rank, entry.target.nnz, entry.cost
-    ((8, 4), 1, 4, 16)
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    name: str
-    block: int = Field(ge=0)
-    kind: str
-    d_out: int = Field(ge=1)
-    d_in: int = Field(ge=1)
-    rank: int = Field(ge=0)
-    nnz: int = Field(ge=0)
-    pattern: str | None
-    cost: int = Field(ge=0)
-    predicted: float | None
-    storage: str = str(PLAIN)
-
-    @property
-    def spec(self) -> LayerSpec:
-        """The layer's place and shape; its input site is not in the file, so that its name stands for it."""
-        return LayerSpec(self.name, self.block, self.name, self.kind, self.d_out, self.d_in)
-
-    @property
-    def target(self) -> Target:
-        """The layer's target, never with a plane of signs."""
-        pattern = NM.parse(self.pattern) if self.pattern else None
-        return Target(self.rank, self.nnz, pattern, storage=Storage.parse(self.storage))
-
-
-class LimitsEntry(BaseModel):
-    """Record the serving limits that the targets of all layers are within (`Limits`).
-
-    >>> LimitsEntry(rank_multiple=8, max_rank=512, sparse=True).max_rank
-    512
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    rank_multiple: int = Field(ge=1)
-    max_rank: int | None = Field(ge=0)
-    sparse: bool
-
-
-class BudgetFile(BaseModel):
-    """Hold the contents of a budget file; `read` also checks that the costs add up.
-
-    `fingerprint` identifies the model by type and layer shapes. `asked` is the requested kept fraction; `limit`, `used`
-    and `total` are in the unit of `accounting`; `covered / block_params` is the coverage. `predicted` and `bound` are
-    in `error_unit`. `predicted` is None where the targets were imported, so that no search predicted their loss.
-    `limits` are the serving limits of the search, if it had some.
-
-    >>> from globalopt.budgets.example import example_budget
-    >>> file = example_budget()
-    >>> file.accounting, file.used / file.total, file.covered / file.block_params
-    ('params', 0.5, 0.8)
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    schema_version: Literal[1, 2]
-    fingerprint: str
-    accounting: Literal["params", "bytes"]
-    asked: float = Field(gt=0, le=1)
-    limit: int
-    used: int
-    total: int
-    covered: int = Field(ge=1)
-    block_params: int = Field(ge=1)
-    allocator: str
-    seed: int
-    error_unit: ErrorUnit
-    predicted: float | None
-    bound: float | None
-    layers: tuple[LayerEntry, ...]
-    limits: LimitsEntry | None = None
-
-    @property
-    def served(self) -> Limits:
-        """The serving limits of the search."""
-        return NO_LIMITS if self.limits is None else Limits(**self.limits.model_dump())
-
-    @property
-    def plans(self) -> tuple[LayerPlan, ...]:
-        """The layers with their dense costs, as reports show them."""
-        budget = Budget(self.limit, self.total, self.accounting)
-        return tuple(
-            LayerPlan(**entry.model_dump(), dense_cost=budget.cost(Target.dense(entry.spec), entry.spec))
-            for entry in self.layers
-        )
-
-    @property
-    def allocation(self) -> Allocation:
-        """The allocation that the file records."""
-        return Allocation(
-            {entry.name: entry.target for entry in self.layers},
-            Budget(self.limit, self.total, self.accounting),
-            self.used,
-            math.nan if self.predicted is None else self.predicted,
-            self.allocator,
-            self.bound,
-        )
-
-    def check(self, source: Path) -> BudgetFile:
-        """Check that targets, costs, limit and totals agree, and return the file.
-
-        Raises:
-            ArtefactError: they do not; it names `source` and the first that is wrong.
-        """
-        try:
-            budget = Budget(self.limit, self.total, self.accounting)
-            costs = [budget.cost(entry.target.check(entry.spec), entry.spec) for entry in self.layers]
-            for entry in self.layers:
-                self.served.check(entry.target, entry.spec)
-        except GlobalOptError as cause:
-            raise ArtefactError(f"{source}: {cause}") from None
-        if self.schema_version != schema_of(entry.target for entry in self.layers):
-            raise ArtefactError(f"{source}: schema {self.schema_version} is not that of its storages.")
-        for entry, cost in zip(self.layers, costs, strict=True):
-            if cost != entry.cost:
-                raise ArtefactError(f"{source}: layer {entry.name} says cost {entry.cost}, its target costs {cost}.")
-        if len({entry.name for entry in self.layers}) != len(self.layers):
-            raise ArtefactError(f"{source}: a layer is listed twice.")
-        dense = sum(budget.cost(Target.dense(entry.spec), entry.spec) for entry in self.layers)
-        if dense != self.total:
-            raise ArtefactError(f"{source}: total says {self.total}, the listed layers have {dense}.")
-        if sum(costs) > self.limit:
-            raise ArtefactError(
-                f"{source} exceeds its budget: the layers use {sum(costs)} of {self.limit} {self.accounting}. "
-                "It was edited; lower some targets or search again."
-            )
-        if sum(costs) != self.used:
-            raise ArtefactError(f"{source}: used says {self.used}, the layers add up to {sum(costs)}.")
-        return self
-
-    def for_model(self, fingerprint: str, specs: tuple[LayerSpec, ...], source: Path) -> Allocation:
-        """Return the allocation, after checking that the file belongs to the model with these layers.
-
-        Raises:
-            ArtefactError: the file belongs to another model.
-        """
-        mine = {(spec.name, spec.d_out, spec.d_in) for spec in specs}
-        listed = {(entry.name, entry.d_out, entry.d_in) for entry in self.layers}
-        if mine != listed:
-            name = min(mine ^ listed)[0]
-            raise ArtefactError(
-                f"{source} belongs to another model: it has {len(listed)} layers, this one {len(mine)}; "
-                f"they differ first at {name}."
-            )
-        if fingerprint != self.fingerprint:
-            raise ArtefactError(f"{source} belongs to another model: same layers, other type or vocabulary.")
-        return self.allocation
+from globalopt.values.results import ErrorUnit
 
 
 def make(
@@ -213,7 +52,7 @@ def make(
     """
     budget, table = allocation.budget, problem.table
     sizes = table.sizes(allocation.targets)
-    errors = dict(zip(table.names, table.predict(*sizes.targets).tolist(), strict=True))
+    errors = dict(zip(table.names, table.predict(*sizes.arrays).tolist(), strict=True))
     return BudgetFile(
         schema_version=schema_of(allocation.targets.values()),
         fingerprint=fingerprint,
@@ -273,15 +112,6 @@ def _entry(spec: LayerSpec, target: Target, budget: Budget, predicted: float | N
         predicted=predicted,
         storage=str(target.storage),
     )
-
-
-def schema_of(targets: Iterable[Target]) -> Literal[1, 2]:
-    """Return the version of the schema that a file of these targets needs.
-
-    >>> schema_of([Target(0, 8)]), schema_of([Target(0, 8), Target(0, 8, storage=Storage(4, 8))])
-    (1, 2)
-    """
-    return SCHEMA_VERSION if all(target.storage.plain for target in targets) else STORAGE_VERSION
 
 
 def whole(

@@ -48,7 +48,7 @@ class Move:
 
         return cls(
             layers=len(pairs),
-            changed=sum(_target(before) != _target(after) for before, after in pairs),
+            changed=sum(before.target != after.target for before, after in pairs),
             dense_cost=sum(before.dense_cost for before, _ in pairs),
             cost=both("cost"),
             rank_params=both("rank_params"),
@@ -103,6 +103,11 @@ class BudgetDiff:
         return Move.of(self.pairs)
 
     @property
+    def restored(self) -> int:
+        """Number of layers whose numbers are stored in other bits."""
+        return sum(before.storage != after.storage for before, after in self.pairs)
+
+    @property
     def given(self) -> int:
         """Sum of the cost that layers gain, over those that keep more."""
         return sum(max(0, after.cost - before.cost) for before, after in self.pairs)
@@ -114,7 +119,7 @@ class BudgetDiff:
 
     def largest(self, most: int) -> list[tuple[LayerPlan, LayerPlan]]:
         """List the `most` layers with other targets whose cost changed most, largest first; ties in model order."""
-        changed = [pair for pair in self.pairs if _target(pair[0]) != _target(pair[1])]
+        changed = [pair for pair in self.pairs if pair[0].target != pair[1].target]
         return sorted(changed, key=lambda pair: -abs(pair[1].cost - pair[0].cost))[:most]
 
     def by_kind(self) -> dict[str, Move]:
@@ -162,7 +167,7 @@ def _move_record(move: Move) -> dict[str, Any]:
 
 def _layer_record(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
     """Convert the comparison of a layer to JSON values."""
-    names = ("rank", "nnz", "pattern", "cost", "kept", "density")
+    names = ("rank", "nnz", "pattern", "storage", "cost", "kept", "density")
     pairs = {name: [getattr(before, name), getattr(after, name)] for name in names}
     return {"name": before.name, "block": before.block, "kind": before.kind, "dense_cost": before.dense_cost, **pairs}
 
@@ -210,8 +215,3 @@ def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:
         )
         for plan, entry in zip(file.plans, file.layers, strict=True)
     )
-
-
-def _target(plan: LayerPlan) -> tuple[int, int, str | None]:
-    """Return the parts of a plan that make up its target."""
-    return plan.rank, plan.nnz, plan.pattern

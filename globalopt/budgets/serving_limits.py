@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.protocols import Solver
 from globalopt.values.budget import NO_LIMITS, Limits
+from globalopt.values.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ServingProfile:
         pattern: the N:M pattern that every `S` must have; None: any.
         sparse_part: whether the solver must have a sparse part.
         low_rank_part: whether the solver must have a low-rank part, and at least one layer room for it.
+        codes: whether numbers may be stored in fewer than 16 bits.
 
     >>> PROFILES["two-four"].choices()
     {'pattern': '2:4', 'scaling': 'activation'}
@@ -30,6 +32,7 @@ class ServingProfile:
     pattern: str | None = None
     sparse_part: bool = False
     low_rank_part: bool = False
+    codes: bool = True
 
     def choices(self, pattern: str | None = None, scaling: str | None = None) -> dict[str, str]:
         """Fill in the pattern and the span scaling that were not given."""
@@ -40,14 +43,14 @@ class ServingProfile:
 
 
 PROFILES: Mapping[str, ServingProfile] = {
-    # An ordinary checkpoint holds any sum.
+    # An ordinary checkpoint holds any sum, also of numbers that another format stores in few bits.
     "dense": ServingProfile("dense"),
     # vLLM takes LoRA ranks up to 512; layers of one rank share a pattern, which keeps matching them cheap.
-    "adapter": ServingProfile("adapter", Limits(rank_multiple=8, max_rank=512), low_rank_part=True),
+    "adapter": ServingProfile("adapter", Limits(rank_multiple=8, max_rank=512), low_rank_part=True, codes=False),
     # The one sparse product that GPUs have; any rank beside it.
     "two-four": ServingProfile("packed", pattern="2:4", sparse_part=True),
     # Two thin products, which are fast everywhere.
-    "factors": ServingProfile("factors", Limits(sparse=False), low_rank_part=True),
+    "factors": ServingProfile("factors", Limits(sparse=False), low_rank_part=True, codes=False),
 }
 
 
@@ -89,6 +92,25 @@ def limits_of(profile: str, rank_multiple: int | None, max_rank: int | None = No
     return replace(limits, max_rank=max_rank)
 
 
+def check_storages(profile: str, storages: Iterable[Storage]) -> None:
+    """Check that a profile holds numbers in the bits of `storages`.
+
+    Raises:
+        UsageError: it holds 16 bits alone, so that the bytes of a search in fewer would be those of no file.
+
+    >>> check_storages("two-four", [Storage(4, 8)])
+    >>> check_storages("adapter", [Storage(), Storage(4, 8)])
+    Traceback (most recent call last):
+    globalopt.errors.UsageError: --serving-profile adapter holds numbers of 16 bits alone, not of 4/8. Leave out ...
+    """
+    few = [str(storage) for storage in storages if not storage.plain]
+    if few and not get_profile(profile).codes:
+        raise UsageError(
+            f"--serving-profile {profile} holds numbers of 16 bits alone, not of {few[0]}. Leave out --storage, or use "
+            "another profile."
+        )
+
+
 def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
     """Check that a solver meets targets within a profile and `limits`.
 
@@ -109,7 +131,7 @@ def check_solver(profile: str, limits: Limits, solver: Solver) -> None:
         return
     if solver.signs:
         raise UsageError(f"Solver {solver.name} keeps a plane of signs of rank 1, which is not within limits of rank.")
-    if limits.sparse and not solver.sparse:
+    if limits.sparse and solver.low_rank and not solver.sparse:
         raise UsageError(
             f"Solver {solver.name} turns nonzeros into any rank; limits of rank need another solver, or "
             "--serving-profile factors."

@@ -45,15 +45,17 @@ def validate(
     """Check that a budget file is complete and that its costs add up."""
     with errors():
         from globalopt.budgets import budget_file
+        from reports.bits import stored_facts
 
         file = budget_file.read(path)
         if model is not None:
             of_model = _whole_budget(model, trust_remote_code, file.accounting)
             file.for_model(of_model.fingerprint, tuple(entry.spec for entry in of_model.layers), path)
         share = file.used / file.limit
+        stored = "".join(f" {label.capitalize()}: {said}." for label, said in stored_facts(file.plans))
         out.out(
             f"{path}: valid. {len(file.layers)} layers, {file.used:,} of {file.limit:,} {file.accounting} "
-            f"({share:.3%}).",
+            f"({share:.3%}).{stored}",
             highlight=False,
         )
 

@@ -38,8 +38,8 @@ def export(
 ) -> None:
     """Write the model of a finished run in another format."""
     with errors():
+        from globalopt.export.formats import decoded_in, larger_than_dense, loading
         from globalopt.export.formats import export as write
-        from globalopt.export.formats import larger_than_dense, loading
         from globalopt.runs.files import advising
 
         with advising("Choose a writable --out."):
@@ -48,5 +48,10 @@ def export(
         if as_json:
             print_json({"format": format_name, "folder": str(out), "bytes": size, "larger_than_dense": bool(larger)})
         elif not quiet:
-            lines = [("written", out), ("size", f"{size / 1e6:,.2f} MB"), ("note", larger)]
+            lines = [
+                ("written", out),
+                ("size", f"{size / 1e6:,.2f} MB"),
+                ("note", larger),
+                ("note", decoded_in(run, format_name)),
+            ]
             say([line for line in lines if line[1]] + [("load", loading(format_name, out))])

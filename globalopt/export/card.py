@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def _rows(summary: Summary, facts: Mapping[str, Any], name: str) -> dict[str, st
     licence = facts.get("license_name") or facts.get("license")
     unit = "bytes" if summary.accounting == "bytes" else "parameters"
     patterns = sorted({layer.pattern for layer in summary.layers if layer.pattern})
+    storages = Counter(layer.storage for layer in summary.layers)
     trained = "the whole model" if any(match.block is None for match in summary.matching) else "block by block"
     rows = {
         "base model": name,
@@ -154,12 +156,20 @@ def _rows(summary: Summary, facts: Mapping[str, Any], name: str) -> dict[str, st
         "licence": f"{licence}, that of the base model" if licence else "the base model's card names none",
         "method": f"solver {summary.solver}, allocator {summary.allocator}",
         "pattern": ", ".join(patterns),
+        "bits of values and factors": "" if set(storages) == {"16"} else _bits(storages),
         "matched to the base model": trained if summary.matching else "no",
         "budget": f"{summary.asked:g} of the {unit} of {len(summary.layers)} layers: "
         f"{summary.used:,} of {summary.total:,} kept",
         "versions": ", ".join(f"{package} {number}" for package, number in summary.versions.items()),
     }
     return {key: value for key, value in rows.items() if value}
+
+
+def _bits(storages: Mapping[str, int]) -> str:
+    """Say how many layers have their numbers in how many bits, the most frequent first."""
+    order = sorted(storages, key=lambda storage: (-storages[storage], storage))
+    said = ", ".join(f"{storage} in {storages[storage]} layers" for storage in order)
+    return f"{said}; as codes only in the formats packed and factors"
 
 
 def _measured(summary: Summary) -> list[str]:

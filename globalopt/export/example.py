@@ -101,6 +101,7 @@ def _result(spec: LayerSpec, value: Decomposition, pattern: NM | None) -> LayerR
         rank=value.rank,
         nnz=value.nnz,
         pattern=str(pattern) if pattern else None,
+        storage=str(value.storage),
         cost=Target(value.rank, value.nnz, signs=value.signs is not None).params(spec),
         dense_cost=spec.numel,
         predicted=None,

@@ -80,6 +80,19 @@ def larger_than_dense(run: Path, folder: Path) -> str:
     return f"the weights are larger than those of --format dense: {words}" if size > dense else ""
 
 
+def decoded_in(run: Path, name: str) -> str:
+    """Say that format `name` writes numbers in 16 bits that the run stores in fewer; "" where it does not.
+
+    >>> from globalopt.export.example import example_run
+    >>> decoded_in(example_run(Path("in 16 bits")), "dense")
+    ''
+    """
+    layers = sum(layer.storage != "16" for layer in Run.open(run).summary().layers)
+    if not layers or name not in ("dense", "adapter"):
+        return ""
+    return f"the numbers of {layers} layers are written decoded, in 16 bits or more; --format packed keeps their codes"
+
+
 def size_of(folder: Path, pattern: str = "*") -> int:
     """Sum the sizes of the files below `folder` whose names match `pattern`, in bytes.
 

@@ -4,109 +4,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from globalopt.errors import ArtefactError, UnknownNameError, UsageError
+from globalopt.errors import UnknownNameError, UsageError
+from globalopt.export.codes import decode, encode
 from globalopt.export.fastest import fastest
-from globalopt.export.packing import BITMASK, COLUMNS, EMPTY, Layout, layout, pack, pack_bits, unpack, unpack_bits
+from globalopt.export.packing import BITMASK, COLUMNS, EMPTY, layout, pack, unpack, unpacked_numbers
+from globalopt.export.shape import SCALES, Shape, shape_of
+from globalopt.values.bits import pack_bits
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 
 AUTO, SPLIT, MERGED, TWO_FOUR, UNPACK = "auto", "split", "merged", "two-four", "unpack"
 COMPUTES = (AUTO, SPLIT, MERGED, TWO_FOUR, UNPACK)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Describe a packed layer beside its tensors, as it stands in the config of a checkpoint.
-
-    Args:
-        sparse: how `S` is packed.
-        rank: of `L`.
-        signs: whether `L` is multiplied by a plane of signs.
-    Raises:
-        ArtefactError: there is no such layer.
-
-    >>> shape = Shape(Layout(d_out=8, d_in=16, form="2:4", values=64), rank=2, signs=False)
-    >>> shape.tensors()
-    {'weight': (64,), 'support': (16,), 'U': (8, 2), 'V': (2, 16)}
-    >>> shape.bytes(per_value=2)
-    240
-    """
-
-    sparse: Layout
-    rank: int
-    signs: bool
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        if not whole or not 0 <= self.rank <= min(self.sparse.d_out, self.sparse.d_in):
-            raise ArtefactError(f"Rank {self.rank} is none of a {self.sparse.d_out} x {self.sparse.d_in} matrix.")
-        if not isinstance(self.signs, bool) or (self.signs and not self.rank):
-            raise ArtefactError(f"Signs {self.signs} do not go with rank {self.rank}.")
-
-    def record(self) -> dict[str, Any]:
-        """Return the description as JSON values."""
-        how = self.sparse
-        shape = {"d_out": how.d_out, "d_in": how.d_in, "form": how.form, "values": how.values}
-        return {**shape, "rank": self.rank, "signs": self.signs}
-
-    @classmethod
-    def parse(cls, record: Any) -> Shape:
-        """Parse what `record` returns; `ArtefactError` if it is something else."""
-        try:
-            how = Layout(record["d_out"], record["d_in"], record["form"], record["values"])
-            return cls(how, record["rank"], record["signs"])
-        except (KeyError, TypeError, IndexError):
-            raise ArtefactError(f"{str(record)[:80]} does not describe a packed layer.") from None
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the layer's tensors by name, without the bias."""
-        how = self.sparse
-        found: dict[str, tuple[int, ...]] = {"weight": (how.values,)}
-        if how.support_bytes:
-            found["support"] = (how.support_bytes,)
-        if self.rank:
-            found |= {"U": (how.d_out, self.rank), "V": (self.rank, how.d_in)}
-        if self.signs:
-            found["signs"] = (-(-how.numel // 8),)
-        return found
-
-    def bytes(self, per_value: int) -> int:
-        """Count the bytes of the layer's tensors, with `per_value` bytes for a floating-point number."""
-        how = self.sparse
-        signs = -(-how.numel // 8) if self.signs else 0
-        return how.bytes(per_value) + per_value * self.rank * (how.d_out + how.d_in) + signs
-
-
-def shape_of(value: Decomposition, pattern: NM | None = None) -> Shape:
-    """Choose the smallest packed shape of a decomposition.
-
-    >>> S = torch.eye(8)
-    >>> shape_of(Decomposition(S, S[:, :0], S[:0])).sparse.form
-    'bitmask'
-    """
-    return Shape(layout(value.S, pattern), value.rank, value.signs is not None)
+_STORED = {"weight": "values", "U": "U_codes", "V": "V_codes"}
+"""Where the stored numbers of a part are while its parameter holds what the layer computes with."""
 
 
 class SparseLowRankLinear(nn.Module):
     """Compute `y = S x + U (V x) + b`, or `y = S x + ((U V) * signs) x + b`.
 
     Until it is first called it holds the stored tensors: `weight` (values,), the values of `S`; `support` and `signs`,
-    bits in uint8; `U` (d_out, rank), `V` (rank, d_in). The first call fixes the way of computing (`compute`):
+    bits in uint8; `U` (d_out, rank), `V` (rank, d_in). What is stored in less than 16 bits are packed codes in uint8,
+    with scales beside them (`codes`): those of `U` by its columns, those of `V` by its rows. The first call fixes the
+    way of computing (`compute`):
 
     auto       the fastest of the next three on this device, measured once per size
     split      `S` unpacked, for one dense product; the factors as two thin ones; without `S` only these
     two-four   as split, with a 2:4 `S` in the semi-structured layout of the device (CUDA)
     merged     one dense product with the sum; the stored tensors stay in memory beside it
-    unpack     split, but `S` is unpacked anew in every call: the least memory
+    unpack     split, but `S` is unpacked, and codes are decoded, anew in every call: the least memory
 
-    A layer with signs is merged or unpacked. The state dict always holds the stored tensors. `split` and `merged` round
+    A layer with signs is merged or unpacked. The state dict always holds the stored tensors; codes stay in memory
+    beside the numbers that were decoded from them, so that no cast changes them. `split` and `merged` round
     differently, within the dtype's precision; name one where results must repeat to the bit.
 
     Args:
@@ -142,14 +78,16 @@ class SparseLowRankLinear(nn.Module):
         self.transposed = transposed
         self.compute = AUTO
         self.path: str | None = None
-        sizes = shape.tensors()
-        for name in ("weight", "U", "V"):
-            made = _parameter(torch.empty(sizes[name], dtype=dtype, device=device)) if name in sizes else None
-            self.register_parameter(name, made)
-        for name in ("support", "signs"):
-            made = torch.empty(sizes[name], dtype=torch.uint8, device=device) if name in sizes else None
-            self.register_buffer(name, made)
-        self.register_buffer("values", None, persistent=False)
+        self._dtype = dtype or torch.get_default_dtype()
+        made = {
+            name: torch.empty(size, dtype=shape.dtype(name) or dtype, device=device)
+            for name, size in shape.tensors().items()
+        }
+        for name, stored in _STORED.items():
+            self.register_parameter(name, _parameter(made[name]) if name in made else None)
+            self.register_buffer(stored, None, persistent=False)
+        for name in ("support", "signs", *(part + SCALES for part in _STORED)):
+            self.register_buffer(name, made.get(name))
         b = _parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", b)
 
@@ -158,31 +96,74 @@ class SparseLowRankLinear(nn.Module):
         cls, value: Decomposition, bias: Tensor | None, transposed: bool = False, pattern: NM | None = None
     ) -> SparseLowRankLinear:
         """Pack a decomposition into a layer, with tensors of its dtype and device."""
-        made = cls(shape_of(value, pattern), bias is not None, transposed, device="meta")
-        values, support = pack(value.S, made.shape.sparse)
-        made.weight, made.support = _parameter(values), support
+        made = cls(shape_of(value, pattern), bias is not None, transposed, value.S.dtype, "meta")
+        values, made.support = pack(value.S, made.shape.sparse)
+        made._put("weight", values, value)
         if value.rank:
-            made.U, made.V = _parameter(value.U), _parameter(value.V)
+            made._put("U", value.U, value)
+            made._put("V", value.V, value)
         if value.signs is not None:
-            made.signs = pack_bits(value.signs.flatten() > 0)
+            made.signs = pack_bits(value.signs > 0)
         if bias is not None:
             made.bias = _parameter(bias)
         return made
 
+    def drop_zero(self) -> None:
+        """Store no value of an empty `S`, as from version 2 of the format on; version 1 stores one zero."""
+        if self.shape.sparse.form == EMPTY and self.shape.sparse.values:
+            self.shape = replace(self.shape, sparse=replace(self.shape.sparse, values=0))
+            self.weight = _parameter(self.weight.new_empty(0))
+
+    def _put(self, part: str, numbers: Tensor, value: Decomposition) -> None:
+        """Store the numbers of a part, as codes where the shape says so."""
+        bits = self.shape.coded(part)
+        if bits is not None and value.scales is not None:
+            scales = {"weight": value.scales.S, "U": value.scales.U, "V": value.scales.V}[part]
+            flat = (numbers.mT if part == "U" else numbers).flatten()
+            numbers, codes_scales = encode(flat, flat.new_zeros(0) if scales is None else scales, bits)
+            setattr(self, part + SCALES, codes_scales)
+        setattr(self, part, _parameter(numbers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that the layer computes in."""
+        return self.weight.dtype if self.weight.is_floating_point() else self._dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
+        """Apply a cast or a move to all tensors; codes stay, and are decoded in the new type from then on."""
+        self._dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def value(self) -> Decomposition:
         """Unpack the decomposition of the layer; `ArtefactError` where the stored tensors do not describe one."""
         how = self.shape.sparse
-        if self.path in (SPLIT, TWO_FOUR):
+        if self.path in (SPLIT, TWO_FOUR) and self.values is None:
             S = self._sparse_weight()
         else:
-            S = unpack(self.weight if self.values is None else self.values, self.support, how)
+            S = unpack(self._numbers("weight"), self.support, how)
         signs = None
         if self.signs is not None:
-            bits = unpack_bits(self.signs, how.numel).reshape(how.d_out, how.d_in)
-            signs = bits.to(S.dtype) * 2 - 1
-        U = S.new_zeros(how.d_out, 0) if self.U is None else self.U.detach()
-        V = S.new_zeros(0, how.d_in) if self.V is None else self.V.detach()
+            signs = unpacked_numbers(self.signs, 1, how.numel).view(how.d_out, how.d_in).to(S.dtype) * 2 - 1
+        U, V = self._factors()
         return Decomposition(S.detach(), U, V, signs)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return the stored factors, codes decoded."""
+        how, rank = self.shape.sparse, self.shape.rank
+        if not rank:
+            like = torch.empty(0, dtype=self.dtype, device=self.weight.device)
+            return like.new_zeros(how.d_out, 0), like.new_zeros(0, how.d_in)
+        U, V = self._numbers("U"), self._numbers("V")
+        return U if U.ndim == 2 else U.view(rank, how.d_out).mT.contiguous(), V.view(rank, how.d_in)
+
+    def _numbers(self, part: str) -> Tensor:
+        """Return the stored numbers of a part, codes decoded into numbers (n,)."""
+        kept = getattr(self, _STORED[part])
+        stored = getattr(self, part).detach() if kept is None else kept
+        bits = self.shape.coded(part)
+        if bits is None:
+            return stored
+        return decode(stored, getattr(self, part + SCALES), bits, self.shape.count(part), self.dtype)
 
     def use(self, compute: str) -> None:
         """Set the way of computing from the next call on.
@@ -206,21 +187,22 @@ class SparseLowRankLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         if self.path == UNPACK and self.signs is not None:
             return F.linear(x, self.value().dense().to(x.dtype), self.bias)
-        how = self.shape.sparse
-        if how.form == EMPTY:
-            return self._sum(x, None)
-        return self._sum(x, unpack(self.weight, self.support, how) if self.path == UNPACK else self.weight)
+        if self.path == UNPACK:
+            empty = self.shape.sparse.form == EMPTY
+            S = None if empty else unpack(self._numbers("weight"), self.support, self.shape.sparse)
+            return self._sum(x, S, *self._factors())
+        return self._sum(x, None if self.shape.sparse.form == EMPTY else self.weight, self.U, self.V)
 
-    def _sum(self, x: Tensor, S: Tensor | None) -> Tensor:
+    def _sum(self, x: Tensor, S: Tensor | None, U: Tensor | None, V: Tensor | None) -> Tensor:
         """Compute `S x + U (V x) + b`; `S` None: it is zero."""
-        if self.U is None or self.V is None:
+        if not self.shape.rank or U is None or V is None:
             if S is not None:
                 return F.linear(x, S, self.bias)
             y = x.new_zeros(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         if S is None:
-            return F.linear(F.linear(x, self.V), self.U, self.bias)
-        return F.linear(x, S, self.bias) + F.linear(F.linear(x, self.V), self.U)
+            return F.linear(F.linear(x, V), U, self.bias)
+        return F.linear(x, S, self.bias) + F.linear(F.linear(x, V), U)
 
     def _choose_path(self) -> None:
         """Choose the way of computing, and make the weight that it needs."""
@@ -230,13 +212,13 @@ class SparseLowRankLinear(nn.Module):
             return
         # Weights made in inference mode can be neither cast nor differentiated through.
         with torch.inference_mode(False), torch.no_grad():
-            choices = self._choices()
-            chosen = next(iter(choices)) if len(choices) == 1 else self._measured(choices)
-            self._hold(chosen, choices[chosen])
+            value = self.value()
+            choices = self._choices(value)
+            chosen = next(iter(choices)) if len(choices) == 1 else self._measured(choices, value)
+            self._hold(chosen, choices[chosen], value)
 
-    def _choices(self) -> dict[str, Tensor | None]:
+    def _choices(self, value: Decomposition) -> dict[str, Tensor | None]:
         """Make the dense weight of each way of computing, the least memory first; None where it needs none."""
-        value = self.value()
         if value.signs is not None:
             # `(U V) * signs` does not factor into two thin products.
             return {MERGED: value.dense().to(value.S.dtype)}
@@ -252,31 +234,35 @@ class SparseLowRankLinear(nn.Module):
             choices[MERGED] = value.dense().to(value.S.dtype)
         return choices
 
-    def _measured(self, choices: dict[str, Tensor | None]) -> str:
+    def _measured(self, choices: dict[str, Tensor | None], value: Decomposition) -> str:
         """Return the fastest of the choices, timed once per process for layers of about one size."""
-        how = self.shape.sparse
+        how, like = self.shape.sparse, torch.empty(0, dtype=self.dtype, device=self.weight.device)
         # Layers of about one size share a measurement.
-        key = (how.d_out, how.d_in, self.shape.rank.bit_length(), tuple(choices), self.weight.dtype, self.weight.device)
+        key = (how.d_out, how.d_in, self.shape.rank.bit_length(), tuple(choices), like.dtype, like.device)
         if key not in _MEASURED:
-            _MEASURED[key] = fastest({n: self._path(n, W) for n, W in choices.items()}, how.d_in, self.weight)
+            _MEASURED[key] = fastest({n: self._path(n, W, value) for n, W in choices.items()}, how.d_in, like)
         return _MEASURED[key]
 
-    def _path(self, name: str, W: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _path(self, name: str, W: Tensor | None, value: Decomposition) -> Callable[[Tensor], Tensor]:
         """Return the function that computes in the way `name` with the weight `W`."""
         if name == MERGED:
             assert W is not None
             return lambda x: F.linear(x, W, self.bias)
-        return lambda x: self._sum(x, W)
+        return lambda x: self._sum(x, W, value.U, value.V)
 
-    def _hold(self, path: str, weight: Tensor | None) -> None:
-        """Replace the stored values by the weight of the chosen way of computing."""
-        if path == MERGED:
-            self.values = self.weight.detach()
-        else:
-            # The positions of the values can be read off the unpacked S.
+    def _hold(self, path: str, weight: Tensor | None, value: Decomposition) -> None:
+        """Hold what the chosen way of computing needs, in place of the stored tensors or beside them."""
+        split = path != MERGED
+        if split and self.shape.coded("weight") is None:
+            # The values and their positions can be read off the unpacked S.
             self.support = None
+        else:
+            self.values = self.weight.detach()
         if weight is not None:
             self.weight = _parameter(weight)
+        if split and self.U is not None and self.V is not None and self.shape.coded("U") is not None:
+            self.U_codes, self.V_codes = self.U.detach(), self.V.detach()
+            self.U, self.V = _parameter(value.U), _parameter(value.V)
         self.path = path
 
     def _pack(self) -> None:
@@ -284,20 +270,25 @@ class SparseLowRankLinear(nn.Module):
         if self.path is None:
             return
         stored = self._stored()
-        self.weight, self.support, self.values = _parameter(stored["weight"]), stored.get("support"), None
+        self.support = stored.get("support")
+        for part, kept in _STORED.items():
+            if part in stored:
+                setattr(self, part, _parameter(stored[part]))
+            setattr(self, kept, None)
         self.path = None
 
     def _stored(self) -> dict[str, Tensor]:
         """Return the tensors of the state dict, without their prefix."""
-        if self.path in (SPLIT, TWO_FOUR) and self.shape.sparse.form != EMPTY:
+        found = {name: getattr(self, name) for name in ("weight", "weight_scales", "support")}
+        if self.path in (SPLIT, TWO_FOUR) and self.values is None and self.shape.sparse.form != EMPTY:
             S, how = self._sparse_weight(), self.shape.sparse
             if how.form in (BITMASK, COLUMNS) and int(torch.count_nonzero(S)) != how.values:
                 # A cast to a shorter dtype can round a value to zero.
                 self.shape = replace(self.shape, sparse=layout(S))
-            weight, support = pack(S, self.shape.sparse)
-        else:
-            weight, support = self.weight if self.values is None else self.values, self.support
-        found = {"weight": weight, "support": support, "U": self.U, "V": self.V, "signs": self.signs, "bias": self.bias}
+            found["weight"], found["support"] = pack(S, self.shape.sparse)
+        names = (f"{part}{end}" for part in ("U", "V") for end in ("", SCALES))
+        found |= {name: getattr(self, name) for name in (*names, "signs", "bias")}
+        found |= {part: getattr(self, kept) for part, kept in _STORED.items() if getattr(self, kept) is not None}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _sparse_weight(self) -> Tensor:
@@ -315,7 +306,8 @@ class SparseLowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in the printed model."""
         how, path = self.shape.sparse, self.path or self.compute
-        return f"{self.in_features}, {self.out_features}, S={how.form}, rank={self.shape.rank}, compute={path}"
+        bits = "" if self.shape.storage.plain else f", bits={self.shape.storage}"
+        return f"{self.in_features}, {self.out_features}, S={how.form}, rank={self.shape.rank}{bits}, compute={path}"
 
 
 _MEASURED: dict[tuple[object, ...], str] = {}

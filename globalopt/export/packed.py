@@ -1,15 +1,24 @@
 """Format packed: a checkpoint of the kept values alone, which transformers loads once `globalopt` is imported.
 
-For a packed layer NAME the checkpoint holds, in place of its weight (see `packing` and `linear`):
+For a packed layer NAME the checkpoint holds, in place of its weight (see `packing`, `codes` and `linear`):
 
     NAME.weight    (values,)    the values of S; 1-D, so that a loader that does not know the format stops at the shape
     NAME.support   uint8        their positions
     NAME.U, NAME.V              the factors, where there is rank
     NAME.signs     uint8        SLaB's plane, one bit per weight
 
-All values are in the dtype of the run's model. A layer that packing does not make smaller stays dense. `config.json`
-describes the layers under `quantization_config`, and stops loaders that do not know the format (`guard`); the header of
-every weight file holds digests of tensors and configs (`seal`).
+All values are in the dtype of the run's model. Where the run stores numbers in less than 16 bits, the format is
+version 2, and such a part consists of
+
+    NAME.weight, NAME.U or NAME.V   uint8, 1-D   codes, ceil(n bits / 8) bytes for n numbers
+    the same with `_scales`         int16        the bits of a bfloat16 for every 64 numbers
+
+with `x = (code - 2^(bits-1) + 1/2) scale`: of `S` its nonzeros in row-major order, of `U` its columns one after the
+other, of `V` its rows. An empty `S` has no value in version 2.
+
+A layer that packing does not make smaller stays dense. `config.json` describes the layers under `quantization_config`,
+and stops loaders that do not know the format (`guard`); the header of every weight file holds digests of tensors and
+configs (`seal`).
 """
 
 from __future__ import annotations
@@ -24,9 +33,10 @@ from transformers.pytorch_utils import Conv1D
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, one_line
 from globalopt.export import guard, seal
-from globalopt.export.linear import AUTO, COMPUTES, Shape, SparseLowRankLinear, shape_of
+from globalopt.export.linear import AUTO, COMPUTES, SparseLowRankLinear
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
 from globalopt.export.registration import register
+from globalopt.export.shape import shape_of
 from globalopt.export.source import Source, check_out, read_source
 from globalopt.models.loading import DTYPES, quiet, resolve_device
 from globalopt.models.origin import GENERATION_CONFIG, keep_side_files
@@ -65,25 +75,31 @@ def packed_model(source: Source) -> PreTrainedModel:
     'SparseLowRankLinear'
     """
     model = source.loaded.model
-    shapes: dict[str, Shape] = {}
+    made: dict[str, SparseLowRankLinear] = {}
     for spec, value in source.values():
         old: Any = source.layers.module(spec.name)
         shape = shape_of(value, source.patterns[spec.name])
         if shape.bytes(value.S.element_size()) >= spec.numel * value.S.element_size():
             continue
         bias = None if old.bias is None else source.tensor(f"{spec.name}.bias")
-        made = SparseLowRankLinear.of(value, bias, isinstance(old, Conv1D), source.patterns[spec.name])
-        model.set_submodule(spec.name, made)
-        shapes[spec.name] = shape
+        try:
+            layer = SparseLowRankLinear.of(value, bias, isinstance(old, Conv1D), source.patterns[spec.name])
+        except ArtefactError as cause:
+            raise ArtefactError(f"Layer {spec.name} cannot be packed. {cause}") from None
+        model.set_submodule(spec.name, layer)
+        made[spec.name] = layer
+    if any(layer.shape.version > 1 for layer in made.values()):
+        for layer in made.values():
+            layer.drop_zero()
     # Of a lazily loaded model only the packed layers are in memory by now.
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, nn.Parameter(source.tensor(name), requires_grad=False))
-    config = SparseLowRankConfig({name: shape.record() for name, shape in shapes.items()})
-    made_by: Any = model
-    made_by.hf_quantizer = SparseLowRankQuantizer(config)
-    made_by.is_quantized, made_by.quantization_method = True, METHOD
+    config = SparseLowRankConfig({name: layer.shape.record() for name, layer in made.items()})
+    held: Any = model
+    held.hf_quantizer = SparseLowRankQuantizer(config)
+    held.is_quantized, held.quantization_method = True, METHOD
     model.config.quantization_config = config
     guard.place(model)
     return model

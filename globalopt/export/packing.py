@@ -1,7 +1,7 @@
 """Pack sparse matrices without loss: the values in row-major order, and their positions (the support).
 
 form        values                      support (uint8)
-empty       one zero                    none
+empty       none, or one zero           none
 full        all d_out d_in              none
 bitmask     the nonzeros                one bit per weight
 columns     the nonzeros                a 16-bit column per value, then d_out + 1 row starts of 32 bits
@@ -9,7 +9,8 @@ KEEP:OF     KEEP of every OF weights    ceil(log2 OF) bits per value: its positi
 
 Bits fill a byte from the lowest up; numbers of several bytes are little endian. A group of a pattern that has fewer
 nonzeros than the pattern allows is padded with zeros, so that all rows have equally many values, as in the layout of
-semi-structured kernels.
+semi-structured kernels. Values that are stored as codes (`codes`) cannot be zero: they are exactly the nonzeros, in
+every form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
+from globalopt.values.bits import pack_bits, pack_numbers, unpack_numbers
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM
 
@@ -49,11 +51,11 @@ class Layout:
     values: int
 
     def __post_init__(self) -> None:
-        if not (_whole(self.d_out, 1) and _whole(self.d_in, 1) and _whole(self.values, 1)):
+        if not (_whole(self.d_out, 1) and _whole(self.d_in, 1) and _whole(self.values, 0 if self.form == EMPTY else 1)):
             raise ArtefactError(f"A packed matrix of {self.d_out} x {self.d_in} with {self.values} values is none.")
         pattern = self.pattern
         if self.form == EMPTY:
-            right = self.values == 1
+            right = self.values <= 1
         elif self.form == FULL:
             right = self.values == self.numel
         elif pattern is not None:
@@ -100,8 +102,11 @@ class Layout:
         return per_value * self.values + self.support_bytes
 
 
-def layout(S: Tensor, pattern: NM | None = None) -> Layout:
+def layout(S: Tensor, pattern: NM | None = None, coded: bool = False) -> Layout:
     """Choose the smallest layout of `S` (d_out, d_in); that of `pattern` where it takes at most one bit per weight.
+
+    Args:
+        coded: whether the values become codes, which hold no zeros: there are as many as nonzeros.
 
     >>> S = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 3.0, 4.0, 0.0]])
     >>> layout(S).form, layout(S, NM(2, 4)).form
@@ -110,12 +115,17 @@ def layout(S: Tensor, pattern: NM | None = None) -> Layout:
     d_out, d_in = S.shape
     nnz = int(torch.count_nonzero(S))
     if nnz == 0:
-        return Layout(d_out, d_in, EMPTY, 1)
+        return Layout(d_out, d_in, EMPTY, 0 if coded else 1)
     if pattern is not None and pattern.keep * _position_bits(pattern) <= pattern.of and follows(S, pattern):
-        return Layout(d_out, d_in, str(pattern), S.numel() // pattern.of * pattern.keep)
-    choices = [Layout(d_out, d_in, FULL, S.numel()), Layout(d_out, d_in, BITMASK, nnz)]
+        places = S.numel() // pattern.of * pattern.keep
+        if not coded or nnz == places:
+            return Layout(d_out, d_in, str(pattern), places)
+    choices = [Layout(d_out, d_in, BITMASK, nnz)]
+    if nnz == S.numel() or not coded:
+        choices.insert(0, Layout(d_out, d_in, FULL, S.numel()))
     if d_in <= _MOST_COLUMNS:
         choices.append(Layout(d_out, d_in, COLUMNS, nnz))
+    # Codes take the same bytes in every form, so that their forms differ by the support alone.
     return min(choices, key=lambda choice: choice.bytes(S.element_size()))
 
 
@@ -128,7 +138,7 @@ def pack(S: Tensor, how: Layout) -> tuple[Tensor, Tensor | None]:
     ([1.0, 2.0, 3.0, 4.0], ['01101001'])
     """
     if how.form == EMPTY:
-        return S.new_zeros(1), None
+        return S.new_zeros(how.values), None
     if how.form == FULL:
         return S.flatten(), None
     pattern = how.pattern
@@ -137,7 +147,7 @@ def pack(S: Tensor, how: Layout) -> tuple[Tensor, Tensor | None]:
         # The nonzeros of a group come first, then its zeros, both in their order.
         order = torch.sort((groups == 0).to(torch.uint8), dim=1, stable=True).indices[:, : pattern.keep]
         positions = order.sort(dim=1).values
-        return groups.gather(1, positions).flatten(), _pack_numbers(positions.flatten(), _position_bits(pattern))
+        return groups.gather(1, positions).flatten(), pack_numbers(positions.flatten(), _position_bits(pattern))
     nonzero = S != 0
     if how.form == BITMASK:
         return S[nonzero], pack_bits(nonzero.flatten())
@@ -164,13 +174,13 @@ def unpack(values: Tensor, support: Tensor | None, how: Layout) -> Tensor:
         return values.reshape(how.d_out, how.d_in) if how.form == FULL else values.new_zeros(how.d_out, how.d_in)
     pattern = how.pattern
     if pattern is not None:
-        positions = _unpack_numbers(support, _position_bits(pattern), how.values).reshape(-1, pattern.keep)
+        positions = unpacked_numbers(support, _position_bits(pattern), how.values).long().view(-1, pattern.keep)
         if bool((positions >= pattern.of).any()) or bool((positions[:, 1:] <= positions[:, :-1]).any()):
             raise ArtefactError(f"The positions of a packed {pattern} matrix are out of range or out of order.")
         S = values.new_zeros(how.numel // pattern.of, pattern.of)
         return S.scatter_(1, positions, values.reshape(positions.shape)).reshape(how.d_out, how.d_in)
     if how.form == BITMASK:
-        mask = unpack_bits(support, how.numel)
+        mask = unpacked_numbers(support, 1, how.numel).bool()
         if int(mask.sum()) != how.values:
             raise ArtefactError(f"A bitmask marks {int(mask.sum())} weights for {how.values} values.")
         return values.new_zeros(how.numel).masked_scatter_(mask, values).reshape(how.d_out, how.d_in)
@@ -185,47 +195,21 @@ def unpack(values: Tensor, support: Tensor | None, how: Layout) -> Tensor:
     return values.new_zeros(how.numel).scatter_(0, index, values).reshape(how.d_out, how.d_in)
 
 
-def pack_bits(bits: Tensor) -> Tensor:
-    """Pack bits (n,) of dtype bool into (ceil(n / 8),) uint8.
-
-    >>> pack_bits(torch.tensor([True, False, True])).tolist()
-    [5]
-    """
-    padded = bits.new_zeros(8 * math.ceil(len(bits) / 8))
-    padded[: len(bits)] = bits
-    places = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded.reshape(-1, 8) * places).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Unpack the first `n` bits of `packed` uint8 into (n,) bool; `ArtefactError` where a later bit is set.
-
-    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3).tolist()
-    [True, False, True]
-    """
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed[:, None] >> places) & 1).bool().flatten()
-    if bool(bits[n:].any()):
-        raise ArtefactError("Bits after the end of a packed matrix are set.")
-    return bits[:n]
-
-
 def _position_bits(pattern: NM) -> int:
     """Count the bits of a position in a group."""
     return math.ceil(math.log2(pattern.of))
 
 
-def _pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers (n,) of `width` bits each into uint8."""
-    places = torch.arange(width, device=numbers.device)
-    return pack_bits(((numbers[:, None] >> places) & 1).bool().flatten())
+def unpacked_numbers(packed: Tensor, width: int, n: int) -> Tensor:
+    """Unpack `n` numbers of `width` bits of a checkpoint, (n,) uint8; `ArtefactError` where it does not hold them.
 
-
-def _unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
-    """Unpack `n` numbers of `width` bits each."""
-    bits = unpack_bits(packed, n * width).reshape(n, width)
-    places = torch.arange(width, device=packed.device)
-    return (bits.long() << places).sum(1)
+    >>> unpacked_numbers(torch.tensor([5], dtype=torch.uint8), width=1, n=3).tolist()
+    [1, 0, 1]
+    """
+    try:
+        return unpack_numbers(packed, width, n)
+    except ValueError as cause:
+        raise ArtefactError(f"A packed matrix is broken: {cause}") from None
 
 
 def _bytes_of(numbers: Tensor, width: int) -> Tensor:

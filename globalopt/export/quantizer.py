@@ -16,11 +16,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export import guard
-from globalopt.export.linear import AUTO, TWO_FOUR, Shape, SparseLowRankLinear
+from globalopt.export.linear import AUTO, TWO_FOUR, SparseLowRankLinear
+from globalopt.export.shape import Shape
 from globalopt.values.layer import NM
 
 METHOD = "globalopt"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Versions of the format that can be read; a model is written in the first one that has all of its layers."""
+
 _FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 
@@ -29,26 +32,38 @@ class SparseLowRankConfig(QuantizationConfigMixin):
 
     Args:
         layers: `Shape.record()` of every packed layer, by its name.
-        format_version: of the format.
+        format_version: of the format; None: the first that has all of these layers.
     Raises:
-        ArtefactError: it was written by another version, or describes no layers.
+        ArtefactError: it was written by another version, describes no layers, or ones that its version has not.
 
     >>> record = {"d_out": 8, "d_in": 16, "form": "2:4", "values": 64, "rank": 2, "signs": False}
     >>> SparseLowRankConfig({"model.layers.0.mlp.up_proj": record}).shapes()["model.layers.0.mlp.up_proj"].rank
     2
     """
 
-    def __init__(self, layers: Mapping[str, Any], format_version: int = VERSION, **other: Any) -> None:
+    def __init__(self, layers: Mapping[str, Any], format_version: int | None = None, **other: Any) -> None:
         method = other.pop("quant_method", METHOD)
-        if method != METHOD or format_version != VERSION or other:
+        known = format_version is None or (format_version in VERSIONS and not isinstance(format_version, bool))
+        if method != METHOD or not known or other:
             raise ArtefactError(
-                f"The packed model has format version {format_version!r}, this one reads {VERSION}. Upgrade globalopt."
+                f"The packed model has format version {format_version!r}, this one reads "
+                f"{' and '.join(map(str, VERSIONS))}. Upgrade globalopt."
             )
         if not isinstance(layers, Mapping):
             raise ArtefactError("The quantization_config of the packed model has no layers; it is broken.")
         self.quant_method: Any = METHOD
-        self.format_version = format_version
-        self.layers = {str(name): dict(Shape.parse(record).record()) for name, record in layers.items()}
+        shapes = {str(name): Shape.parse(record) for name, record in layers.items()}
+        self.describe(shapes)
+        if format_version is not None and format_version < self.format_version:
+            raise ArtefactError(
+                f"The packed model says that its format version is {format_version}, but has layers of version "
+                f"{self.format_version}; it is broken."
+            )
+
+    def describe(self, shapes: Mapping[str, Shape]) -> None:
+        """Set the packed layers, and the version that they need."""
+        self.format_version = max((shape.version for shape in shapes.values()), default=1)
+        self.layers = {name: shape.record() for name, shape in shapes.items()}
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shapes of the packed layers, by name."""
@@ -82,11 +97,12 @@ class SparseLowRankQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room for the weights that the first call unpacks: at most the dense layer beside the packed one."""
+        """Leave room for what the first call unpacks: at most the dense layer and its factors beside the packed one."""
         shapes = self.quantization_config.shapes().values()
         # At 16 bits a value; at 32 the packed share is larger, so this is on the safe side.
         packed = sum(shape.bytes(2) for shape in shapes)
-        dense = sum(2 * shape.sparse.numel for shape in shapes)
+        decoded = sum(shape.count(part) for shape in shapes for part in ("U", "V") if shape.coded(part))
+        dense = 2 * (sum(shape.sparse.numel for shape in shapes) + decoded)
         share = packed / (packed + dense) if packed else 1.0
         return {place: int(size * share) if isinstance(size, int) else size for place, size in max_memory.items()}
 
@@ -118,9 +134,10 @@ class SparseLowRankQuantizer(HfQuantizer):
             except (ArtefactError, ArithmeticError) as cause:
                 raise ArtefactError(f"Layer {name} of the packed model is broken: {cause}") from None
             # They are not cast, so that they are views of the file and would keep all of it mapped.
-            for bits in ("support", "signs"):
-                if getattr(layer, bits) is not None:
-                    setattr(layer, bits, getattr(layer, bits).clone())
+            for name in layer.shape.tensors():
+                stored = getattr(layer, name)
+                if not stored.is_floating_point():
+                    stored.data = stored.detach().clone()
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -158,7 +175,7 @@ class SparseLowRankQuantizer(HfQuantizer):
             tensors.pop(ignored, None)
         tensors = remove_tied_weights_from_state_dict(tensors, model)
         # A cast since loading may have rounded values to zero, which changes a shape.
-        self.quantization_config.layers = {name: layer.shape.record() for name, layer in packed_layers(model)}
+        self.quantization_config.describe({name: layer.shape for name, layer in packed_layers(model)})
         # The seal holds digests of the configs as save_pretrained is about to write them.
         model.config.quantization_config = self.quantization_config
         model.config.dtype = str(model.dtype).removeprefix("torch.")
@@ -220,7 +237,7 @@ def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) ->
     """
     from transformers.pytorch_utils import Conv1D
 
-    W = layer.value().dense().to(dtype or layer.weight.dtype)
+    W = layer.value().dense().to(dtype or layer.dtype)
     with torch.device("meta"):
         made: Any = Conv1D(*W.shape) if layer.transposed else nn.Linear(*reversed(W.shape), bias=layer.bias is not None)
     made.weight = nn.Parameter(W.mT.contiguous() if layer.transposed else W, requires_grad=False)
@@ -259,9 +276,9 @@ def _check_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, tuple[str, t
     for name, shape in shapes.items():
         for part, size in shape.tensors().items():
             dtype, found = stored.get(f"{name}.{part}", ("nothing", ()))
-            bits = part in ("support", "signs")
-            if found != size or (dtype != "torch.uint8" if bits else dtype not in _FLOATS):
+            expected = shape.dtype(part)
+            if found != size or (dtype not in _FLOATS if expected is None else dtype != str(expected)):
                 raise ArtefactError(
-                    f"{name}.{part} of the packed model is {dtype} of shape {found}; expected {size} "
-                    f"{'of bytes' if bits else 'of a floating-point type'}."
+                    f"{name}.{part} of the packed model is {dtype} of shape {found}; expected {size} of "
+                    f"{'a floating-point type' if expected is None else expected}."
                 )

@@ -68,7 +68,7 @@ class Source:
                     "Delete both folders and run the command again."
                 )
             S, U, V = (part.to(self.dtype) for part in (value.S, value.U, value.V))
-            yield spec, Decomposition(S, U, V, value.signs)
+            yield spec, Decomposition(S, U, V, value.signs, value.scales)
 
     def tensor(self, name: str) -> Tensor:
         """Read a parameter or buffer of the saved model, also of a block that is not in memory."""

@@ -66,7 +66,7 @@ def snap(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 def grid_noise(W: Tensor, bits: int, group: int) -> Tensor:
     """Compute the error of rounding all entries of `W` to their nearest levels, by groups along its rows.
 
-    The largest level of a group is its largest number: less exact than `fit_scales`, and ten times as fast.
+    The largest level of a group is its largest number: less exact than `fit_scales`, which tries eleven scales.
 
     >>> grid_noise(torch.tensor([[1.0, 0.4, -0.2]]), bits=2, group=3).mul(1000).round().tolist()
     [[2.0, -66.0, -134.0]]

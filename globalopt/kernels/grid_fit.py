@@ -1,4 +1,4 @@
-"""Fit the values of a fixed support to their grids: one sweep over the columns, then coordinate descent."""
+"""Fit the values of a fixed support to their grids: a sweep over the columns, and coordinate descent."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def grid_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, pas
     """Lower `tr((W - S) G (W - S)ᵀ)` over levels of the grids, one column after the other, all others fixed.
 
     The best levels of a column are those nearest to `S_j + ((W - S) G)_j / G_jj`; rows do not interact. No step raises
-    the error. Where half of the weights are kept, it leaves .5 to .85 of the error that rounding adds by `grid_sweep`
-    alone.
+    the error. Two passes left .5 to .9 of the error that `grid_sweep` adds in six layers of the bundled model, half
+    of their weights kept, at 3, 4 and 5 bits.
 
     Args:
         W: (d_out, d_in) to approximate.
@@ -96,8 +96,9 @@ def joint_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, A:
 
     Rows are taken in `ROW_BLOCKS` interleaved blocks. The rows of a block move together, column after column, each to
     the levels nearest to `S_ij + (A (W - S) G)_ij / (A_ii G_jj)` with all other rows fixed. That leaves out what the
-    rows of one block are to each other; a block that would raise the error stays as it is. In layers of the bundled
-    model two passes leave .5 to .9 of the error that rounding adds by `grid_descent`.
+    rows of one block are to each other; a block that would raise the error stays as it is. Two passes
+    left .45 to .92 of the error that `grid_descent` adds in four layers of the bundled model, whole and half kept, at 3
+    and 5 bits.
 
     Args:
         W: (d_out, d_in) to approximate.

@@ -112,6 +112,28 @@ def subspace_step(M: Tensor, N: Tensor, norm: Norm, previous: Subspace) -> Subsp
     return leading_subspace(M, N, norm, previous.rank)
 
 
+def right_factor(U: Tensor, M: Tensor, A: Tensor | None) -> Tensor:
+    """Compute the `V` of least `tr(A (M - U V) G (M - U V)ᵀ)`, `(Uᵀ A U)^-1 Uᵀ A M`, which is the same for every `G`.
+
+    Args:
+        U: (d_out, rank), not orthonormal in `A` as that of a `Subspace` is; rank 0 is allowed.
+        M: (d_out, d_in) to approximate.
+        A: (d_out, d_out) output Gram, which may be singular; None is the identity.
+    Returns:
+        (rank, d_in) float64.
+
+    >>> U, M = torch.tensor([[2.0], [0.0]]), torch.tensor([[2.0, 4.0], [1.0, 1.0]])
+    >>> right_factor(U, M, None).tolist()
+    [[1.0, 2.0]]
+    """
+    if not U.shape[1]:
+        return M[:0].double()
+    U = U.double()
+    AU = U if A is None else A.double() @ U
+    # A direction of U may have no error in the norm, which makes the system singular.
+    return torch.linalg.pinv(U.mT @ AU, hermitian=True) @ AU.mT @ M.double()
+
+
 def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Balance the factors of `U V`, `Uᵀ U = V Vᵀ`, by the SVD of the product, in float64 and without forming it.
 

@@ -63,14 +63,14 @@ class TrainableLayer:
     def parameters(self) -> list[nn.Parameter]:
         """List the values, `U` and `V`, without empty ones, then the logarithms of their scales."""
         numbers = [part for part in (self.values, self.U, self.V) if part.numel()]
-        return numbers + [grid.sizes for grid in (self.of_values, self.of_U, self.of_V) if grid is not None]
+        return numbers + [grid.log_scales for grid in (self.of_values, self.of_U, self.of_V) if grid is not None]
 
     def units(self) -> list[float]:
         """Compute the unit of the steps of every parameter, in the order of `parameters`.
 
         Of numbers it is their root mean square; of logarithms of scales `SCALE_UNIT`.
         """
-        grids = {id(grid.sizes) for grid in (self.of_values, self.of_U, self.of_V) if grid is not None}
+        grids = {id(grid.log_scales) for grid in (self.of_values, self.of_U, self.of_V) if grid is not None}
         return [SCALE_UNIT if id(part) in grids else _root_mean_square(part) for part in self.parameters()]
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,23 +105,25 @@ class TrainableLayer:
 class _Grid:
     """Hold the grids of some numbers: the logarithms of their scales, which are trained, and the bits of codes."""
 
-    sizes: nn.Parameter
+    log_scales: nn.Parameter
     bits: int
 
     @classmethod
     def of(cls, scales: Tensor | None, bits: int, device: torch.device) -> _Grid | None:
         """Make the grids of `scales`; None where there are none."""
-        return None if scales is None or not scales.numel() else cls(
-            nn.Parameter(scales.to(device, torch.float32).log()), bits
+        return (
+            None
+            if scales is None or not scales.numel()
+            else cls(nn.Parameter(scales.to(device, torch.float32).log()), bits)
         )
 
     def levels(self, numbers: Tensor) -> Tensor:
         """Round numbers (n,) to their levels."""
-        return straight_levels(numbers, self.sizes, self.bits, GROUP)
+        return straight_levels(numbers, self.log_scales, self.bits, GROUP)
 
     def scales(self) -> Tensor:
         """Compute the scales as they are stored."""
-        return scales_of(self.sizes.detach())
+        return scales_of(self.log_scales.detach())
 
 
 class Trainable:

@@ -28,10 +28,12 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.evaluation import perplexity
 from globalopt.matching import model as model_matching
 from globalopt.objective import candidates
-from globalopt.pipeline.plan import AnalysisPlan, RefinementPlan, SearchPlan, limits_record, method_record
+from globalopt.pipeline.method_records import limits_record, method_record
+from globalopt.pipeline.plan import AnalysisPlan, RefinementPlan, SearchPlan
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads, Solver
-from globalopt.refine import blocks, stored
+from globalopt.refine import blocks
+from globalopt.rounding import stored
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.runs.files import digest

@@ -167,6 +167,9 @@ def _refined(
 def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
     """Say how targets are converted to parts that the solver has."""
     ranked = sum(1 for target in allocation.targets.values() if target.rank)
+    if not solver.sparse and not solver.low_rank:
+        yield f"Solver {solver.name} keeps every weight of a layer; it saves by their bits alone."
+        return
     if ranked and not solver.low_rank:
         yield (
             f"Solver {solver.name} has no low-rank part: the rank of {ranked} layers is kept as nonzeros of the same "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from globalopt.analysis.spans import SCALINGS
-from globalopt.budgets.serving_limits import get_profile, limits_of
+from globalopt.budgets.serving_limits import check_storages, get_profile, limits_of
 from globalopt.errors import UsageError
 from globalopt.evaluation.samples import PROMPTS
 from globalopt.machine.memory import parse_size
@@ -101,6 +101,7 @@ class SearchOptions:
         check_word("predict-from", self.predict_from, PREDICT_FROM)
         if self.probe_steps < 1:
             raise UsageError(f"The probe solver takes at least 1 step; got {self.probe_steps}.")
+        check_storages(self.serving_profile, self.storages)
         if len(self.storages) > 1 and self.accounting != "bytes":
             raise UsageError(
                 f"--storage {self.storage} is a choice of bits, which are free where parameters are counted. Add "

@@ -5,10 +5,8 @@ Later modules use these objects alone; the options as typed are kept for the rec
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from allocators import get_allocator
@@ -19,20 +17,17 @@ from globalopt.errors import UsageError
 from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation
 from globalopt.models.layers import ModelLayers
+from globalopt.pipeline.method_records import method_record
 from globalopt.pipeline.options import PROBE_STEPS, RefineOptions, SearchOptions
 from globalopt.protocols import Allocator, Needs, Outputs, Reads, Solver
 from globalopt.refine.blocks import Order
-from globalopt.runs.files import digest
-from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
+from globalopt.values.budget import Budget, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
 from globalopt.values.storage import PLAIN, Storage
 from globalopt.values.surface import ErrorSurface
 from solvers import get_solver
-
-NOT_OWN = ("solvers", "allocators", "globalopt", "abc", "builtins", "typing")
-"""Packages whose classes are covered by a version; the source of all other base classes is hashed."""
 
 
 @dataclass(frozen=True)
@@ -352,55 +347,3 @@ def probe_solver(solver: Solver, steps: int = PROBE_STEPS) -> Solver:
         return solver
     outputs = Outputs.NONE if solver.outputs is Outputs.NONE else Outputs.ROWS
     return get_solver("3basil", {"steps": str(steps), "outputs": outputs})
-
-
-def method_record(method: Solver | Allocator) -> dict[str, Any]:
-    """Record a solver or an allocator as JSON: its class, its version and its hyper-parameters.
-
-    The version of a user's class need not change with its code, so its source, and that of its bases outside of this
-    project, is hashed too. A method that is no dataclass is refused: its hyper-parameters could not be recorded, and
-    two different ones would look alike.
-
-    Raises:
-        UsageError: the method is no dataclass, or a field is no finite number, text or truth value.
-
-    >>> method_record(get_allocator("uniform"))["options"]
-    {'rank_share': 0.1}
-    """
-    kind = type(method)
-    if not is_dataclass(method):
-        raise UsageError(
-            f"{kind.__name__} is no dataclass, so that two of them could not be told apart. Make it a frozen dataclass "
-            "whose fields are its hyper-parameters."
-        )
-    options = {field.name: getattr(method, field.name) for field in fields(method)}
-    for name, value in options.items():
-        if not isinstance(value, str | int | float | bool | None):
-            raise UsageError(
-                f"{kind.__name__}.{name} is a {type(value).__name__}; hyper-parameters are numbers, texts or truth "
-                "values, so that a run can record them."
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{kind.__name__}.{name} is {value}; hyper-parameters are finite.")
-    found = {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "options": options,
-        "version": getattr(kind, "version", None),
-    }
-    own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in NOT_OWN]
-    if not own:
-        return found
-    try:
-        return {**found, "source": digest([inspect.getsource(base) for base in own])}
-    except (OSError, TypeError):
-        # Typed into an interpreter, which keeps no source.
-        return found
-
-
-def limits_record(limits: Limits) -> dict[str, Any] | None:
-    """Record limits as JSON; None where there are none.
-
-    >>> limits_record(Limits(rank_multiple=8))["rank_multiple"]
-    8
-    """
-    return None if limits == NO_LIMITS else asdict(limits)

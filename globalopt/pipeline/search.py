@@ -152,8 +152,7 @@ def corrected(
         return problem
     if not ranks.told(run.has(CORRECTIONS, None)):
         solve = Knapsack(exact=False).allocate
-        menu = {surface.spec.name: surface.storages[0] for surface in problem.surfaces}
-        dense = {spec.name: replace(Target.dense(spec), storage=menu[spec.name]) for spec in problem.specs}
+        dense = {spec.name: Target.dense(spec) for spec in problem.specs}
         with (
             reporter.stage("correct", plan.rounds * len(budgets), "rounds") as advance,
             true_loss(session, plan, analysis, problem, WINDOWS) as objective,

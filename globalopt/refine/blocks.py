@@ -20,7 +20,7 @@ from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.protocols import Solver
 from globalopt.refine.rounding import rounded
-from globalopt.refine.stored import stored
+from globalopt.rounding.published import on_grid
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Matched, SolvedLayer
@@ -299,7 +299,8 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> So
     try:
         value = solution.value
         if not job.target.storage.plain:
-            value = stored(value, job.weight, job.solved, job.target.storage, job.target.pattern)
+            how, storage, pattern = plan.solver.rounding, job.target.storage, job.target.pattern
+            value = on_grid(how, value, job.weight, job.solved, storage, pattern)
         value = checked(rounded(value, job.weight, job.solved, plan.dtype), job.target)
     except GlobalOptError as cause:
         cause.args = (f"Layer {job.spec.name}: {cause}",)
@@ -361,4 +362,5 @@ def _result(spec: LayerSpec, value: Decomposition, facts: Mapping[str, Any], pla
         seconds=float(facts["seconds"]),
         bytes=target.bytes(spec),
         storage=str(target.storage),
+        signs=target.signs,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from globalopt.kernels.grid import never_zero
+from globalopt.kernels.low_rank import right_factor
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.metric import Metric
 
@@ -42,10 +43,8 @@ def rounded(value: Decomposition, weight: Tensor, metric: Metric, dtype: torch.d
         return replace(plain, S=never_zero(plain.S, value.S))
     if value.rank == 0 or value.signs is not None or torch.finfo(dtype).bits >= 32:
         return plain
-    U = plain.U.double()
-    AU = U if metric.outputs is None else metric.outputs.matrix.double() @ U
-    # A direction of U may have no error in the metric, which makes the system singular.
-    V = torch.linalg.pinv(U.mT @ AU, hermitian=True) @ AU.mT @ (weight - plain.S.to(weight.dtype)).double()
+    A = None if metric.outputs is None else metric.outputs.matrix
+    V = right_factor(plain.U, weight - plain.S.to(weight.dtype), A)
     refitted = replace(plain, V=V.to(dtype))
     better = metric.error(weight - refitted.dense()) < metric.error(weight - plain.dense())
     return refitted if better else plain

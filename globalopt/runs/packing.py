@@ -1,4 +1,4 @@
-"""Pack decompositions, symmetric matrices and bits into fewer bytes, and unpack them to the same bits."""
+"""Pack decompositions and symmetric matrices into fewer bytes, and unpack them to the same bits."""
 
 from __future__ import annotations
 
@@ -8,34 +8,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from globalopt.values.bits import pack_bits, unpack_bits
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.storage import Scales, Storage
-
-_WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a boolean tensor of any shape into bytes, eight entries each, the first in the lowest bit.
-
-    >>> pack_bits(torch.tensor([True, False, True]))
-    tensor([5], dtype=torch.uint8)
-    """
-    flat = mask.flatten().to(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (padded * _WEIGHTS.to(mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack what `pack_bits` made of a tensor of this `shape`.
-
-    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
-    tensor([ True, False,  True])
-    """
-    count = torch.Size(shape).numel()
-    if len(packed) != -(-count // 8):
-        raise ValueError(f"{len(packed)} bytes are not the bits of {count} entries.")
-    bits = (packed[:, None] & _WEIGHTS.to(packed.device)) != 0
-    return bits.flatten()[:count].view(*shape)
 
 
 def pack_upper(matrix: Tensor) -> Tensor:

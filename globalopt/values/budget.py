@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from globalopt.errors import UnknownNameError, UsageError
 from globalopt.values.layer import NM, HasShape, LayerSpec
-from globalopt.values.storage import PLAIN, Storage, factor_bytes, number_bytes
+from globalopt.values.storage import PLAIN, Storage, code_bytes, scale_bytes
 
 ACCOUNTINGS = ("params", "bytes")
 """Units in which a budget may be counted: parameters, or bytes with the index of the sparse part."""
@@ -94,7 +94,7 @@ class Target:
         return self.rank * (spec.d_out + spec.d_in) / params if params else 0.0
 
     def bytes(self, spec: HasShape) -> int:
-        """Count the bytes kept in the target's storage, with the cheapest index of the sparse part.
+        """Count the bytes kept in the target's storage, with the cheapest index of the sparse part: the sum of `parts`.
 
         Values of `S` and entries of the factors: in 16 bits 2 each, else their codes and the scales of their groups
         (`number_bytes`). Sign plane: one bit per weight. Index of `S`: none if `S` is full or empty; `ceil(log2 M)`
@@ -109,8 +109,17 @@ class Target:
         >>> Target(rank=0, nnz=2048, storage=Storage(4, 8)).bytes(spec)  # codes 1024, scales 2 x 32, bitmap
         1600
         """
+        return self.parts(spec).total
+
+    def parts(self, spec: HasShape) -> Parts:
+        """Count the bytes of every part of the compressed layer.
+
+        >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
+        >>> Target(rank=2, nnz=2048, storage=Storage(4, 8)).parts(spec)
+        Parts(values=1024, index=512, scales=72, factors=256, signs=0)
+        """
         bits = index_bits(self.pattern), self.storage.values, self.storage.factors
-        return bytes_kept(self.rank, self.nnz, self.signs, spec.d_out, spec.d_in, *bits)
+        return bytes_by_part(self.rank, self.nnz, self.signs, spec.d_out, spec.d_in, *bits)
 
 
 def index_bits(pattern: NM | None) -> int:
@@ -139,7 +148,31 @@ def params_kept(rank: Whole, nnz: Whole, signs: Whole, d_out: Whole, d_in: Whole
     return rank * (d_out + d_in) + nnz + signs * -(-(d_out * d_in) // 16)
 
 
-def bytes_kept(
+class Parts(NamedTuple):
+    """Hold the bytes of the parts of compressed layers.
+
+    Args:
+        values: of `S`, as codes or in 16 bits. index: the positions of the values.
+        scales: of the groups of codes, of values and factors.
+        factors: the entries of `U` and `V`, as codes or in 16 bits. signs: the planes of signs.
+
+    >>> Parts(values=1024, index=512, scales=72, factors=256, signs=0).total
+    1864
+    """
+
+    values: Whole
+    index: Whole
+    scales: Whole
+    factors: Whole
+    signs: Whole
+
+    @property
+    def total(self) -> Whole:
+        """The bytes of all parts."""
+        return self.values + self.index + self.scales + self.factors + self.signs
+
+
+def bytes_by_part(
     rank: Whole,
     nnz: Whole,
     signs: Whole,
@@ -148,16 +181,18 @@ def bytes_kept(
     position_bits: int = 0,
     value_bits: Whole = 16,
     factor_bits: Whole = 16,
-) -> Whole:
-    """Count the bytes of targets, as `Target.bytes` says.
+) -> Parts:
+    """Count the bytes of the parts of targets, as `Target.bytes` says; `U` and `V` have groups of their own.
 
     Args:
         rank, nnz, signs: of the targets. d_out, d_in: of their layers.
         position_bits: of a value under the pattern (`index_bits`); 0 without one.
         value_bits, factor_bits: of their storage.
 
+    >>> bytes_by_part(2, 1024, False, 64, 64)
+    Parts(values=2048, index=512, scales=0, factors=512, signs=0)
     >>> import numpy as np
-    >>> bytes_kept(0, np.array([64, 2048, 4096]), 0, 64, 64).tolist()
+    >>> bytes_by_part(0, np.array([64, 2048, 4096]), 0, 64, 64).total.tolist()
     [516, 4608, 8192]
     """
     numel = d_out * d_in
@@ -169,8 +204,14 @@ def bytes_kept(
         columns = 2 * nnz + 4 * (d_out + 1) + (d_in > 2**16) * bitmap
         index = (bitmap + columns - abs(bitmap - columns)) // 2  # the smaller of the two
     partly = (nnz > 0) * (nnz < numel)
-    numbers = number_bytes(nnz, value_bits) + factor_bytes(rank, d_out, d_in, factor_bits)
-    return numbers + signs * bitmap + partly * index
+    U, V = rank * d_out, rank * d_in
+    return Parts(
+        values=code_bytes(nnz, value_bits),
+        index=partly * index,
+        scales=scale_bytes(nnz, value_bits) + scale_bytes(U, factor_bits) + scale_bytes(V, factor_bits),
+        factors=code_bytes(U, factor_bits) + code_bytes(V, factor_bits),
+        signs=signs * bitmap,
+    )
 
 
 @dataclass(frozen=True)

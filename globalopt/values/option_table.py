@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,57 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from globalopt.errors import UsageError
-from globalopt.values.budget import Budget, Limits, Target, bytes_kept, index_bits, params_kept
+from globalopt.values.budget import Budget, Limits, Target, bytes_by_part, index_bits, params_kept
+from globalopt.values.sizes import Floats, Ints, Sizes
+from globalopt.values.surface import no_option
 
 if TYPE_CHECKING:
     from globalopt.values.layer import NM
     from globalopt.values.storage import Storage
     from globalopt.values.surface import ErrorSurface
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Sizes:
-    """Hold one target per layer as arrays, in the order of the names of an `OptionTable`.
-
-    Args:
-        place: (layers,) int64, the place of every layer's storage in the table.
-        rank, nnz: (layers,) int64.
-
-    >>> from allocators.example import example_problem
-    >>> table = example_problem().table
-    >>> sizes = table.sizes({name: Target(1, 16) for name in table.names})
-    >>> sizes.rank.tolist(), sizes.with_layer(0, 2, 8).nnz.tolist()
-    ([1, 1, 1, 1], [8, 16, 16, 16])
-    """
-
-    place: Ints
-    rank: Ints
-    nnz: Ints
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sizes) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    @cached_property
-    def key(self) -> bytes:
-        """The bytes that tell these targets from others of the same layers."""
-        return self.place.tobytes() + self.rank.tobytes() + self.nnz.tobytes()
-
-    def with_layer(self, layer: int, rank: int, nnz: int, place: int | None = None) -> Sizes:
-        """Return a copy with another rank and other nonzeros of one layer, in its storage or at another `place`."""
-        places, ranks, counts = self.place.copy(), self.rank.copy(), self.nnz.copy()
-        places[layer], ranks[layer], counts[layer] = self.place[layer] if place is None else place, rank, nnz
-        return Sizes(places, ranks, counts)
-
-    @property
-    def targets(self) -> tuple[Ints, Ints, Ints]:
-        """The three arrays, as the methods of an `OptionTable` take them."""
-        return self.place, self.rank, self.nnz
 
 
 class OptionTable:
@@ -73,8 +29,8 @@ class OptionTable:
     are layers. Methods take arrays over some places, `(place, rank, nnz)` of equal shapes; they compute what `Target`,
     `Budget` and `ErrorSurface` compute for one layer. All targets are of the pattern of the table, and without signs.
 
-    Of every place: `owner`, its layer; `storages`, `d_out`, `d_in`, `numel`, `per_rank`. Of every option: `place`,
-    `layer`, `rank`, `nnz`, `error`, `cost`.
+    Of every layer: `every`, its first place. Of every place: `owner`, its layer; `storages`, `d_out`, `d_in`, `numel`,
+    `per_rank`. Of every option: `place`, `layer`, `rank`, `nnz`, `error`, `cost`.
 
     Args:
         surfaces: one per layer, in any order.
@@ -103,14 +59,12 @@ class OptionTable:
         self.storages = tuple(storage for surface in ordered for storage in surface.storages)
         menus = np.array([len(surface.storages) for surface in ordered], np.int64)
         self.owner: Ints = np.repeat(np.arange(len(ordered)), menus)
-        self.first_place: Ints = np.cumsum(menus) - menus
+        self.every: Ints = np.cumsum(menus) - menus
         parts = [surface.arrays for surface in ordered]
         self.rank: Ints = np.concatenate([part[1] for part in parts])
         self.nnz: Ints = np.concatenate([part[2] for part in parts])
         self.error: Floats = np.concatenate([part[3] for part in parts])
-        self.place: Ints = np.concatenate(
-            [part[0] + first for part, first in zip(parts, self.first_place, strict=True)]
-        )
+        self.place: Ints = np.concatenate([part[0] + first for part, first in zip(parts, self.every, strict=True)])
         self.layer: Ints = self.owner[self.place]
         self.starts: Ints = np.searchsorted(self.layer, np.arange(len(parts)))
         places = [self.specs[layer] for layer in self.owner]
@@ -136,11 +90,6 @@ class OptionTable:
 
     # ------------------------------------------------------------------------------------ targets and costs
 
-    @property
-    def every(self) -> Ints:
-        """The first place of every layer, (layers,): that of its most bits."""
-        return self.first_place
-
     def sizes(self, targets: Mapping[str, Target]) -> Sizes:
         """Return targets by layer name as arrays; `UsageError` where one is in a storage that its layer lacks."""
         found = [targets[name] for name in self.names]
@@ -159,17 +108,14 @@ class OptionTable:
     def _place(self, layer: int, target: Target) -> int:
         menu = self._menus[layer]
         if target.storage not in menu:
-            raise UsageError(
-                f"Layer {self.names[layer]} has no option in {target.storage} bits; there are "
-                f"{', '.join(map(str, menu))}."
-            )
+            raise no_option(self.specs[layer], target.storage, menu)
         return menu[target.storage]
 
     def others(self, place: Ints) -> tuple[Ints, Ints]:
         """List the other places of layers that are at `place` (n,): which of the n, and where they could be."""
         counts = np.bincount(self.owner, minlength=len(self.names))[self.owner[place]]
         which = np.repeat(np.arange(len(place)), counts)
-        first = self.first_place[self.owner[place]][which]
+        first = self.every[self.owner[place]][which]
         there = first + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
         moved = there != place[which]
         return which[moved], there[moved]
@@ -180,7 +126,7 @@ class OptionTable:
 
     def targets(self, sizes: Sizes) -> dict[str, Target]:
         """Return arrays as targets by layer name."""
-        parts = zip(self.names, *(part.tolist() for part in sizes.targets), strict=True)
+        parts = zip(self.names, *(part.tolist() for part in sizes.arrays), strict=True)
         return {name: Target(rank, nnz, self.pattern, storage=self.storages[place]) for name, place, rank, nnz in parts}
 
     def costs(self, place: Ints, rank: Ints, nnz: Ints) -> Ints:
@@ -189,11 +135,11 @@ class OptionTable:
         if self.budget.accounting == "params":
             return params_kept(rank, nnz, 0, d_out, d_in)
         bits = index_bits(self.pattern), self._value_bits[place], self._factor_bits[place]
-        return bytes_kept(rank, nnz, 0, d_out, d_in, *bits)
+        return bytes_by_part(rank, nnz, 0, d_out, d_in, *bits).total
 
     def used(self, sizes: Sizes) -> int:
         """Sum the costs of one target per layer."""
-        return int(self.costs(*sizes.targets).sum())
+        return int(self.costs(*sizes.arrays).sum())
 
     def slack(self, sizes: Sizes) -> int:
         """Compute the rest of the budget."""
@@ -204,7 +150,7 @@ class OptionTable:
         """The costs of the dense layers in 16 bits, by place, (places,)."""
         if self.budget.accounting == "params":
             return self.numel
-        return bytes_kept(0, self.numel, 0, self.d_out, self.d_in)
+        return bytes_by_part(0, self.numel, 0, self.d_out, self.d_in).total
 
     @property
     def axis(self) -> str:
@@ -251,7 +197,7 @@ class OptionTable:
 
     def predicted(self, sizes: Sizes) -> float:
         """Sum the predicted errors of one target per place."""
-        return math.fsum(self.predict(*sizes.targets).tolist())
+        return math.fsum(self.predict(*sizes.arrays).tolist())
 
     def between_rows(self, place: Ints, rank: Ints, values: Callable[[Ints], NDArray]) -> Floats:
         """Interpolate values of rows linearly in rank; constant outside the ranks of the place's options.

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from globalopt.values.budget import Target
 from globalopt.values.decomposition import Trace
+from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN, Storage
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ class LayerPlan:
         predicted: the layer's predicted loss at the target, in the unit of the layer errors; None where the allocation
             was made in another unit.
         storage: bits of the stored numbers, as text ("16", "4/8").
+        signs: whether the target has a plane of signs.
 
     >>> size = dict(rank=8, nnz=1024, pattern=None, cost=2048, dense_cost=4096)
     >>> plan = LayerPlan("q_proj", 0, "q_proj", 64, 64, **size, predicted=0.01)
@@ -276,7 +280,14 @@ class LayerPlan:
     cost: int
     dense_cost: int
     predicted: float | None
-    storage: str = field(default="16", kw_only=True)
+    storage: str = field(default=str(PLAIN), kw_only=True)
+    signs: bool = field(default=False, kw_only=True)
+
+    @property
+    def target(self) -> Target:
+        """The layer's target."""
+        pattern = NM.parse(self.pattern) if self.pattern else None
+        return Target(self.rank, self.nnz, pattern, self.signs, Storage.parse(self.storage))
 
     @property
     def kept(self) -> float:
@@ -298,6 +309,12 @@ class LayerPlan:
         """Compute the share of the kept parameters that lies in the factors `U` and `V`; 0 where nothing is kept."""
         kept = self.rank_params + self.nnz
         return self.rank_params / kept if kept else 0.0
+
+    @property
+    def number_bits(self) -> int:
+        """Count the bits of the values of `S` and of the entries of `U` and `V`, without scales and index."""
+        storage = Storage.parse(self.storage)
+        return storage.values * self.nnz + storage.factors * self.rank_params
 
 
 @dataclass(frozen=True)

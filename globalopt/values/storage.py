@@ -76,8 +76,32 @@ class Storage:
         return number_bytes(nnz, self.values)
 
     def factor_bytes(self, rank: Any, d_out: Any, d_in: Any) -> Any:
-        """Count the bytes of `U` (d_out, rank) and `V` (rank, d_in); integers or arrays of integers."""
-        return factor_bytes(rank, d_out, d_in, self.factors)
+        """Count the bytes of `U` (d_out, rank) and `V` (rank, d_in), with groups of their own; integers or arrays."""
+        return number_bytes(rank * d_out, self.factors) + number_bytes(rank * d_in, self.factors)
+
+
+def code_bytes(count: Any, bits: Any) -> Any:
+    """Count the bytes of the codes of `count` numbers of `bits` each, or of the numbers themselves in 16 bits.
+
+    Args:
+        count, bits: integers, or arrays of integers; the bits are of `BITS`.
+
+    >>> code_bytes(65, 3), code_bytes(65, 16)  # 195 bits are 25 bytes
+    (25, 130)
+    """
+    return -(-count * bits // 8)
+
+
+def scale_bytes(count: Any, bits: Any) -> Any:
+    """Count the bytes of the scales of `count` numbers, one for every group; none in 16 bits.
+
+    Args:
+        count, bits: integers, or arrays of integers; the bits are of `BITS`.
+
+    >>> scale_bytes(65, 3), scale_bytes(65, 16)
+    (4, 0)
+    """
+    return (bits < 16) * SCALE_BYTES * -(-count // GROUP)
 
 
 def number_bytes(count: Any, bits: Any) -> Any:
@@ -86,22 +110,10 @@ def number_bytes(count: Any, bits: Any) -> Any:
     Args:
         count, bits: integers, or arrays of integers; the bits are of `BITS`.
 
-    >>> number_bytes(65, 3)  # 195 bits are 25 bytes; two scales
-    29
-    >>> number_bytes(65, 16)
-    130
+    >>> number_bytes(65, 3), number_bytes(65, 16)
+    (29, 130)
     """
-    codes = -(-count * bits // 8)
-    return codes + (bits < 16) * SCALE_BYTES * -(-count // GROUP)
-
-
-def factor_bytes(rank: Any, d_out: Any, d_in: Any, bits: Any) -> Any:
-    """Count the bytes of the factors of `L`, of `bits` for each entry; `U` and `V` have groups of their own.
-
-    >>> factor_bytes(2, d_out=64, d_in=128, bits=8)
-    396
-    """
-    return number_bytes(rank * d_out, bits) + number_bytes(rank * d_in, bits)
+    return code_bytes(count, bits) + scale_bytes(count, bits)
 
 
 PLAIN = Storage()

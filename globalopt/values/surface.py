@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,10 +92,7 @@ class ErrorSurface:
             UsageError: there is no option in the target's storage.
         """
         if target.storage not in self._rows:
-            raise UsageError(
-                f"Layer {self.spec.name} has no option in {target.storage} bits; there are "
-                f"{', '.join(map(str, self.storages))}."
-            )
+            raise no_option(self.spec, target.storage, self.storages)
         ranks, rows = self._rows[target.storage]
         # Only the neighbours in rank matter.
         right = bisect.bisect_left(ranks, target.rank)
@@ -119,6 +116,15 @@ class ErrorSurface:
             if not kept or error < kept[-1][2]:
                 kept.append((target, cost, error))
         return tuple(kept)
+
+
+def no_option(spec: LayerSpec, storage: Storage, menu: Iterable[Storage]) -> UsageError:
+    """Make the error of a layer that has no option in a storage, but in those of a menu.
+
+    >>> no_option(LayerSpec("up", 0, "up", "up", 8, 8), Storage(4, 8), [Storage(), Storage(8, 8)])
+    UsageError('Layer up has no option in 4/8 bits; there are 16, 8.')
+    """
+    return UsageError(f"Layer {spec.name} has no option in {storage} bits; there are {', '.join(map(str, menu))}.")
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:

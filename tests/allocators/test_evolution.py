@@ -77,13 +77,13 @@ def test_levels_cost_the_same_everywhere(accounting, pattern):
     start = dict(Uniform(rank_share=0.0).allocate(p).targets)
     database = Database(p, start)
     table, begun = p.table, p.table.sizes(start)
-    before = table.costs(*begun.targets)
+    before = table.costs(*begun.arrays)
     assert database.sizes(0 * database.least) == begun
     assert database.least.min() >= -LEVELS
     assert database.most.max() <= LEVELS
     for level in range(-LEVELS, LEVELS + 1):
         sizes = database.sizes(np.full(len(start), level))
-        less = before + level * database.step - table.costs(*sizes.targets)
+        less = before + level * database.step - table.costs(*sizes.arrays)
         less = less[(database.least <= level) & (level <= database.most)]
         assert (less == 0).all() if accounting == "params" and not pattern else (less >= 0).all()
     rng = random.Random(0)
@@ -203,7 +203,7 @@ def test_feedback_is_the_ridge_solution_of_all_layers():
         assert after is not None
         differences = 0.1 * torch.randn(24, generator=generator).double()
         feedback.tell(before, after, differences)
-        errors = [table.predict(*sizes.targets) for sizes in (before, after)]
+        errors = [table.predict(*sizes.arrays) for sizes in (before, after)]
         change = errors[1] - errors[0]
         variance = float(differences.var()) / 24 + (MISFIT * 2.0 * abs(change).sum()) ** 2
         precision += np.outer(change, change) / variance

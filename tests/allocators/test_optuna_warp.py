@@ -17,8 +17,8 @@ from allocators.optuna_warp import OptunaWarp
 from globalopt.errors import ArtefactError
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.values.layer import NM
-from globalopt.values.option_table import Sizes
 from globalopt.values.problem import Allocation, Problem
+from globalopt.values.sizes import Sizes
 from tests.objectives import BentObjective
 from tests.surfaces import problem
 

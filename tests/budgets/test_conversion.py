@@ -8,6 +8,7 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.errors import UsageError
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec
+from globalopt.values.storage import Storage
 from solvers import get_solver
 
 
@@ -28,3 +29,20 @@ def test_any_other_layer_whose_nonzeros_buy_no_rank_is_named():
     spec = LayerSpec("up", 0, "up", "up", 8, 32)
     with pytest.raises(UsageError, match="16 nonzeros of layer up do not buy one rank"):
         convert_target(Target(0, 16), spec, get_solver("svd"), Budget(16, 256))
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_solver_without_parts_keeps_whole_layers_in_few_bits_or_says_what_that_costs(solver):
+    spec = LayerSpec("up", 0, "up", "up", 64, 64)
+    budget, method = Budget(8192, 8192, "bytes"), get_solver(solver)
+    few = Storage(4, 4)
+    whole = Target(0, spec.numel, storage=few)
+    for target in (Target(4, 3400, storage=few), Target(0, 3840, storage=few)):
+        assert convert_target(target, spec, method, budget) == whole
+        assert budget.cost(whole, spec) <= budget.cost(target, spec)
+    with pytest.raises(UsageError, match="in 4 bits that takes 2176 bytes for layer up; its target costs 1600"):
+        convert_target(Target(0, 2048, storage=few), spec, method, budget)
+    with pytest.raises(UsageError, match="in 16 bits that takes 8192 bytes"):
+        convert_target(Target(4, 2048), spec, method, budget)
+    for target in (Target.dense(spec), Target.zero(), whole):
+        assert convert_target(target, spec, method, budget) == target

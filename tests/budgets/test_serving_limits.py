@@ -100,6 +100,7 @@ def test_profiles_and_solvers():
     assert able["wanda"] == {"dense", "two-four"}
     assert able["svd"] == {"dense", "factors"}
     assert able["slab"] == {"dense", "two-four"}
+    assert able["rtn"] == able["gptq"] == {"dense"}
     with pytest.raises(UsageError, match="needs a solver with a low-rank part; wanda has none"):
         check_solver("adapter", limits_of("adapter", None), get_solver("wanda"))
     with pytest.raises(UsageError, match="turns nonzeros into any rank"):

@@ -10,22 +10,35 @@ from torch import Tensor
 
 from globalopt.export.example import write_finished_run
 from globalopt.models.layers import find_layers
+from globalopt.rounding.stored import stored
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
+from globalopt.values.metric import Gram, Metric
+from globalopt.values.storage import PLAIN, Storage
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ALL = ("both", "sparse", "factors", "dense", "2:4", "zero", "few", "full")
 
 
 def made_run(
-    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, kinds: tuple[str, ...] = ALL
+    folder: Path,
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    kinds: tuple[str, ...] = ALL,
+    storages: tuple[Storage, ...] = (PLAIN,),
 ) -> Path:
-    """A finished run of a tiny model of architecture `kind`, its layers decomposed as `kinds` say in turn."""
+    """A finished run of a tiny model of architecture `kind`, its layers decomposed and stored as `kinds` and `storages`
+    say in turn."""
     model = tiny_model(kind)
     layers = find_layers(model, allow_low_coverage=True)
     ways = dict(zip((spec.name for spec in layers.specs), cycle(kinds), strict=False))
-    values = {name: _in(decomposed(layers.weight(name), how), dtype) for name, how in ways.items()}
     patterns = {name: NM(2, 4) for name, how in ways.items() if how == "2:4"}
+    values = {}
+    for (name, how), storage in zip(ways.items(), cycle(storages), strict=False):
+        value = decomposed(layers.weight(name), how)
+        if not storage.plain and how not in ("zero", "signs"):
+            value = in_few_bits(value, layers.weight(name), storage, patterns.get(name))
+        values[name] = _in(value, dtype)
     return write_finished_run(folder, model, tiny_tokenizer(), values, patterns, dtype)
 
 
@@ -56,5 +69,10 @@ def decomposed(W: Tensor, how: str, seed: int = 0) -> Decomposition:
     return Decomposition(R * (R.abs() >= threshold), U, V, signs)
 
 
+def in_few_bits(value: Decomposition, W: Tensor, storage: Storage, pattern: NM | None = None) -> Decomposition:
+    """`value` on the grids of `storage`, as a run would store it."""
+    return stored(value, W, Metric(Gram(torch.eye(W.shape[1]), tokens=1)), storage, pattern)
+
+
 def _in(value: Decomposition, dtype: torch.dtype) -> Decomposition:
-    return Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs)
+    return Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs, value.scales)

@@ -9,8 +9,9 @@ from globalopt.errors import ArtefactError, UnknownNameError, UsageError
 from globalopt.export import fastest as fastest_module
 from globalopt.export import linear
 from globalopt.export.fastest import fastest
-from globalopt.export.linear import COMPUTES, Shape, SparseLowRankLinear
+from globalopt.export.linear import COMPUTES, SparseLowRankLinear
 from globalopt.export.quantizer import dense_layer
+from globalopt.export.shape import Shape
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from tests.export.runs import ALL, decomposed

@@ -226,7 +226,10 @@ def test_a_dense_model_cannot_be_loaded_as_packed(run):
         load(run / "model", quantization_config=SparseLowRankConfig({}))
 
 
-@pytest.mark.parametrize("record", [{"format_version": 2}, {"more": 1}, {"layers": [1]}, {"quant_method": "gptq"}])
+@pytest.mark.parametrize(
+    "record",
+    [{"format_version": 3}, {"format_version": True}, {"more": 1}, {"layers": [1]}, {"quant_method": "gptq"}],
+)
 def test_configs_of_other_versions_are_refused(record):
     with pytest.raises(ArtefactError):
         SparseLowRankConfig(**{"layers": {}, **record})

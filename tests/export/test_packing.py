@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError
-from globalopt.export.packing import Layout, layout, pack, pack_bits, unpack, unpack_bits
+from globalopt.export.packing import Layout, layout, pack, unpack
 from globalopt.values.layer import NM
 
 SIZES: tuple[tuple[int, int], ...] = ((1, 1), (3, 5), (8, 16), (7, 64), (33, 12))
@@ -77,16 +77,6 @@ def test_negative_zero_and_extreme_values_are_values_like_others():
     S = torch.tensor([[0.0, 1e-40, 3e38, 0.0], [-1e-45, 0.0, 0.0, 0.0]])
     how = layout(S)
     assert torch.equal(unpack(*pack(S, how), how), S)
-
-
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1000])
-def test_bits_are_packed_from_the_lowest_up(n):
-    bits = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5
-    packed = pack_bits(bits)
-    assert len(packed) == (n + 7) // 8
-    assert torch.equal(unpack_bits(packed, n), bits)
-    if n == 9:
-        assert pack_bits(torch.tensor([True] + 7 * [False] + [True])).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

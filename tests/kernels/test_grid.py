@@ -9,7 +9,7 @@ import torch
 
 from globalopt.kernels.grid import codes, fit_scales, levels, snap, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
-from globalopt.refine.stored import GridNorm, completed, spread_over, stored
+from globalopt.rounding.stored import GridNorm, completed, spread_over, stored
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM
 from globalopt.values.metric import Gram, Metric
@@ -139,3 +139,14 @@ def test_rows_that_make_up_for_each_other_lower_the_joint_error_and_never_raise_
         errors.append(metric.error(W - found))
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_every_entry_of_the_factors_has_a_code_also_where_the_weight_has_none():
+    W = problem(24, 70)[0]
+    W[:, 5], W[3] = 0, 0
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    U[3], V[:, 5] = 0, 0
+    value, metric = Decomposition(W * 0, U[:, :4] * s[:4], V[:4]), Metric(Gram(problem(24, 70)[2], 100))
+    found = stored(value, W, metric, Storage(16, 4))
+    assert (found.scales.U.numel(), found.scales.V.numel()) == (-(-24 * 4 // GROUP), -(-70 * 4 // GROUP))  # pyright: ignore[reportOptionalMemberAccess]
+    assert bool((found.U != 0).all() and (found.V != 0).all())

@@ -20,12 +20,21 @@ from globalopt.runs.files import read_tensors
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
-from globalopt.values.layer import NM
+from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
+from globalopt.values.storage import Storage
 from solvers import SOLVERS, get_solver
 from tests.tiny_models import COVERED_KINDS, tiny_ids, tiny_model
 
 QUICK = Matching(epochs=3, rate=0.01, loss=Loss.TOKEN)
+
+
+def third(spec: LayerSpec) -> Target:
+    return Target(1, spec.numel // 3)
+
+
+def in_few_bits(spec: LayerSpec) -> Target:
+    return Target(0, spec.numel, storage=Storage(3, 3))
 
 
 def setting(
@@ -42,7 +51,8 @@ def setting(
     total = sum(spec.numel for spec in layers.specs)
     budget = Budget(total, total)
     made = get_solver(solver, {"steps": "20"} if solver == "3basil" else {})
-    asked = {spec: target(spec) if target else Target(1, spec.numel // 3) for spec in layers.specs}
+    target = target or (third if made.sparse or made.low_rank else in_few_bits)
+    asked = {spec: target(spec) for spec in layers.specs}
     targets = {spec.name: convert_target(asked[spec], spec, made, budget) for spec in layers.specs}
     plan = Refinement(targets, made, budget, dtype, dict.fromkeys(targets), matching=matching)
     runner = BlockRunner(layers, [Batch(tiny_ids(4, 12, seed=seed)) for seed in range(4)])
@@ -83,7 +93,8 @@ def test_matching_helps_every_solver_and_keeps_its_support(tmp_path, solver):
         after = output_error(runner, dense)
         norms = run.get(MATCHED_BLOCK, 0).norms
         before = output_error(runner, dense, before_matching(run, runner, norms))
-    assert after < 0.9 * before
+    # A layer that is only rounded loses little that could be made up for.
+    assert after < (0.9 if plan.solver.sparse or plan.solver.low_rank else 0.95) * before
 
 
 def before_matching(run: Run, runner: BlockRunner, norms) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ from globalopt.pipeline.addresses import (
     refinement_addresses,
     search_addresses,
 )
+from globalopt.pipeline.method_records import method_record
 from globalopt.pipeline.options import RefineOptions, SearchOptions
-from globalopt.pipeline.plan import SearchPlan, method_record, probe_solver, resolve, resolve_refinement
+from globalopt.pipeline.plan import SearchPlan, probe_solver, resolve, resolve_refinement
 from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
@@ -205,7 +206,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "pattern": ({"pattern": "2:4"}, SOLVED),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
     "largest rank": ({"max_rank": 4}, SOLVED),
-    "serving profile": ({"serving_profile": "adapter"}, SOLVED),
+    "serving profile": ({"serving_profile": "adapter", "storage": "16"}, SOLVED),
     "span scaling": ({"scaling": "none"}, {Stage.SPANS, *SOLVED}),
     "span scaling by outputs": ({"scaling": "output"}, {Stage.SPANS, *SOLVED}),
     "predict_from": ({"predict_from": "span"}, SOLVED),

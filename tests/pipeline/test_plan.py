@@ -15,10 +15,9 @@ import pytest
 from allocators import ALLOCATORS
 from globalopt.analysis.corrections import ROUNDS
 from globalopt.errors import UsageError
+from globalopt.pipeline.method_records import limits_record, method_record
 from globalopt.pipeline.options import PROBE_STEPS, RefineOptions, SearchOptions
 from globalopt.pipeline.plan import (
-    limits_record,
-    method_record,
     probe_solver,
     resolve,
     resolve_refinement,
@@ -172,7 +171,7 @@ def test_the_probe_solver_weights_rows_where_the_solver_weights_outputs(name):
 def test_a_solver_that_only_ranks_entries_probes_itself_and_is_compared_with_nothing(name):
     solver = get_solver(name)
     plan = resolve(SearchOptions(0.5, solver=name)).analysis
-    ranks = name in ("wanda", "magnitude")
+    ranks = name in ("wanda", "magnitude", "rtn")
     assert (plan.probe == solver) == ranks
     assert plan.compared == (not ranks)
     if not ranks:

@@ -88,7 +88,14 @@ def targets(solver: Solver) -> list[Target]:
     return found
 
 
+def keeps_all(solver: Solver) -> bool:
+    """Tell whether the solver keeps layers whole, or not at all."""
+    return not solver.sparse and not solver.low_rank
+
+
 def middle(solver: Solver) -> Target:
+    if keeps_all(solver):
+        return Target(0, NUMEL)
     return target_of(solver, 2 if solver.low_rank else 0, 131 if solver.sparse else 0)
 
 
@@ -212,7 +219,7 @@ def test_dead_inputs_cost_no_budget(solver):
     solver_needs_inputs = solver.needs > 0
     solution = fit(solver, W, Metric(Gram(G, 300)), middle(solver))
     assert math.isfinite(solution.error)
-    if solver_needs_inputs:
+    if solver_needs_inputs and not keeps_all(solver):
         assert not solution.value.S[:, dead].any()
         assert solution.value.nnz == middle(solver).nnz
     # More budget than live weights: these are all there.
@@ -241,7 +248,12 @@ def test_more_budget_means_less_error(solver, outputs):
     W, norm = metric(D_OUT, D_IN, 300)
     norm = weighted(norm) if outputs and solver.outputs is not Outputs.NONE else norm
     state = solver.prepare(W, norm)
-    grown = [(0, 40), (0, 100), (0, 200), (0, NUMEL - 1)] if solver.sparse else [(1, 0), (4, 0), (9, 0), (D_OUT, 0)]
+    if keeps_all(solver):
+        grown = [(0, 0), (0, NUMEL)]
+    elif solver.sparse:
+        grown = [(0, 40), (0, 100), (0, 200), (0, NUMEL - 1)]
+    else:
+        grown = [(1, 0), (4, 0), (9, 0), (D_OUT, 0)]
     errors = [solver.solve(state, target_of(solver, rank, nnz)).error for rank, nnz in grown]
     assert all(after < 0.9 * before for before, after in pairwise(errors))
     assert errors[-1] <= 0.01 * norm.error(W)
@@ -428,6 +440,11 @@ def test_refuses_what_it_cannot_do(solver):
         solver.solve(state, Target(D_OUT + 1, 10))
     with pytest.raises(UsageError, match="multiple"):
         solver.solve(state, Target(0, 10, NM(1, 5)))
+    if keeps_all(solver):
+        for target in (Target(0, 100), Target(1, 0), Target(1, NUMEL)):
+            with pytest.raises(UsageError, match=r"every weight of a layer or none, .* fewer bits"):
+                solver.solve(state, target)
+        return
     if not solver.sparse:
         with pytest.raises(UsageError, match=r"fold them into rank.*2 more"):
             solver.solve(state, Target(1, 100))

@@ -53,6 +53,28 @@ def refuse_rank(file: BudgetFile, what: str) -> None:
         )
 
 
+def bits_left_out(file: BudgetFile, what: str) -> tuple[str, ...]:
+    """Write the note on the bits of layers, which the format `what` does not hold; none where all have 16.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> bits_left_out(example_budget(), "PEFT")
+    ()
+    """
+    few = sum(not entry.target.storage.plain for entry in file.layers)
+    return (f"the bits of {few} layers, fewer than 16, are not in it: {what} knows of none.",) if few else ()
+
+
+def bits_of_like(like: BudgetFile, what: str) -> tuple[str, ...]:
+    """Write the note that bits are taken from the budget `like`; none where all of its layers have 16.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> bits_of_like(example_budget(), "PEFT")
+    ()
+    """
+    few = any(not entry.target.storage.plain for entry in like.layers)
+    return (f"the bits of the stored numbers are those of --like: {what} knows of none.",) if few else ()
+
+
 def check_names(names: Iterable[str], like: BudgetFile) -> None:
     """Check that `names` are the layers of `like`; `ArtefactError` otherwise.
 

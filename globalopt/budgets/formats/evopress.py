@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.budgets.formats.checks import check_names, refuse_rank
+from globalopt.budgets.formats.checks import bits_left_out, bits_of_like, check_names, refuse_rank
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.values.budget import Target
 
@@ -67,10 +67,11 @@ class EvoPress:
             )
         if (most := max(map(abs, levels.values()))) > LEVELS:
             notes.append(f"the farthest level is {most}; EvoPress makes {LEVELS} each way by default (--num_levels).")
+        notes += bits_left_out(file, "EvoPress")
         return "\n".join(f"{name}: {level}" for name, level in levels.items()), tuple(notes)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """Parse lines in any order; every rank is 0."""
+        """Parse lines in any order; every rank is 0, bits are those of `like`."""
         step = self._step()
         if self.sparsity is None:
             raise UsageError(
@@ -95,8 +96,8 @@ class EvoPress:
                     f"level {levels[entry.name]} of layer {entry.name} would leave {nnz} of its {entry.spec.numel} "
                     "weights; --level-sparsity or --level-step is not that of the database."
                 )
-            targets[entry.name] = Target(0, nnz)
-        return targets, ()
+            targets[entry.name] = Target(0, nnz, storage=entry.target.storage)
+        return targets, bits_of_like(like, "EvoPress")
 
     def _step(self) -> int:
         """Return the step; `UsageError` where none was given."""

@@ -10,11 +10,11 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from globalopt.budgets.budget_file import BudgetFile
-from globalopt.budgets.formats.checks import parse_json
+from globalopt.budgets.formats.checks import bits_left_out, bits_of_like, parse_json
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.values.budget import Target
 
@@ -58,10 +58,10 @@ class Peft:
         }
         sparse = sum(1 for entry in file.layers if entry.nnz)
         notes = [f"the nonzeros of {sparse} layers are not in it: PEFT knows ranks only."] if sparse else []
-        return json.dumps(config, indent=1) + "\n", tuple(notes)
+        return json.dumps(config, indent=1) + "\n", (*notes, *bits_left_out(file, "PEFT"))
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """Parse a config, or a `rank_pattern` by itself; nonzeros and N:M patterns are those of `like`."""
+        """Parse a config, or a `rank_pattern` by itself; nonzeros, N:M patterns and bits are those of `like`."""
         raw = parse_json(text)
         if not isinstance(raw, dict):
             raise ArtefactError("it is no PEFT config: not an object.")
@@ -91,9 +91,8 @@ class Peft:
             raise ArtefactError(f"rank_pattern '{min(unused)[:60]}' matches no layer of the model.")
         targets = {}
         for entry in like.layers:
-            target = entry.target
-            targets[entry.name] = Target(found[entry.name], target.nnz, target.pattern)
-        return targets, ("the nonzeros are those of --like: PEFT knows ranks only.",)
+            targets[entry.name] = replace(entry.target, rank=found[entry.name])
+        return targets, ("the nonzeros are those of --like: PEFT knows ranks only.", *bits_of_like(like, "PEFT"))
 
 
 def _patterns(raw: Any) -> dict[str, tuple[re.Pattern[str], int]]:

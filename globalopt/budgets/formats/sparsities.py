@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from globalopt.budgets.budget_file import BudgetFile, LayerEntry
-from globalopt.budgets.formats.checks import check_names, parse_json, refuse_rank
+from globalopt.budgets.formats.checks import bits_left_out, bits_of_like, check_names, parse_json, refuse_rank
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
 
 KEYS = ("targets", "sparsity", "mask_structure")
 UNSTRUCTURED = "0:0"
+LIST = "a list of sparsities"
 TOLERANCE = 1e-6  # of a sparsity against its pattern's
 
 
@@ -40,7 +41,7 @@ class Sparsities:
 
     def write(self, file: BudgetFile) -> tuple[str, tuple[str, ...]]:
         """Write the modifier's arguments `targets`, `sparsity` and `mask_structure` as JSON."""
-        refuse_rank(file, "a list of sparsities")
+        refuse_rank(file, LIST)
         patterns = {entry.pattern for entry in file.layers}
         if len(patterns) > 1:
             named = ", ".join(sorted(pattern or "unstructured" for pattern in patterns))
@@ -51,10 +52,13 @@ class Sparsities:
             "sparsity": [1 - entry.nnz / entry.spec.numel for entry in file.layers],
             "mask_structure": f"{pattern.of - pattern.keep}:{pattern.of}" if pattern else UNSTRUCTURED,
         }
-        return json.dumps(value, indent=1) + "\n", ()
+        return json.dumps(value, indent=1) + "\n", bits_left_out(file, LIST)
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
-        """Parse a list by itself, or the object that `write` writes; one value per layer, per block, or one for all."""
+        """Parse a list by itself, or the object that `write` writes; one value per layer, per block, or one for all.
+
+        Bits are those of `like`.
+        """
         raw = parse_json(text)
         if not isinstance(raw, dict):
             raw = {"sparsity": raw}
@@ -78,7 +82,8 @@ class Sparsities:
             raise ArtefactError(
                 f"it has {len(sparsity)} sparsities; the model has {len(layers)} layers in {len(blocks)} blocks."
             )
-        return {entry.name: _target(given[entry.name], entry, pattern) for entry in layers}, notes
+        targets = {entry.name: _target(given[entry.name], entry, pattern) for entry in layers}
+        return targets, (*notes, *bits_of_like(like, LIST))
 
 
 def _numbers(raw: Any) -> list[float]:
@@ -119,10 +124,10 @@ def _target(sparsity: float, entry: LayerEntry, pattern: NM | None) -> Target:
     """Convert a sparsity into a target; `ArtefactError` where it is not that of the pattern."""
     spec = entry.spec
     if pattern is None:
-        return Target(0, round((1 - sparsity) * spec.numel))
+        return Target(0, round((1 - sparsity) * spec.numel), storage=entry.target.storage)
     nnz = pattern.nnz(spec)
     if abs(sparsity - (1 - nnz / spec.numel)) > TOLERANCE:
         raise ArtefactError(
             f"layer {spec.name} has sparsity {sparsity:g}, but pattern {pattern} means {1 - nnz / spec.numel:g}."
         )
-    return Target(0, nnz, pattern)
+    return Target(0, nnz, pattern, storage=entry.target.storage)

@@ -12,20 +12,23 @@ from globalopt.budgets.formats.checks import check_names, whole_number
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.values.budget import Target
 from globalopt.values.layer import NM
+from globalopt.values.storage import PLAIN, Storage
 
 NEEDED = ("name", "rank", "nnz")
 SHAPE = ("block", "kind", "d_out", "d_in")
 # They follow from the others and are written for readers alone.
 DERIVED = ("cost", "kept", "density")
-COLUMNS = ("name", *SHAPE, "rank", "nnz", "pattern", *DERIVED)
+STORAGE = "storage"
+COLUMNS = ("name", *SHAPE, "rank", "nnz", "pattern", STORAGE, *DERIVED)
 
 
 @dataclass(frozen=True)
 class Csv:
     """Convert targets to and from a table with the columns `COLUMNS`.
 
-    Of a table that is read the columns `NEEDED` must be there; `pattern` is used and shapes are checked where they are
-    there, other known columns are ignored.
+    Of a table that is read the columns `NEEDED` must be there; `pattern` and `storage` are used and shapes are checked
+    where they are there, other known columns are ignored. Without `storage` all layers have 16 bits; it is written only
+    where some have fewer.
 
     >>> from globalopt.budgets.example import example_budget
     >>> text, notes = Csv().write(example_budget())
@@ -40,11 +43,13 @@ class Csv:
         """Write a header and a row per layer, in model order."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(COLUMNS)
+        few = any(not entry.target.storage.plain for entry in file.layers)
+        rows.writerow([name for name in COLUMNS if few or name != STORAGE])
         for plan in file.plans:
             derived = (plan.cost, f"{plan.kept:.6f}", f"{plan.density:.6f}")
             shape = (plan.block, plan.kind, plan.d_out, plan.d_in)
-            rows.writerow((plan.name, *shape, plan.rank, plan.nnz, plan.pattern or "", *derived))
+            stored = (plan.storage,) if few else ()
+            rows.writerow((plan.name, *shape, plan.rank, plan.nnz, plan.pattern or "", *stored, *derived))
         return text.getvalue(), ()
 
     def read(self, text: str, like: BudgetFile) -> tuple[Mapping[str, Target], tuple[str, ...]]:
@@ -93,6 +98,7 @@ class Csv:
         pattern = row.get("pattern") or "unstructured"
         rank, nnz = (whole_number(row[name], f"{where}, {name}") for name in ("rank", "nnz"))
         try:
-            return Target(rank, nnz, NM.parse(pattern))
+            storage = Storage.parse(row.get(STORAGE) or str(PLAIN))
+            return Target(rank, nnz, NM.parse(pattern), storage=storage)
         except GlobalOptError as cause:
             raise ArtefactError(f"{where}: {cause}") from None

@@ -1,8 +1,8 @@
 """Round decompositions to the grids of their storage, every part making up for the rounding of the others.
 
-With `L = U V` fixed, the values of `S` are rounded on their support (`grid_sweep`, then `grid_descent`); with `S`
-fixed, the factors are refitted, rounded and refitted again, one after the other. After a few such rounds the best one
-is returned.
+With `L = U V` fixed, the values of `S` are rounded on their support (`grid_sweep`, `grid_descent`, and with an output
+Gram `joint_descent`); with `S` fixed, the factors are refitted, rounded and refitted again, one after the other. After
+a few such rounds the best one is returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.grid import fit_scales, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
-from globalopt.kernels.low_rank import balanced
+from globalopt.kernels.low_rank import balanced, right_factor
 from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.support_refit import fit_support
 from globalopt.values.decomposition import Decomposition
@@ -30,7 +30,7 @@ DAMPING = 0.01
 """Fraction of the mean of a Gram's diagonal that is added to it."""
 
 PASSES = 2
-"""Passes of coordinate descent over the columns."""
+"""Passes of `grid_descent` over the columns, and of `joint_descent` over the blocks of rows."""
 
 STEPS = 10
 """Of conjugate gradients, on the support of `S`."""
@@ -75,7 +75,7 @@ class GridNorm:
         weights = self.matrix.diagonal().expand_as(start)
         weights = (weights.mT if columns else weights)[support]
         scales = fit_scales(numbers, bits, GROUP, weights)
-        grids = torch.zeros_like(ordered).masked_scatter_(support, spread(scales, GROUP, len(numbers)))
+        grids = spread_over(ordered, scales)
         grids = grids.mT.contiguous() if columns else grids
         levels = grid_descent(W, grid_sweep(start, grids, bits, self.R), grids, bits, self.matrix, PASSES)
         return levels, scales
@@ -134,7 +134,7 @@ def stored(
                 grids = spread_over(S, scales["S"])
                 S = joint_descent(weight - U @ V, S, grids, storage.values, inputs.matrix, norm.outputs.matrix, PASSES)
         if value.rank and storage.factors < 16:
-            U, V = balanced(U, _right(U, weight - S, A))
+            U, V = balanced(U, right_factor(U, weight - S, A).float())
             U, V, scales["U"], scales["V"] = _factors(weight - S, U, V, A, inputs, storage.factors)
         found = Decomposition(S, U, V, scales=Scales(storage, **scales))
         error = metric.error(weight - found.dense())
@@ -161,20 +161,10 @@ def _factors(
     """Round `U` to its grid with `V` fixed, then `V`, refitted to the rounded `U`, to its own."""
     G = inputs.matrix
     inner = GridNorm.of(V @ G @ V.mT)
-    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, U, bits, columns=True)
-    V = _right(U, M, A)
-    V, of_V = inputs.fit(V, V, bits)
+    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, _nonzero(U), bits, columns=True)
+    V = right_factor(U, M, A).float()
+    V, of_V = inputs.fit(V, _nonzero(V), bits)
     return U, V, of_U, of_V
-
-
-def _right(U: Tensor, M: Tensor, A: Tensor | None) -> Tensor:
-    """Compute the `V` of least `tr(A (M - U V) G (M - U V)ᵀ)`, which is the same for every `G`."""
-    if not U.shape[1]:
-        return M[:0]
-    U64 = U.double()
-    AU = U64 if A is None else A.double() @ U64
-    # A direction of U may have no error in the metric, which makes the system singular.
-    return (torch.linalg.pinv(U64.mT @ AU, hermitian=True) @ AU.mT @ M.double()).float()
 
 
 def completed(S: Tensor, pattern: NM) -> Tensor:
@@ -187,8 +177,7 @@ def completed(S: Tensor, pattern: NM) -> Tensor:
     empty = groups == 0
     lacking = (pattern.keep - (~empty).sum(1, keepdim=True)).clamp_min(0)
     filled = empty & (empty.cumsum(1) <= lacking)
-    tiny = torch.finfo(S.dtype).tiny ** 0.5
-    return groups.masked_fill(filled, tiny).view_as(S)
+    return groups.masked_fill(filled, _tiny(S)).view_as(S)
 
 
 def spread_over(S: Tensor, scales: Tensor) -> Tensor:
@@ -199,3 +188,13 @@ def spread_over(S: Tensor, scales: Tensor) -> Tensor:
     """
     support = S != 0
     return torch.zeros_like(S).masked_scatter_(support, spread(scales, GROUP, int(support.sum())))
+
+
+def _nonzero(factor: Tensor) -> Tensor:
+    """Replace zeros of a factor, as those of an unused input, by tiny numbers: all of its entries have codes."""
+    return factor.masked_fill(factor == 0, _tiny(factor))
+
+
+def _tiny(like: Tensor) -> float:
+    """Return a number that counts as a nonzero, and whose square is no underflow."""
+    return torch.finfo(like.dtype).tiny ** 0.5

@@ -1,0 +1,1 @@
+"""Rounding of decompositions to the grids in which they are stored."""

@@ -1,0 +1,40 @@
+"""A search over rank, nonzeros and bits, from the command line to the budget file and the solved layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from globalopt.budgets import budget_file
+from globalopt.runs.folder import Run
+from globalopt.values.results import Summary
+from tests.command import WINDOWS, done, refused
+
+SETTINGS = ("--solver", "3basil", "--set", "steps=4", *WINDOWS, "--match", "none", "--samples", 0, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_llama, tmp_path_factory, tiny_text) -> tuple[Path, Summary]:
+    folder = tmp_path_factory.mktemp("bits") / "run"
+    options = ("--budget", 0.3, "--storage", "16,8,4/8", "--calibration", tiny_text)
+    done("search", tiny_llama, *options, *SETTINGS, "--out", folder)
+    return folder, Run.open(folder).summary()
+
+
+def test_the_budget_is_in_bytes_and_every_layer_has_bits_of_the_menu(searched):
+    folder, summary = searched
+    file = budget_file.read(folder / "budget.json")
+    assert (file.accounting, file.schema_version) == ("bytes", 2)
+    assert {entry.storage for entry in file.layers} <= {"16", "8", "4/8"}
+    assert len({entry.storage for entry in file.layers}) > 1
+    assert [layer.storage for layer in summary.layers] == [entry.storage for entry in file.layers]
+    assert sum(layer.bytes for layer in summary.layers) <= file.limit
+
+
+def test_a_menu_needs_bytes_and_predicted_losses(tiny_llama, tiny_text):
+    model = (tiny_llama, "--calibration", tiny_text)
+    assert "Add --accounting bytes" in refused(2, "search", *model, "--storage", "8,4/8", "--accounting", "params")
+    assert "cannot choose among" in refused(2, "search", *model, "--storage", "auto", "--allocator", "uniform")
+    assert "got '4/8/3'" in refused(2, "search", *model, "--storage", "4/8/3")
+    assert "stored in 16, 8, 6, 5, 4, 3 bits; got 7" in refused(2, "search", *model, "--storage", "7")
