@@ -83,6 +83,14 @@ class ArtefactError(GlobalOptError, OSError):
         return " ".join(str(a) for a in self.args)
 
 
+class LostProcessError(GlobalOptError, RuntimeError):
+    """Report that another process of a job on several has ended.
+
+    >>> LostProcessError.exit_code
+    1
+    """
+
+
 class UnsupportedModelError(GlobalOptError, TypeError):
     """Report a model without decoder blocks that can be walked, or with too few compressible weights.
 

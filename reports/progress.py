@@ -22,14 +22,19 @@ INTERVAL = 30.0
 """Seconds between two lines of a stage that is still at work, where the output is no terminal."""
 
 
-def make_progress(console: Console, quiet: bool = False) -> Progress:
+def make_progress(console: Console, quiet: bool = False, name: str = "") -> Progress:
     """Choose how to show progress: live on a terminal that can move its cursor, as a few lines elsewhere.
+
+    Args:
+        name: begins every line, where several processes print theirs.
 
     >>> type(make_progress(Console())).__name__
     'LineProgress'
     """
     if quiet:
         return QuietProgress()
+    if name:
+        return LineProgress(console, name=name)
     return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else LineProgress(console)
 
 
@@ -59,14 +64,16 @@ class LineProgress:
     Args:
         console: to which the lines are printed.
         interval: seconds between two lines of an open stage.
+        name: begins every line.
 
     >>> with LineProgress(Console()).stage("refine", 2, "layers") as step:
     ...     step("up_proj")
     refine done  1/2 layers  ...
     """
 
-    def __init__(self, console: Console, interval: float = INTERVAL) -> None:
+    def __init__(self, console: Console, interval: float = INTERVAL, name: str = "") -> None:
         self._console = console
+        self._name = name
         self._interval = interval
         self._open: list[threading.Event] = []
 
@@ -108,7 +115,7 @@ class LineProgress:
     def _say(self, line: str) -> None:
         """Print a line."""
         # Logs are read by programs too: no wrapping and no markup.
-        self._console.out(line, highlight=False)
+        self._console.out(f"{self._name}: {line}" if self._name else line, highlight=False)
 
 
 def _until_closed(report: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from globalopt.analysis.sensitivity import backward_sweep
+from globalopt.machine import ranks
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.values.layer import LayerSpec
@@ -49,7 +50,7 @@ def attribute(
     chunks: Sequence[int],
     device: torch.device | None = None,
 ) -> Attribution:
-    """Attribute the KL divergence from the dense model to the layers that are replaced.
+    """Attribute the KL divergence from the dense model to the layers that are replaced; chunks are shared by processes.
 
     Args:
         model: of the dense model; between calls it may hold replacements.
@@ -73,6 +74,16 @@ def attribute(
     True
     >>> model.close()
     """
+    own = [chunks[i] for i in ranks.span(len(chunks))]
+    parts = [part for part in ranks.gathered(_of_chunks(model, weights, own, device) if own else None) if part]
+    shares = {name: torch.cat([part.shares[name] for part in parts]) for name in parts[0].shares}
+    return Attribution(torch.cat([part.losses for part in parts]), shares)
+
+
+def _of_chunks(
+    model: ModelObjective, weights: Mapping[str, Weight], chunks: Sequence[int], device: torch.device | None
+) -> Attribution:
+    """Attribute the losses of some chunks, by one forward and one backward pass over them."""
     runner = BlockRunner(model.runner.layers, [model.runner.batches[chunk] for chunk in chunks])
     inputs: list[list[Tensor]] = [[] for _ in range(len(runner.layers.blocks))]
     losses, upstream = [], []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +12,13 @@ from globalopt.analysis.profiles import profile_block
 from globalopt.analysis.sensitivity import backward_sweep, label_gradients
 from globalopt.analysis.spans import compute_span
 from globalopt.kernels.precision import RoughLinear
+from globalopt.machine import ranks
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
+from globalopt.values.metric import Gram
 
 GRAMS_VERSION = 4
 """Raised whenever Grams, or what is stored of them, change."""
@@ -59,6 +60,7 @@ def write_grams(
         for visit in walk_blocks(runner, device):
             _grams(visit, work)
             advance(f"block {visit.index}")
+    ranks.written(work)
 
 
 def write_output_grams(
@@ -90,26 +92,34 @@ def write_output_grams(
     >>> work.get(OUTPUT_GRAM, layers.specs[0]).tokens
     64
     """
-    labelled = BlockRunner(runner.layers, runner.batches[::LABELLED], runner.scratch)
+    places, labelled = runner.portion.every(LABELLED), runner.some(LABELLED)
     inputs: list[list[Tensor]] = []
     with RoughLinear():
         for visit in walk_blocks(runner, device):
             _grams(visit, work)
-            inputs += [states[::LABELLED] for states in _hidden_states(visit, runner.layers)]
+            inputs += [[states[place] for place in places] for states in _hidden_states(visit, runner.layers)]
     upstream = label_gradients(labelled, inputs[-1], seed, rough=True)
-    behind = partial(work.put, BLOCK_OUTPUT_GRAM)
-    for found in backward_sweep(labelled, inputs, specs, upstream, device, behind=behind, rough=True):
+
+    def behind(block: int, gram: Gram) -> None:
+        if ranks.owns(block):
+            work.put(BLOCK_OUTPUT_GRAM, block, gram)
+
+    sweep = backward_sweep(labelled, inputs, specs, upstream, device, behind=behind, rough=True)
+    for number, found in enumerate(sweep):
         assert found.output_gram is not None
-        work.put(OUTPUT_GRAM, found.spec, found.output_gram)
+        if ranks.owns(number):
+            work.put(OUTPUT_GRAM, found.spec, found.output_gram)
         advance(found.spec.name)
+    ranks.written(work)
 
 
 def _grams(visit: BlockVisit, work: Workspace) -> None:
     """Compute and write the Grams of a block's sites, where some are missing."""
     sites = list(dict.fromkeys(spec.site for spec in visit.specs))
-    if work.missing(GRAM, sites):
-        for site, gram in visit.grams().items():
-            work.put(GRAM, site, gram)
+    if ranks.told(bool(work.missing(GRAM, sites))):
+        for number, (site, gram) in enumerate(visit.grams().items()):
+            if ranks.owns(number):
+                work.put(GRAM, site, gram)
 
 
 def _hidden_states(visit: BlockVisit, layers: ModelLayers) -> list[list[Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from globalopt.analysis.attribution import attribute
 from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.machine import ranks
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.protocols import Solver
 from globalopt.runs.records import AnchorSolutions, CheckedLoss, MetricChoice
@@ -97,9 +98,10 @@ def choose_metrics(
     finally:
         model.close()
     ratios = {}
-    for spec in specs:
+    for spec in ranks.share(specs, LayerSpec.solve_cost):
         predicted = _predicted(analysis, model, spec, weights[spec.name]())
         ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
+    ratios = ranks.merged(ratios)
     # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Where all
     # layers together ruin the model, shares are small, and what is no more than predicted is no contradiction.
     usual = max(1.0, median_low([1.0, *ratios.values()]))

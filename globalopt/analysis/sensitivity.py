@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from globalopt.errors import NumericalError
 from globalopt.kernels.precision import RoughLinear, rough_product, rough_products
 from globalopt.kernels.second_moment import add_second_moment, mirror
+from globalopt.machine import ranks
 from globalopt.models.reach import product_of
 from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
@@ -62,11 +63,18 @@ def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int, ro
     [torch.Size([4, 16, 16])]
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    found, drawn = [], 0
     for i, states in enumerate(hidden):
         # One window at a time: with a large vocabulary, logits of a batch would take the most memory of a search.
-        windows = zip(runner.single_windows(i), states.split(1), strict=True)
-        found.append(torch.cat([_label_gradient(one, window, generator, rough) for one, window in windows]))
+        windows = zip(runner.portion.windows[i], runner.single_windows(i), states.split(1), strict=True)
+        gradients = []
+        for number, one, window in windows:
+            for _ in range(drawn, number):
+                # Of a window of another process: every window has the labels that it would have in one process.
+                torch.rand(1, window.shape[1], 1, generator=generator)
+            drawn = number + 1
+            gradients.append(_label_gradient(one, window, generator, rough))
+        found.append(torch.cat(gradients))
     return found
 
 
@@ -114,7 +122,7 @@ def backward_sweep(
     upstream = list(upstream)
     wanted = set(specs)
     layers = runner.layers
-    tokens = sum(batch.tokens for batch in runner.batches)
+    tokens = 0 if changes is not None else _tokens(runner)
     for index in reversed(range(len(layers.blocks))):
         here = [spec for spec in layers.of_block(index) if spec in wanted]
         outputs = None
@@ -158,6 +166,8 @@ def backward_sweep(
             finally:
                 for hook in hooks:
                     hook.remove()
+        if changes is None:
+            _add_up(list(taps.values()), layers.device_of(index))
         for spec in reversed(here):
             if outputs is None or changes is not None:
                 yield LayerGradients(spec, products=torch.cat(taps[spec.name].products))
@@ -217,14 +227,27 @@ def _second_moment(runner: BlockRunner, gradients: Sequence[Tensor], block: int)
     """Compute the second moment per token of the gradients of the hidden states that leave a block."""
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
         raise NumericalError(f"The gradient behind block {block} is not finite; load the model in float32.")
-    total: Tensor | None = None
+    size = gradients[0].shape[-1]
+    total = torch.zeros(size, size, device=gradients[0].device)
     for batch, gradient in zip(runner.batches, gradients, strict=True):
-        rows = batch.select(gradient).float()
-        total = rows.new_zeros(rows.shape[1], rows.shape[1]) if total is None else total
-        add_second_moment(total, rows)
-    assert total is not None, "a runner has batches"
-    tokens = sum(batch.tokens for batch in runner.batches)
-    return Gram(mirror(total).cpu() / tokens, tokens)
+        add_second_moment(total, batch.select(gradient).float())
+    tokens = _tokens(runner)
+    return Gram(mirror(ranks.total(total)).cpu() / tokens, tokens)
+
+
+def _tokens(runner: BlockRunner) -> int:
+    """Count the tokens of all processes."""
+    return int(ranks.total(torch.tensor(sum(batch.tokens for batch in runner.batches))))
+
+
+def _add_up(taps: Sequence[_Tap], device: torch.device) -> None:
+    """Add up the second moments of all processes; a process in which no gradient arrived at a layer adds zero."""
+    if ranks.several():
+        arrived = ranks.total(torch.tensor([tap.second is not None for tap in taps], dtype=torch.int64))
+        for tap, processes in zip(taps, arrived.tolist(), strict=True):
+            if processes:
+                size = tap.spec.d_out
+                tap.second = ranks.total(torch.zeros(size, size, device=device) if tap.second is None else tap.second)
 
 
 def _find_sequences(taps: Iterable[_Tap], output: Tensor, hidden: Tensor, upstream: Tensor) -> None:

@@ -75,12 +75,18 @@ def refine_options(
     return RefineOptions(sequential, match, matching, distilling)
 
 
-def reporter(quiet: bool) -> Reporter:
-    """Make the reporter that shows stages on stderr."""
+def reporter(quiet: bool, verbose: bool = False) -> Reporter:
+    """Make the reporter that shows stages on stderr.
+
+    Args:
+        verbose: whether every process of a job shows its own, else the first one alone.
+    """
+    from globalopt.machine import ranks
     from globalopt.pipeline.reporter import Reporter
     from reports import make_progress
 
-    return Reporter(make_progress(err, quiet))
+    name = f"process {ranks.number()}" if verbose and ranks.several() else ""
+    return Reporter(make_progress(err, quiet or not (ranks.writer() or verbose), name))
 
 
 def chosen_cache(folder: Path, cache: Path | None, no_cache: bool) -> Cache | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
-from globalopt.commands.console import errors
 from globalopt.commands.options import (
     Accounting,
     BatchSize,
@@ -48,6 +47,7 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
+from globalopt.commands.processes import together
 from globalopt.commands.results import show_dry_run, show_or_compute
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def compress(
 
     With --budget nothing is run that the method does not use: no analysis, and no matching unless --match asks for it.
     """
-    with errors():
+    with together(verbose):
         from globalopt.budgets import budget_file
         from globalopt.models.identity import model_fingerprint
         from globalopt.pipeline import compress as pipeline
@@ -222,7 +222,7 @@ def compress(
                 return
 
             def compute_direct() -> tuple[Summary, Run]:
-                shown = reporter(quiet)
+                shown = reporter(quiet, verbose)
                 opened = session.set_up(models, texts, seed, shown, shared)
                 return search.search(opened, shown, direct, folder, session.run_command(), shared, fresh)
 
@@ -241,7 +241,7 @@ def compress(
             return
 
         def compute() -> tuple[Summary, Run]:
-            shown = reporter(quiet)
+            shown = reporter(quiet, verbose)
             opened = session.set_up(models, texts, seed, shown, shared)
             command = session.run_command()
             return pipeline.compress(opened, shown, plan, budget_path, file, folder, command, shared, fresh)

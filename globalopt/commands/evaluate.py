@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from globalopt.commands.arguments import chosen_cache, named
-from globalopt.commands.console import err, errors, out, print_json
+from globalopt.commands.console import err, out, print_json
 from globalopt.commands.options import (
     BatchSize,
     CacheFolder,
@@ -24,6 +24,7 @@ from globalopt.commands.options import (
     TextColumn,
     Trust,
 )
+from globalopt.commands.processes import together
 
 
 def evaluate(
@@ -113,10 +114,11 @@ def evaluate(
     Any other model is measured on validation and test windows of --calibration.
     With --tasks or --ppl, --calibration may be left out.
     """
-    with errors():
+    with together():
         from dataclasses import asdict, replace
 
         from globalopt.errors import ArtefactError, UsageError
+        from globalopt.machine import ranks
         from globalopt.pipeline import score, session
         from globalopt.pipeline.live import IN_MEMORY
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
@@ -168,7 +170,7 @@ def evaluate(
             options = replace(options, tasks=choose_tasks(tasks, tasks_path))
         # No option chooses what is written: the result of a run, and hidden states that memory has no room for.
         with advising(""):
-            shown, command = Reporter(make_progress(err, quiet)), session.run_command()
+            shown, command = Reporter(make_progress(err, quiet or not ranks.writer())), session.run_command()
             home = chosen_cache(Path("runs") / "any" if run is None else run.folder, cache, no_cache=False)
             scores = score.score(models, texts, options, shown, command, home, written)
         if as_json:
@@ -177,7 +179,7 @@ def evaluate(
             from reports import render_scores
 
             render_scores(scores, out)
-        if run is not None:
+        if run is not None and ranks.writer():
             try:
                 with advising(""):
                     run.put(SCORES, None, scores)

@@ -251,5 +251,8 @@ Quiet = Annotated[
 ]
 QuietScores = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress, only the result.")]
 Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print one row per layer.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also print one row per layer, and of several processes what each one does."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]

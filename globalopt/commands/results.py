@@ -60,15 +60,18 @@ def show_or_compute(
         compute: loads the model and runs the job.
         fresh: compute in any case.
     """
+    from globalopt.machine import ranks
     from globalopt.pipeline.finished import finished, remember
 
     before = None if fresh else finished(folder, asked)
-    if before is None:
+    if ranks.told(before is None):
         before = compute()
-        remember(folder, asked)
+        if ranks.writer():
+            remember(folder, asked)
     elif not quiet:
         err.print(f"{folder} is finished; nothing was computed again.", markup=False, highlight=False)
-    show(*before, quiet, verbose, as_json)
+    if ranks.writer() and before is not None:
+        show(*before, quiet, verbose, as_json)
 
 
 def show_dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job: Job, as_json: bool) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from globalopt.commands.arguments import chosen_cache, default_folder, one_model, pairs, refine_options, reporter
-from globalopt.commands.console import errors
 from globalopt.commands.options import (
     Accounting,
     BatchSize,
@@ -49,6 +48,7 @@ from globalopt.commands.options import (
     Verbose,
     one_of,
 )
+from globalopt.commands.processes import together
 from globalopt.commands.results import show_dry_run, show_family, show_or_compute
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Compress a model under one budget: analyse it, allocate the budget, refine, evaluate and report."""
-    with errors():
+    with together(verbose):
         from globalopt.budgets.serving_limits import get_profile
         from globalopt.errors import UsageError
+        from globalopt.machine import ranks
         from globalopt.pipeline import family, session
         from globalopt.pipeline import search as pipeline
         from globalopt.pipeline.effort import get_effort
@@ -290,14 +291,15 @@ def search(
             return
         command = session.run_command()
         if several:
-            shown = reporter(quiet)
+            shown = reporter(quiet, verbose)
             opened = session.set_up(models, texts, seed, shown, shared)
             found, run = family.family(opened, shown, plan, budgets, folder, command, shared, fresh, leave_out=frontier)
-            show_family(found, run, quiet, as_json)
+            if ranks.writer():
+                show_family(found, run, quiet, as_json)
         else:
 
             def compute() -> tuple[Summary, Run]:
-                shown = reporter(quiet)
+                shown = reporter(quiet, verbose)
                 opened = session.set_up(models, texts, seed, shown, shared)
                 return pipeline.search(opened, shown, plan, folder, command, shared, fresh)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
 from globalopt.evaluation.logits import in_parts, logits_at
+from globalopt.machine import ranks
 from globalopt.models.layers import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, walk_blocks
@@ -58,7 +59,7 @@ def evaluate(
     Log probabilities are float32, sums float64. Standard errors are those of the mean over windows. Both models are put
     into evaluation mode; they may be on different devices. Logits of both are computed for a few positions of a batch
     at a time, where the models allow it (`logits_at`). A lazily loaded model is run block by block, all windows through
-    one block before the next.
+    one block before the next. Several processes share the windows, and all get the figures of all windows.
 
     Args:
         split: at least 2 windows.
@@ -140,18 +141,22 @@ def _measure(
 
     nll, dense_nll, kl = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     rows = min(batch_size, *(_rows(one, seqlen) for one in (model, dense) if one is not None))
-    batches = split.windows.split(rows)
+    own = ranks.span(count)
+    batches = split.windows[own.start : own.stop].split(rows) if own else ()
     logits_of = _logits_of(model, batches, scratch)
     dense_logits_of = None if dense is None else _logits_of(dense, batches, scratch)
     for number, windows in enumerate(batches):
-        batch = slice(number * rows, number * rows + len(windows))
+        first = own.start + number * rows
+        batch = slice(first, first + len(windows))
         dense_logits = None if dense_logits_of is None else dense_logits_of(number)
         nll[batch], dense_nll[batch], kl[batch] = _window_means(
             logits_of(number), dense_logits, windows, split.given, vocabulary, f"{split.name} window", batch.start
         )
         if advance is not None:
             for i in range(batch.start, batch.stop):
-                advance(f"perplexity {_perplexity(nll[: i + 1]):.2f}")
+                advance(f"perplexity {_perplexity(nll[own.start : i + 1]):.2f}")
+    # The others have zeros where a process has its own.
+    ranks.total_of_all([nll, dense_nll, kl])
     measured = _metrics(model, split, nll, None if dense is None else kl)
     losses = WindowLosses(split.name, split.sha256, *(tuple(means.tolist()) for means in (nll, dense_nll, kl)))
     return measured, None if dense is None else _metrics(dense, split, dense_nll, None), losses
@@ -191,7 +196,7 @@ def _rows(model: PreTrainedModel, seqlen: int) -> int:
 
 def _logits_of(model: PreTrainedModel, batches: Sequence[Tensor], scratch: Path | None) -> Callable[[int], LogitsAt]:
     """Return a function from the number of a batch to its logits."""
-    if lazy_blocks(model) is None:
+    if lazy_blocks(model) is None or not batches:
         return lambda number: logits_at(model, batches[number])
     runner = BlockRunner(find_blocks(model), [Batch(windows) for windows in batches], scratch)
     hidden: list[Tensor] = []

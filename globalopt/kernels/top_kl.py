@@ -43,6 +43,10 @@ class Teacher:
             tail.zero_()
         return cls(tokens.int(), log_p, tail)
 
+    def to(self, device: torch.device) -> Teacher:
+        """Move to a device."""
+        return Teacher(self.tokens.to(device), self.log_p.to(device), self.tail.to(device))
+
     def kl(self, logits: Tensor) -> Tensor:
         """Compute the mean over positions of KL(dense || candidate), with the tail as one symbol.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, UsageError
+from globalopt.machine import ranks
 
 UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kmgt", 1)}, **{f"{p}i": 1024**i for i, p in enumerate("kmgt", 1)}}
 """Bytes by unit prefix: powers of 1000 for k, m, g and t, of 1024 for ki, mi, gi and ti."""
@@ -74,14 +75,14 @@ def in_use() -> int:
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on `device`.
+    """Return the bytes that can still be allocated on `device`; of main memory the part of one process of a job.
 
     >>> available(torch.device("cpu")) > 2**20
     True
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return main_memory()[1]
+    return main_memory()[1] // ranks.local_count()
 
 
 def main_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import UnknownNameError, UsageError
+from globalopt.machine import ranks
 from globalopt.matching.parameters import Trainable
 from globalopt.matching.training import Autocast, Trained, Training, train
 from globalopt.models.walk import BlockRunner
@@ -119,6 +120,8 @@ def match_block(
 ) -> tuple[Trainable, Trained]:
     """Train the kept parameters of block `index` to reproduce `targets`; the model is not changed.
 
+    Several processes share the windows of every step and add up their gradients; all end with the same parameters.
+
     Args:
         inputs: hidden states (b, t, d) that enter the block, by batch.
         targets: hidden states (b, t, d) that should leave it, by batch.
@@ -157,14 +160,19 @@ def match_block(
         batch = runner.batches[i]
         return batch.select(found), batch.select(targets[i]).to(found.device)
 
-    def loss_of(i: int) -> Tensor:
-        return mean_loss(*found_and_target(i))
+    portion = runner.portion
+
+    def loss_of(number: int) -> Tensor:
+        place = portion.place(number)
+        if place is None:
+            return torch.zeros((), device=device)
+        return mean_loss(*found_and_target(place)) * portion.weight(number)
 
     if options.loss is Loss.BOTH:
         with torch.no_grad():
-            mean_loss.normalise(found_and_target(i) for i in range(len(runner)))
+            mean_loss.normalise((found_and_target(i) for i in range(len(runner))), portion.weights, portion.whole)
 
-    return trainable, train(trainable, loss_of, len(runner), options, seed, f"block {index}")
+    return trainable, train(trainable, loss_of, portion.whole, options, seed, f"block {index}")
 
 
 class _MeanLoss:
@@ -186,9 +194,16 @@ class _MeanLoss:
             # eᵀ A e / 2 as |Fᵀ e|²: one product, and never below zero.
             self.factor = (vectors * (values.clamp_min(0) / 2).sqrt()).float().to(device)
 
-    def normalise(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Normalise each term of `both` by its initial mean, which is taken over `pairs` of found and target states."""
-        sums = torch.stack([torch.stack([self._token(*pair), self._nats(*pair)]) for pair in pairs]).double().mean(0)
+    def normalise(self, pairs: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float], count: int) -> None:
+        """Normalise each term of `both` by its initial mean.
+
+        Args:
+            pairs: found and target states, by batch.
+            weights: the share of each batch that this process has.
+            count: the number of batches of all processes.
+        """
+        terms = torch.stack([torch.stack([self._token(*pair), self._nats(*pair)]) for pair in pairs]).double()
+        sums = ranks.total((terms * terms.new_tensor(weights)[:, None]).sum(0)) / count
         # A term that is zero at the start cannot be lowered.
         self.units = tuple(1 / (2 * value) if value > 0 else 0.0 for value in sums.tolist())
 

@@ -22,6 +22,7 @@ from globalopt.kernels.top_kl import Teacher
 from globalopt.matching.parameters import Trainable
 from globalopt.matching.training import Autocast, Trained, Training, train
 from globalopt.models.layers import ModelLayers, token_embedding
+from globalopt.models.portions import Portion
 from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
@@ -72,6 +73,7 @@ def match_model(
     seed: int,
     checkpoint: Path | None = None,
     advance: Callable[[str], None] = lambda detail: None,
+    portion: Portion | None = None,
 ) -> tuple[Trainable, Trained]:
     """Train the kept parameters of all layers to reproduce the predictions `dense`; the model is not changed.
 
@@ -83,6 +85,7 @@ def match_model(
         seed: of the order of the batches.
         checkpoint: file that is written after every epoch, and resumed from if it exists.
         advance: called after every epoch with its loss as text.
+        portion: which windows the batches are, where other processes have the others; None: they are all.
     Returns:
         The trained parameters, and the losses before and after.
 
@@ -101,12 +104,17 @@ def match_model(
     trainable = Trainable(layers, values, [""])
     device = token_embedding(layers.model).weight.device
 
-    def loss_of(i: int) -> Tensor:
-        with options.autocast.context(device):
-            logits = _logits(layers.model, batches[i], trainable.tensors())
-        return dense[i].kl(logits).mean()
+    portion = portion or Portion.all(len(batch.input_ids) for batch in batches)
 
-    return trainable, train(trainable, loss_of, len(batches), options, seed, "model", checkpoint, advance)
+    def loss_of(number: int) -> Tensor:
+        place = portion.place(number)
+        if place is None:
+            return torch.zeros((), device=device)
+        with options.autocast.context(device):
+            logits = _logits(layers.model, batches[place], trainable.tensors())
+        return dense[place].kl(logits).mean() * portion.weight(number)
+
+    return trainable, train(trainable, loss_of, portion.whole, options, seed, "model", checkpoint, advance)
 
 
 def _logits(model: PreTrainedModel, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:

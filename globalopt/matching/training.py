@@ -15,6 +15,7 @@ from torch import Tensor
 
 from globalopt.errors import ArtefactError, NumericalError
 from globalopt.kernels.precision import RoughLinear
+from globalopt.machine import ranks
 from globalopt.matching.parameters import Trainable
 from globalopt.registry import at_least
 from globalopt.runs.files import read_tensors, write_tensors
@@ -117,10 +118,12 @@ def train(
     """Minimise the mean of `loss_of(i)` over the batches `i`, and set the parameters to those of the best epoch.
 
     The start counts as epoch 0, so that the loss of held-out batches never rises. At least one batch is trained on.
+    Several processes add up their losses and gradients, and so take the same steps.
 
     Args:
         trainable: the parameters, which are changed in place.
-        loss_of: loss of a batch, differentiable in the parameters.
+        loss_of: loss of a batch, differentiable in the parameters; with several processes the part of this one, or a
+            zero that is not differentiable.
         batches: how many there are.
         seed: of the order of the batches.
         where: what is trained, for messages.
@@ -151,10 +154,10 @@ def train(
 
     @torch.no_grad()
     def judge() -> float:
-        return finite(float(torch.stack([loss_of(i).double() for i in judged]).mean()))
+        return finite(float(ranks.total(torch.stack([loss_of(i).double() for i in judged])).mean()))
 
     progress = _Progress(trainable, adam)
-    if checkpoint is None or not progress.read(checkpoint):
+    if checkpoint is None or not ranks.told(checkpoint.exists()) or not progress.read(checkpoint):
         progress.start(judge())
     steps = options.epochs * (batches - held)
     step = progress.epoch * (batches - held)
@@ -171,18 +174,20 @@ def train(
             adam.zero_grad()
             with torch.enable_grad():
                 loss = loss_of(i)
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
             for parameter in parameters:
                 if parameter.grad is None:
                     # An expert that no token of the batch was routed to.
                     parameter.grad = torch.zeros_like(parameter)
+            ranks.total_of_all([parameter.grad for parameter in parameters if parameter.grad is not None])
             seen.append(loss.detach().double())
             adam.step()
             step += 1
         # Where every epoch is kept, the mean loss of its steps is enough for all but the last.
-        loss = judge() if held or epoch == options.epochs else finite(float(torch.stack(seen).mean()))
+        loss = judge() if held or epoch == options.epochs else finite(float(ranks.total(torch.stack(seen)).mean()))
         progress.tell(epoch, loss, accept=not held or loss < progress.best)
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.writer():
             progress.write(checkpoint)
         advance(f"{where}, epoch {epoch}: {loss:.4g}")
     trainable.restore(progress.kept)

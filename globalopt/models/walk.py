@@ -21,8 +21,10 @@ from transformers import Cache, PreTrainedConfig
 
 from globalopt.errors import CalibrationError, UnknownNameError, UnsupportedModelError
 from globalopt.kernels.second_moment import add_second_moment, mirror
+from globalopt.machine import ranks
 from globalopt.machine.memory import in_file, trim_memory
 from globalopt.models.layers import ModelLayers, input_hooks, token_embedding
+from globalopt.models.portions import Portion
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
@@ -137,13 +139,20 @@ class BlockRunner:
     True
     """
 
-    def __init__(self, layers: ModelLayers, batches: Sequence[Batch], scratch: Path | None = None) -> None:
+    def __init__(
+        self,
+        layers: ModelLayers,
+        batches: Sequence[Batch],
+        scratch: Path | None = None,
+        portion: Portion | None = None,
+    ) -> None:
         """Record the arguments of every block, by one pass per batch through stand-ins for the blocks.
 
         Args:
             layers: the model and its blocks.
             batches: at least one.
             scratch: folder of files that hold the hidden states of a walk; None: they are held in memory.
+            portion: which windows of a text the batches are, where other processes run the others; None: they are all.
 
         Raises:
             CalibrationError: no batches, a token id outside the vocabulary, or more tokens than positions.
@@ -152,6 +161,7 @@ class BlockRunner:
         self.layers = layers
         self.batches = tuple(batches)
         self.scratch = scratch
+        self.portion = portion or Portion.all(len(batch.input_ids) for batch in self.batches)
         self._check_batches()
         with torch.no_grad():
             self._output_length = self._learn_output()
@@ -161,6 +171,11 @@ class BlockRunner:
     def __len__(self) -> int:
         """Count the batches."""
         return len(self.batches)
+
+    def some(self, every: int) -> BlockRunner:
+        """Make a runner of one of `every` batches of the whole text, the first one among them."""
+        batches = [self.batches[place] for place in self.portion.every(every)]
+        return BlockRunner(self.layers, batches, self.scratch, self.portion.some(every))
 
     def first(self, i: int) -> Tensor:
         """Compute the hidden states (b, t, d) of batch `i` in front of the first block."""
@@ -332,9 +347,10 @@ class BlockVisit:
     def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
         """Compute the Gram `G = mean over real tokens of x xᵀ` of each input site, in one forward pass of the block.
 
-        The outputs of that pass are kept, so that an unchanged block is not run again when the walk goes on. Where no
-        token reached a site, its Gram is the mean of those of the site's siblings (`LayerSpec.siblings`: the other
-        experts), or the identity, which is about what a norm leaves; its `tokens` are 0.
+        With several processes the mean is over the tokens of all, and all get it. The outputs of that pass are kept, so
+        that an unchanged block is not run again when the walk goes on. Where no token reached a site, its Gram is the
+        mean of those of the site's siblings (`LayerSpec.siblings`: the other experts), or the identity, which is about
+        what a norm leaves; its `tokens` are 0.
 
         Args:
             sites: which sites; all of this block by default.
@@ -366,6 +382,10 @@ class BlockVisit:
         if not moments:
             return {}
         self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
+        tokens = ranks.total(torch.tensor([moment.tokens for moment in moments.values()]))
+        widths = {spec.site: spec.d_in for spec in self.specs}
+        for moment, count in zip(moments.values(), tokens.tolist(), strict=True):
+            moment.add_up(count, widths[moment.site], self.runner.layers.device_of(self.index))
         # Each sum is freed when its Gram is made: with wide layers the sums are larger than the block.
         return {site: moments.pop(site).gram() for site in tuple(moments)}
 
@@ -442,6 +462,12 @@ class _Moment:
             self.sum = x.new_zeros(x.shape[1], x.shape[1])
         add_second_moment(self.sum, x)
         self.tokens += len(x)
+
+    def add_up(self, tokens: int, width: int, device: torch.device) -> None:
+        """Add the sums of all processes, which have `tokens` tokens together; one that has none adds zero."""
+        if tokens and ranks.several():
+            self.sum = ranks.total(torch.zeros(width, width, device=device) if self.sum is None else self.sum)
+        self.tokens = tokens
 
     def gram(self) -> Gram | None:
         """Compute the Gram, the sum divided by the number of tokens, made exactly symmetric; the sum is freed.

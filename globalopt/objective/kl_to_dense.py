@@ -10,6 +10,8 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError, UsageError
 from globalopt.kernels.top_kl import TOP, Teacher
+from globalopt.machine import ranks, shares
+from globalopt.models.layers import token_embedding
 from globalopt.models.walk import BlockRunner
 from globalopt.protocols import Candidate
 from globalopt.values.budget import Target
@@ -37,8 +39,9 @@ class ModelObjective:
 
         loss = mean over positions of KL(p_dense || p_replaced), nats per token, for each window
 
-    Each batch of the runner is a chunk. The candidates of a call are run in an order in which neighbours share as many
-    leading blocks as possible, and blocks before the first layer that differs are not run again.
+    Each batch of the runner is a chunk. Several processes share candidates and chunks, and all get the losses. The
+    candidates of a call are run in an order in which neighbours share as many leading blocks as possible, and
+    blocks before the first layer that differs are not run again.
 
     Between calls the model's layers may hold replacements; `close` puts the dense weights back.
 
@@ -77,10 +80,17 @@ class ModelObjective:
         # The head runs on one window at a time: with a large vocabulary, logits of a chunk would take the most memory.
         self._heads = [runner.single_windows(chunk) for chunk in range(self.chunks)]
         self._teachers: list[list[Teacher]] = []
+        own = {chunk: self._teachers_of(chunk) for chunk in range(self.chunks) if ranks.owns(chunk)}
+        device = token_embedding(runner.layers.model).weight.device
         for chunk in range(self.chunks):
-            windows = self._states(chunk)[-1].split(1)
-            with torch.no_grad():
-                self._teachers.append([Teacher.of(self._logits(chunk, i, x), top) for i, x in enumerate(windows)])
+            if chunk in own:
+                self._teachers.append(own[chunk])
+            # One chunk at a time: on its way the predictions of a chunk are held a second time.
+            if ranks.several():
+                sent = [teacher.to(torch.device("cpu")) for teacher in own.get(chunk, [])]
+                found = ranks.told(sent, by=chunk % ranks.count())
+                if chunk not in own:
+                    self._teachers.append([teacher.to(device) for teacher in found])
 
     @property
     def chunks(self) -> int:
@@ -127,18 +137,21 @@ class ModelObjective:
         for name in {name for replaced in replacements for name in replaced}:
             self._runner.layers.module(name)
         order = self._order(replacements)
-        columns = []
-        for chunk in chunks:
-            column: dict[int, Tensor] = {}
-            states: list[Tensor] = []
-            for i in order:
+        rows, columns = shares.grid(len(order), len(chunks), ranks.number(), ranks.count())
+        found: dict[tuple[int, int], Tensor] = {}
+        for column in columns:
+            chunk, states = chunks[column], []
+            for i in (order[row] for row in rows):
                 states = self._states(chunk, states[: self._place(replacements[i]) + 1])
                 with torch.no_grad():
-                    column[i] = torch.cat([self._kl(chunk, k, x) for k, x in enumerate(states[-1].split(1))])
-                if not bool(torch.isfinite(column[i]).all()):
+                    losses = torch.cat([self._kl(chunk, k, x) for k, x in enumerate(states[-1].split(1))])
+                if not bool(torch.isfinite(losses).all()):
                     raise NumericalError(f"The loss of a candidate on selection chunk {chunk} is not finite.")
-            columns.append(torch.stack([column[i] for i in range(len(replacements))]))
-        return torch.cat(columns, dim=1)
+                found[i, column] = losses
+        found = ranks.merged(found)
+        return torch.stack(
+            [torch.cat([found[i, column] for column in range(len(chunks))]) for i in range(len(replacements))]
+        )
 
     def hidden_states(self, replaced: Mapping[str, Weight], chunk: int) -> list[Tensor]:
         """Put the weights of `replaced` into the model and compute its hidden states on a chunk.
@@ -216,6 +229,12 @@ class ModelObjective:
         for block in range(len(states) - 1, len(self._runner.layers.blocks)):
             states.append(self._runner.run(block, chunk, states[-1]))
         return states
+
+    @torch.no_grad()
+    def _teachers_of(self, chunk: int) -> list[Teacher]:
+        """Predictions of the dense model on the windows of a chunk."""
+        windows = self._states(chunk)[-1].split(1)
+        return [Teacher.of(self._logits(chunk, i, x), self.top) for i, x in enumerate(windows)]
 
     def _logits(self, chunk: int, window: int, hidden: Tensor) -> Tensor:
         """Logits (1, t - 1, vocabulary) of one window of a chunk, from the last block's output (1, t, d)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from globalopt.machine import ranks
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
@@ -30,7 +31,8 @@ ANCHORS_AT_ONCE = 2**31
 class SearchObjective(RecordedObjective):
     """Evaluate candidates made from anchor solutions or spans, on a model that is prepared when it is first needed.
 
-    A search that is answered by its journal alone never touches the model.
+    A search that is answered by its journal alone never touches the model. With several processes the writer searches,
+    within `team.run`; the others compute what it asks for.
 
     Args:
         start: makes the runner on the selection text.
@@ -97,7 +99,16 @@ class SearchObjective(RecordedObjective):
         self._split = split
         self._dense: Callable[[str], Tensor] | None = None
         self._model: TargetObjective | None = None
-        super().__init__(self._losses, selection, beside or problem, limit, journal, advance, self.candidates)
+        self.team = ranks.Team({"losses": self._losses, "predictions": self._predictions})
+        super().__init__(
+            lambda candidates, chunks: self.team.ask("losses", candidates, chunks),
+            selection,
+            beside or problem,
+            limit,
+            journal if ranks.writer() else None,
+            advance,
+            self.candidates,
+        )
 
     def close(self) -> None:
         """Put the dense weights back into the model."""
@@ -116,8 +127,7 @@ class SearchObjective(RecordedObjective):
             teacher = read_json(self._teacher)
             top, tail = teacher["top"], teacher["tail"]
         else:
-            model = self._prepared().model
-            top, tail = model.top, model.tail
+            top, tail = self.team.ask("predictions")
         return Search(self.tokens, self.limit, self.candidates, top, tail, loss, tuple(self.evaluations))
 
     def weights(self, candidate: Candidate) -> tuple[ModelObjective, dict[str, Weight]]:
@@ -128,12 +138,17 @@ class SearchObjective(RecordedObjective):
     def _losses(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Tensor:
         return self._prepared().losses(candidates, chunks)
 
+    def _predictions(self) -> tuple[int, float]:
+        """Return how many tokens of the dense model's predictions are kept, and the mean probability of the others."""
+        model = self._prepared().model
+        return model.top, model.tail
+
     def _prepared(self) -> TargetObjective:
         if self._model is None:
             model = ModelObjective(self._start())
             self._dense = model.dense
             self._model = TargetObjective(model, self._materialise(model))
-            if self._teacher is not None:
+            if self._teacher is not None and ranks.writer():
                 write_json(self._teacher, {"top": model.top, "tail": model.tail})
         return self._model
 

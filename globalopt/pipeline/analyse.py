@@ -5,7 +5,8 @@ Only what the allocator and the solver read is computed. A stage whose artefacts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import write_curves, write_grams, write_output_grams, write_profiles, write_spans
@@ -14,6 +15,7 @@ from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_ta
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.rounding import rounding_losses
 from globalopt.analysis.solver_gap import sampled
+from globalopt.machine import ranks
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.plan import AnalysisPlan
@@ -36,6 +38,7 @@ from globalopt.runs.artefacts import (
 )
 from globalopt.runs.folder import Run
 from globalopt.runs.records import AnchorSolutions
+from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
@@ -69,7 +72,7 @@ def analyse(
     )
     predicts = Reads.SURFACES in reads
     anchors = predicts and plan.anchors
-    if _unfinished(plan, analysis, run, reads):
+    if ranks.told(_unfinished(plan, analysis, run, reads)):
         if plan.weighted or (predicts and (plan.fisher or plan.scaling == "output")):
             collect_output_grams(session, reporter, run, specs, plan.seed)
         collect_grams(session, reporter, run)
@@ -86,17 +89,28 @@ def analyse(
         _solve_anchors(session, reporter, plan, analysis)
     if predicts and plan.compared:
         _compare(session, reporter, plan, analysis)
-    if predicts and plan.rounds_numbers and (unrounded := run.missing(ROUNDING, specs)):
-        with reporter.stage("rounding", len(unrounded), "layers") as advance:
-            for spec, losses in rounding_losses(analysis, unrounded):
+    if predicts and plan.rounds_numbers and (unrounded := ranks.told(run.missing(ROUNDING, specs))):
+        with _shared(reporter, run, "rounding", unrounded) as (mine, advance):
+            for spec, losses in rounding_losses(analysis, mine):
                 run.put(ROUNDING, spec, losses)
                 advance(spec.name)
-    if unpredicted := run.missing(PREDICTION, specs) if predicts else []:
-        with reporter.stage("predict", len(unpredicted), "layers") as advance:
-            for spec, prediction in predict(analysis, unpredicted):
+    if unpredicted := ranks.told(run.missing(PREDICTION, specs)) if predicts else []:
+        with _shared(reporter, run, "predict", unpredicted) as (mine, advance):
+            for spec, prediction in predict(analysis, mine):
                 run.put(PREDICTION, spec, prediction)
                 advance(spec.name)
     return analysis
+
+
+@contextlib.contextmanager
+def _shared(
+    reporter: Reporter, work: Workspace, stage: str, specs: Sequence[LayerSpec]
+) -> Iterator[tuple[list[LayerSpec], Callable[[str], None]]]:
+    """Open a stage and yield the layers that this process is to do; it ends when all processes have written theirs."""
+    mine = ranks.share(specs, LayerSpec.solve_cost)
+    with reporter.stage(stage, len(mine), "layers") as advance:
+        yield mine, advance
+        ranks.written(work)
 
 
 def _unfinished(plan: AnalysisPlan, analysis: LayerAnalysis, run: Run, reads: Reads) -> bool:
@@ -126,7 +140,7 @@ def collect_grams(session: Session, reporter: Reporter, run: Run) -> None:
     ...     run.get(GRAM, session.layers.specs[0].site).tokens
     64
     """
-    if run.missing(GRAM, list(dict.fromkeys(spec.site for spec in session.layers.specs))):
+    if ranks.told(run.missing(GRAM, list(dict.fromkeys(spec.site for spec in session.layers.specs)))):
         with reporter.stage("grams", len(session.layers.blocks), "blocks") as advance:
             write_grams(session.runner(run.folder), run, session.loaded.device, advance)
 
@@ -149,8 +163,8 @@ def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: 
     ...     run.get(OUTPUT_GRAM, spec).matrix.shape
     torch.Size([16, 16])
     """
-    missing = run.missing(OUTPUT_GRAM, specs)
-    if missing or run.missing(BLOCK_OUTPUT_GRAM, range(len(session.layers.blocks))):
+    missing = ranks.told(run.missing(OUTPUT_GRAM, specs))
+    if ranks.told(bool(missing or run.missing(BLOCK_OUTPUT_GRAM, range(len(session.layers.blocks))))):
         with reporter.stage("labels", len(missing), "layers") as advance:
             write_output_grams(session.runner(run.folder), run, missing, seed, session.loaded.device, advance)
 
@@ -158,26 +172,28 @@ def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: 
 def _profile(session: Session, reporter: Reporter, run: Run) -> None:
     """Compute the profiles of the blocks in which one is missing."""
     layers = session.layers
-    missing = [block for block in range(len(layers.blocks)) if run.missing(PROFILE, layers.of_block(block))]
+    missing = ranks.told([i for i in range(len(layers.blocks)) if run.missing(PROFILE, layers.of_block(i))])
     if missing:
-        with reporter.stage("profile", len(missing), "blocks") as advance:
-            write_profiles(layers, run, missing, advance)
+        mine = ranks.share(missing)
+        with reporter.stage("profile", len(mine), "blocks") as advance:
+            write_profiles(layers, run, mine, advance)
+            ranks.written(run)
 
 
 def _span(session: Session, reporter: Reporter, run: Run, scaling: str) -> None:
     """Compute spans and spectra of the layers in which one is missing."""
     layers = session.layers
-    unspanned = run.missing(SPAN, layers.specs)
-    uncurved = [spec for spec in layers.specs if not run.has(CURVES, spec.name)]
+    unspanned = ranks.told(run.missing(SPAN, layers.specs))
+    uncurved = ranks.told([spec for spec in layers.specs if not run.has(CURVES, spec.name)])
     if unspanned or uncurved:
-        with reporter.stage("span", len({*unspanned, *uncurved}), "layers") as advance:
-            for spec in layers.specs:
+        missing = [spec for spec in layers.specs if spec in unspanned or spec in uncurved]
+        with _shared(reporter, run, "span", missing) as (mine, advance):
+            for spec in mine:
                 if spec in unspanned:
                     write_spans(layers, run, [spec], scaling)
                 if spec in uncurved:
                     write_curves(layers, run, [spec])
-                if spec in unspanned or spec in uncurved:
-                    advance(spec.name)
+                advance(spec.name)
 
 
 def choose_error_metrics(
@@ -205,24 +221,27 @@ def choose_error_metrics(
     0
     """
     work, specs = analysis.work, session.layers.specs
-    if not work.missing(METRIC_CHOICE, specs):
+    if not ranks.told(work.missing(METRIC_CHOICE, specs)):
         return
 
     def solutions(spec: LayerSpec) -> AnchorSolutions:
         return work.get(ANCHORS if anchors else PROBED, spec)
 
-    if unsolved := [] if anchors else work.missing(PROBED, specs):
-        with reporter.stage("probe", len(unsolved), "layers") as advance:
-            for spec in unsolved:
+    if unsolved := [] if anchors else ranks.told(work.missing(PROBED, specs)):
+        with _shared(reporter, work, "probe", unsolved) as (mine, advance):
+            for spec in mine:
                 target = probed_target(spec, analysis.pattern, analysis.limits)
                 state = probe.prepare(session.layers.weight(spec.name), analysis.loss_metric(spec))
                 work.put(PROBED, spec, AnchorSolutions(((target,),), (probe.solve(state, target).value,)))
                 advance(spec.name)
     with reporter.stage("metric", len(specs), "layers") as advance:
         model = ModelObjective(_few(session))
-        for spec, choice in choose_metrics(analysis, model, specs, solutions, probe, session.loaded.device):
-            work.put(METRIC_CHOICE, spec, choice)
+        chosen = choose_metrics(analysis, model, specs, solutions, probe, session.loaded.device)
+        for number, (spec, choice) in enumerate(chosen):
+            if ranks.owns(number):
+                work.put(METRIC_CHOICE, spec, choice)
             advance(spec.name)
+        ranks.written(work)
 
 
 def _few(session: Session) -> BlockRunner:
@@ -232,16 +251,16 @@ def _few(session: Session) -> BlockRunner:
 
 def _solve_anchors(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
     """Solve every layer at its anchors, in its error metric, where that is missing."""
-    missing = [spec for spec in session.layers.specs if not analysis.solved_anchors(spec)]
+    missing = ranks.told([spec for spec in session.layers.specs if not analysis.solved_anchors(spec)])
     if missing:
-        with reporter.stage("anchors", len(missing), "layers") as advance:
-            solve_anchors(analysis, missing, plan.probe, advance)
+        with _shared(reporter, analysis.work, "anchors", missing) as (mine, advance):
+            solve_anchors(analysis, mine, plan.probe, advance)
 
 
 def _compare(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis) -> None:
     """Measure the solver gap on a few layers, where that is missing."""
     specs = session.layers.specs
-    if missing := analysis.work.missing(SOLVER_GAP, sampled(specs)):
-        with reporter.stage("gap", len(missing), "layers") as advance:
+    if missing := ranks.told(analysis.work.missing(SOLVER_GAP, sampled(specs))):
+        with _shared(reporter, analysis.work, "gap", missing) as (mine, advance):
             # Only the accounting of this budget is used.
-            compare_solvers(analysis, missing, plan.solver, Budget.fraction(1.0, specs, plan.accounting), advance)
+            compare_solvers(analysis, mine, plan.solver, Budget.fraction(1.0, specs, plan.accounting), advance)

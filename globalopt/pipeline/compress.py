@@ -9,6 +9,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import convert_target
+from globalopt.machine import ranks
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
 from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams
 from globalopt.pipeline.finish import finish
@@ -69,12 +70,12 @@ def compress(
     probe = probe_solver(plan.solver)
     addresses = compress_addresses(session, plan, file, probe, pattern)
     with opened(session, folder, compress_identity(session, plan, file), command, cache, fresh) as (run, at):
-        if run.has(SUMMARY, None):
+        if ranks.told(run.has(SUMMARY, None)):
             reporter.note(f"{folder} is finished; nothing was computed again.")
             return run.summary(), run
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
-        budget_file.write(run.budget_path, file)
+        ranks.by_writer(lambda: budget_file.write(run.budget_path, file))
         if plan.metric_choices:
             collect_output_grams(session, reporter, run, session.layers.specs, plan.seed)
             analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)

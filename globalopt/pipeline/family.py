@@ -12,6 +12,7 @@ from allocators.nested import nested
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.errors import BudgetError, UsageError
+from globalopt.machine import ranks
 from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, correction_address, objective_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.plan import SearchPlan
@@ -88,7 +89,7 @@ def family(
     addresses[Stage.CORRECTIONS] = correction_address(addresses, plan, [budget.kept for budget in around])
     identity = family_identity(session, plan, list(reached))
     with opened(session, folder, identity, command, cache, fresh) as (run, at):
-        if run.has(FAMILY, None):
+        if ranks.told(run.has(FAMILY, None)):
             reporter.note(f"{folder} is finished; nothing was computed again.")
             return run.family(), run
         if left_out:
@@ -101,14 +102,15 @@ def family(
         problem = corrected(session, reporter, plan, analysis, predicted, around)
         found: list[Allocation] = []
         with reporter.stage("allocate", len(reached), "budgets") as advance:
-            for allocation in nested(problem, list(reached.values()), knapsack):
+            for allocation in nested(problem, list(reached.values()), knapsack) if ranks.writer() else ():
                 found.append(allocation)
                 advance(f"kept {allocation.budget.kept:.4g}")
+            found = ranks.told(found)
         files = [
             budget_of(session, replace(plan, rule=replace(plan.rule, kept=kept)), problem, allocation)
             for kept, allocation in zip(reached, found, strict=True)
         ]
-        for file in files:
+        for file in files if ranks.writer() else ():
             budget_file.write(run.family_budget_path(file.asked), file)
         flat = [Uniform().allocate(replace(problem, budget=budget)) for budget in reached.values()]
         outcomes, candidates = _outcomes(session, reporter, plan, analysis, predicted, [*found, *flat])
@@ -144,8 +146,10 @@ def family(
                 )
             ),
         )
-        run.publish(specs, 0)
-        run.put(FAMILY, None, made)
+        if ranks.writer():
+            run.publish(specs, 0)
+            run.put(FAMILY, None, made)
+        ranks.written(run)
         return made, run
 
 
@@ -205,4 +209,4 @@ def _outcomes(
         reporter.stage("measure", chunks * len(allocations), "chunks") as advance,
         true_loss(session, whole, analysis, problem, None, advance) as objective,
     ):
-        return [outcome(one, objective) for one in allocations], objective.candidates
+        return objective.team.run(lambda: [outcome(one, objective) for one in allocations]), objective.candidates

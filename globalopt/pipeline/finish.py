@@ -12,6 +12,7 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.evaluation.samples import write_samples
 from globalopt.export.card import write_card
+from globalopt.machine import ranks
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
 from globalopt.models.origin import origin_of
 from globalopt.models.refusals import listed
@@ -75,7 +76,7 @@ def finish(
         reporter.note(note)
     weighted = layers.specs if plan.output_grams else ()
     blocks = range(len(layers.blocks)) if plan.block_output_grams else ()
-    if run.missing(OUTPUT_GRAM, weighted) or run.missing(BLOCK_OUTPUT_GRAM, blocks):
+    if ranks.told(bool(run.missing(OUTPUT_GRAM, weighted) or run.missing(BLOCK_OUTPUT_GRAM, blocks))):
         # No earlier sweep computed them, or they were pruned from the cache since.
         collect_output_grams(session, reporter, run, weighted, plan.seed)
     targets = {
@@ -87,14 +88,19 @@ def finish(
         reporter.note(note)
     if plan.distillation is not None:
         match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
+    if ranks.writer():
+        run.publish(layers.specs, len(layers.blocks))
+    ranks.written(run)
+    # All others find the links there, and read them from now on.
     run.publish(layers.specs, len(layers.blocks))
     loaded = session.loaded
     # A model in memory may differ from the files that it says it is from.
     origin = origin_of(loaded.name) if session.live is None else None
     with reporter.stage("save", 1, "models") as advance:
         # A model folder is written whole or not at all, so an existing one is complete.
-        if not run.model_folder.exists():
+        if ranks.writer() and not run.model_folder.exists():
             save_dense(loaded.model, loaded.tokenizer, run.model_folder, loaded.checkpoint_dtype, origin)
+        ranks.written(run)
         advance(str(run.model_folder))
     dense, compressed = _evaluate_both(session, reporter, run)
     summary = Summary(
@@ -130,9 +136,11 @@ def finish(
     # Before the summary, so that a finished run has a card: its figures are known only now.
     named = session.model_options.model or loaded.name
     from_hub = origin is not None and not is_there(Path(named).expanduser())
-    write_card(run.model_folder, run, summary, origin, "dense", named if from_hub else "")
-    run.put(SUMMARY, None, summary)
-    return summary
+    if ranks.writer():
+        write_card(run.model_folder, run, summary, origin, "dense", named if from_hub else "")
+        run.put(SUMMARY, None, summary)
+    ranks.written(run)
+    return ranks.told(summary)
 
 
 def _refined(
@@ -176,7 +184,7 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
 def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
     """Evaluate the dense model and the saved one, reloaded, on validation and test windows; write samples of both."""
     splits = (session.splits.validation, session.splits.test)
-    windows = sum(len(split.windows) for split in splits)
+    windows = sum(len(ranks.span(len(split.windows))) for split in splits)
     with reporter.stage("evaluate", windows, "windows") as advance:
         original = session.dense()
         saved = load_from(str(run.model_folder), session.model_options, like=session.loaded.model)
@@ -188,8 +196,9 @@ def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tupl
             )
             for split in splits
         ]
-    run.put(WINDOWS, None, tuple(losses))
-    if count := session.text_options.samples:
+    if ranks.writer():
+        run.put(WINDOWS, None, tuple(losses))
+    if (count := session.text_options.samples) and ranks.writer():
         with reporter.stage("samples", 2, "models") as advance:
             written = write_samples(original, saved.model, saved.tokenizer, splits[0], count, advance)
         run.put(SAMPLES, None, written)
@@ -220,19 +229,24 @@ def match_whole(
     128
     """
     layers = session.layers
-    if not run.has(MATCHED_MODEL, None):
+    if not ranks.told(run.has(MATCHED_MODEL, None)):
         with reporter.stage("match", options.epochs, "epochs") as advance:
-            batches = session.batches(session.splits.calibration, options.windows)
+            portion, batches = session.portion(options.windows)
             dense = teacher_distributions(session.dense(), batches)
             values = {spec.name: run.layer(spec) for spec in layers.specs}
             started = time.perf_counter()
-            trained, match = match_model(layers, batches, dense, values, options, seed, run.training_path, advance)
+            trained, match = match_model(
+                layers, batches, dense, values, options, seed, run.training_path, advance, portion
+            )
             found = trained.values()
             for name, target in targets.items():
                 checked(found[name], target)
             metadata = {**asdict(match), "loss": "kl", "seconds": time.perf_counter() - started}
-            run.put(MATCHED_MODEL, None, Matched(found, trained.norm_values(), metadata))
-    run.training_path.unlink(missing_ok=True)
+            if ranks.writer():
+                run.put(MATCHED_MODEL, None, Matched(found, trained.norm_values(), metadata))
+            ranks.written(run)
+    if ranks.writer():
+        run.training_path.unlink(missing_ok=True)
     matched = run.get(MATCHED_MODEL, None)
     for name, value in matched.values.items():
         layers.set_weight(name, value.dense())

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from globalopt.errors import CalibrationError, UsageError
 from globalopt.evaluation.writing import Opening, Prompt, write_sequences
+from globalopt.machine import ranks
 from globalopt.models.identity import model_sha256
 from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import LoadedModel
@@ -115,11 +116,12 @@ def write_own_text(
         },
     )
     with _opened(cache, address, loaded.name) as work:
-        written = {} if work is None else {i: work.get(WRITTEN, i) for i in range(len(batches)) if work.has(WRITTEN, i)}
+        there = [i for i in range(len(batches)) if work is not None and work.has(WRITTEN, i)]
+        written = {} if work is None else {i: work.get(WRITTEN, i) for i in ranks.told(there)}
         if len(written) == len(batches):
             reporter.note(f"Used again from {'' if cache is None else cache.folder}: {Stage.SELF_TEXT}.")
         else:
-            missing = [i for i in range(len(batches)) if i not in written]
+            missing = ranks.share([i for i in range(len(batches)) if i not in written])
             steps = seqlen + opening.dropped
             with reporter.stage("self-text", len(missing) * steps, "steps") as advance:
                 for number, i in enumerate(missing, start=1):
@@ -137,6 +139,7 @@ def write_own_text(
                         advance(detail)
                     if work is not None:
                         work.put(WRITTEN, i, written[i])
+            written = ranks.merged(written)
     windows = torch.cat([written[i] for i in range(len(batches))])
     begin = opening.begin[: opening.dropped]
     return OwnText(windows, dict(counts), prefix, seed, begin, None if prompts is None else prompts.record())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
 from globalopt.evaluation.tasks import TaskResults, Tasks, ask, lm_eval_version
+from globalopt.machine import ranks
 from globalopt.models.identity import weights_sha256
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import LoadedModel
@@ -116,11 +117,13 @@ def score(
         dense = load_from(dense_source(of_dense, cache, reporter).name, models, like=loaded.model)
 
     metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, reporter)
-    answers = [
-        ask(each, options.tasks, options.limit, texts.batch_size, reporter.progress)
-        for each in (loaded, dense)
-        if each is not None and options.tasks is not None
-    ]
+    answers = ranks.by_writer(
+        lambda: [
+            ask(each, options.tasks, options.limit, texts.batch_size, reporter.progress)
+            for each in (loaded, dense)
+            if each is not None and options.tasks is not None
+        ]
+    )
     mine, theirs = answers[:1], answers[1:]
     changes = _changes(mine[0], theirs[0]) if theirs else {}
     return Scorecard(
@@ -147,7 +150,8 @@ def _evaluate(
     dense_metrics: list[Metrics] = []
     if not splits:
         return metrics, dense_metrics
-    with reporter.stage("evaluate", sum(len(split.windows) for split in splits), "windows") as advance:
+    windows = sum(len(ranks.span(len(split.windows))) for split in splits)
+    with reporter.stage("evaluate", windows, "windows") as advance:
         for split in splits:
             if dense is None:
                 metrics.append(evaluate(loaded.model, split, None, batch_size, advance))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
+from globalopt.machine import ranks
 from globalopt.models.walk import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
@@ -35,7 +37,7 @@ from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
-from globalopt.values.corrections import NO_CORRECTIONS
+from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Outcome, Summary
@@ -80,14 +82,14 @@ def search(
     plan.refinement.check(session.layers)
     addresses = search_addresses(session, plan)
     with opened(session, folder, search_identity(session, plan), command, cache, fresh) as (run, at):
-        if run.has(SUMMARY, None):
+        if ranks.told(run.has(SUMMARY, None)):
             reporter.note(f"{folder} is finished; nothing was computed again.")
             return run.summary(), run
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         problem, allocation, found = allocated(session, reporter, plan, run)
         file = budget_of(session, plan, problem, allocation)
-        budget_file.write(run.budget_path, file)
+        ranks.by_writer(lambda: budget_file.write(run.budget_path, file))
         at(refinement_addresses(session, plan.refinement, file, addresses))
         summary = finish(session, reporter, run, plan.refinement, file, command, found, reused)
         return summary, run
@@ -111,8 +113,11 @@ def allocated(
     analysis = analyse(session, reporter, plan.analysis, run, plan.reads)
     predicted = pose(session, plan, run)
     problem = corrected(session, reporter, plan, analysis, predicted, [predicted.budget])
-    if not run.has(ALLOCATED, None):
-        run.put(ALLOCATED, None, allocate(session, reporter, plan, analysis, predicted, problem))
+    if not ranks.told(run.has(ALLOCATED, None)):
+        chosen = allocate(session, reporter, plan, analysis, predicted, problem)
+        if ranks.writer():
+            run.put(ALLOCATED, None, chosen)
+        ranks.written(run)
     found = run.get(ALLOCATED, None)
     return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found
 
@@ -145,9 +150,8 @@ def corrected(
     run = analysis.work
     if not plan.rounds or Reads.SURFACES not in plan.reads:
         return problem
-    if not run.has(CORRECTIONS, None):
+    if not ranks.told(run.has(CORRECTIONS, None)):
         solve = Knapsack(exact=False).allocate
-        best = NO_CORRECTIONS
         dense = {spec.name: Target.dense(spec) for spec in problem.specs}
         with (
             reporter.stage("correct", plan.rounds * len(budgets), "rounds") as advance,
@@ -163,12 +167,21 @@ def corrected(
                 losses = model.losses_of([{name: weights[name]} for name in targets], range(model.chunks)).mean(1)
                 return dict(zip(targets, losses.tolist(), strict=True))
 
-            for budget in budgets:
-                posed = replace(problem, budget=budget)
-                for found in correct(posed, solve, shares, alone, plan.rounds, best):
-                    advance(f"loss {found.losses[-1]:.3g}")
-                    best = found
-        run.put(CORRECTIONS, None, best)
+            team = ranks.Team({"shares": shares, "alone": alone})
+
+            def corrections() -> Corrections:
+                best = NO_CORRECTIONS
+                asked = partial(team.ask, "shares"), partial(team.ask, "alone")
+                for budget in budgets:
+                    for found in correct(replace(problem, budget=budget), solve, *asked, plan.rounds, best):
+                        advance(f"loss {found.losses[-1]:.3g}")
+                        best = found
+                return best
+
+            best = team.run(corrections)
+        if ranks.writer():
+            run.put(CORRECTIONS, None, best)
+        ranks.written(run)
     return run.get(CORRECTIONS, None).apply(problem)
 
 
@@ -201,7 +214,7 @@ def allocate(
     flat = Uniform().allocate(problem)
     if Reads.OBJECTIVE not in plan.reads:
         with reporter.stage("allocate", 1, "budgets") as advance:
-            allocation = plan.allocator.allocate(problem)
+            allocation = ranks.by_writer(lambda: plan.allocator.allocate(problem))
             advance(plan.allocator.name)
         return Allocated(allocation.targets, allocation.bound, None, outcome(flat))
     selection = session.splits.selection
@@ -210,12 +223,16 @@ def allocate(
         reporter.stage("search", most, "chunks") as advance,
         true_loss(session, plan, analysis, predicted, None, advance, problem) as objective,
     ):
-        # The spans of the problem itself would be those of a model that holds candidates.
-        allocation = plan.allocator.allocate(replace(problem, spans=objective.span), objective)
-        loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
-        searched = objective.search_record(loss)
-        # After the search, whose tokens it does not use.
-        return Allocated(allocation.targets, allocation.bound, searched, outcome(flat, objective))
+
+        def searched() -> Allocated:
+            # The spans of the problem itself would be those of a model that holds candidates.
+            allocation = plan.allocator.allocate(replace(problem, spans=objective.span), objective)
+            loss = float(objective.losses([allocation.targets], range(objective.chunks)).mean())
+            record = objective.search_record(loss)
+            # After the search, whose tokens it does not use.
+            return Allocated(allocation.targets, allocation.bound, record, outcome(flat, objective))
+
+        return objective.team.run(searched)
 
 
 def outcome(allocation: Allocation, objective: SearchObjective | None = None) -> Outcome:

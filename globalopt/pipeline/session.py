@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from globalopt.analysis.collect import LABELLED
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
+from globalopt.machine import ranks
 from globalopt.machine.memory import available, resident
 from globalopt.models.identity import model_fingerprint, model_sha256
 from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
 from globalopt.models.loading import LoadedModel, load_model
+from globalopt.models.portions import Portion
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import Batch, BlockRunner, context_length
 from globalopt.pipeline.dense_source import DenseSource, dense_source
@@ -92,20 +95,35 @@ class Session:
         """Split windows into batches of the batch size of the options, or of `most` windows if that is less.
 
         Args:
-            windows: the first windows of the split alone; None is all of them.
+            windows: the first windows of the split alone, in as many batches at least as there are processes; None is
+                all of them.
         """
         size = self.text_options.batch_size
+        if windows is not None and ranks.several():
+            size = min(size, -(-windows // ranks.count()))
         return [Batch(some) for some in split.windows[:windows].split(size if most is None else min(size, most))]
 
     def runner(self, run: Path, most: int | None = None) -> BlockRunner:
-        """Make a runner of the blocks on the calibration text.
+        """Make a runner of the blocks on the calibration text, of which every process runs its own windows.
 
         Args:
             run: folder for hidden states that do not fit in memory.
             most: largest number of windows per batch; None is the batch size of the options.
         """
-        batches = self.batches(self.splits.calibration, most)
-        return BlockRunner(self.layers, batches, self.scratch(run, self.splits.calibration))
+        split = self.splits.calibration
+        portion, batches = self.portion(most)
+        return BlockRunner(self.layers, batches, self.scratch(run, split), portion)
+
+    def portion(self, most: int | None = None) -> tuple[Portion, list[Batch]]:
+        """Choose the calibration windows of this process, in batches of `most` windows of all processes together.
+
+        Args:
+            most: None is the batch size of the options, where a batch need not be one of all processes.
+        """
+        windows, size = self.splits.calibration.windows, self.text_options.batch_size
+        size = size if most is None else min(size, most)
+        portion = Portion.own(len(windows), size, LABELLED if most is None else 1, together=most is None)
+        return portion, [Batch(windows[list(numbers)]) for numbers in portion.windows]
 
     def scratch(self, run: Path, split: Split) -> Path | None:
         """Return `run` if the hidden states of a split before every block do not fit in memory, else None."""
@@ -115,7 +133,7 @@ class Session:
         blocks = self.layers.blocks
         item = lazy.precision.computed.itemsize
         width = token_embedding(self.loaded.model).embedding_dim
-        states = split.windows.numel() * width * (len(blocks) + 1) * item
+        states = -(-split.windows.numel() // ranks.count()) * width * (len(blocks) + 1) * item
         working = WORKING_BLOCKS * max(sum(p.numel() for p in block.parameters()) for block in blocks) * item
         limit = self.model_options.limit
         room = available(lazy.device) if limit is None else limit - resident()

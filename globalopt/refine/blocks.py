@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from globalopt.errors import GlobalOptError, NumericalError
+from globalopt.machine import ranks
 from globalopt.machine.memory import trim_memory
 from globalopt.matching.block import Matching, match_block
 from globalopt.models.layers import ModelLayers
@@ -93,7 +94,8 @@ def refine(
     """Solve every layer at its target, in model order, and yield its errors; a layer that is saved already is read.
 
     The model of `runner` is changed in place: each weight becomes the dense sum of the saved parts, in the saved type,
-    so that later blocks are fitted to the hidden states of exactly the model that a user will load.
+    so that later blocks are fitted to the hidden states of exactly the model that a user will load. Several processes
+    share the windows, the layers of a block and the windows of every step of its matching.
 
     Args:
         runner: of the dense model, on the calibration text.
@@ -125,7 +127,7 @@ def refine(
     layers = runner.layers
     dense = _DenseStates(runner) if plan.matching is not None and plan.matching.share > 0 else None
     for visit in walk_blocks(runner, device):
-        unsolved = run.missing(SOLVED_LAYER, visit.specs)
+        unsolved = ranks.told(run.missing(SOLVED_LAYER, visit.specs))
         grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
         wanted = _wanted(visit, plan, run, dense)
         _solve(visit, unsolved, grams, plan, run)
@@ -150,19 +152,26 @@ def _solve(
         grams: by site, computed before any layer is replaced; empty for `Order.SITE`.
     """
     layers = visit.layers
+    own = ranks.share(unsolved, LayerSpec.solve_cost)
     for site in dict.fromkeys(spec.site for spec in visit.specs):
         here = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
-        if here:
-            gram = grams[site] if plan.order is Order.BLOCK else visit.grams([site])[site]
-            _solve_site(layers, here, gram, plan, run)
+        if plan.order is Order.SITE:
+            found = visit.grams([site]) if here else {}
+            mine = ranks.share(here, LayerSpec.solve_cost)
+        else:
+            found, mine = grams, [spec for spec in here if spec in own]
+        if mine:
+            _solve_site(layers, mine, found[site], plan, run)
             if layers.lazy is not None:
                 # The memory that a solver freed is too fragmented for the next site.
                 trim_memory()
         if plan.order is Order.SITE:
+            ranks.written(run)
             for spec in visit.specs:
                 if spec.site == site:
                     layers.place(spec.name, partial(_solved_weight, run, spec))
             visit.replaced()
+    ranks.written(run)
 
 
 def _solve_site(layers: ModelLayers, specs: Sequence[LayerSpec], gram: Gram, plan: Refinement, run: Run) -> None:
@@ -196,7 +205,7 @@ class _DenseStates:
 def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates | None) -> list[Tensor]:
     """Compute the target outputs of matching, by batch, while the weights are still dense; empty if it is done."""
     behind = dense.advance(visit.index) if dense is not None else []
-    if plan.matching is None or run.has(MATCHED_BLOCK, visit.index):
+    if plan.matching is None or ranks.told(run.has(MATCHED_BLOCK, visit.index)):
         return []
     share = plan.matching.share
     if not behind:
@@ -207,7 +216,7 @@ def _wanted(visit: BlockVisit, plan: Refinement, run: Run, dense: _DenseStates |
 def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tensor]) -> None:
     """Match the block if that is not done yet, and put its norms in place."""
     assert plan.matching is not None, "checked by the caller"
-    if not run.has(MATCHED_BLOCK, visit.index):
+    if wanted:
         values = {spec.name: run.get(SOLVED_LAYER, spec).value for spec in visit.specs}
         outputs = run.get(BLOCK_OUTPUT_GRAM, visit.index) if plan.matching.loss.weighted else None
         started = time.perf_counter()
@@ -218,7 +227,9 @@ def _match(visit: BlockVisit, plan: Refinement, run: Run, wanted: Sequence[Tenso
         for spec in visit.specs:
             checked(found[spec.name], plan.targets[spec.name])
         metadata = {**asdict(match), "loss": plan.matching.loss.value, "seconds": time.perf_counter() - started}
-        run.put(MATCHED_BLOCK, visit.index, Matched(found, trained.norm_values(), metadata))
+        if ranks.writer():
+            run.put(MATCHED_BLOCK, visit.index, Matched(found, trained.norm_values(), metadata))
+        ranks.written(run)
     for name, value in run.get(MATCHED_BLOCK, visit.index).norms.items():
         visit.layers.set_parameter(name, value)
 

@@ -62,3 +62,9 @@ class Workspace:
     def find(self, artefact: Artefact[K, T], key: K) -> T | None:
         """Read an artefact; None if it was not written."""
         return self.get(artefact, key) if self.has(artefact, key) else None
+
+    def refresh(self) -> None:
+        """List the folders of all stages, so that a disk of the network shows what other machines have written."""
+        for folder in {self.folder, *self.folders.values()}:
+            for _ in folder.rglob("*"):
+                pass
