@@ -40,6 +40,9 @@ from reports.formats import duration
 from reports.table_style import add_numbers, report_table
 
 WORKER = Path(__file__).parent / "rank_worker.py"
+STARTING = 10.0
+"""Seconds in which a process imports its packages."""
+
 PATIENCE = 60.0
 """Seconds within which all processes must have ended after one was killed."""
 
@@ -128,8 +131,8 @@ def killed(folder: Path, words: Sequence[str], kills: int, seconds: float, draw:
         return json.loads(found.read_text())
     ends = []
     for turn in range(kills):
-        # Part of the whole, as every turn goes on where the one before ended; imports take the first seconds.
-        moment, victim = draw.uniform(0.1, 0.8) * seconds, draw.randrange(2)
+        # Every turn goes on where the one before ended, so that all of them together see the whole of a search.
+        moment, victim = STARTING + draw.uniform(0.2, 1.8) * seconds / kills, draw.randrange(2)
         processes = start(2, folder, words)
         time.sleep(moment)
         if processes[victim].poll() is not None:
@@ -155,10 +158,10 @@ def killed(folder: Path, words: Sequence[str], kills: int, seconds: float, draw:
             }
         )
         if turn % 2:
-            # With one process fewer, for as long.
+            # With one process fewer, for a while.
             (alone,) = start(1, folder, words)
             try:
-                alone.wait(timeout=moment / 2)
+                alone.wait(timeout=STARTING)
             except subprocess.TimeoutExpired:
                 alone.kill()
                 alone.wait()

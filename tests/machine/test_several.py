@@ -83,6 +83,14 @@ def job(tiny_llama, tiny_text, words, tmp_path_factory) -> Job:
     return Job(folder, (codes[0], codes[1]))
 
 
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory) -> Path:
+    """Folder in which one process did the same search: `run` and `cache`."""
+    folder = tmp_path_factory.mktemp("alone")
+    done(*words, "--out", folder / "run", "--cache", folder / "cache", "-q")
+    return folder
+
+
 def test_exchanges(job):
     first, second = (job.step("exchanges", rank) for rank in range(2))
     assert (first["count"], first["local"]) == (2, 2)
@@ -100,10 +108,9 @@ def test_exchanges(job):
     assert {k: v for k, v in first.items() if k not in own} == {k: v for k, v in second.items() if k not in own}
 
 
-def test_two_processes_end_as_one_does(job, words, tmp_path):
-    done(*words, "--out", tmp_path / "one", "--cache", tmp_path / "cache", "-q")
+def test_two_processes_end_as_one_does(job, alone):
     assert job.step("two")["code"] == 0
-    one, two = (read(folder / "summary.json") for folder in (tmp_path / "one", job.folder / "two"))
+    one, two = (read(folder / "summary.json") for folder in (alone / "run", job.folder / "two"))
     assert two["used"] == one["used"]
     assert two["predicted"] == pytest.approx(one["predicted"], rel=0.05)
     assert two["dense"][0]["perplexity"] == pytest.approx(one["dense"][0]["perplexity"], rel=1e-4)
@@ -111,14 +118,12 @@ def test_two_processes_end_as_one_does(job, words, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["grams", "labels"])
-def test_moments_are_those_of_all_windows_and_the_same_labels(job, words, tmp_path, stage):
-    done(
-        *words, "--allocator", "knapsack", "--match", "none", "--out", tmp_path / "one", "--cache", tmp_path / "c", "-q"
-    )
-    names = [path.relative_to(tmp_path / "c") for path in (tmp_path / "c" / stage).rglob("*.safetensors")]
+def test_moments_are_those_of_all_windows_and_the_same_labels(job, alone, stage):
+    cache = alone / "cache"
+    names = [path.relative_to(cache) for path in (cache / stage).rglob("*.safetensors")]
     assert names
     for name in names:
-        expected, of_one = read_tensors(tmp_path / "c" / name)
+        expected, of_one = read_tensors(cache / name)
         found, of_two = read_tensors(job.folder / "cache" / name)
         assert of_two == of_one
         for part, value in expected.items():
@@ -159,7 +164,7 @@ def test_disks_that_are_not_shared_are_refused_by_one_line(job):
     assert "--out and --cache" in line
 
 
-def test_a_killed_process_ends_all_in_one_line_and_another_number_goes_on(job, words, tmp_path):
+def test_a_killed_process_ends_all_in_one_line_and_another_number_goes_on(job, words):
     assert job.codes == (0, -signal.SIGKILL)
     end = job.step("killed")
     assert end["code"] == 1
