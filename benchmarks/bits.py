@@ -42,13 +42,15 @@ HALVES: Mapping[str, str] = {f"half-{bits}": f"search --allocator uniform --stor
 
 SEARCHES: Mapping[str, str] = {
     "knapsack": "search --allocator knapsack --storage 16",
+    "bits": "search --allocator knapsack --solver gptq --storage auto",
     "joint": "search --allocator knapsack --storage auto",
 }
-"""Words of `globalopt` for rows that use the whole fraction, in 16 bits and in those that the search chooses."""
+"""Words of `globalopt` for rows that use the whole fraction: in 16 bits, with every weight kept, and of all options."""
 
 ROWS = (*WHOLE, *HALVES, *SEARCHES)
 NAMES: Mapping[str, str] = {
     "knapsack": "sparse + low rank, 16 bits",
+    "bits": "bits alone",
     "joint": "sparse + low rank + bits",
 } | {name: f"half kept, {name.removeprefix('half-')} bits" for name in HALVES}
 

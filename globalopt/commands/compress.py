@@ -237,7 +237,8 @@ def compress(
         if dry_run:
             structure = Structure.of(models)
             file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
-            show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total), as_json)
+            few_bits = any(layer.storage != "16" for layer in file.plans)
+            show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total, few_bits), as_json)
             return
 
         def compute() -> tuple[Summary, Run]:

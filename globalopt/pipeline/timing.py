@@ -10,12 +10,19 @@ import torch
 from globalopt.analysis.spans import compute_span
 from globalopt.errors import GlobalOptError
 from globalopt.protocols import Solver
+from globalopt.rounding.published import on_grid
+from globalopt.rounding.stored import GridNorm
 from globalopt.values.budget import Target
+from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
+from globalopt.values.storage import Storage
 
 SIDE = 256
 """Outputs, and inputs, of the layer with which a solver is timed."""
+
+BITS = 4
+"""Bits of the values in which a rounding is timed."""
 
 PRODUCT = 1024
 """Rows, and columns, of the matrices whose product is timed."""
@@ -57,6 +64,42 @@ def fit_seconds(solver: Solver, kept: float, device: torch.device, weighted: boo
     except GlobalOptError:
         # The model's own layers may meet a budget that a layer of this size does not.
         return 0.0
+
+
+def grid_fit_seconds(device: torch.device) -> float:
+    """Measure the seconds of fitting the weight of one layer of `SIDE` x `SIDE` to a grid twice.
+
+    >>> grid_fit_seconds(torch.device("cpu")) > 0
+    True
+    """
+    weight, gram = _weight(device), _gram(device).matrix
+
+    def fit_twice() -> None:
+        norm = GridNorm.of(gram)
+        for _ in range(2):
+            norm.fit(weight, weight, BITS)
+
+    return _timed(fit_twice)
+
+
+def rounding_seconds(solver: Solver, kept: float, device: torch.device, weighted: bool = False) -> float:
+    """Measure the seconds of rounding one solved layer of `SIDE` x `SIDE` to few bits, as the solver has it rounded.
+
+    Args:
+        kept: fraction kept.
+        weighted: whether there is an output Gram.
+
+    >>> from solvers import get_solver
+    >>> rounding_seconds(get_solver("gptq"), 1.0, torch.device("cpu")) > 0
+    True
+    """
+    weight, metric = _weight(device), Metric(_gram(device), _gram(device) if weighted else None)
+    rank = max(1, int(0.1 * kept * SIDE / 2)) if solver.low_rank else 0
+    U, s, Vh = torch.linalg.svd(weight)
+    sparse = weight * (weight.abs() >= weight.abs().flatten().quantile(max(0.0, 1 - kept)))
+    value = Decomposition(sparse, U[:, :rank] * s[:rank], Vh[:rank])
+    storage = Storage(BITS, 8)
+    return _timed(lambda: on_grid(solver.rounding, value, weight, metric, storage))
 
 
 def span_seconds(device: torch.device) -> float:

@@ -126,6 +126,16 @@ def test_only_what_allocator_and_solver_read_is_estimated(allocator: str, model:
         assert ("anchors" in record["disk"]) == ("anchors" in expected)
 
 
+def test_few_bits_take_a_stage_and_time(model: Path, tmp_path: Path) -> None:
+    words = ("search", model, "--out", tmp_path / "run", *WINDOWS, "--dry-run", "--json", "--match", "none")
+    words += ("--allocator", "knapsack", "--accounting", "bytes", "--budget", "0.3")
+    whole, few = (json.loads(done(*words, "--storage", bits).stdout)["seconds"] for bits in ("16", "auto"))
+    assert set(few) - set(whole) == {"rounding"}
+    direct = ("compress", model, "--out", tmp_path / "run", *WINDOWS, "--dry-run", "--json", "--budget", "0.3")
+    direct += ("--accounting", "bytes", "--solver", "gptq", "--storage", "4")
+    assert set(json.loads(done(*direct).stdout)["seconds"]) == {"refine", "evaluate", "samples"}
+
+
 def test_memory_follows_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident", lambda: 10**6)
     job = Job(0.5, get_solver("wanda"), get_solver("wanda"), refines=True, sweeps=True)

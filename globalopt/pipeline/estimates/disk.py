@@ -43,7 +43,7 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
             2 * (spec.d_out + spec.d_in) * (spec.max_rank + 2) + 4 * spec.max_rank + HEADER for spec in shape.specs
         )
     if job.anchors:
-        some = {spec.name for spec in shape.specs} if job.all_ranked else ranked(shape.specs)
+        some = {spec.name for spec in shape.specs} if job.few_bits else ranked(shape.specs)
         found["anchors"] = sum(_anchor_bytes(spec, spec.name in some) for spec in shape.specs)
     elif is_weighted(job):
         target = 4 * METRIC_KEPT + 1 / 8

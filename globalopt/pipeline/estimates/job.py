@@ -23,7 +23,7 @@ class Job:
         reads: what the allocator reads, which an analysis computes; nothing where there is no allocator.
         anchors: whether the analysis computes anchor solutions.
         compared: whether the solver is compared with the probe on a few layers.
-        all_ranked: whether every layer is solved at anchors with rank, and not only some of every kind.
+        few_bits: whether layers may be stored in few bits: all are solved at anchors with rank then, and rounded.
         rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
@@ -42,7 +42,7 @@ class Job:
     reads: Reads = Reads.NOTHING
     anchors: bool = False
     compared: bool = False
-    all_ranked: bool = False
+    few_bits: bool = False
     rounds: int = 0
     search_tokens: int = 0
     matching: Training | None = None
@@ -68,7 +68,7 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         reads=plan.reads,
         anchors=predicts and analysis.anchors,
         compared=predicts and analysis.compared,
-        all_ranked=analysis.rounds_numbers,
+        few_bits=analysis.rounds_numbers,
         rounds=plan.rounds if predicts else 0,
         search_tokens=plan.search_tokens if Reads.OBJECTIVE in plan.reads else 0,
         matching=plan.refinement.matching,
@@ -76,8 +76,8 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
     )
 
 
-def compress_job(plan: RefinementPlan, kept: float) -> Job:
-    """Describe the work of a refinement to a budget that keeps a fraction `kept`.
+def compress_job(plan: RefinementPlan, kept: float, few_bits: bool = False) -> Job:
+    """Describe the work of a refinement to a budget that keeps a fraction `kept`, in `few_bits` or in 16.
 
     >>> from globalopt.pipeline.example import example_refinement
     >>> job = compress_job(example_refinement("sparsegpt"), kept=0.5)
@@ -90,6 +90,7 @@ def compress_job(plan: RefinementPlan, kept: float) -> Job:
         probe_solver(plan.solver),
         refines=True,
         sweeps=plan.output_grams or plan.block_output_grams,
+        few_bits=few_bits,
         matching=plan.matching,
         distillation=plan.distillation,
     )

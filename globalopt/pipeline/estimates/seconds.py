@@ -30,6 +30,9 @@ ON_A_PATH = 0.9
 SHORTER = 0.4
 """Time of the shorter version of a solver, with which the probe is compared, as a fraction of the solver's."""
 
+ROUNDINGS = 30
+"""Roundings to the nearest level whose errors are measured per layer: five bits at up to five anchors and the weight."""
+
 STEP = 1e-3
 """Seconds that a block takes to read one token, apart from the products with its weights."""
 
@@ -57,6 +60,8 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     tokens, window = shape.tokens, texts.seqlen
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
+    inputs = sum(2 * spec.numel * spec.d_in for spec in shape.specs)
+    products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
     predicts, weighted = Reads.SURFACES in job.reads, is_weighted(job)
     found: dict[str, float] = {}
     if shape.written:
@@ -77,7 +82,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         found["span"] = fits(timing.span_seconds(device))
     if job.anchors:
         plain, *further = (len(kept) for _, kept in ANCHORS)
-        some = {spec.name for spec in shape.specs} if job.all_ranked else ranked(shape.specs)
+        some = {spec.name for spec in shape.specs} if job.few_bits else ranked(shape.specs)
         with_rank = [spec for spec in shape.specs if spec.name in some]
         found["anchors"] = ON_A_PATH * (plain * fits(probed) + sum(further) * fits(probed, with_rank))
     elif weighted:
@@ -88,8 +93,11 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if job.compared:
         shorter = 1.0 if job.solver.shorter() == job.solver else SHORTER
         found["gap"] = shorter * anchors * fits(fit, sampled(shape.specs))
+    if predicts and job.few_bits:
+        # Two fits, and the error of some thirty roundings, per layer.
+        found["rounding"] = fits(timing.grid_fit_seconds(device))
+        found["rounding"] += ROUNDINGS * (products if weighted else inputs) / rate
     if predicts:
-        products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
         found["predict"] = (anchors if job.anchors else 1) * products / rate
     if job.rounds:
         found["correct"] = 4 * job.rounds * forward(CORRECTION_WINDOWS * window)
@@ -97,6 +105,8 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         found["search"] = forward(job.search_tokens)
     if job.refines:
         found["refine"] = 2 * forward(tokens) + grams + fits(fit)
+        if job.few_bits:
+            found["refine"] += fits(timing.rounding_seconds(job.solver, job.kept, device, weighted))
         if job.matching is not None:
             # Forward and backward passes with the loss of held-out windows, and as much again for other operations.
             found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
