@@ -31,7 +31,7 @@ SHORTER = 0.4
 """Time of the shorter version of a solver, with which the probe is compared, as a fraction of the solver's."""
 
 ROUNDINGS = 30
-"""Roundings to the nearest level whose errors are measured per layer: five bits at up to five anchors and the weight."""
+"""Roundings to the nearest level whose errors are measured per layer: to five numbers of bits, of six matrices."""
 
 STEP = 1e-3
 """Seconds that a block takes to read one token, apart from the products with its weights."""
