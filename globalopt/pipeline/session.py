@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 import sys
@@ -95,12 +96,13 @@ class Session:
         """Split windows into batches of the batch size of the options, or of `most` windows if that is less.
 
         Args:
-            windows: the first windows of the split alone, in as many batches at least as there are processes; None is
-                all of them.
+            windows: the first windows of the split alone, in batches of about equal size of which every process can
+                run as many; None is all of them.
         """
         size = self.text_options.batch_size
         if windows is not None and ranks.several():
-            size = min(size, -(-windows // ranks.count()))
+            share = math.ceil(min(windows, len(split.windows)) / ranks.count())
+            size = math.ceil(share / math.ceil(share / size))
         return [Batch(some) for some in split.windows[:windows].split(size if most is None else min(size, most))]
 
     def runner(self, run: Path, most: int | None = None) -> BlockRunner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from globalopt.errors import CalibrationError, UsageError
+from globalopt.machine import ranks
 from globalopt.pipeline import session
+from globalopt.pipeline.example import example_session
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.score import ScoreOptions, score
+from globalopt.text.windows import Split
 from reports import QuietProgress
 from tests.command import WINDOWS, done, read, refused
 from tests.tiny_models import VOCAB, save_tiny, tiny_tokenizer
@@ -94,3 +98,13 @@ def test_windows_longer_than_the_context_are_refused_under_any_name_of_it(tmp_pa
         session.set_up(models, texts, 0, reporter)
     with pytest.raises(UsageError, match="context of 64"):
         score(models, texts, ScoreOptions(None, False, {"mine": str(tiny_text)}), reporter, "globalopt eval")
+
+
+@pytest.mark.parametrize(("processes", "sizes"), [(1, [8, 8, 8]), (2, [6, 6, 6, 6]), (5, [5, 5, 5, 5, 4])])
+def test_some_windows_are_as_many_batches_for_every_process(monkeypatch, processes: int, sizes: list[int]) -> None:
+    windows, starts = torch.zeros(30, 4, dtype=torch.int64), tuple(range(0, 120, 4))
+    split = Split("selection", windows, starts, (0, 120), "a.txt", "9f2c", special_tokens=0)
+    opened = example_session()
+    opened = replace(opened, text_options=replace(opened.text_options, batch_size=8))
+    monkeypatch.setattr(ranks, "_world", ranks.World(0, processes, processes, None))
+    assert [len(batch.input_ids) for batch in opened.batches(split, windows=24)] == sizes
