@@ -5,7 +5,8 @@
 Every further option goes to `globalopt search`; one thread per process, each number of processes with a cache of its
 own, over gloo on this machine. Three tables:
 
-* results: the layers whose targets differ from those of one process, and the KL on validation and test text;
+* results: the layers whose targets differ from those of one process, and the KL on validation and test text; beside
+  them one process with two threads, whose sums are rounded otherwise too;
 * stages: wall seconds of the first process, CPU seconds of the busiest one (which are the wall seconds of a machine
   with a core for each), and the bytes that a process sent;
 * 8 GPUs, computed: how evenly the layers of a shape are divided, and the bytes of every stage.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from globalopt.machine import shares
 from globalopt.machine.memory import size_text
@@ -95,13 +97,14 @@ SHAPES = {
 }
 
 
-def start(processes: int, folder: Path, words: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+def start(processes: int, folder: Path, words: Sequence[str], threads: int = 1) -> list[subprocess.Popen[bytes]]:
     """Start so many processes on one search, with what they say in files."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, str(WORKER), str(folder / f"stages{processes}"), "search", *words, "-q"]
     command += ["--out", str(folder / "run"), "--cache", str(folder / "cache")]
     started = []
@@ -115,11 +118,11 @@ def start(processes: int, folder: Path, words: Sequence[str]) -> list[subprocess
     return started
 
 
-def finished(processes: int, folder: Path, words: Sequence[str]) -> None:
+def finished(processes: int, folder: Path, words: Sequence[str], threads: int = 1) -> None:
     """Search to the end."""
     if (folder / "run" / "summary.json").exists():
         return
-    codes = [process.wait() for process in start(processes, folder, words)]
+    codes = [process.wait() for process in start(processes, folder, words, threads)]
     if any(codes):
         raise SystemExit((folder / "said.0").read_text(errors="replace"))
 
@@ -272,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--threads", type=int, default=2, help="of one more run by one process; 1: none (%(default)s)")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
@@ -283,6 +287,9 @@ def main() -> None:
     for count, folder in folders.items():
         finished(count, folder, words)
     named = {f"{count} processes" if count > 1 else "1 process": folder for count, folder in folders.items()}
+    if options.threads > 1:
+        named[f"1 process, {options.threads} threads"] = folder = options.out / f"1x{options.threads}"
+        finished(1, folder, words, options.threads)
     if options.kills:
         folder = options.out / "killed"
         several = min(count for count in folders if count > 1)
@@ -294,7 +301,7 @@ def main() -> None:
         table.add_column("its last line", overflow="fold")
         for end in ends:
             cells = (f"{end['moment']:.0f}", f"{end['seconds']:.1f}", str(end["code"]), str(end["errors"]))
-            table.add_row(f"process {end['victim']}", *cells, end["last"])
+            table.add_row(f"process {end['victim']}", *cells, escape(end["last"]))
         Console().print(table)
         named["killed, gone on with"] = folder
     results(named, next(iter(named)))

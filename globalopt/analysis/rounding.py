@@ -3,13 +3,14 @@
 The solutions are there already: their values are rounded, and what that adds is measured in the metric of the predicted
 loss. A fit on the grid left .1 to .9 of what rounding to the nearest level adds in six layers of the bundled model,
 much the same part at 3, 4 and 5 bits; so it is made at `FITTED` bits alone, for the dense weight and for one sparse
-solution, and all others are taken in proportion. What rows save by making up for each other (`joint_descent`) depends
-on the kind of layer: it is measured on one layer of each.
+solution, and all others are taken in proportion. What rows save by making up for each other (`joint_descent`), and what
+factors save that are fitted to what rounding leaves, depends on the kind of layer: it is measured on one of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,18 +21,26 @@ from globalopt.kernels.cholesky import damped_cholesky
 from globalopt.kernels.grid import fit_scales, grid_noise, snap, spread
 from globalopt.kernels.grid_fit import joint_descent
 from globalopt.kernels.low_rank import balanced
-from globalopt.rounding.stored import DAMPING, PASSES, GridNorm, spread_over
+from globalopt.rounding.stored import DAMPING, PASSES, GridNorm, spread_over, stored
+from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric
 from globalopt.values.rounding_losses import RoundingLosses
-from globalopt.values.storage import BITS, GROUP
+from globalopt.values.storage import BITS, GROUP, Storage
+from globalopt.values.surface import interpolate
 
-VERSION = 2
+VERSION = 3
 """Raised whenever measured rounding losses change."""
 
 FITTED = 4
 """Bits at which a fit on the grid is compared with rounding to the nearest level."""
+
+OF_FACTORS = 6
+"""Bits of factors at which a fit of these is compared with rounding to the nearest level."""
+
+LEAST = 0.05
+"""Parts that a fit leaves are no less: small ones are differences of nearly equal errors."""
 
 FEW = tuple(bits for bits in BITS if bits < 16)
 
@@ -62,7 +71,7 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
     (1.0, True, 1)
     """
     norms: dict[str, GridNorm] = {}
-    joint = _joint_shares(analysis)
+    kinds = _of_kinds(analysis)
     for spec in specs:
         weight, metric = analysis.layers.weight(spec.name).float(), analysis.loss_metric(spec)
         if spec.site not in norms:
@@ -72,19 +81,21 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
         sparse, ranked = _solutions(analysis, spec)
         kept: list[float] = []
         values: dict[int, list[float]] = {bits: [] for bits in FEW}
-        of_kind = joint.get(spec.kind, 1.0)
+        of_kind = kinds.get(spec.kind, NO_FITS)
         share = _fitted_share(sparse[len(sparse) // 2].S.to(weight.device).float(), metric, norm) if sparse else 1.0
         for value in sparse:
             S = value.S.to(weight.device).float()
             kept.append(value.nnz / spec.numel)
             for bits in FEW:
-                values[bits].append(scale * of_kind * share * _nearest_loss(S, metric, norm, bits))
+                values[bits].append(scale * of_kind.joint * share * _nearest_loss(S, metric, norm, bits))
         kept.append(int(weight.count_nonzero()) / spec.numel)
         share = _fitted_share(weight, metric, norm)
         for bits in FEW:
-            values[bits].append(scale * of_kind * share * _nearest_loss(weight, metric, norm, bits))
+            values[bits].append(scale * of_kind.joint * share * _nearest_loss(weight, metric, norm, bits))
         noise = {bits: scale * metric.error(grid_noise(weight, bits, GROUP)) for bits in FEW}
-        factors = {bits: tuple(scale * _factor_loss(value, metric, bits) for value in ranked) for bits in FEW}
+        factors = {
+            bits: tuple(scale * of_kind.factors * _factor_loss(value, metric, bits) for value in ranked) for bits in FEW
+        }
         yield (
             spec,
             RoundingLosses(
@@ -93,6 +104,8 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
                 tuple(value.rank for value in ranked),
                 factors,
                 noise,
+                of_kind.ranked,
+                of_kind.share,
             ),
         )
 
@@ -122,23 +135,80 @@ def _fitted_share(S: Tensor, metric: Metric, norm: GridNorm) -> float:
     return min(1.0, metric.error(S - norm.fit(S, S, FITTED)[0]) / nearest) if nearest > 0 else 1.0
 
 
-def _joint_shares(analysis: LayerAnalysis) -> dict[str, float]:
-    """Compute by kind of layer the part of a rounding error row by row that `joint_descent` leaves of it.
+@dataclass(frozen=True)
+class _Fits:
+    """Hold what a fit leaves of a rounding error, as measured on one layer of a kind.
 
-    Where a layer is solved without its output Gram it is 1; of a kind that has no layer in the middle block too.
+    Args:
+        joint: the part of an error row by row that `joint_descent` leaves; 1 of a layer solved without output Gram.
+        ranked, share: as in `RoundingLosses`.
+        factors: the part of the error of factors at their nearest levels.
     """
+
+    joint: float = 1.0
+    ranked: float = 1.0
+    share: float = 1.0
+    factors: float = 1.0
+
+
+NO_FITS = _Fits()
+"""Of a kind that has no layer in the middle block."""
+
+
+def _of_kinds(analysis: LayerAnalysis) -> dict[str, _Fits]:
+    """Measure by kind of layer what fits leave of rounding errors."""
     found = {}
     for spec in sampled(analysis.layers.specs):
-        metric = analysis.metric(spec)
-        if metric.outputs is not None:
-            weight, norm = analysis.layers.weight(spec.name).float(), GridNorm.of(metric.inputs.matrix.float())
-            A = damped_cholesky(metric.outputs.matrix.float(), DAMPING).matrix
-            levels, scales = norm.fit(weight, weight, FITTED)
-            grids = spread_over(levels, scales)
-            joint = joint_descent(weight, levels, grids, FITTED, norm.matrix, A, PASSES)
-            before = metric.error(weight - levels)
-            found[spec.kind] = metric.error(weight - joint) / before if before > 0 else 1.0
+        metric, weight = analysis.metric(spec), analysis.layers.weight(spec.name).float()
+        norm = GridNorm.of(metric.inputs.matrix.float())
+        fits = _Fits(joint=_joint_share(weight, metric, norm))
+        sparse, ranked = _solutions(analysis, spec)
+        if sparse and ranked:
+            fits = replace(fits, **_beside_factors(spec, weight, metric, norm, sparse[-1], ranked[-1]))
+        found[spec.kind] = fits
     return found
+
+
+def _joint_share(weight: Tensor, metric: Metric, norm: GridNorm) -> float:
+    """Compute the part of a rounding error of the dense weight row by row that `joint_descent` leaves of it."""
+    if metric.outputs is None:
+        return 1.0
+    A = damped_cholesky(metric.outputs.matrix.float(), DAMPING).matrix
+    levels, scales = norm.fit(weight, weight, FITTED)
+    joint = joint_descent(weight, levels, spread_over(levels, scales), FITTED, norm.matrix, A, PASSES)
+    before = metric.error(weight - levels)
+    return metric.error(weight - joint) / before if before > 0 else 1.0
+
+
+def _beside_factors(
+    spec: LayerSpec, weight: Tensor, metric: Metric, norm: GridNorm, sparse: Decomposition, ranked: Decomposition
+) -> dict[str, float]:
+    """Compare what rounding adds to a solution with rank and to one without, which keep about as much."""
+    target = Target(ranked.rank, ranked.nnz)
+    sparse, ranked = (_in_float32(value, weight.device) for value in (sparse, ranked))
+
+    def added(value: Decomposition, storage: Storage) -> float:
+        exact = metric.error(weight - value.dense())
+        return metric.error(weight - stored(value, weight, metric, storage).dense()) - exact
+
+    storage = Storage(FITTED, OF_FACTORS)
+    plain, beside = added(sparse, storage), added(ranked, storage)
+    # The solution without rank keeps a little more or less: its error is taken along its curve to what the other keeps.
+    ends = (0.0, sparse.nnz / spec.numel, 1.0)
+    losses = (0.0, *(_nearest_loss(S, metric, norm, FITTED) for S in (sparse.S, weight)))
+    kept = interpolate(ends, losses, target.params(spec) / spec.numel)
+    if plain <= 0 or losses[1] <= 0 or kept <= 0:
+        return {}
+    ratio = beside / (plain * kept / losses[1])
+    nearest, fitted = _factor_loss(ranked, metric, OF_FACTORS), added(ranked, Storage(16, OF_FACTORS))
+    factors = min(1.0, max(LEAST, fitted / nearest)) if nearest > 0 else 1.0
+    return {"ranked": max(LEAST, ratio), "share": target.rank_share(spec), "factors": factors}
+
+
+def _in_float32(value: Decomposition, device: torch.device) -> Decomposition:
+    """Move a solution to where its layer is, in float32."""
+    S, U, V = (part.to(device).float() for part in (value.S, value.U, value.V))
+    return Decomposition(S, U, V)
 
 
 def _factor_loss(value: Decomposition, metric: Metric, bits: int) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -416,4 +417,6 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as cause:
-        raise LostProcessError(f"{LOST} ({one_line(cause, 160)})") from None
+        # Without the place in the sources of gloo that it begins with.
+        said = re.sub(r"^\[[^]]*] *", "", str(cause))
+        raise LostProcessError(f"{LOST} ({one_line(said, 160)})") from None

@@ -1,8 +1,8 @@
 """Round decompositions to the grids of their storage, every part making up for the rounding of the others.
 
 With `L = U V` fixed, the values of `S` are rounded on their support (`grid_sweep`, `grid_descent`, and with an output
-Gram `joint_descent`); with `S` fixed, the factors are refitted, rounded and refitted again, one after the other. After
-a few such rounds the best one is returned.
+Gram `joint_descent`); with `S` fixed, the factors are refitted, rounded and refitted again, one after the other. Of
+several such rounds the best one is returned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
 from globalopt.values.storage import GROUP, Scales, Storage
 
-VERSION = 3
+VERSION = 4
 """Raised whenever rounded layers change; it is of no consequence to layers in 16 bits."""
 
 DAMPING = 0.01
@@ -35,8 +35,9 @@ PASSES = 2
 STEPS = 10
 """Of conjugate gradients, on the support of `S`."""
 
-ROUNDS = 2
-"""Rounds in which `S` and the factors are rounded in turn."""
+ROUNDS = 1
+"""Rounds in which `S` and the factors are rounded in turn. A second one left .97 to 1 of the error that rounding adds,
+in five layers of the bundled model at 4/8 bits, for as much time again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +134,9 @@ def stored(
             if norm.outputs is not None:
                 grids = spread_over(S, scales["S"])
                 S = joint_descent(weight - U @ V, S, grids, storage.values, inputs.matrix, norm.outputs.matrix, PASSES)
-        if value.rank and storage.factors < 16:
+        if value.rank:
             U, V = balanced(U, right_factor(U, weight - S, A).float())
+        if value.rank and storage.factors < 16:
             U, V, scales["U"], scales["V"] = _factors(weight - S, U, V, A, inputs, storage.factors)
         found = Decomposition(S, U, V, scales=Scales(storage, **scales))
         error = metric.error(weight - found.dense())

@@ -253,26 +253,27 @@ def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
 def encode_rounding(losses: RoundingLosses) -> Metadata:
     """Encode rounding losses; JSON has no whole numbers as keys.
 
-    >>> encode_rounding(RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2}))
-    {'kept': (1.0,), 'ranks': (), 'values': {'8': (0.1,)}, 'factors': {}, 'noise': {'8': 0.2}}
+    >>> encode_rounding(RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2}))["values"]
+    {'8': (0.1,)}
     """
     by_bits = {"values": losses.values, "factors": losses.factors, "noise": losses.noise}
     named = {part: {str(bits): row for bits, row in by.items()} for part, by in by_bits.items()}
-    return {"kept": losses.kept, "ranks": losses.ranks, **named}
+    return {"kept": losses.kept, "ranks": losses.ranks, "ranked": losses.ranked, "share": losses.share, **named}
 
 
 def decode_rounding(spec: LayerSpec, record: Metadata) -> RoundingLosses:
     """Decode rounding losses.
 
-    >>> record = {"kept": [1.0], "values": {"8": [0.1]}, "ranks": [], "factors": {}, "noise": {"8": 0.2}}
-    >>> decode_rounding(LayerSpec("up", 0, "in", "up", 2, 2), record).values
-    {8: (0.1,)}
+    >>> losses = RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2})
+    >>> decode_rounding(LayerSpec("up", 0, "in", "up", 2, 2), encode_rounding(losses)) == losses
+    True
     """
     values, factors = (
         {int(bits): tuple(map(float, row)) for bits, row in record[part].items()} for part in ("values", "factors")
     )
     noise = {int(bits): float(loss) for bits, loss in record["noise"].items()}
-    return RoundingLosses(tuple(map(float, record["kept"])), values, tuple(map(int, record["ranks"])), factors, noise)
+    kept, ranks = tuple(map(float, record["kept"])), tuple(map(int, record["ranks"]))
+    return RoundingLosses(kept, values, ranks, factors, noise, float(record["ranked"]), float(record["share"]))
 
 
 def encode_profile(profile: Profile) -> Metadata:

@@ -20,16 +20,19 @@ class RoundingLosses:
 
     Args:
         kept: the fractions of the layer's entries that were in `S`, ascending.
-        values: by bits, the loss that rounding the values of `S` adds at each of them.
+        values: by bits, the loss that rounding the values of `S` adds at each of them, without rank.
         ranks: the ranks at which factors were rounded, ascending; empty where there are none.
         factors: by bits, the loss that rounding the factors adds at each of them.
+        ranked: what rounding the values adds beside factors, as a fraction of what it adds where as many parameters are
+            all in `S`: the factors are refitted to what rounding leaves, and smaller values remain. share: the share of
+            rank at which that is so.
         noise: by bits, the loss of all entries of the dense weight rounded to their nearest levels (`grid_noise`).
 
     >>> from globalopt.values.layer import LayerSpec
     >>> losses = RoundingLosses((0.5, 1.0), {8: (0.1, 0.1)}, (4,), {8: (0.02,)}, {8: 0.2})
     >>> spec = LayerSpec("up", 0, "up", "up", 10, 10)
     >>> round(losses.added(Target(2, 25, storage=Storage(8, 8)), spec), 3), losses.added(Target(2, 25), spec)
-    (0.06, 0.0)
+    (0.11, 0.0)
     """
 
     kept: tuple[float, ...]
@@ -37,12 +40,23 @@ class RoundingLosses:
     ranks: tuple[int, ...]
     factors: Mapping[int, tuple[float, ...]]
     noise: Mapping[int, float]
+    ranked: float = 1.0
+    share: float = 1.0
 
     def added(self, target: Target, spec: HasShape) -> float:
-        """Interpolate the loss that rounding adds at a target, linearly in its nonzeros and in its rank."""
+        """Interpolate the loss that rounding adds at a target, linearly in what it keeps and in its rank.
+
+        The logarithm of what rank saves of it is linear in the share of rank up to `share`; beyond, what rounding adds
+        is in proportion to the nonzeros that are left.
+        """
         storage, found = target.storage, 0.0
         if storage.values < 16 and target.nnz:
-            found += interpolate((0.0, *self.kept), (0.0, *self.values[storage.values]), target.nnz / spec.numel)
+            kept = target.params(spec) / spec.numel
+            plain = interpolate((0.0, *self.kept), (0.0, *self.values[storage.values]), kept)
+            part = target.rank_share(spec) / self.share
+            found += plain * (
+                self.ranked**part if part <= 1 else self.ranked * (1 - part * self.share) / (1 - self.share)
+            )
         if storage.factors < 16 and target.rank and self.ranks:
             levels = (0.0, *self.factors[storage.factors])
             # Beyond the largest rank that was rounded, further components add no more than those before them.
