@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -178,26 +179,48 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def targets(folder: Path) -> dict[str, tuple[int, int]]:
-    """Read rank and nonzeros of every layer of a run's budget."""
-    return {layer["name"]: (layer["rank"], layer["nnz"]) for layer in read(folder / "run" / "budget.json")["layers"]}
+@dataclass(frozen=True)
+class Kept:
+    """What a layer keeps: parameters, and those of them in factors, as fractions of its weights."""
+
+    params: float
+    rank: float
+
+    @classmethod
+    def of(cls, layer: dict[str, Any]) -> Kept:
+        """Read it from a line of a budget file."""
+        numel = layer["d_out"] * layer["d_in"]
+        rank = layer["rank"] * (layer["d_out"] + layer["d_in"])
+        return cls((rank + layer["nnz"]) / numel, rank / numel)
+
+
+def targets(folder: Path) -> dict[str, Kept]:
+    """Read what every layer of a run's budget keeps."""
+    return {layer["name"]: Kept.of(layer) for layer in read(folder / "run" / "budget.json")["layers"]}
 
 
 def results(folders: dict[str, Path], first: str) -> None:
     """Print how far every run's budget and loss are from those of the first."""
     table = report_table("Results")
-    for name in ("run", "layers that differ", "largest change of kept", "KL validation", "KL test", "of one process"):
+    heads = ("layers that differ", "mean change of kept", "largest", "of it rank")
+    for name in ("run", *heads, "KL validation", "KL test", "of one process"):
         table.add_column(name, justify="left" if name == "run" else "right")
     reference = targets(folders[first])
     least = read(folders[first] / "run" / "summary.json")["compressed"][1]["kl"]
     for name, folder in folders.items():
         own, summary = targets(folder), read(folder / "run" / "summary.json")
         differ = [layer for layer in reference if own[layer] != reference[layer]]
-        sizes = {layer["name"]: layer["d_out"] * layer["d_in"] for layer in summary["layers"]}
-        shift = max((abs(own[one][1] - reference[one][1]) / sizes[one] for one in differ), default=0.0)
+        changes = [abs(own[one].params - reference[one].params) for one in own]
+        ranks = max(abs(own[one].rank - reference[one].rank) for one in own)
         kl = [f"{one['kl']:.6f} ±{one['kl_stderr']:.6f}" for one in summary["compressed"]]
         table.add_row(
-            name, f"{len(differ)} of {len(own)}", f"{shift:.2g}", *kl, f"{summary['compressed'][1]['kl'] / least:.4f}"
+            name,
+            f"{len(differ)} of {len(own)}",
+            f"{fmean(changes):.2g}",
+            f"{max(changes):.2g}",
+            f"{ranks:.2g}",
+            *kl,
+            f"{summary['compressed'][1]['kl'] / least:.4f}",
         )
     Console().print(table)
 
