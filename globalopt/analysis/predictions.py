@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from globalopt.analysis.rank_worth import RankWorths, Worth
 from globalopt.analysis.solver_gap import SolverGap
 from globalopt.analysis.surfaces import calibrated_surface, rank_worth, span_errors
 from globalopt.kernels.precision import rough_product, rough_products
+from globalopt.machine import ranks
 from globalopt.runs.records import Prediction
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -33,6 +34,7 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
 
     Args:
         analysis: with Grams, spans and, where they were computed, output Grams, anchor solutions and gaps.
+        specs: those of this process, where others predict the others at the same time.
 
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_grams, write_spans
@@ -52,39 +54,53 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     """
     gap = read_gap(analysis)
     measured: dict[str, Worth | None] = {}
-
-    def worth_of(spec: LayerSpec, found: _Measured) -> Worth | None:
-        """Compute what rank is worth to a layer that was solved with rank."""
-        return rank_worth(found.options, found.shape, found.errors)
-
-    def worths() -> RankWorths:
-        """Collect what rank is worth from all layers that were solved with rank, some of them in an earlier call."""
-        known: list[tuple[LayerSpec, Worth]] = []
-        for spec in analysis.layers.specs:
-            if analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) > 1:
-                if spec.name not in measured:
-                    measured[spec.name] = worth_of(spec, _measure(analysis, spec, gap))
-                if (worth := measured[spec.name]) is not None:
-                    known.append((spec, worth))
-        return RankWorths.of(known)
-
-    # Layers without a solution with rank take its worth from the others, so these come first.
-    alone = [spec for spec in specs if not _lacks_rank(analysis, spec)]
-    everywhere: RankWorths | None = None
-    for spec in [*alone, *(spec for spec in specs if spec not in set(alone))]:
-        found, worth = _measure(analysis, spec, gap), None
-        if _lacks_rank(analysis, spec):
-            everywhere = everywhere or worths()
+    lacking = [spec for spec in specs if _lacks_rank(analysis, spec)]
+    for spec in specs:
+        if spec not in lacking:
+            found = _measure(analysis, spec, gap)
+            if len(found.options.anchors) > 1 and found.errors:
+                measured[spec.name] = _worth(found)
+            yield spec, _prediction(analysis, spec, found)
+    if any(ranks.gathered(bool(lacking))):
+        # Layers without a solution with rank take its worth from the others, so these came first.
+        everywhere = _worths(analysis, gap, measured)
+        for spec in lacking:
+            found = _measure(analysis, spec, gap)
             kept = tuple(anchor.params(spec) / spec.numel for anchor in found.options.anchors[-1])
-            worth = everywhere.at(spec.kind, spec.block, kept)
-        elif len(found.options.anchors) > 1 and found.errors:
-            measured[spec.name] = worth_of(spec, found)
-        checked = analysis.checked_losses(spec)
-        errors = [
-            max(error, checked.get(anchor, 0.0)) for anchor, error in zip(found.anchors, found.errors, strict=True)
-        ]
-        zero = max(found.whole, *errors, 0.0)
-        yield spec, Prediction(calibrated_surface(found.options, found.shape, errors, zero, worth), found.overlap)
+            yield spec, _prediction(analysis, spec, found, everywhere.at(spec.kind, spec.block, kept))
+
+
+def _prediction(analysis: LayerAnalysis, spec: LayerSpec, found: _Measured, worth: Worth | None = None) -> Prediction:
+    """Predict the losses of one layer.
+
+    Args:
+        worth: of rank, for a layer that was solved without.
+    """
+    checked = analysis.checked_losses(spec)
+    errors = [max(error, checked.get(anchor, 0.0)) for anchor, error in zip(found.anchors, found.errors, strict=True)]
+    zero = max(found.whole, *errors, 0.0)
+    return Prediction(calibrated_surface(found.options, found.shape, errors, zero, worth), found.overlap)
+
+
+def _worth(found: _Measured) -> Worth | None:
+    """Compute what rank is worth to a layer that was solved with rank."""
+    return rank_worth(found.options, found.shape, found.errors)
+
+
+def _worths(analysis: LayerAnalysis, gap: SolverGap, measured: Mapping[str, Worth | None]) -> RankWorths:
+    """Collect what rank is worth from all layers that were solved with rank, some of them in an earlier call.
+
+    Args:
+        measured: of the layers that this process has measured.
+    """
+    every = [
+        spec for spec in analysis.layers.specs if analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) > 1
+    ]
+    known = ranks.merged(measured)
+    earlier = ranks.share([spec for spec in every if spec.name not in known], LayerSpec.solve_cost)
+    known |= ranks.merged({spec.name: _worth(_measure(analysis, spec, gap)) for spec in earlier})
+    found = [(spec, known[spec.name]) for spec in every]
+    return RankWorths.of([(spec, worth) for spec, worth in found if worth is not None])
 
 
 def _lacks_rank(analysis: LayerAnalysis, spec: LayerSpec) -> bool:

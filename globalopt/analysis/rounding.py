@@ -21,6 +21,7 @@ from globalopt.kernels.cholesky import damped_cholesky
 from globalopt.kernels.grid import fit_scales, grid_noise, snap, spread
 from globalopt.kernels.grid_fit import joint_descent
 from globalopt.kernels.low_rank import balanced
+from globalopt.machine import ranks
 from globalopt.rounding.stored import DAMPING, PASSES, GridNorm, spread_over, stored
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
@@ -156,9 +157,9 @@ NO_FITS = _Fits()
 
 
 def _of_kinds(analysis: LayerAnalysis) -> dict[str, _Fits]:
-    """Measure by kind of layer what fits leave of rounding errors."""
+    """Measure by kind of layer what fits leave of rounding errors; processes share the kinds."""
     found = {}
-    for spec in sampled(analysis.layers.specs):
+    for spec in ranks.share(sampled(analysis.layers.specs), LayerSpec.solve_cost):
         metric, weight = analysis.metric(spec), analysis.layers.weight(spec.name).float()
         norm = GridNorm.of(metric.inputs.matrix.float())
         fits = _Fits(joint=_joint_share(weight, metric, norm))
@@ -166,7 +167,7 @@ def _of_kinds(analysis: LayerAnalysis) -> dict[str, _Fits]:
         if sparse and ranked:
             fits = replace(fits, **_beside_factors(spec, weight, metric, norm, sparse[-1], ranked[-1]))
         found[spec.kind] = fits
-    return found
+    return ranks.merged(found)
 
 
 def _joint_share(weight: Tensor, metric: Metric, norm: GridNorm) -> float:
