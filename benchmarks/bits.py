@@ -4,8 +4,8 @@
     python benchmarks/bits.py --out runs/bits --seeds 0 1 2 --kept 0.5 0.27 --rows gptq knapsack joint
     python benchmarks/bits.py --out OUT --model MODEL --calibration TRAIN.txt --eval-text TEST.txt
 
-Every cell is `globalopt search` or `globalopt compress` to a fraction of the bytes in 16 bits, and then `globalopt
-eval`, as commands of their own. `rtn` and `gptq` keep every weight in as many bits as the fraction pays for; where it
+Every cell is `globalopt search` or `globalopt compress` to a fraction of the bytes in 16 bits, with the evaluation that
+the command makes. `rtn` and `gptq` keep every weight in as many bits as the fraction pays for; where it
 does not pay for three they have no cell. `half-B` keeps half of the parameters in B bits, at the bytes that this takes.
 All cells share one cache. A finished cell is read back, an interrupted one goes on where it stopped.
 """
@@ -13,14 +13,12 @@ All cells share one cache. A finished cell is read back, an interrupted one goes
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import cells
 from finished_cells import Cells
@@ -72,13 +70,12 @@ class Cell:
     texts: dict[str, Text]
 
     @classmethod
-    def of(cls, summary: Summary, scores: Mapping[str, Any]) -> Cell:
-        """Read a cell from the summary of a run and the printed scores of its evaluation."""
-        dense = {each["split"]: each["perplexity"] for each in scores["dense"]["metrics"]}
-        texts = {
-            each["split"]: Text(each["kl"], each["kl_stderr"], each["perplexity"], dense[each["split"]])
-            for each in scores["model"]["metrics"]
-        }
+    def of(cls, summary: Summary) -> Cell:
+        """Read a cell from the summary of a run."""
+        texts = {}
+        for each, dense in zip(summary.compressed, summary.dense, strict=True):
+            assert each.kl is not None and each.kl_stderr is not None, "a compressed model has a loss"
+            texts[each.split] = Text(each.kl, each.kl_stderr, each.perplexity, dense.perplexity)
         size = sum(layer.bytes for layer in summary.layers)
         whole = sum(2 * layer.d_out * layer.d_in for layer in summary.layers)
         return cls(size, size / whole, sum(stage.seconds for stage in summary.stages), texts)
@@ -127,8 +124,7 @@ def measure(options: argparse.Namespace, name: str, words: Sequence[str], match:
     if options.model:
         given.insert(0, options.model)
     run([*command, method, *given, "--out", str(place), "--cache", str(options.out / FOLDER), "--quiet"], folder)
-    scored = ["eval", str(place), "--eval-windows", str(options.eval_windows), "--json", "--quiet"]
-    return Cell.of(Run.open(place).summary(), json.loads(run([*command, *scored], folder)))
+    return Cell.of(Run.open(place).summary())
 
 
 def work(options: argparse.Namespace, command: str) -> None:
