@@ -74,7 +74,8 @@ class Cell:
         """Read a cell from the summary of a run."""
         texts = {}
         for each, dense in zip(summary.compressed, summary.dense, strict=True):
-            assert each.kl is not None and each.kl_stderr is not None, "a compressed model has a loss"
+            assert each.kl is not None, "a compressed model has a loss"
+            assert each.kl_stderr is not None
             texts[each.split] = Text(each.kl, each.kl_stderr, each.perplexity, dense.perplexity)
         size = sum(layer.bytes for layer in summary.layers)
         whole = sum(2 * layer.d_out * layer.d_in for layer in summary.layers)
