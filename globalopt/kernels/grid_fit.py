@@ -69,26 +69,52 @@ def grid_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, pas
     >>> grid_descent(W, levels, torch.ones(1, 2), 3, G, passes=1).tolist()  # 1.18 would be the best for the first
     [[1.5, 0.5]]
     """
-    S, scales = S.mT.clone(memory_format=torch.contiguous_format), scales.mT.contiguous()
+    S, scales = S.mT.contiguous(), scales.mT.contiguous()
     D = G @ (W.mT - S)  # (d_in, d_out)
-    diagonal = G.diagonal()
     for _ in range(passes):
-        moved = False
-        for begin in range(0, len(S), BLOCK):
-            end = min(begin + BLOCK, len(S))
-            changes = torch.empty_like(S[begin:end])
-            near = D[begin:end].clone()
-            for j in range(begin, end):
-                best = snap(S[j] + near[j - begin] / diagonal[j], scales[j], bits)
-                torch.sub(best, S[j], out=changes[j - begin])
-                S[j] = best
-                near.addr_(G[begin:end, j], changes[j - begin], alpha=-1)
-            if bool(changes.any()):
-                moved = True
-                D.addmm_(G[:, begin:end], changes, alpha=-1)
-        if not moved:
+        found = _over_columns(S, D.clone(), scales, bits, G)
+        changes = found - S
+        if not changes.any():
             break
+        D.addmm_(G, changes, alpha=-1)
+        S = found
     return S.mT.contiguous()
+
+
+def _over_columns(S: Tensor, D: Tensor, scales: Tensor, bits: int, G: Tensor) -> Tensor:
+    """Move levels to the nearest ones of `S_j + D_j / G_jj`, one input after the other.
+
+    Ten operations per input, on few numbers each, take longest to call: nothing is looked up or made between them.
+
+    Args:
+        S: (d_in, rows) levels, not modified.
+        D: (d_in, rows) `G` times what the levels leave; changed with every input, for those after it alone.
+        scales: (d_in, rows). G: (d_in, d_in).
+    Returns:
+        (d_in, rows) levels.
+    """
+    found, top = torch.empty_like(S), 2 ** (bits - 1) - 1
+    inverse = 1 / scales.clamp_min(torch.finfo(S.dtype).tiny)
+    magnitude, sizes = torch.empty_like(S[0]), (1 / G.diagonal()).tolist()
+    for begin in range(0, len(S), BLOCK):
+        end = min(begin + BLOCK, len(S))
+        changes, here = torch.empty_like(S[begin:end]), D[begin:end]
+        rows = zip(
+            *(x[begin:end].unbind() for x in (S, D, found, scales, inverse)),
+            changes.unbind(),
+            G[begin:end, begin:end].contiguous().unbind(),
+            sizes[begin:end],
+            strict=True,
+        )
+        for now, near, level, scale, per_scale, change, column, size in rows:
+            torch.add(now, near, alpha=size, out=level)
+            torch.abs(level, out=magnitude)
+            magnitude.mul_(per_scale).floor_().clamp_max_(top).add_(0.5).mul_(scale)
+            torch.copysign(magnitude, level, out=level)
+            torch.sub(level, now, out=change)
+            here.addr_(column, change, alpha=-1)
+        D[end:].addmm_(G[end:, begin:end], changes, alpha=-1)
+    return found
 
 
 def joint_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, A: Tensor, passes: int) -> Tensor:
@@ -115,7 +141,7 @@ def joint_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, A:
     [0.5, 1.5]
     """
     S = S.clone()
-    columns, rows = G.diagonal(), A.diagonal()
+    rows = A.diagonal()
     # Rows without any output are of no consequence: they stay.
     inverse = torch.where(rows > 0, 1 / rows, rows.new_zeros(()))
     EG = (W - S) @ G
@@ -126,16 +152,7 @@ def joint_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, A:
             gradient = A[block] @ EG
             near = (gradient * inverse[block, None]).mT.contiguous()
             now, grids = S[block].mT.contiguous(), scales[block].mT.contiguous()
-            found = torch.empty_like(now)
-            for begin in range(0, len(now), BLOCK):
-                end = min(begin + BLOCK, len(now))
-                changes = torch.empty_like(now[begin:end])
-                here = near[begin:end]
-                for j in range(begin, end):
-                    found[j] = snap(now[j] + near[j] / columns[j], grids[j], bits)
-                    torch.sub(found[j], now[j], out=changes[j - begin])
-                    here.addr_(G[begin:end, j], changes[j - begin], alpha=-1)
-                near[end:].addmm_(G[end:, begin:end], changes, alpha=-1)
+            found = _over_columns(now, near, grids, bits, G)
             change = (found - now).mT
             changed = change @ G
             rise = ((A[block][:, block] @ changed - 2 * gradient) * change).sum(dtype=torch.float64)
