@@ -279,6 +279,9 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
         losses = [run.get(ROUNDING, s.spec) if Reads.SURFACES in reads else None for s in surfaces]
         menu = plan.analysis.storages
         surfaces = tuple(with_storages(s, each, menu) for s, each in zip(surfaces, losses, strict=True))
+    solver = plan.analysis.solver
+    if Reads.SURFACES in reads and not (solver.sparse or solver.low_rank):
+        surfaces = tuple(_of_whole(surface) for surface in surfaces)
     profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()} if Reads.PROFILES in reads else {}
 
     def span(name: str) -> Span:
@@ -298,6 +301,13 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
 def _span(run: Run, spec: LayerSpec, weight: Tensor) -> Span:
     """Read the span of a layer into main memory, given its dense weight."""
     return run.get(SPAN, spec).span(weight).to(torch.device("cpu"))
+
+
+def _of_whole(surface: ErrorSurface) -> ErrorSurface:
+    """Leave the options that keep every weight, for a solver that drops none: they differ by their storages alone."""
+    whole = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.nnz == surface.spec.numel]
+    targets, errors = zip(*whole, strict=True)
+    return ErrorSurface(surface.spec, targets, errors)
 
 
 def _unpredicted(spec: LayerSpec, plan: AnalysisPlan) -> ErrorSurface:

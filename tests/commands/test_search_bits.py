@@ -38,3 +38,12 @@ def test_a_menu_needs_bytes_and_predicted_losses(tiny_llama, tiny_text):
     assert "cannot choose among" in refused(2, "search", *model, "--storage", "auto", "--allocator", "uniform")
     assert "got '4/8/3'" in refused(2, "search", *model, "--storage", "4/8/3")
     assert "stored in 16, 8, 6, 5, 4, 3 bits; got 7" in refused(2, "search", *model, "--storage", "7")
+
+
+def test_bits_alone_for_a_solver_that_drops_no_weight(tiny_llama, tmp_path, tiny_text):
+    words = ("--budget", 0.45, "--storage", "8,6,4", "--solver", "gptq", "--allocator", "knapsack")
+    words += ("--calibration", tiny_text, *WINDOWS, "--match", "none", "--samples", 0, "--quiet")
+    done("search", tiny_llama, *words, "--out", tmp_path / "run")
+    layers = budget_file.read(tmp_path / "run" / "budget.json").layers
+    assert all((layer.rank, layer.nnz) == (0, layer.d_out * layer.d_in) for layer in layers)
+    assert len({layer.storage for layer in layers}) > 1
