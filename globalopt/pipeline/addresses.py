@@ -204,7 +204,10 @@ def objective_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Addre
 
 def _storages(plan: SearchPlan) -> dict[str, Any]:
     """Return the menu of storages as an input of a stage; nothing where all layers are in 16 bits."""
-    return {"storages": [str(storage) for storage in plan.analysis.storages]} if plan.analysis.rounds_numbers else {}
+    solver = plan.analysis.solver
+    whole = {} if solver.sparse or solver.low_rank else {"whole": True}
+    storages = [str(storage) for storage in plan.analysis.storages]
+    return {"storages": storages, **whole} if plan.analysis.rounds_numbers else {}
 
 
 def compress_addresses(
