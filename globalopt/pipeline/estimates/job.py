@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from globalopt.analysis.grid import ANCHORS
 from globalopt.matching.training import Training
+from globalopt.models.layers import ModelLayers
+from globalopt.pipeline.embeddings import largest_budget
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.protocols import Outputs, Reads, Solver
 
@@ -74,6 +76,23 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         matching=plan.refinement.matching,
         distillation=plan.refinement.distillation,
     )
+
+
+def within(job: Job, layers: ModelLayers, plan: SearchPlan) -> Job:
+    """Return a job with the fraction that its budget leaves for the layers of a model, where it counts embeddings.
+
+    Raises:
+        BudgetError: nothing is left for the layers.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.pipeline.example import example_plan
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> plan = example_plan(0.5, accounting="bytes", embeddings="8")
+    >>> round(within(search_job(plan, refines=True), layers, plan).kept, 3)
+    0.493
+    """
+    return job if plan.embeddings is None else replace(job, kept=largest_budget(layers, plan).kept)
 
 
 def compress_job(plan: RefinementPlan, kept: float, few_bits: bool = False) -> Job:
