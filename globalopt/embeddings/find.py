@@ -65,7 +65,9 @@ def _name(model: PreTrainedModel, module: nn.Module) -> str:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Tell whether two parameters are tied: one object, or one place in memory."""
-    return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr())
+    # A model without weights has zeros that take no memory, all in one place.
+    real = not one.is_meta and one.untyped_storage().nbytes() >= one.nbytes
+    return one is other or (real and one.data_ptr() == other.data_ptr())
 
 
 def _said(found: set[tuple[str, int, int]]) -> str:

@@ -21,7 +21,7 @@ def place(layers: ModelLayers, name: str, coded: CodedMatrix, dtype: torch.dtype
     >>> from globalopt.embeddings.coding import encode_matrix
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
-    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> layers = find_layers(tiny_llama().requires_grad_(False), allow_low_coverage=True)
     >>> before = layers.model.lm_head.weight.clone()
     >>> place(layers, "lm_head", encode_matrix(before, bits=6), torch.float32)
     >>> 0 < float((layers.model.lm_head.weight - before).norm() / before.norm()) < 0.05
@@ -37,7 +37,7 @@ def placed(layers: ModelLayers, name: str, coded: CodedMatrix, dtype: torch.dtyp
     >>> from globalopt.embeddings.coding import encode_matrix
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
-    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> layers = find_layers(tiny_llama().requires_grad_(False), allow_low_coverage=True)
     >>> before = layers.model.lm_head.weight.clone()
     >>> with placed(layers, "lm_head", encode_matrix(before, bits=6), torch.float32):
     ...     torch.equal(layers.model.lm_head.weight, before)

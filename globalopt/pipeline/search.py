@@ -139,7 +139,7 @@ def beside_embeddings(found: Allocated, stored: tuple[Embedding, ...], bound: fl
 
     >>> found = Allocated({}, 0.3, None, Outcome(2, 0.4, None, None))
     >>> head = Embedding("lm_head", 100, 64, bits=8, loss=0.1)
-    >>> beside_embeddings(found, (head,), bound=0.35).bound  # of the layers
+    >>> round(beside_embeddings(found, (head,), bound=0.35).bound, 6)  # of the layers
     0.25
     """
     lost = measured(stored)

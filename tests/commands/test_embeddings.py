@@ -198,3 +198,56 @@ def test_blocks_are_matched_beside_rounded_embeddings(tiny_llama, tiny_text, tmp
     done("compress", tiny_llama, "--budget", 0.5, "--embeddings", 6, *text, *QUICK, "--out", tmp_path / "run")
     summary = Run.open(tmp_path / "run").summary()
     assert all(match.after <= match.before for match in summary.matching)
+
+
+def test_every_command_tells_of_the_embeddings_of_a_budget(compressed, automatic, tmp_path):
+    kind, path, folder = compressed
+    budget, other = folder / "budget.json", automatic[2] / "budget.json"
+    file, summary = budget_file.read(budget), Run.open(folder).summary()
+    said = done("budget", "validate", budget, "--model", path).stdout
+    assert f"{file.used:,} of {file.limit:,} bytes" in said
+    assert f"Embeddings: {NAMES[kind][0]} in 6 bits" in said
+    assert "in 6" in done("budget", "show", budget).stdout
+    assert "used by embeddings, bytes" in done("budget", "diff", budget, other).stdout
+    record = json.loads(done("budget", "diff", budget, other, "--json").stdout)
+    assert [len(some) for some in record["embeddings"]] == [len(NAMES[kind])] * 2
+    told = done("report", folder).stdout
+    parts = told.partition("embeddings, by part")[2].partition("counted, not measured")[0].splitlines()
+    sizes = {line.split("  ")[0]: int(line.split("%")[0].split()[-2].replace(",", "")) for line in parts if "%" in line}
+    assert sizes["embeddings"] == sum(each.cost for each in file.embeddings)
+    assert sum(sizes.values()) - sizes["all"] == sizes["all"] == summary.used
+    converted = done("budget", "convert", budget, "--to", "csv", "--out", tmp_path / "budget.csv")
+    assert f"the bits of {len(NAMES[kind])} embeddings are not in it" in converted.stderr
+    back = ("--from", "csv", "--like", budget, "--out", tmp_path / "back.json")
+    assert "the embeddings are those of --like" in done("budget", "convert", tmp_path / "budget.csv", *back).stderr
+    assert budget_file.read(tmp_path / "back.json") == file
+
+
+def test_a_budget_file_that_lies_about_embeddings_is_refused(compressed, tiny_llama, tiny_text, tmp_path):
+    _, path, folder = compressed
+    good = read(folder / "budget.json")
+    first = good["embeddings"][0]
+    wrong = {
+        "stored in 16, 8, 6 bits; got 7": {"embeddings": [{**first, "bits": 7}]},
+        "says cost 1, in 6 bits it takes": {"embeddings": [{**first, "cost": 1}]},
+        "an embedding is listed twice": {"embeddings": [first, first]},
+        "total says": {"embeddings": []} if len(good["embeddings"]) > 1 else {"total": good["total"] + 2},
+        "the layers and embeddings add up to": {"used": good["used"] - 1},
+        "counted in bytes": {"accounting": "params"},
+        "is not that of its storages": {"schema_version": 1},
+        "embeddings.0.rows": {"embeddings": [{**first, "rows": 0}]},
+    }
+    for said, change in wrong.items():
+        if said == "total says" and not change.get("embeddings", True):
+            change = {"embeddings": good["embeddings"][:1]}
+        if said == "counted in bytes":
+            change |= {"layers": [{**layer, "cost": layer["nnz"]} for layer in good["layers"]]}
+        (tmp_path / "budget.json").write_text(json.dumps({**good, **change}))
+        assert said in refused(1, "budget", "validate", tmp_path / "budget.json"), said
+    renamed = [{**each, "name": f"x.{each['name']}"} for each in good["embeddings"]]
+    (tmp_path / "budget.json").write_text(json.dumps({**good, "embeddings": renamed}))
+    said = "it stores the embeddings x."
+    assert said in refused(1, "budget", "validate", tmp_path / "budget.json", "--model", path)
+    options = ("--budget-file", tmp_path / "budget.json", "--calibration", tiny_text, *QUICK, "--out", tmp_path / "run")
+    assert said in refused(1, "compress", path, *options)
+    assert said in refused(1, "compress", path, *options, "--dry-run")
