@@ -30,6 +30,7 @@ from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
 from globalopt.runs.artefacts import EMBEDDING, EMBEDDING_LOSS
 from globalopt.runs.folder import Run
+from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
 from globalopt.values.embeddings import AUTO, EMBEDDING_BITS, Embedding, budget_beside, measured
 from globalopt.values.layer import LayerSpec
@@ -175,6 +176,27 @@ def choose(
     bounds = [bound for _, bound, _ in found if bound is not None]
     _, _, best = min(found, key=lambda each: each[0])
     return best, min(bounds) if len(bounds) == len(found) else None
+
+
+def beside_embeddings(found: Allocated, stored: tuple[Embedding, ...], bound: float | None) -> Allocated:
+    """Record the embeddings that an allocation of the layers is beside.
+
+    Args:
+        bound: lower bound on the predicted loss of layers and embeddings in any bits; None where there was no choice.
+
+    >>> from globalopt.values.results import Outcome
+    >>> found = Allocated({}, 0.3, None, Outcome(2, 0.4, None, None))
+    >>> head = Embedding("lm_head", 100, 64, bits=8, loss=0.1)
+    >>> round(beside_embeddings(found, (head,), bound=0.35).bound, 6)  # of the layers
+    0.25
+    """
+    lost = measured(stored)
+    least = found.bound
+    if least is not None and bound is not None:
+        least = min(least, bound - lost)
+    # The loss of the embeddings is part of what the summary compares with the uniform allocation.
+    uniform = replace(found.uniform, predicted=found.uniform.predicted + lost) if lost else found.uniform
+    return replace(found, bound=least, uniform=uniform, embeddings=stored)
 
 
 def place_embeddings(session: Session, run: Run, chosen: Sequence[Embedding]) -> Callable[[], None]:

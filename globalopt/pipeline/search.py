@@ -26,7 +26,7 @@ from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
 from globalopt.pipeline.analyse import analyse
-from globalopt.pipeline.embeddings import choose, largest_budget, layer_budget, measured_menus
+from globalopt.pipeline.embeddings import beside_embeddings, choose, largest_budget, layer_budget, measured_menus
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.reporter import Reporter
@@ -39,7 +39,7 @@ from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
-from globalopt.values.embeddings import Embedding, measured
+from globalopt.values.embeddings import Embedding
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Outcome, Summary
@@ -129,26 +129,6 @@ def allocated(
     found = run.get(ALLOCATED, None)
     problem = replace(problem, budget=layer_budget(plan, problem.specs, found.embeddings))
     return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found
-
-
-def beside_embeddings(found: Allocated, stored: tuple[Embedding, ...], bound: float | None) -> Allocated:
-    """Record the embeddings that an allocation of the layers is beside.
-
-    Args:
-        bound: lower bound on the predicted loss of layers and embeddings in any bits; None where there was no choice.
-
-    >>> found = Allocated({}, 0.3, None, Outcome(2, 0.4, None, None))
-    >>> head = Embedding("lm_head", 100, 64, bits=8, loss=0.1)
-    >>> round(beside_embeddings(found, (head,), bound=0.35).bound, 6)  # of the layers
-    0.25
-    """
-    lost = measured(stored)
-    least = found.bound
-    if least is not None and bound is not None:
-        least = min(least, bound - lost)
-    # The loss of the embeddings is part of what the summary compares with the uniform allocation.
-    uniform = replace(found.uniform, predicted=found.uniform.predicted + lost) if lost else found.uniform
-    return replace(found, bound=least, uniform=uniform, embeddings=stored)
 
 
 def corrected(
