@@ -94,6 +94,16 @@ def largest_budget(layers: ModelLayers, plan: SearchPlan) -> Budget:
     return layer_budget(plan, layers.specs, [menu[-1] for menu in menus(layers, plan)])
 
 
+def measures(plan: SearchPlan) -> bool:
+    """Tell whether the loss of embeddings is measured: where those of layers are predicted in nats too.
+
+    >>> from globalopt.pipeline.example import example_plan
+    >>> measures(example_plan(allocator="uniform")), measures(example_plan(allocator="knapsack"))
+    (False, True)
+    """
+    return plan.analysis.fisher and Reads.SURFACES in plan.reads
+
+
 def measured_menus(session: Session, reporter: Reporter, plan: SearchPlan, run: Run) -> Menus:
     """Measure the loss of every embedding in every width that a plan may choose, each alone in the dense model.
 
@@ -112,7 +122,7 @@ def measured_menus(session: Session, reporter: Reporter, plan: SearchPlan, run: 
     [True, True]
     """
     found = menus(session.layers, plan)
-    if not found or not plan.analysis.fisher or Reads.SURFACES not in plan.reads:
+    if not found or not measures(plan):
         return found
     dtype = session.loaded.checkpoint_dtype
     coded = [each for menu in found for each in menu if each.bits < 16]
