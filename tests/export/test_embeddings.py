@@ -146,6 +146,9 @@ def test_the_other_formats_say_that_they_hold_decoded_embeddings(run, name):
     count = len(Run.open(run[1]).summary().embeddings)
     assert f"{count} embeddings are written decoded" in decoded_in(run[1], name)
     assert not decoded_in(run[1], "packed")
+    card = (run[1] / "model" / "README.md").read_text()
+    assert "| bits of embeddings | 6 of " in card
+    assert "layers and of the embeddings: " in card
 
 
 def test_codes_of_another_run_are_refused(run, tmp_path):
