@@ -92,6 +92,7 @@ def search(
     solver_options: Mapping[str, Any] | None = None,
     accounting: str | None = None,
     storage: str = "16",
+    embeddings: str | None = None,
     pattern: str | None = None,
     serving_profile: str = "dense",
     rank_multiple: int | None = None,
@@ -127,9 +128,9 @@ def search(
         allocator: a name, with `allocator_options`; None is that of `effort`; or an object of your own: a frozen
             dataclass, whose fields and source are recorded so that runs can be told apart.
         solver: a name, with `solver_options`.
-        accounting, storage, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort, search_tokens,
-            correct, nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of `globalopt
-            search`.
+        accounting, storage, embeddings, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort,
+            search_tokens, correct, nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of
+            `globalopt search`.
         refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -153,8 +154,9 @@ def search(
     own = None if isinstance(chosen, str) else chosen
     options = SearchOptions(
         budget=budget,
-        accounting=unit_of(accounting, storage),
+        accounting=unit_of(accounting, storage, embeddings),
         storage=storage,
+        embeddings=embeddings,
         **get_profile(serving_profile).choices(pattern),
         serving_profile=serving_profile,
         rank_multiple=rank_multiple,
@@ -205,6 +207,7 @@ def compress(
     pattern: str | None = None,
     accounting: str | None = None,
     storage: str | None = None,
+    embeddings: str | None = None,
     solver: str | Solver = "3basil",
     solver_options: Mapping[str, Any] | None = None,
     sensitivity: str = "fisher",
@@ -226,8 +229,8 @@ def compress(
     Args:
         budget: fraction kept of the compressible layers, in (0, 1]; or the path of a budget file; or
             `Compressed.budget` as `search` returns it.
-        allocator, allocator_options, rank_share, pattern, accounting, storage: how a fraction is divided; see
-            `plan_direct`. They are refused with a budget file.
+        allocator, allocator_options, rank_share, pattern, accounting, storage, embeddings: how a fraction is divided;
+            see `plan_direct`. They are refused with a budget file.
         refining: how layers are refined and matched; None matches nothing for a fraction, and blocks for a budget file.
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
@@ -264,11 +267,12 @@ def compress(
             _texts(allocator_options),
             rank_share,
             pattern or "unstructured",
-            unit_of(accounting, storage or "16"),
+            unit_of(accounting, storage or "16", embeddings),
             sensitivity,
             refining,
             seed,
             storage or "16",
+            embeddings,
         )
         with _folder(out) as folder:
             shared = _cache(folder, cache)
@@ -282,6 +286,7 @@ def compress(
         "pattern": pattern,
         "accounting": accounting,
         "storage": storage,
+        "embeddings": embeddings,
     }
     if given := [name for name, value in divided.items() if value is not None]:
         raise UsageError(f"{given[0]} divides a fraction kept; the layers of a budget file have their targets.")

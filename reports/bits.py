@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from globalopt.values.embeddings import Embedding, dense_bytes, stored_bytes
 from globalopt.values.results import LayerPlan
 from globalopt.values.storage import PLAIN, Storage
+from reports import formats
 
 NOTE = "bits: mean of the stored numbers, without their scales"
 
@@ -55,3 +57,35 @@ def stored_facts(layers: Sequence[LayerPlan]) -> list[tuple[str, str]]:
     noun = "layer" if counts[first] == 1 else "layers"
     said = ", ".join([f"{counts[first]} {noun} in {first} bits", *(f"{counts[each]} in {each}" for each in others)])
     return [("stored", said + (" (values/factors)" if any("/" in storage for storage in counts) else ""))]
+
+
+def embedding_facts(embeddings: Sequence[Embedding]) -> list[tuple[str, str]]:
+    """Say in how many bits embeddings are stored, and in how many bytes; nothing where a budget counts none.
+
+    >>> embedding_facts([Embedding("model.embed_tokens", 100, 64, bits=8), Embedding("lm_head", 100, 64, bits=6)])
+    [('embeddings', 'model.embed_tokens in 8 bits, lm_head in 6: 11,600 of 25,600 bytes')]
+    """
+    if not embeddings:
+        return []
+    first, *others = embeddings
+    said = ", ".join([f"{first.name} in {first.bits} bits", *(f"{each.name} in {each.bits}" for each in others)])
+    sizes = f"{formats.count(stored_bytes(embeddings))} of {formats.count(dense_bytes(embeddings))} bytes"
+    return [("embeddings", f"{said}: {sizes}")]
+
+
+def compressible(accounting: str, embeddings: Sequence[Embedding]) -> str:
+    """Name what a budget is a fraction of.
+
+    >>> compressible("parameters", ()), compressible("bytes", [Embedding("lm_head", 100, 64, bits=8)])
+    ('the compressible parameters', 'the bytes of compressible layers and embeddings')
+    """
+    return f"the {accounting} of compressible layers and embeddings" if embeddings else f"the compressible {accounting}"
+
+
+def summed_over(embeddings: Sequence[Embedding]) -> str:
+    """Say what a predicted loss is summed over.
+
+    >>> summed_over(()), summed_over([Embedding("lm_head", 100, 64, bits=8, loss=0.1)])
+    ('summed over layers', 'summed over layers and embeddings')
+    """
+    return f"summed over layers{' and embeddings' if any(each.loss is not None for each in embeddings) else ''}"

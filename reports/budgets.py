@@ -9,9 +9,10 @@ from rich.text import Text
 
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.diff import BudgetDiff, Move
+from globalopt.values.embeddings import stored_bytes
 from globalopt.values.results import LayerPlan
 from reports import formats
-from reports.bits import bits_text, few_bits, mean_bits, stored_facts
+from reports.bits import bits_text, compressible, embedding_facts, few_bits, mean_bits, stored_facts
 from reports.groups import by_kind
 from reports.layer_tables import group_table
 from reports.shaded_grid import bits_grid, change_grid, kept_grid
@@ -33,9 +34,10 @@ def budget_file(file: BudgetFile) -> Stack:
     """
     plans = file.plans
     rows = [
-        ("asked", f"keep {file.asked:g} of the compressible {unit_name(file.accounting)}"),
+        ("asked", f"keep {file.asked:g} of {compressible(unit_name(file.accounting), file.matrices)}"),
         ("used", f"{formats.count(file.used)} of {formats.count(file.limit)} {unit_name(file.accounting)}"),
         *stored_facts(plans),
+        *embedding_facts(file.matrices),
         *prediction("predicted", file.predicted, file.bound, file.error_unit),
         ("seed", str(file.seed)),
     ]
@@ -95,7 +97,13 @@ def _totals(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tup
     row("seed", [str(file.seed) for file in files])
     row("asked to keep", [f"{file.asked:g}" for file in files])
     whole = found.whole
-    row(f"used, {unit_name(found.accounting)}", [formats.count(n) for n in whole.cost], _signed(whole.change))
+    beside = any(found.embeddings)
+    used = f"used{' by the layers' if beside else ''}, {unit_name(found.accounting)}"
+    row(used, [formats.count(n) for n in whole.cost], _signed(whole.change))
+    if beside:
+        row("bits of embeddings", [" and ".join(str(each.bits) for each in some) or "-" for some in found.embeddings])
+        sizes = [stored_bytes(some) for some in found.embeddings]
+        row("used by embeddings, bytes", [formats.count(n) for n in sizes], _signed(sizes[1] - sizes[0]))
     row("of the dense size", [f"{kept:.3f}" for kept in whole.kept], _change(whole.kept))
     if few_bits([*found.before, *found.after]):
         row("mean bits of a number", [bits_text(mean_bits(plans)) for plans in (found.before, found.after)])
@@ -116,14 +124,17 @@ def _totals(found: BudgetDiff, files: tuple[BudgetFile, BudgetFile], labels: tup
 def _moved(found: BudgetDiff) -> str:
     """Say how many layers differ, and how much they gained and lost."""
     whole = found.whole
+    bits = [[(each.name, each.bits) for each in some] for some in found.embeddings]
+    embeddings = " The embeddings differ." if bits[0] != bits[1] else ""
     if not whole.changed:
-        return f"Nothing moved: both give all {whole.layers} layers the same."
+        nothing = "No layer moved" if embeddings else "Nothing moved"
+        return f"{nothing}: both give all {whole.layers} layers the same.{embeddings}"
     gained = sum(after.cost > before.cost for before, after in found.pairs)
     lost = sum(after.cost < before.cost for before, after in found.pairs)
     said = f"{whole.changed} of {whole.layers} layers differ: "
     said += f"{gained} keep more, {formats.compact(found.given)} {unit_name(found.accounting)} in all; "
     said += f"{lost} keep less, {formats.compact(found.taken)}."
-    return said + (f" {found.restored} are stored in other bits." if found.restored else "")
+    return said + (f" {found.restored} are stored in other bits." if found.restored else "") + embeddings
 
 
 def _moves_table(title: str, label: str, moves: dict[str, Move], found: BudgetDiff) -> Stack:

@@ -27,7 +27,7 @@ from reports.html import (
     Table,
 )
 from reports.menu import Menu
-from reports.size import PARTS_NOTE, part_sizes, size_facts
+from reports.size import PARTS_NOTE, part_sizes, size_facts, size_title
 
 MISSING = Cell("-", "")
 
@@ -213,8 +213,9 @@ def _parts(summary: Summary) -> list[Part]:
         ]
         for size in part_sizes(summary)
     ]
-    heads = columns("part'", "bytes", "of the dense layers", "bits per weight")
-    return [Table("Bytes of the layers, by part", heads, sizes[:-1], sizes[-1], (PARTS_NOTE,))] if sizes else []
+    whole = "of layers and embeddings" if summary.embeddings else "of the dense layers"
+    heads = columns("part'", "bytes", whole, "bits per weight")
+    return [Table(size_title(summary), heads, sizes[:-1], sizes[-1], (PARTS_NOTE,))] if sizes else []
 
 
 def _pooled(group: Group, few: bool) -> list[Cell]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Group as Stack
 
 from globalopt.values.budget import BYTES_PER_VALUE, Parts
+from globalopt.values.embeddings import dense_bytes, stored_bytes
 from globalopt.values.layer import Shape
 from globalopt.values.results import Summary
 from reports import formats
@@ -26,8 +27,8 @@ class PartSize:
     Args:
         label: what the part is called.
         bytes: of all layers.
-        share: of the bytes of the dense layers.
-        per_weight: bits per weight of the dense layers.
+        share: of the bytes of the dense layers, and of the embeddings that a budget counts.
+        per_weight: bits per weight of the same.
 
     >>> PartSize("scales", 64, share=0.01, per_weight=0.16).bytes
     64
@@ -59,6 +60,10 @@ def size_facts(summary: Summary) -> list[tuple[str, str]]:
         counted = "scales and indices counted" if few_bits(layers) else "at 16 bits a value, indices counted"
         sizes = f"{formats.memory(packed)} of {formats.memory(whole)}, {counted}"
         rows.append(("packed layers", _part(packed, whole, sizes)))
+    if summary.embeddings:
+        stored, dense = stored_bytes(summary.embeddings), dense_bytes(summary.embeddings)
+        said = f"{formats.memory(stored)} of {formats.memory(dense)}, scales counted"
+        rows.append(("packed embeddings", _part(stored, dense, said)))
     return [
         *rows,
         ("unpacked", "model/ is as large as the dense model: it stores sums"),
@@ -69,7 +74,8 @@ def size_facts(summary: Summary) -> list[tuple[str, str]]:
 def part_sizes(summary: Summary) -> list[PartSize]:
     """Compute the sizes of the parts of all covered layers, and of all parts as the last; none where all have 16 bits.
 
-    The sizes add up to the bytes of the layers, `Target.bytes`. Parts that no layer has are left out.
+    The sizes add up to the bytes of the layers, `Target.bytes`, and of the embeddings where a budget counts them: codes
+    and scales of these are one part. Parts that no layer has are left out.
 
     >>> from reports.example import example_summary
     >>> sizes = part_sizes(example_summary(storages=("8", "4/8")))
@@ -78,21 +84,22 @@ def part_sizes(summary: Summary) -> list[PartSize]:
     >>> sizes[-1].bytes == sum(layer.bytes for layer in example_summary(storages=("8", "4/8")).layers)
     True
     """
-    layers = summary.layers
-    if not few_bits(layers):
+    layers, embeddings = summary.layers, summary.embeddings
+    if not few_bits(layers) and not embeddings:
         return []
-    weights = sum(layer.d_out * layer.d_in for layer in layers)
+    weights = sum(layer.d_out * layer.d_in for layer in layers) + sum(each.numel for each in embeddings)
     parts = [layer.target.parts(Shape(layer.d_out, layer.d_in)) for layer in layers]
     sums = Parts(*map(sum, zip(*parts, strict=True)))
-    found = [(label, size) for label, size in zip(PARTS, sums, strict=True) if size]
+    beside = stored_bytes(embeddings)
+    found = [(label, size) for label, size in zip((*PARTS, "embeddings"), (*sums, beside), strict=True) if size]
     return [
         PartSize(label, size, size / (BYTES_PER_VALUE * weights), 8 * size / weights)
-        for label, size in [*found, ("all", sum(sums))]
+        for label, size in [*found, ("all", sum(sums) + beside)]
     ]
 
 
 def size_table(summary: Summary) -> Stack | None:
-    """Make the table of `part_sizes`; None where all layers have 16 bits.
+    """Make the table of `part_sizes`; None where all layers have 16 bits and the budget counts nothing else.
 
     >>> from rich.console import Console
     >>> from reports.example import example_summary
@@ -105,7 +112,7 @@ def size_table(summary: Summary) -> Stack | None:
     sizes = part_sizes(summary)
     if not sizes:
         return None
-    table = report_table("Bytes of the layers, by part")
+    table = report_table(size_title(summary))
     table.add_column("")
     add_numbers(table, ("bytes", "of dense", "bits per weight"))
     for size in sizes:
@@ -115,6 +122,16 @@ def size_table(summary: Summary) -> Stack | None:
         cells = (formats.count(size.bytes), f"{100 * size.share:.2f} %", f"{size.per_weight:.3f}")
         table.add_row(size.label, *cells, style="bold" if last else "")
     return footed(table, PARTS_NOTE)
+
+
+def size_title(summary: Summary) -> str:
+    """Title the table of `part_sizes`.
+
+    >>> from reports.example import example_summary
+    >>> size_title(example_summary())
+    'Bytes of the layers, by part'
+    """
+    return f"Bytes of the layers{' and embeddings' if summary.embeddings else ''}, by part"
 
 
 def _part(part: int, whole: int, said: str) -> str:

@@ -22,7 +22,7 @@ from globalopt.values.results import (
     Summary,
 )
 from reports import formats
-from reports.bits import stored_facts
+from reports.bits import compressible, embedding_facts, stored_facts, summed_over
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
 from reports.menu import Menu
 from reports.quality_tables import quality
@@ -106,14 +106,20 @@ def budget_facts(summary: Summary, menu: Menu | None = None) -> list[tuple[str, 
     """
     unit = unit_name(summary.accounting)
     rows = [
-        ("asked", f"keep {summary.asked:g} of the compressible {unit}"),
+        ("asked", f"keep {summary.asked:g} of {compressible(unit, summary.embeddings)}"),
         ("limit", f"{formats.count(summary.limit)} of {formats.count(summary.total)} {unit}"),
         ("used", f"{formats.count(summary.used)} {unit}, {formats.percent(summary.used, summary.limit)} of the limit"),
         ("accounting", summary.accounting),
         *stored_facts(summary.layers),
+        *embedding_facts(summary.embeddings),
         ("allocator", summary.allocator),
         ("solver", summary.solver),
-        *prediction("predicted loss", summary.predicted, summary.bound, f"{summary.budget_unit}, summed over layers"),
+        *prediction(
+            "predicted loss",
+            summary.predicted,
+            summary.bound,
+            f"{summary.budget_unit}, {summed_over(summary.embeddings)}",
+        ),
         *against_uniform(summary),
         # Without a prediction, no option was on offer.
         *(menu.facts(summary.layers) if menu is not None and summary.predicted is not None else ()),

@@ -2,22 +2,32 @@
 
 A file holds the rank and the number of nonzeros of every layer, the accounting, and a fingerprint of the model, never a
 path or a date: the same search writes the same bytes. Where a layer is stored in fewer than 16 bits, it also holds the
-bits of every layer, and is of the second version of the schema, which older programs refuse.
+bits of every layer, and where the budget counts the embeddings, the bits of these; it is then of the second version of
+the schema, which older programs refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from globalopt.budgets.schema import SCHEMA_VERSION, STORAGE_VERSION, BudgetFile, LayerEntry, LimitsEntry, schema_of
+from globalopt.budgets.schema import (
+    SCHEMA_VERSION,
+    STORAGE_VERSION,
+    BudgetFile,
+    EmbeddingEntry,
+    LayerEntry,
+    LimitsEntry,
+    schema_of,
+)
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import NO_LIMITS, Budget, Target
+from globalopt.values.embeddings import Embedding, dense_bytes, measured, stored_bytes, whole_limit
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit
@@ -31,6 +41,7 @@ def make(
     block_params: int,
     asked: float,
     error_unit: ErrorUnit,
+    embeddings: Sequence[Embedding] = (),
 ) -> BudgetFile:
     """Make the budget file of an allocation of `problem`.
 
@@ -38,6 +49,7 @@ def make(
         covered, block_params: parameters of the compressible layers, and of the decoder blocks.
         asked: the requested kept fraction.
         error_unit: of the problem's error surfaces.
+        embeddings: that the budget counts beside the layers of the problem, which has what they leave.
     Raises:
         UsageError: a target has a plane of signs.
 
@@ -53,23 +65,32 @@ def make(
     budget, table = allocation.budget, problem.table
     sizes = table.sizes(allocation.targets)
     errors = dict(zip(table.names, table.predict(*sizes.arrays).tolist(), strict=True))
+    total, lost = budget.total + dense_bytes(embeddings), measured(embeddings)
     return BudgetFile(
-        schema_version=schema_of(allocation.targets.values()),
+        schema_version=schema_of(allocation.targets.values(), embeddings),
         fingerprint=fingerprint,
         accounting="bytes" if budget.accounting == "bytes" else "params",
         asked=asked,
-        limit=budget.limit,
-        used=allocation.used,
-        total=budget.total,
+        limit=whole_limit(asked, total) if embeddings else budget.limit,
+        used=allocation.used + stored_bytes(embeddings),
+        total=total,
         covered=covered,
         block_params=block_params,
         allocator=allocation.by,
         seed=problem.seed,
         error_unit=error_unit,
-        predicted=allocation.predicted,
-        bound=allocation.bound,
+        predicted=allocation.predicted + lost,
+        bound=None if allocation.bound is None else allocation.bound + lost,
         layers=tuple(_entry(spec, allocation.targets[spec.name], budget, errors[spec.name]) for spec in problem.specs),
         limits=None if problem.limits == NO_LIMITS else LimitsEntry(**asdict(problem.limits)),
+        embeddings=tuple(_embedding_entry(each) for each in embeddings),
+    )
+
+
+def _embedding_entry(each: Embedding) -> EmbeddingEntry:
+    """Record how an embedding is stored."""
+    return EmbeddingEntry(
+        name=each.name, rows=each.rows, width=each.width, bits=each.bits, cost=each.bytes, loss=each.loss
     )
 
 
@@ -166,7 +187,7 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
     """
     if all(targets[entry.name] == entry.target for entry in like.layers):
         return like
-    budget = Budget(like.limit, like.total, like.accounting)
+    budget, beside = like.budget, stored_bytes(like.matrices)
     entries = []
     for entry in like.layers:
         target = targets[entry.name]
@@ -174,14 +195,14 @@ def imported(targets: Mapping[str, Target], like: BudgetFile, by: str = "importe
             entries.append(_entry(entry.spec, target.check(entry.spec), budget, None))
         except GlobalOptError as cause:
             raise ArtefactError(str(cause)) from None
-    used = sum(entry.cost for entry in entries)
+    used = sum(entry.cost for entry in entries) + beside
     if not 0 < used <= like.total:
         raise ArtefactError(
             f"the layers would use {used} {like.accounting}; a budget is above 0 and at most the dense {like.total}."
         )
     same = used == like.used
     changed = {
-        "schema_version": schema_of(targets.values()),
+        "schema_version": schema_of(targets.values(), like.matrices),
         "asked": like.asked if same else used / like.total,
         "limit": like.limit if same else used,
         "used": used,
@@ -207,7 +228,7 @@ def without_rank(file: BudgetFile) -> BudgetFile:
     >>> [(entry.rank, entry.nnz) for entry in without_rank(example_budget()).layers]
     [(0, 16), (0, 16)]
     """
-    budget = Budget(file.limit, file.total, file.accounting)
+    budget = file.budget
     targets = {}
     for entry in file.layers:
         target = entry.target
@@ -233,13 +254,14 @@ def write(path: Path, file: BudgetFile) -> None:
 
 
 def record(file: BudgetFile) -> dict[str, Any]:
-    """Return the contents as JSON values, without `limits` and storages where there are none but 16 bits.
+    """Return the contents as JSON values, without `limits`, embeddings and storages where there are none but 16 bits.
 
     >>> from globalopt.budgets.example import example_budget
     >>> record(example_budget())["layers"][1]["nnz"], "limits" in record(example_budget())
     (16, False)
     """
-    found = file.model_dump(mode="json", exclude={"limits"} if file.limits is None else None)
+    absent = {name for name, there in (("limits", file.limits), ("embeddings", file.embeddings)) if not there}
+    found = file.model_dump(mode="json", exclude=absent)
     if file.schema_version == SCHEMA_VERSION:
         for layer in found["layers"]:
             del layer["storage"]

@@ -11,6 +11,7 @@ from typing import Any
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.errors import ArtefactError
 from globalopt.values.budget import Budget, Target
+from globalopt.values.embeddings import Embedding
 from globalopt.values.results import LayerPlan
 
 RANGES = 8  # at most so many ranges of blocks, into which the depth of a model is cut
@@ -80,6 +81,7 @@ class BudgetDiff:
 
     Args:
         accounting: the unit of costs: that of both budgets, or parameters where they differ.
+        before, after: the layers. embeddings: that the budgets count, before and after.
 
     >>> from globalopt.budgets.example import example_budget
     >>> from globalopt.budgets.budget_file import without_rank
@@ -91,6 +93,7 @@ class BudgetDiff:
     accounting: str
     before: tuple[LayerPlan, ...]
     after: tuple[LayerPlan, ...]
+    embeddings: tuple[tuple[Embedding, ...], tuple[Embedding, ...]] = ((), ())
 
     @property
     def pairs(self) -> tuple[tuple[LayerPlan, LayerPlan], ...]:
@@ -157,6 +160,11 @@ def record(found: BudgetDiff) -> dict[str, Any]:
         "by_kind": {kind: _move_record(move) for kind, move in found.by_kind().items()},
         "by_depth": {blocks: _move_record(move) for blocks, move in found.by_depth().items()},
         "layers": [_layer_record(before, after) for before, after in found.pairs],
+        **(
+            {"embeddings": [[asdict(each) for each in some] for some in found.embeddings]}
+            if any(found.embeddings)
+            else {}
+        ),
     }
 
 
@@ -199,7 +207,8 @@ def diff(before: BudgetFile, after: BudgetFile, sources: tuple[Path, Path]) -> B
     accounting = before.accounting if before.accounting == after.accounting else "params"
     plans = {plan.name: plan for plan in _counted(after, accounting)}
     first = _counted(before, accounting)
-    return BudgetDiff(accounting, first, tuple(plans[plan.name] for plan in first))
+    matrices = before.matrices, after.matrices
+    return BudgetDiff(accounting, first, tuple(plans[plan.name] for plan in first), matrices)
 
 
 def _counted(file: BudgetFile, accounting: str) -> tuple[LayerPlan, ...]:

@@ -15,6 +15,7 @@ from globalopt.commands.options import Json, Silent, Trust
 if TYPE_CHECKING:
     from globalopt.budgets.budget_file import BudgetFile
     from globalopt.budgets.formats import Format
+    from globalopt.models.layers import ModelLayers
 
 app = typer.Typer(help="Print, check, compare and convert budget files.", no_args_is_help=True)
 
@@ -45,14 +46,18 @@ def validate(
     """Check that a budget file is complete and that its costs add up."""
     with errors():
         from globalopt.budgets import budget_file
-        from reports.bits import stored_facts
+        from globalopt.embeddings.find import check_embeddings
+        from globalopt.models.identity import model_fingerprint
+        from reports.bits import embedding_facts, stored_facts
 
         file = budget_file.read(path)
         if model is not None:
-            of_model = _whole_budget(model, trust_remote_code, file.accounting)
-            file.for_model(of_model.fingerprint, tuple(entry.spec for entry in of_model.layers), path)
+            layers = _layers_of(model, trust_remote_code)
+            file.for_model(model_fingerprint(layers), layers.specs, path)
+            check_embeddings(layers.model, file.matrices, path)
         share = file.used / file.limit
-        stored = "".join(f" {label.capitalize()}: {said}." for label, said in stored_facts(file.plans))
+        facts = [*stored_facts(file.plans), *embedding_facts(file.matrices)]
+        stored = "".join(f" {label.capitalize()}: {said}." for label, said in facts)
         out.out(
             f"{path}: valid. {len(file.layers)} layers, {file.used:,} of {file.limit:,} {file.accounting} "
             f"({share:.3%}).{stored}",
@@ -127,6 +132,7 @@ def convert(
     with errors():
         from globalopt.budgets import budget_file
         from globalopt.budgets.formats import FORMATS, EvoPress
+        from globalopt.budgets.formats.checks import embeddings_left_out
         from globalopt.errors import UnknownNameError, UsageError
         from globalopt.runs.files import write_text
 
@@ -150,7 +156,9 @@ def convert(
                 raise UsageError("A budget file says everything itself: leave out --like and --model.")
             file = budget_file.read(path)
         else:
-            file, notes = _imported(path, formats[source], like, model, trust_remote_code, accounting or "params")
+            file, notes = _imported(
+                path, formats[source], source, like, model, trust_remote_code, accounting or "params"
+            )
         if rank_as_nonzeros:
             ranked = sum(1 for entry in file.layers if entry.rank)
             file = budget_file.without_rank(file)
@@ -160,7 +168,7 @@ def convert(
         else:
             text, left_out = formats[wanted].write(file)
             write_text(written, text)
-            notes += left_out
+            notes += left_out + embeddings_left_out(file, wanted)
         if not quiet:
             out.out(f"{written}: {wanted}, {len(file.layers)} layers", highlight=False)
         # What was lost is said to whoever asked for quiet, too.
@@ -169,11 +177,18 @@ def convert(
 
 
 def _imported(
-    path: Path, source: Format, like: Path | None, model: str | None, trust_remote_code: bool, accounting: str
+    path: Path,
+    source: Format,
+    what: str,
+    like: Path | None,
+    model: str | None,
+    trust_remote_code: bool,
+    accounting: str,
 ) -> tuple[BudgetFile, tuple[str, ...]]:
-    """Read the budget that a file of another format describes, with notes on the parts taken from elsewhere."""
+    """Read the budget that a file of the format `what` describes, with notes on the parts taken from elsewhere."""
     from globalopt.budgets import budget_file
     from globalopt.budgets.formats import Peft
+    from globalopt.budgets.formats.checks import embeddings_of_like
     from globalopt.errors import ArtefactError, UsageError
     from globalopt.runs.files import read_text
 
@@ -185,7 +200,7 @@ def _imported(
     text = read_text(path)
     try:
         targets, notes = source.read(text, base)
-        return budget_file.imported(targets, base), notes
+        return budget_file.imported(targets, base), notes + embeddings_of_like(base, what)
     except ArtefactError as cause:
         raise ArtefactError(f"{path}: {cause}") from None
 
@@ -194,12 +209,18 @@ def _whole_budget(model: str | None, trust_remote_code: bool, accounting: str) -
     """Make the budget that keeps a model whole."""
     from globalopt.budgets import budget_file
     from globalopt.models.identity import model_fingerprint
-    from globalopt.pipeline.estimates.shape import Structure
-    from globalopt.pipeline.options import ModelOptions
 
-    models = ModelOptions(named(model), trust_remote_code=trust_remote_code, allow_low_coverage=True)
-    layers = Structure.of(models).layers
+    layers = _layers_of(model, trust_remote_code)
     coverage = layers.coverage
     return budget_file.whole(
         layers.specs, model_fingerprint(layers), coverage.covered, coverage.block_params, accounting
     )
+
+
+def _layers_of(model: str | None, trust_remote_code: bool) -> ModelLayers:
+    """Read the structure of a model, without its weights."""
+    from globalopt.pipeline.estimates.shape import Structure
+    from globalopt.pipeline.options import ModelOptions
+
+    models = ModelOptions(named(model), trust_remote_code=trust_remote_code, allow_low_coverage=True)
+    return Structure.of(models).layers

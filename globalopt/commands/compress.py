@@ -20,6 +20,7 @@ from globalopt.commands.options import (
     DistillSet,
     DryRun,
     Dtype,
+    Embeddings,
     EvalText,
     EvalWindows,
     Fresh,
@@ -112,6 +113,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    embeddings: Embeddings = None,
     solver: SolverName = "3basil",
     solver_set: SolverSet = None,
     sensitivity: Annotated[
@@ -156,11 +158,12 @@ def compress(
     """
     with together(verbose):
         from globalopt.budgets import budget_file
+        from globalopt.embeddings.find import check_embeddings
         from globalopt.models.identity import model_fingerprint
         from globalopt.pipeline import compress as pipeline
         from globalopt.pipeline import search, session
         from globalopt.pipeline.direct import plan_direct
-        from globalopt.pipeline.estimates.job import compress_job, search_job
+        from globalopt.pipeline.estimates.job import compress_job, search_job, within
         from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import SENSITIVITIES, ModelOptions, TextOptions, check_word, unit_of
@@ -175,6 +178,7 @@ def compress(
             "--pattern": pattern,
             "--accounting": accounting,
             "--storage": storage,
+            "--embeddings": embeddings,
         }
         check_budget(budget, budget_path, [option for option, value in divided.items() if value not in (None, [])])
         check_word("sensitivity", sensitivity, SENSITIVITIES)
@@ -196,7 +200,7 @@ def compress(
         if budget_path is None:
             assert budget is not None
             chosen, form, bits = allocator or "uniform", pattern or "unstructured", storage or "16"
-            unit = unit_of(accounting, bits)
+            unit = unit_of(accounting, bits, embeddings)
             direct = plan_direct(
                 budget,
                 fitting,
@@ -210,15 +214,19 @@ def compress(
                 refining,
                 seed,
                 bits,
+                embeddings,
             )
             variant = "" if unit == "params" else "-bytes"
             variant += "" if bits == "16" else f"-bits{bits.replace('/', 'x')}"
+            variant += "" if embeddings is None else f"-embeddings{embeddings}"
             variant += "" if form == "unstructured" else f"-{form.replace(':', 'of')}"
             folder = folder or default_folder(models, f"{budget:g}{variant}-{chosen}-{solver}-compressed-seed{seed}")
             shared = chosen_cache(folder, cache, no_cache)
             Run.check_folder(folder)
             if dry_run:
-                show_dry_run(Structure.of(models), models, texts, search_job(direct, refines=True), as_json)
+                structure = Structure.of(models)
+                job = within(search_job(direct, refines=True), structure.layers, direct)
+                show_dry_run(structure, models, texts, job, as_json)
                 return
 
             def compute_direct() -> tuple[Summary, Run]:
@@ -236,9 +244,16 @@ def compress(
         Run.check_folder(folder)
         if dry_run:
             structure = Structure.of(models)
-            file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
+            allocation = file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
+            check_embeddings(structure.layers.model, file.matrices, budget_path)
             few_bits = any(layer.storage != "16" for layer in file.plans)
-            show_dry_run(structure, models, texts, compress_job(plan, file.used / file.total, few_bits), as_json)
+            show_dry_run(
+                structure,
+                models,
+                texts,
+                compress_job(plan, allocation.used / allocation.budget.total, few_bits),
+                as_json,
+            )
             return
 
         def compute() -> tuple[Summary, Run]:

@@ -205,10 +205,20 @@ StorageMenu = Annotated[
         metavar="BITS",
     ),
 ]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        help="Bits of the token embedding and of lm_head, which --budget then counts too, in bytes: 16, 8, 6, or auto "
+        "(search only: the bits of each that lose least). Without it they stay as they are and are not counted.",
+        metavar=one_of("16", "8", "6", "auto"),
+        show_default=False,
+    ),
+]
 Accounting = Annotated[
     str | None,
     typer.Option(
-        help="Unit of --budget. Without it: params, or bytes where --storage is less than 16 bits.",
+        help="Unit of --budget. Without it: params, or bytes with --embeddings or a --storage of less than 16 bits.",
         metavar=one_of("params", "bytes"),
         show_default=False,
     ),

@@ -19,6 +19,7 @@ from globalopt.commands.options import (
     DistillSet,
     DryRun,
     Dtype,
+    Embeddings,
     EvalText,
     Fresh,
     GGUFFile,
@@ -76,6 +77,7 @@ def search(
     ] = False,
     accounting: Accounting = None,
     storage: StorageMenu = "16",
+    embeddings: Embeddings = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -214,7 +216,7 @@ def search(
         from globalopt.pipeline import family, session
         from globalopt.pipeline import search as pipeline
         from globalopt.pipeline.effort import get_effort
-        from globalopt.pipeline.estimates.job import search_job
+        from globalopt.pipeline.estimates.job import search_job, within
         from globalopt.pipeline.estimates.shape import Structure
         from globalopt.pipeline.finished import question
         from globalopt.pipeline.options import ModelOptions, SearchOptions, TextOptions, unit_of
@@ -229,12 +231,15 @@ def search(
         allocator = family.ALLOCATOR if several else allocator or level.allocator
         if not several and search_tokens == 0:
             raise UsageError("--search-tokens 0 is for a family of budgets; of one budget it must be at least 1.")
+        if several and embeddings is not None:
+            raise UsageError("--embeddings is for one budget, not for a family. Give one --budget, or leave it out.")
         choices = get_profile(serving_profile).choices(pattern, span_scaling)
-        unit = unit_of(accounting, storage)
+        unit = unit_of(accounting, storage, embeddings)
         options = SearchOptions(
             budget=budgets[0],
             accounting=unit,
             storage=storage,
+            embeddings=embeddings,
             allocator=allocator,
             allocator_options=pairs(allocator_set, "--allocator-set"),
             solver=solver,
@@ -277,6 +282,7 @@ def search(
         )
         variant = "" if unit == "params" else "-bytes"
         variant += "" if storage == "16" else f"-bits{storage.replace('/', 'x').replace(',', '+')}"
+        variant += "" if embeddings is None else f"-embeddings{embeddings}"
         variant += "" if options.pattern == "unstructured" else f"-{options.pattern.replace(':', 'of')}"
         variant += "" if serving_profile == "dense" else f"-{serving_profile}"
         variant += "" if rank_multiple is None else f"-ranks{rank_multiple}"
@@ -287,7 +293,9 @@ def search(
         shared = chosen_cache(folder, cache, no_cache)
         Run.check_folder(folder)
         if dry_run:
-            show_dry_run(Structure.of(models), models, texts, search_job(plan, refines=not several), as_json)
+            structure = Structure.of(models)
+            job = within(search_job(plan, refines=not several), structure.layers, plan)
+            show_dry_run(structure, models, texts, job, as_json)
             return
         command = session.run_command()
         if several:

@@ -149,6 +149,7 @@ def _rows(summary: Summary, facts: Mapping[str, Any], name: str) -> dict[str, st
     unit = "bytes" if summary.accounting == "bytes" else "parameters"
     patterns = sorted({layer.pattern for layer in summary.layers if layer.pattern})
     storages = Counter(layer.storage for layer in summary.layers)
+    beside = " and of the embeddings" if summary.embeddings else ""
     trained = "the whole model" if any(match.block is None for match in summary.matching) else "block by block"
     rows = {
         "base model": name,
@@ -157,8 +158,9 @@ def _rows(summary: Summary, facts: Mapping[str, Any], name: str) -> dict[str, st
         "method": f"solver {summary.solver}, allocator {summary.allocator}",
         "pattern": ", ".join(patterns),
         "bits of values and factors": "" if set(storages) == {"16"} else _bits(storages),
+        "bits of embeddings": _embedding_bits(summary),
         "matched to the base model": trained if summary.matching else "no",
-        "budget": f"{summary.asked:g} of the {unit} of {len(summary.layers)} layers: "
+        "budget": f"{summary.asked:g} of the {unit} of {len(summary.layers)} layers{beside}: "
         f"{summary.used:,} of {summary.total:,} kept",
         "versions": ", ".join(f"{package} {number}" for package, number in summary.versions.items()),
     }
@@ -170,6 +172,14 @@ def _bits(storages: Mapping[str, int]) -> str:
     order = sorted(storages, key=lambda storage: (-storages[storage], storage))
     said = ", ".join(f"{storage} in {storages[storage]} layers" for storage in order)
     return f"{said}; as codes only in the formats packed and factors"
+
+
+def _embedding_bits(summary: Summary) -> str:
+    """Say in how many bits each embedding is stored; "" where the budget counts none."""
+    if not summary.embeddings:
+        return ""
+    said = ", ".join(f"{each.bits} of {each.name}" for each in summary.embeddings)
+    return f"{said}; as codes only in the format packed" if any(each.bits < 16 for each in summary.embeddings) else said
 
 
 def _measured(summary: Summary) -> list[str]:

@@ -87,10 +87,14 @@ def decoded_in(run: Path, name: str) -> str:
     >>> decoded_in(example_run(Path("in 16 bits")), "dense")
     ''
     """
-    layers = sum(layer.storage != "16" for layer in Run.open(run).summary().layers)
-    if not layers or name not in ("dense", "adapter"):
+    summary = Run.open(run).summary()
+    layers = sum(layer.storage != "16" for layer in summary.layers) if name in ("dense", "adapter") else 0
+    embeddings = sum(each.bits < 16 for each in summary.embeddings) if name != "packed" else 0
+    counts = [f"{count} {what}" for count, what in ((layers, "layers"), (embeddings, "embeddings")) if count]
+    if not counts:
         return ""
-    return f"the numbers of {layers} layers are written decoded, in 16 bits or more; --format packed keeps their codes"
+    said = " and ".join(counts)
+    return f"the numbers of {said} are written decoded, in 16 bits or more; --format packed keeps their codes"
 
 
 def size_of(folder: Path, pattern: str = "*") -> int:

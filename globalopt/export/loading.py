@@ -21,10 +21,10 @@ def unpacked(loaded: LoadedModel) -> LoadedModel:
     >>> unpacked(loaded) is loaded
     True
     """
-    from globalopt.export.quantizer import packed_layers
+    from globalopt.export.quantizer import packed_embeddings, packed_layers
 
     model: Any = loaded.model
-    if not any(True for _ in packed_layers(model)):
+    if not any(True for found in (packed_layers(model), packed_embeddings(model)) for _ in found):
         return loaded
     model = model.dequantize()
     return replace(loaded, model=model.eval().requires_grad_(False))

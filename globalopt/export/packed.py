@@ -16,6 +16,9 @@ version 2, and such a part consists of
 with `x = (code - 2^(bits-1) + 1/2) scale`: of `S` its nonzeros in row-major order, of `U` its columns one after the
 other, of `V` its rows. An empty `S` has no value in version 2.
 
+Where the run stores the token embedding in few bits, the format is version 3, and `embedding` says what it consists of;
+a head with a matrix of its own is then a packed layer too.
+
 A layer that packing does not make smaller stays dense. `config.json` describes the layers under `quantization_config`,
 and stops loaders that do not know the format (`guard`); the header of every weight file holds digests of tensors and
 configs (`seal`).
@@ -31,8 +34,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from globalopt.embeddings.coding import decode_matrix
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, one_line
 from globalopt.export import guard, seal
+from globalopt.export.embedding import EmbeddingShape, pack_embedding
 from globalopt.export.linear import AUTO, COMPUTES, SparseLowRankLinear
 from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRankQuantizer, set_compute
 from globalopt.export.registration import register
@@ -41,6 +46,8 @@ from globalopt.export.source import Source, check_out, read_source
 from globalopt.models.loading import DTYPES, quiet, resolve_device
 from globalopt.models.origin import GENERATION_CONFIG, keep_side_files
 from globalopt.runs.files import read_json, replacing
+from globalopt.values.decomposition import Decomposition
+from globalopt.values.storage import Scales, Storage
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
@@ -88,7 +95,8 @@ def packed_model(source: Source) -> PreTrainedModel:
             raise ArtefactError(f"Layer {spec.name} cannot be packed. {cause}") from None
         model.set_submodule(spec.name, layer)
         made[spec.name] = layer
-    if any(layer.shape.version > 1 for layer in made.values()):
+    embeddings = _pack_embeddings(source, model, made)
+    if embeddings or any(layer.shape.version > 1 for layer in made.values()):
         for layer in made.values():
             layer.drop_zero()
     # Of a lazily loaded model only the packed layers are in memory by now.
@@ -96,13 +104,31 @@ def packed_model(source: Source) -> PreTrainedModel:
         if parameter.is_meta:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, nn.Parameter(source.tensor(name), requires_grad=False))
-    config = SparseLowRankConfig({name: layer.shape.record() for name, layer in made.items()})
+    records = {name: layer.shape.record() for name, layer in made.items()}
+    config = SparseLowRankConfig(records, embeddings={name: shape.record() for name, shape in embeddings.items()})
     held: Any = model
     held.hf_quantizer = SparseLowRankQuantizer(config)
     held.is_quantized, held.quantization_method = True, METHOD
     model.config.quantization_config = config
     guard.place(model)
     return model
+
+
+def _pack_embeddings(
+    source: Source, model: PreTrainedModel, made: dict[str, SparseLowRankLinear]
+) -> dict[str, EmbeddingShape]:
+    """Pack the embeddings that the run stores in few bits; a head with a matrix of its own is added to `made`."""
+    found: dict[str, EmbeddingShape] = {}
+    for each, coded in source.embeddings():
+        old: Any = model.get_submodule(each.name)
+        if isinstance(old, nn.Linear):
+            S, storage = decode_matrix(coded, source.dtype), Storage(coded.bits, coded.bits)
+            value = Decomposition(S, S[:, :0], S[:0], scales=Scales(storage, coded.scales.float(), None, None))
+            made[each.name] = SparseLowRankLinear.of(value, old.bias)
+            model.set_submodule(each.name, made[each.name])
+        elif (shape := pack_embedding(model, each, coded, source.dtype)) is not None:
+            found[each.name] = shape
+    return found
 
 
 def load_packed(folder: str | Path, dtype: str = "auto", device: str = "auto", compute: str = AUTO) -> PreTrainedModel:

@@ -16,12 +16,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export import guard
+from globalopt.export.embedding import EmbeddingShape, PackedEmbedding, place_empty, unpack_embedding
 from globalopt.export.linear import AUTO, TWO_FOUR, SparseLowRankLinear
 from globalopt.export.shape import Shape
 from globalopt.values.layer import NM
 
 METHOD = "globalopt"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """Versions of the format that can be read; a model is written in the first one that has all of its layers."""
 
 _FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
@@ -33,6 +34,7 @@ class SparseLowRankConfig(QuantizationConfigMixin):
     Args:
         layers: `Shape.record()` of every packed layer, by its name.
         format_version: of the format; None: the first that has all of these layers.
+        embeddings: `EmbeddingShape.record()` of every packed embedding, by its name.
     Raises:
         ArtefactError: it was written by another version, describes no layers, or ones that its version has not.
 
@@ -41,17 +43,26 @@ class SparseLowRankConfig(QuantizationConfigMixin):
     2
     """
 
-    def __init__(self, layers: Mapping[str, Any], format_version: int | None = None, **other: Any) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        format_version: int | None = None,
+        embeddings: Mapping[str, Any] | None = None,
+        **other: Any,
+    ) -> None:
         method = other.pop("quant_method", METHOD)
         known = format_version is None or (format_version in VERSIONS and not isinstance(format_version, bool))
         if method != METHOD or not known or other:
             raise ArtefactError(
                 f"The packed model has format version {format_version!r}, this one reads "
-                f"{' and '.join(map(str, VERSIONS))}. Upgrade globalopt."
+                f"{', '.join(map(str, VERSIONS))}. Upgrade globalopt."
             )
-        if not isinstance(layers, Mapping):
+        if not isinstance(layers, Mapping) or not isinstance(embeddings, Mapping | None):
             raise ArtefactError("The quantization_config of the packed model has no layers; it is broken.")
         self.quant_method: Any = METHOD
+        if embeddings:
+            parsed = {str(name): EmbeddingShape.parse(record) for name, record in embeddings.items()}
+            self.embeddings = {name: shape.record() for name, shape in parsed.items()}
         shapes = {str(name): Shape.parse(record) for name, record in layers.items()}
         self.describe(shapes)
         if format_version is not None and format_version < self.format_version:
@@ -62,8 +73,15 @@ class SparseLowRankConfig(QuantizationConfigMixin):
 
     def describe(self, shapes: Mapping[str, Shape]) -> None:
         """Set the packed layers, and the version that they need."""
-        self.format_version = max((shape.version for shape in shapes.values()), default=1)
+        versions = [shape.version for shape in shapes.values()] + ([3] if self.embedding_shapes() else [])
+        self.format_version = max(versions, default=1)
         self.layers = {name: shape.record() for name, shape in shapes.items()}
+
+    def embedding_shapes(self) -> dict[str, EmbeddingShape]:
+        """Return the shapes of the packed embeddings, by name."""
+        # An attribute of its own only where there are some: transformers writes all attributes.
+        found = getattr(self, "embeddings", {})
+        return {name: EmbeddingShape.parse(record) for name, record in found.items()}
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shapes of the packed layers, by name."""
@@ -99,27 +117,32 @@ class SparseLowRankQuantizer(HfQuantizer):
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Leave room for what the first call unpacks: at most the dense layer and its factors beside the packed one."""
         shapes = self.quantization_config.shapes().values()
+        embeddings = self.quantization_config.embedding_shapes().values()
         # At 16 bits a value; at 32 the packed share is larger, so this is on the safe side.
-        packed = sum(shape.bytes(2) for shape in shapes)
+        packed = sum(shape.bytes(2) for shape in shapes) + sum(shape.bytes for shape in embeddings)
         decoded = sum(shape.count(part) for shape in shapes for part in ("U", "V") if shape.coded(part))
+        decoded += sum(shape.numel for shape in embeddings)
         dense = 2 * (sum(shape.sparse.numel for shape in shapes) + decoded)
         share = packed / (packed + dense) if packed else 1.0
         return {place: int(size * share) if isinstance(size, int) else size for place, size in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check the files, and replace linear layers by empty packed ones."""
-        shapes = self.quantization_config.shapes()
+        shapes, embeddings = self.quantization_config.shapes(), self.quantization_config.embedding_shapes()
         files = kwargs.get("checkpoint_files")
         if files:
             from globalopt.export import seal
 
             seal.check_configs(files)
-            _check_shapes(shapes, seal.check_tensors(files))
+            _check_shapes(shapes, embeddings, seal.check_tensors(files))
         for name, shape in shapes.items():
             old = _linear(model, name, shape)
             dtype = kwargs.get("dtype") or old.weight.dtype
             made = SparseLowRankLinear(shape, old.bias is not None, _is_conv1d(old), dtype, device="meta")
             model.set_submodule(name, made)
+        for name, shape in embeddings.items():
+            dtype = kwargs.get("dtype") or model.get_submodule(name).weight.dtype
+            place_empty(model, name, shape, dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -138,6 +161,16 @@ class SparseLowRankQuantizer(HfQuantizer):
                 stored = getattr(layer, name)
                 if not stored.is_floating_point():
                     stored.data = stored.detach().clone()
+        for name, embedding in packed_embeddings(model):
+            embedding.requires_grad_(False)
+            if embedding.weight.device.type == "meta":
+                continue
+            try:
+                embedding.matrix()
+            except (ArtefactError, ArithmeticError) as cause:
+                raise ArtefactError(f"Embedding {name} of the packed model is broken: {cause}") from None
+            for stored in (embedding.weight, embedding.weight_scales):
+                stored.data = stored.detach().clone()
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -161,6 +194,8 @@ class SparseLowRankQuantizer(HfQuantizer):
         """Replace packed layers by dense ones."""
         for name, layer in packed_layers(model):
             model.set_submodule(name, dense_layer(layer, dtype))
+        for name, embedding in packed_embeddings(model):
+            unpack_embedding(model, name, embedding, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -203,6 +238,16 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, SparseLowRankLinear]]
     return iter(found)
 
 
+def packed_embeddings(model: nn.Module) -> Iterator[tuple[str, PackedEmbedding]]:
+    """Iterate over the packed embeddings of a model, with their names.
+
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> list(packed_embeddings(tiny_llama()))
+    []
+    """
+    return iter([(name, module) for name, module in model.named_modules() if isinstance(module, PackedEmbedding)])
+
+
 def set_compute(model: nn.Module, compute: str) -> None:
     """Set the way of computing (`SparseLowRankLinear`) of all packed layers; "two-four" only of those with a 2:4 `S`.
 
@@ -224,6 +269,8 @@ def set_compute(model: nn.Module, compute: str) -> None:
     for layer in layers:
         fits = compute != TWO_FOUR or layer.shape.sparse.form == str(NM(2, 4))
         layer.use(compute if fits else AUTO)
+    for _, embedding in packed_embeddings(model):
+        embedding.use(compute)
 
 
 def dense_layer(layer: SparseLowRankLinear, dtype: torch.dtype | None = None) -> nn.Module:
@@ -271,9 +318,14 @@ def _linear(model: nn.Module, name: str, shape: Shape) -> Any:
     return module
 
 
-def _check_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _check_shapes(
+    shapes: Mapping[str, Shape],
+    embeddings: Mapping[str, EmbeddingShape],
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
     """Check the dtypes and shapes of the stored tensors; `ArtefactError` naming the first that does not fit."""
-    for name, shape in shapes.items():
+    every: dict[str, Shape | EmbeddingShape] = {**shapes, **embeddings}
+    for name, shape in every.items():
         for part, size in shape.tensors().items():
             dtype, found = stored.get(f"{name}.{part}", ("nothing", ()))
             expected = shape.dtype(part)

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from globalopt.embeddings.coding import decode_matrix
 from globalopt.errors import ArtefactError
 from globalopt.export.card import write_card
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.loading import DTYPES, LoadedModel, load_model
-from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
+from globalopt.runs.artefacts import EMBEDDING, SOLVED_LAYER, SUMMARY
 from globalopt.runs.files import is_there, read_json, remove_abandoned_beside
 from globalopt.runs.folder import Run
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.embeddings import CodedMatrix, Embedding
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.results import Summary
 
@@ -69,6 +71,25 @@ class Source:
                 )
             S, U, V = (part.to(self.dtype) for part in (value.S, value.U, value.V))
             yield spec, Decomposition(S, U, V, value.signs, value.scales)
+
+    def embeddings(self) -> Iterator[tuple[Embedding, CodedMatrix]]:
+        """Iterate over the embeddings that the run stores in few bits, with their codes.
+
+        Raises:
+            ArtefactError: the codes are missing or broken, or are not those of the saved model.
+        """
+        for each in self.summary.embeddings:
+            if each.bits == 16:
+                continue
+            coded, weight = self.run.get(EMBEDDING, each.name), self.tensor(f"{each.name}.weight")
+            decoded = decode_matrix(coded, self.dtype) if (coded.rows, coded.width) == tuple(weight.shape) else None
+            scale = float(weight.abs().max())
+            if decoded is None or float((decoded.float() - weight.float()).abs().max()) > scale * self._precision:
+                raise ArtefactError(
+                    f"{self.run.path(EMBEDDING, each.name)} does not make up the weight in {self.run.model_folder}: "
+                    "they are of different runs. Delete both folders and run the command again."
+                )
+            yield each, coded
 
     def tensor(self, name: str) -> Tensor:
         """Read a parameter or buffer of the saved model, also of a block that is not in memory."""

@@ -25,6 +25,7 @@ from globalopt.analysis import (
 from globalopt.analysis.corrections import WINDOWS
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
+from globalopt.embeddings import coding
 from globalopt.evaluation import perplexity
 from globalopt.matching import model as model_matching
 from globalopt.objective import candidates
@@ -153,6 +154,7 @@ def search_addresses(session: Session, plan: SearchPlan) -> dict[Stage, Address]
         "search_tokens": plan.search_tokens,
         "seed": plan.seed,
         **_storages(plan),
+        **_embeddings(plan),
     }
     return {**found, Stage.ALLOCATION: _address(Stage.ALLOCATION, inputs)}
 
@@ -173,6 +175,7 @@ def correction_address(found: Addresses, plan: SearchPlan, kept: Sequence[float]
         "rounds": plan.rounds,
         "windows": WINDOWS,
         **_storages(plan),
+        **_embeddings(plan),
     }
     return _address(Stage.CORRECTIONS, inputs)
 
@@ -208,6 +211,11 @@ def _storages(plan: SearchPlan) -> dict[str, Any]:
     whole = {} if solver.sparse or solver.low_rank else {"whole": True}
     storages = [str(storage) for storage in plan.analysis.storages]
     return {"storages": storages, **whole} if plan.analysis.rounds_numbers else {}
+
+
+def _embeddings(plan: SearchPlan) -> dict[str, Any]:
+    """Return the bits of the embeddings as an input of a stage; nothing where the budget does not count them."""
+    return {} if plan.embeddings is None else {"embeddings": plan.embeddings, "codes": coding.VERSION}
 
 
 def compress_addresses(
@@ -271,6 +279,7 @@ def refinement_addresses(
         "metrics": _digest(found, Stage.METRICS) if plan.metric_choices else None,
         "labels": found[Stage.LABELS].digest if plan.output_grams or plan.block_output_grams else None,
         **({"rounding": stored.VERSION} if any(layer.storage != str(PLAIN) for layer in file.layers) else {}),
+        **({"codes": coding.VERSION} if any(each.bits < 16 for each in file.embeddings) else {}),
     }
     found[Stage.REFINEMENT] = _address(Stage.REFINEMENT, inputs)
     if distillation is not None:

@@ -9,6 +9,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import convert_target
+from globalopt.embeddings.find import check_embeddings
 from globalopt.machine import ranks
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
 from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams
@@ -62,6 +63,7 @@ def compress(
     ('sparsegpt', 0.25, 'model')
     """
     allocation = file.for_model(session.fingerprint, session.layers.specs, source)
+    check_embeddings(session.layers.model, file.matrices, source)
     plan.check(session.layers)
     for spec in session.layers.specs:
         file.served.check(convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget), spec)

@@ -24,6 +24,7 @@ def plan_direct(
     refining: RefineOptions | None = None,
     seed: int = 0,
     storage: str = "16",
+    embeddings: str | None = None,
 ) -> SearchPlan:
     """Resolve a search whose allocator reads the layers and their profiles alone, so that nothing else is computed.
 
@@ -37,6 +38,7 @@ def plan_direct(
         pattern: of the sparse parts: "unstructured" or N:M, such as "2:4".
         refining: how the layers are refined; None is without matching, as methods are published.
         storage: bits of the stored numbers, "8" or "4/8", the same for all layers.
+        embeddings: bits of the embeddings, "16", "8" or "6", which the budget then counts too; None does not.
     Raises:
         UsageError: the allocator needs an analysis, or `rank_share` is given for a solver or an allocator without it.
 
@@ -73,6 +75,7 @@ def plan_direct(
         sensitivity=sensitivity,
         seed=seed,
         storage=storage,
+        embeddings=embeddings,
     )
     return resolve(words, refining, made, solver)
 

@@ -18,6 +18,7 @@ from globalopt.models.origin import origin_of
 from globalopt.models.refusals import listed
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
+from globalopt.pipeline.embeddings import place_embeddings
 from globalopt.pipeline.plan import RefinementPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, load_from, versions
@@ -29,6 +30,7 @@ from globalopt.runs.files import is_there
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
+from globalopt.values.embeddings import stored_bytes
 from globalopt.values.problem import Allocation
 from globalopt.values.results import LayerResult, Metrics, Summary, WindowLosses
 
@@ -88,11 +90,12 @@ def finish(
         reporter.note(note)
     if plan.distillation is not None:
         match_whole(session, reporter, run, plan.distillation, targets, plan.seed)
+    coded = [each.name for each in file.matrices if each.bits < 16]
     if ranks.writer():
-        run.publish(layers.specs, len(layers.blocks))
+        run.publish(layers.specs, len(layers.blocks), coded)
     ranks.written(run)
     # All others find the links there, and read them from now on.
-    run.publish(layers.specs, len(layers.blocks))
+    run.publish(layers.specs, len(layers.blocks), coded)
     loaded = session.loaded
     # A model in memory may differ from the files that it says it is from.
     origin = origin_of(loaded.name) if session.live is None else None
@@ -112,7 +115,7 @@ def finish(
         accounting=file.accounting,
         asked=file.asked,
         limit=file.limit,
-        used=sum(result.cost for result in results),
+        used=sum(result.cost for result in results) + stored_bytes(file.matrices),
         total=file.total,
         predicted=file.predicted,
         bound=file.bound,
@@ -132,6 +135,7 @@ def finish(
         uniform=found and found.uniform,
         matching=run.matches(len(layers.blocks)),
         quantisation=session.quantisation,
+        embeddings=file.matrices,
     )
     # Before the summary, so that a finished run has a card: its figures are known only now.
     named = session.model_options.model or loaded.name
@@ -160,8 +164,9 @@ def _refined(
         seed=plan.seed,
     )
     with reporter.stage("refine", len(session.layers.specs), "layers") as advance:
+        put = place_embeddings(session, run, file.matrices)
         runner = session.runner(run.folder, plan.matching and plan.matching.windows)
-        return list(refine(runner, refinement, run, session.loaded.device, advance))
+        return list(refine(runner, refinement, run, session.loaded.device, advance, put))
 
 
 def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:

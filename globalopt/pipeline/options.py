@@ -17,6 +17,7 @@ from globalopt.refine.blocks import Order
 from globalopt.text.beginning import BOS_CHOICES
 from globalopt.text.mixtures import Part, parse_mixture
 from globalopt.values.budget import Limits
+from globalopt.values.embeddings import WORDS
 from globalopt.values.rounding_losses import AUTO_STORAGES
 from globalopt.values.storage import Storage
 
@@ -53,6 +54,8 @@ class SearchOptions:
         correct: whether predicted losses are corrected by the loss of the model at the targets they lead to.
         probe_steps: steps of the probe solver, which computes the anchor solutions; at least 1.
         storage: bits of the stored numbers: "16", "8" or "4/8" for all layers, a menu "8,4/8", or "auto".
+        embeddings: bits of the embeddings, which the budget counts too: "16", "8", "6" or "auto"; None: they stay as
+            they are and are not counted.
     Raises:
         UsageError: an option is unknown, or at odds with another.
 
@@ -80,6 +83,7 @@ class SearchOptions:
     correct: bool = True
     probe_steps: int = PROBE_STEPS
     storage: str = "16"
+    embeddings: str | None = None
 
     def __post_init__(self) -> None:
         profile = get_profile(self.serving_profile)
@@ -107,6 +111,8 @@ class SearchOptions:
                 f"--storage {self.storage} is a choice of bits, which are free where parameters are counted. Add "
                 "--accounting bytes, or give one storage."
             )
+        if self.embeddings is not None:
+            check_embeddings(self.embeddings, self.accounting, self.serving_profile)
 
     @property
     def storages(self) -> tuple[Storage, ...]:
@@ -139,13 +145,29 @@ def parse_storages(text: str) -> tuple[Storage, ...]:
     return tuple(sorted({Storage.parse(word.strip()) for word in text.split(",")}, reverse=True))
 
 
-def unit_of(accounting: str | None, storage: str) -> str:
-    """Return the unit of a budget, which is bytes where nothing was said and numbers are stored in few bits.
+def check_embeddings(bits: str, accounting: str, profile: str) -> None:
+    """Raise `UsageError` if the bits of embeddings are none, or are at odds with the unit of the budget or the profile.
+
+    >>> check_embeddings("8", "bytes", "dense")
+    """
+    check_word("embeddings", bits, WORDS)
+    if accounting != "bytes":
+        raise UsageError(
+            f"--embeddings {bits} is counted in bytes, and --accounting is {accounting}. Leave out --accounting."
+        )
+    if bits != "16" and not get_profile(profile).codes:
+        raise UsageError(
+            f"--serving-profile {profile} holds numbers of 16 bits alone. Give --embeddings 16, or use another profile."
+        )
+
+
+def unit_of(accounting: str | None, storage: str, embeddings: str | None = None) -> str:
+    """Return the unit of a budget: bytes where nothing was said and numbers have few bits, or embeddings are counted.
 
     >>> unit_of(None, "16"), unit_of(None, "4/8"), unit_of("params", "8")
     ('params', 'bytes', 'params')
     """
-    return accounting or ("params" if storage == "16" else "bytes")
+    return accounting or ("params" if storage == "16" and embeddings is None else "bytes")
 
 
 REFERENCE = "reference"

@@ -22,6 +22,7 @@ from globalopt.pipeline.options import PROBE_STEPS, RefineOptions, SearchOptions
 from globalopt.protocols import Allocator, Needs, Outputs, Reads, Solver
 from globalopt.refine.blocks import Order
 from globalopt.values.budget import Budget, Limits, Target
+from globalopt.values.embeddings import AUTO
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
 from globalopt.values.results import ErrorUnit
@@ -177,6 +178,7 @@ class SearchPlan:
         profile: where the model will be served, with its limits on layers.
         refinement: how the chosen targets are refined.
         words: the options as typed, for the record.
+        embeddings: bits of the embeddings, which the budget counts, or "auto"; None: they are not counted.
 
     >>> plan = resolve(SearchOptions(0.5, allocator="knapsack"))
     >>> plan.allocator.name, plan.rule.kept
@@ -191,6 +193,7 @@ class SearchPlan:
     profile: ServingProfile
     refinement: RefinementPlan
     words: Mapping[str, Any]
+    embeddings: str | None = None
 
     @property
     def seed(self) -> int:
@@ -239,6 +242,8 @@ class SearchPlan:
         if words.get("storage") == "16":
             # The identity of a run in 16 bits is what it was before there were others.
             del words["storage"]
+        if words.get("embeddings") is None:
+            words.pop("embeddings", None)
         return {
             "search": words,
             "refining": self.refinement.record(),
@@ -299,6 +304,8 @@ def resolve(
             f"Allocator {allocator.name} reads no predicted losses, so that it cannot choose among --storage "
             f"{options.storage}. Give one storage, or another --allocator."
         )
+    if options.embeddings == AUTO:
+        check_automatic(allocator, analysis.fisher)
     if analysis.rounds_numbers and solver.signs:
         raise UsageError(f"Solver {solver.name} keeps a plane of signs, which is stored in 16 bits alone.")
     refinement = replace(
@@ -309,8 +316,34 @@ def resolve(
     )
     profile = get_profile(options.serving_profile)
     return SearchPlan(
-        analysis, allocator, rule, options.candidates, options.search_tokens, profile, refinement, asdict(options)
+        analysis,
+        allocator,
+        rule,
+        options.candidates,
+        options.search_tokens,
+        profile,
+        refinement,
+        asdict(options),
+        options.embeddings,
     )
+
+
+def check_automatic(allocator: Allocator, fisher: bool) -> None:
+    """Raise `UsageError` where the bits of embeddings cannot be chosen, as there are no losses in nats to compare.
+
+    >>> from allocators import Knapsack
+    >>> check_automatic(Knapsack(), fisher=True)
+    """
+    if Reads.SURFACES not in allocator.reads:
+        raise UsageError(
+            f"Allocator {allocator.name} reads no predicted losses, so that the bits of --embeddings auto cannot be "
+            "chosen beside it. Give --embeddings 16, 8 or 6, or another --allocator."
+        )
+    if not fisher:
+        raise UsageError(
+            "--embeddings auto compares losses in nats, and --sensitivity none predicts output errors. Give "
+            "--embeddings 16, 8 or 6, or leave out --sensitivity."
+        )
 
 
 def resolve_refinement(options: RefineOptions, solver: Solver, fisher: bool, seed: int) -> RefinementPlan:

@@ -26,6 +26,7 @@ from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
 from globalopt.pipeline.analyse import analyse
+from globalopt.pipeline.embeddings import beside_embeddings, choose, largest_budget, layer_budget, measured_menus
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.reporter import Reporter
@@ -38,6 +39,7 @@ from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
+from globalopt.values.embeddings import Embedding
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import Outcome, Summary
@@ -78,7 +80,7 @@ def search(
     True
     """
     specs = session.layers.specs
-    plan.check_feasible(specs, plan.rule.of(specs))
+    plan.check_feasible(specs, largest_budget(session.layers, plan))
     plan.refinement.check(session.layers)
     addresses = search_addresses(session, plan)
     with opened(session, folder, search_identity(session, plan), command, cache, fresh) as (run, at):
@@ -88,7 +90,7 @@ def search(
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         problem, allocation, found = allocated(session, reporter, plan, run)
-        file = budget_of(session, plan, problem, allocation)
+        file = budget_of(session, plan, problem, allocation, found.embeddings)
         ranks.by_writer(lambda: budget_file.write(run.budget_path, file))
         at(refinement_addresses(session, plan.refinement, file, addresses))
         summary = finish(session, reporter, run, plan.refinement, file, command, found, reused)
@@ -111,14 +113,21 @@ def allocated(
     (1088, 1088, True)
     """
     analysis = analyse(session, reporter, plan.analysis, run, plan.reads)
+    choices = measured_menus(session, reporter, plan, run)
     predicted = pose(session, plan, run)
+    first, _ = ranks.by_writer(lambda: choose(plan, predicted, choices, Knapsack(exact=False).allocate))
+    predicted = replace(predicted, budget=layer_budget(plan, predicted.specs, first))
     problem = corrected(session, reporter, plan, analysis, predicted, [predicted.budget])
     if not ranks.told(run.has(ALLOCATED, None)):
-        chosen = allocate(session, reporter, plan, analysis, predicted, problem)
+        stored, bound = ranks.by_writer(lambda: choose(plan, problem, choices, Knapsack().allocate))
+        budget = layer_budget(plan, problem.specs, stored)
+        beside = replace(predicted, budget=budget), replace(problem, budget=budget)
+        chosen = beside_embeddings(allocate(session, reporter, plan, analysis, *beside), stored, bound)
         if ranks.writer():
             run.put(ALLOCATED, None, chosen)
         ranks.written(run)
     found = run.get(ALLOCATED, None)
+    problem = replace(problem, budget=layer_budget(plan, problem.specs, found.embeddings))
     return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found
 
 
@@ -289,7 +298,7 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
 
     return Problem(
         surfaces,
-        plan.rule.of(specs.values()),
+        largest_budget(session.layers, plan),
         plan.analysis.pattern,
         plan.seed,
         profiles,
@@ -317,8 +326,14 @@ def _unpredicted(spec: LayerSpec, plan: AnalysisPlan) -> ErrorSurface:
     return ErrorSurface(spec, targets, tuple(float(spec.numel - target.params(spec)) for target in targets))
 
 
-def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: Allocation) -> BudgetFile:
-    """Make the budget file of an allocation.
+def budget_of(
+    session: Session,
+    plan: SearchPlan,
+    problem: Problem,
+    allocation: Allocation,
+    embeddings: Sequence[Embedding] = (),
+) -> BudgetFile:
+    """Make the budget file of an allocation, which the `embeddings` are beside.
 
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> session, reporter, plan = example_session(), example_reporter(), example_plan(0.5)
@@ -337,6 +352,7 @@ def budget_of(session: Session, plan: SearchPlan, problem: Problem, allocation: 
         coverage.block_params,
         plan.rule.kept,
         plan.analysis.unit,
+        embeddings,
     )
     return file if Reads.SURFACES in plan.reads else budget_file.unpredicted(file)
 

@@ -90,6 +90,7 @@ def refine(
     run: Run,
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[LayerResult]:
     """Solve every layer at its target, in model order, and yield its errors; a layer that is saved already is read.
 
@@ -102,6 +103,8 @@ def refine(
         run: where layers are saved, with the output Grams and metric choices that the plan needs.
         device: where a block is moved for its turn; None leaves it.
         advance: called with the layer's name after each layer.
+        begin: called once, when what is needed of the dense model in front of the first block is known: it may replace
+            what comes before, so that blocks are fitted to the inputs that they will have.
     Yields:
         The costs and errors of a layer: `actual` is `tr(A E G Eᵀ) / 2` in nats per token with output Grams, else
         `tr(E G Eᵀ)`, with `E` the dense weight less the solution.
@@ -126,6 +129,7 @@ def refine(
     """
     layers = runner.layers
     dense = _DenseStates(runner) if plan.matching is not None and plan.matching.share > 0 else None
+    begin()
     for visit in walk_blocks(runner, device):
         unsolved = ranks.told(run.missing(SOLVED_LAYER, visit.specs))
         grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}

@@ -26,6 +26,7 @@ from globalopt.runs.records import (
 )
 from globalopt.values.budget import Target
 from globalopt.values.corrections import Corrections
+from globalopt.values.embeddings import CodedMatrix, Embedding
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.own_text import OwnText
@@ -33,7 +34,7 @@ from globalopt.values.problem import Profile
 from globalopt.values.results import Outcome, Search
 from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.span import SpanBasis
-from globalopt.values.storage import Storage
+from globalopt.values.storage import GROUP, Storage, code_bytes
 from globalopt.values.surface import ErrorSurface
 
 Tensors = Mapping[str, Tensor]
@@ -178,6 +179,34 @@ def decode_layer(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Solve
     2
     """
     return SolvedLayer(unpack(tensors), metadata)
+
+
+def encode_coded(coded: CodedMatrix) -> tuple[Tensors, Metadata]:
+    """Encode a matrix of codes.
+
+    >>> coded = CodedMatrix(torch.zeros(8, dtype=torch.uint8), torch.ones(1, dtype=torch.bfloat16), 2, 4, bits=8)
+    >>> encode_coded(coded)[1]
+    {'rows': 2, 'width': 4, 'bits': 8}
+    """
+    return {"codes": coded.codes, "scales": coded.scales}, {
+        "rows": coded.rows,
+        "width": coded.width,
+        "bits": coded.bits,
+    }
+
+
+def decode_coded(name: str, tensors: Tensors, metadata: Metadata) -> CodedMatrix:
+    """Decode what `encode_coded` made.
+
+    >>> coded = CodedMatrix(torch.zeros(8, dtype=torch.uint8), torch.ones(1, dtype=torch.bfloat16), 2, 4, bits=8)
+    >>> decode_coded("lm_head", *encode_coded(coded)).width
+    4
+    """
+    rows, width, bits = (int(metadata[fact]) for fact in ("rows", "width", "bits"))
+    codes, scales = tensors["codes"], tensors["scales"]
+    if codes.shape != (code_bytes(rows * width, bits),) or scales.shape != (-(-rows * width // GROUP),):
+        raise ValueError(f"{tuple(codes.shape)} bytes of codes are no matrix of {rows} x {width} in {bits} bits.")
+    return CodedMatrix(codes, scales, rows, width, bits)
 
 
 def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
@@ -353,6 +382,7 @@ def encode_allocated(allocated: Allocated) -> Metadata:
         "bound": allocated.bound,
         "search": None if allocated.search is None else asdict(allocated.search),
         "uniform": asdict(allocated.uniform),
+        **({"embeddings": [asdict(each) for each in allocated.embeddings]} if allocated.embeddings else {}),
     }
 
 
@@ -368,6 +398,7 @@ def decode_allocated(key: None, record: Metadata) -> Allocated:
         record["bound"],
         TypeAdapter(Search | None).validate_python(record["search"]),
         TypeAdapter(Outcome).validate_python(record["uniform"]),
+        TypeAdapter(tuple[Embedding, ...]).validate_python(record.get("embeddings", ())),
     )
 
 

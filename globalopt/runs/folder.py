@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from globalopt.errors import ArtefactError
 from globalopt.runs.artefacts import (
     CURVES,
+    EMBEDDING,
     FAMILY,
     MATCHED_BLOCK,
     MATCHED_MODEL,
@@ -57,7 +58,7 @@ FILES = (
     LOCK,
     MANIFEST,
 )
-FOLDERS = ("report", "budgets", "model", "layers", "matched", "curves", WORK)
+FOLDERS = ("report", "budgets", "model", "layers", "embeddings", "matched", "curves", WORK)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -203,14 +204,19 @@ class Run(Workspace):
         except OSError as cause:
             raise ArtefactError(f"Cannot delete the run in {self.folder}: {cause.strerror or cause}.") from cause
 
-    def publish(self, layers: Iterable[LayerSpec], blocks: int) -> None:
-        """Link the artefacts of refinement from the cache into the run folder, which holds all of them from here on."""
+    def publish(self, layers: Iterable[LayerSpec], blocks: int, embeddings: Iterable[str] = ()) -> None:
+        """Link the artefacts of refinement from the cache into the run folder, which holds all of them from here on.
+
+        Args:
+            layers: of the model. blocks: how many there are. embeddings: names of those in few bits.
+        """
         own = Workspace(self.folder, dict.fromkeys(PUBLISHED, self.folder))
         names = [*layers]
         found: list[tuple[Artefact[Any, Any], Any]] = [(SOLVED_LAYER, spec) for spec in names] + [
             (CURVES, spec.name) for spec in names
         ]
         found += [(MATCHED_BLOCK, block) for block in range(blocks)] + [(MATCHED_MODEL, None)]
+        found += [(EMBEDDING, name) for name in embeddings]
         for artefact, key in found:
             if self.has(artefact, key) and not own.has(artefact, key):
                 link_or_copy(self.path(artefact, key), own.path(artefact, key))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.embeddings import Embedding
 from globalopt.values.results import Outcome, Search
 from globalopt.values.surface import ErrorSurface
 
@@ -112,6 +113,7 @@ class Allocated:
         bound: a proved lower bound on the predicted loss, or None.
         search: evaluations of the objective, where the allocator made some.
         uniform: the loss of the uniform allocation beside it.
+        embeddings: how the embeddings are stored; empty where the budget does not count them.
 
     >>> Allocated({"up": Target(0, 2)}, None, None, Outcome(2, 0.1, None, None)).targets["up"].nnz
     2
@@ -121,6 +123,7 @@ class Allocated:
     bound: float | None
     search: Search | None
     uniform: Outcome
+    embeddings: tuple[Embedding, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Trace
+from globalopt.values.embeddings import Embedding
 from globalopt.values.layer import NM
 from globalopt.values.storage import PLAIN, Storage
 
@@ -562,6 +563,8 @@ class Summary:
             searched.
         quantisation: what the model was quantised with before it was dequantised, such as "GGUF Q4_1"; "" where it was
             not.
+        embeddings: as they are stored, where the budget counts them: limit, used, total, predicted and bound are then
+            of layers and embeddings together.
 
     >>> window = dict(windows=64, seqlen=512, tokens=32704, text_sha256="9f2c", dtype="float32")
     >>> dense = Metrics("test", 20.0, 2.996, 0.01, kl=None, kl_stderr=None, **window)
@@ -604,3 +607,4 @@ class Summary:
     matching: tuple[MatchResult, ...] = ()
     uniform: Outcome | None = None
     quantisation: str = ""
+    embeddings: tuple[Embedding, ...] = ()

@@ -83,7 +83,7 @@ def test_other_models_are_refused(tmp_path):
             file.for_model("f" * 64, specs, tmp_path)
 
 
-@pytest.mark.parametrize("field", sorted(BudgetFile.model_fields.keys() - {"limits"}))
+@pytest.mark.parametrize("field", sorted(BudgetFile.model_fields.keys() - {"limits", "embeddings"}))
 def test_every_field_is_needed(tmp_path, field):
     path = tmp_path / "budget.json"
     budget_file.write(path, made(problem(0.5)))

@@ -280,7 +280,7 @@ ATTACKS = {
     "signs": record(signs=True),
     "no bits": lambda tensors, config: config["layers"][LAYER].pop("storage"),
     "an older version": lambda tensors, config: config.update(format_version=1),
-    "a later version": lambda tensors, config: config.update(format_version=3),
+    "a later version": lambda tensors, config: config.update(format_version=4),
 }
 
 
@@ -300,8 +300,8 @@ def test_files_that_are_sealed_anew_load(packed, tmp_path):
 
 
 def test_a_version_says_what_its_reader_can_do():
-    with pytest.raises(ArtefactError, match=r"format version 3, this one reads 1 and 2\. Upgrade"):
-        SparseLowRankConfig({}, format_version=3)
+    with pytest.raises(ArtefactError, match=r"format version 4, this one reads 1, 2, 3\. Upgrade"):
+        SparseLowRankConfig({}, format_version=4)
     plain = {"d_out": 8, "d_in": 16, "form": "2:4", "values": 64, "rank": 2, "signs": False}
     assert SparseLowRankConfig({"a": plain}, format_version=2).format_version == 1
     assert SparseLowRankConfig({"a": plain | {"storage": "4/8"}}).format_version == 2

@@ -228,7 +228,7 @@ def test_a_dense_model_cannot_be_loaded_as_packed(run):
 
 @pytest.mark.parametrize(
     "record",
-    [{"format_version": 3}, {"format_version": True}, {"more": 1}, {"layers": [1]}, {"quant_method": "gptq"}],
+    [{"format_version": 4}, {"format_version": True}, {"more": 1}, {"layers": [1]}, {"quant_method": "gptq"}],
 )
 def test_configs_of_other_versions_are_refused(record):
     with pytest.raises(ArtefactError):

@@ -204,6 +204,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     # In few bits every layer is solved with rank.
     "16 bits": ({"storage": "16"}, SOLVED),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
+    "embeddings": ({"accounting": "bytes", "embeddings": "8"}, {Stage.GAPS, *AFTER_GAPS}),
     "pattern": ({"pattern": "2:4"}, SOLVED),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
     "largest rank": ({"max_rank": 4}, SOLVED),
@@ -222,6 +223,12 @@ def test_what_an_option_of_a_search_changes(change):
     options, expected = SEARCH_CHANGES[change]
     before = {stage: BASE[stage] for stage in UP_TO_ALLOCATION}
     assert changed(before, search_addresses(session(), planned(**options))) == expected
+
+
+@pytest.mark.parametrize("bits", ["16", "8", "auto"])
+def test_embeddings_move_what_depends_on_the_budget_alone(bits):
+    before, after = (search_addresses(session(), planned(accounting="bytes", embeddings=b)) for b in (None, bits))
+    assert changed(before, after) == FOUND
 
 
 def test_every_option_of_a_search_is_in_the_table():
@@ -413,6 +420,7 @@ def test_every_field_of_a_search_decides_its_allocation():
         "candidates": "span",
         "search_tokens": 7,
         "words": {**plan.words, "correct": False},
+        "embeddings": "8",
     }
     known = {*alternatives, NO_INPUT, "rule", "refinement"}
     assert known == {field.name for field in fields(SearchPlan)}, "another field: say whether it decides results"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from globalopt.embeddings.coding import encode_matrix
 from globalopt.errors import ArtefactError
 from globalopt.runs import artefacts
 from globalopt.runs.artefacts import Artefact
@@ -221,6 +222,8 @@ EXAMPLES = {
         None,
         "targets",
     ),
+    "EMBEDDING_LOSS": Example("lm_head.8.float32.v1", {"loss": THIRD}, "lm_head.6.float32.v1", None),
+    "EMBEDDING": Example("lm_head", encode_matrix(random(4, 16), bits=6), "embed_tokens", "scales"),
     "SOLVED_LAYER": Example(SPEC, SOLVED, OTHER, "values"),
     "MATCHED_BLOCK": Example(1, MATCHED, 0, f"kept:{SPEC.name}"),
     "MATCHED_MODEL": Example(None, MATCHED, None, f"plus:{OTHER.name}"),

@@ -75,6 +75,27 @@ def bits_of_like(like: BudgetFile, what: str) -> tuple[str, ...]:
     return (f"the bits of the stored numbers are those of --like: {what} knows of none.",) if few else ()
 
 
+def embeddings_left_out(file: BudgetFile, what: str) -> tuple[str, ...]:
+    """Write the note on the embeddings that a budget counts, which no other format holds; none where it counts none.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> embeddings_left_out(example_budget(), "csv")
+    ()
+    """
+    count = len(file.embeddings)
+    return (f"the bits of {count} embeddings are not in it: {what} knows of none.",) if count else ()
+
+
+def embeddings_of_like(like: BudgetFile, what: str) -> tuple[str, ...]:
+    """Write the note that embeddings are taken from the budget `like`; none where it counts none.
+
+    >>> from globalopt.budgets.example import example_budget
+    >>> embeddings_of_like(example_budget(), "csv")
+    ()
+    """
+    return (f"the embeddings are those of --like: {what} knows of none.",) if like.embeddings else ()
+
+
 def check_names(names: Iterable[str], like: BudgetFile) -> None:
     """Check that `names` are the layers of `like`; `ArtefactError` otherwise.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from globalopt.analysis.grid import ANCHORS
 from globalopt.matching.training import Training
+from globalopt.models.layers import ModelLayers
+from globalopt.pipeline.embeddings import largest_budget, measures, menus
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.protocols import Outputs, Reads, Solver
 
@@ -26,6 +28,7 @@ class Job:
         few_bits: whether layers may be stored in few bits: all are solved at anchors with rank then, and rounded.
         rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
+        embeddings: how many roundings of embeddings are measured, one forward pass each.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
 
     >>> from globalopt.pipeline.example import example_plan
@@ -45,6 +48,7 @@ class Job:
     few_bits: bool = False
     rounds: int = 0
     search_tokens: int = 0
+    embeddings: int = 0
     matching: Training | None = None
     distillation: Training | None = None
 
@@ -74,6 +78,26 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         matching=plan.refinement.matching,
         distillation=plan.refinement.distillation,
     )
+
+
+def within(job: Job, layers: ModelLayers, plan: SearchPlan) -> Job:
+    """Return a job with what a budget leaves for layers beside the embeddings that it counts, and measures of these.
+
+    Raises:
+        BudgetError: nothing is left for the layers.
+
+    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.pipeline.example import example_plan
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
+    >>> plan = example_plan(0.5, accounting="bytes", embeddings="8")
+    >>> round(within(search_job(plan, refines=True), layers, plan).kept, 3)
+    0.493
+    """
+    if plan.embeddings is None:
+        return job
+    measured = sum(each.bits < 16 for menu in menus(layers, plan) for each in menu) if measures(plan) else 0
+    return replace(job, kept=largest_budget(layers, plan).kept, embeddings=measured)
 
 
 def compress_job(plan: RefinementPlan, kept: float, few_bits: bool = False) -> Job:

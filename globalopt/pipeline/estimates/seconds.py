@@ -99,6 +99,8 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         found["rounding"] += ROUNDINGS * (products if weighted else inputs) / rate
     if predicts:
         found["predict"] = (anchors if job.anchors else 1) * products / rate
+    if job.embeddings:
+        found["embeddings"] = (1 + job.embeddings) * forward(CORRECTION_WINDOWS * window)
     if job.rounds:
         found["correct"] = 4 * job.rounds * forward(CORRECTION_WINDOWS * window)
     if job.search_tokens:
