@@ -21,6 +21,7 @@ from globalopt.commands.options import (
     DryRun,
     Dtype,
     EvalText,
+    Evaluate,
     EvalWindows,
     Fresh,
     GGUFFile,
@@ -132,6 +133,7 @@ def compress(
     nsamples: Nsamples = 128,
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
+    evaluate: Evaluate = True,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
     samples: SampleCount = 3,
@@ -191,7 +193,17 @@ def compress(
             gguf_file=gguf_file,
         )
         texts = TextOptions(
-            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, prompts
+            calibration,
+            eval_text,
+            text_column,
+            nsamples,
+            seqlen,
+            eval_windows,
+            batch_size,
+            bos,
+            samples,
+            prompts,
+            evaluate,
         )
         if budget_path is None:
             assert budget is not None

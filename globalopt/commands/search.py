@@ -20,6 +20,7 @@ from globalopt.commands.options import (
     DryRun,
     Dtype,
     EvalText,
+    Evaluate,
     Fresh,
     GGUFFile,
     Json,
@@ -188,6 +189,7 @@ def search(
             show_default=False,
         ),
     ] = None,
+    evaluate: Evaluate = True,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
     samples: SampleCount = 3,
@@ -274,6 +276,7 @@ def search(
             bos,
             samples,
             prompts,
+            evaluate,
         )
         variant = "" if unit == "params" else "-bytes"
         variant += "" if storage == "16" else f"-bits{storage.replace('/', 'x').replace(',', '+')}"

@@ -27,6 +27,7 @@ from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.finish import finish
+from globalopt.pipeline.measure import gone_on
 from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
@@ -83,8 +84,7 @@ def search(
     addresses = search_addresses(session, plan)
     with opened(session, folder, search_identity(session, plan), command, cache, fresh) as (run, at):
         if ranks.told(run.has(SUMMARY, None)):
-            reporter.note(f"{folder} is finished; nothing was computed again.")
-            return run.summary(), run
+            return gone_on(session, reporter, run), run
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         problem, allocation, found = allocated(session, reporter, plan, run)

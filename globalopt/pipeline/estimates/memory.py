@@ -107,7 +107,7 @@ def _logits(shape: Shape, job: Job, lazy: bool) -> int:
     rows = max(1, min(shape.texts.batch_size, at_once // window))
     # Log probabilities of both models, their exponentials, differences and products.
     held = min(SOFTMAX_AT_ONCE, shape.texts.batch_size * window) if shape.parts and not lazy else rows * window
-    evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
+    evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window) if shape.texts.evaluate else 0
     labels = LABEL_COPIES * 4 * window if job.sweeps else 0
     head = shape.vocabulary * shape.width * shape.computed if lazy and shape.stored < shape.computed else 0
     return max(evaluation, labels) + head
