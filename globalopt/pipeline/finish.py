@@ -44,7 +44,8 @@ def finish(
 ) -> Summary:
     """Refine a model to a budget, match it, save it, evaluate the saved model, and write the summary.
 
-    The session's model is changed in place: a session serves one refinement.
+    The session's model is changed in place, and its weights are freed before the evaluation: a session serves one
+    refinement.
 
     Args:
         run: with the output Grams and metric choices that the plan needs; see `compress`.
@@ -104,6 +105,8 @@ def finish(
     dense: tuple[Metrics, ...] = ()
     compressed: tuple[Metrics, ...] = ()
     if session.text_options.evaluate:
+        # Two models at once are enough.
+        session.release()
         dense, compressed = evaluate_saved(session, reporter, run, session.dense)
     summary = Summary(
         command=command,
@@ -201,7 +204,7 @@ def match_whole(
     >>> file = example_budget(session)
     >>> targets = dict(file.allocation.targets)
     >>> with Run.start(Path("matched"), {}, {}) as run:
-    ...     _ = finish(session, reporter, run, example_refinement(), file, "globalopt compress")
+    ...     _ = finish(example_session(), reporter, run, example_refinement(), file, "globalopt compress")
     ...     match_whole(session, reporter, run, Distillation(epochs=1), targets, seed=0)
     ...     run.get(MATCHED_MODEL, None).values[session.layers.specs[0].name].nnz
     128

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from globalopt.analysis.collect import LABELLED
@@ -81,6 +82,16 @@ class Session:
         if self.live is not None:
             return self.live()
         return load_from(self.loaded.name, self.model_options, like=self.loaded.model).model
+
+    def release(self) -> None:
+        """Free the weights of the session's model, which nothing reads once the result is saved.
+
+        A lazily loaded model has none but those outside the blocks, which the models that are loaded later share.
+        """
+        model = self.loaded.model
+        if lazy_blocks(model) is None:
+            # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
+            cast("nn.Module", model).to("meta")
 
     @property
     def fingerprint(self) -> str:
