@@ -504,7 +504,7 @@ def _memory_short(
 ) -> str | None:
     """Compare the memory that a run with the whole model needs with what it may use.
 
-    A run needs `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
+    A run needs up to `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
 
     Returns:
         None if the memory suffices, else the words that follow the model's name in an error message.

@@ -194,9 +194,7 @@ class StoredTensors:
 def _alike(form: tuple[torch.dtype, tuple[int, ...]] | None, tensor: Tensor) -> bool:
     """Tell whether a stored tensor may be `tensor` in another type: by their shapes, and whether both are floats."""
     return (
-        form is not None
-        and form[1] == tuple(tensor.shape)
-        and form[0].is_floating_point == tensor.is_floating_point()
+        form is not None and form[1] == tuple(tensor.shape) and form[0].is_floating_point == tensor.is_floating_point()
     )
 
 

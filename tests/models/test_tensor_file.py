@@ -1,4 +1,4 @@
-"""A file that is written tensor by tensor is the one that safetensors writes, and a saved model takes no second copy."""
+"""A file that is written tensor by tensor is the one that safetensors writes; a saved model takes no second copy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_tensor_at_a_time_is_made(stored: bool, tmp_path: Path, monkeypatch:
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    model: PreTrainedModel = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: PreTrainedModel = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(tmp_path / "origin")
     alive: list[int] = []
     held = 0
