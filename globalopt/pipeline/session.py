@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,8 +90,9 @@ class Session:
         """
         model = self.loaded.model
         if lazy_blocks(model) is None:
-            # The cast is for the type checker, which misreads the decorator transformers puts on `to`.
-            cast("nn.Module", model).to("meta")
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     @property
     def fingerprint(self) -> str:
