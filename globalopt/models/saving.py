@@ -21,14 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from globalopt.errors import ArtefactError
+from globalopt.models.checkpoint import INDEX, SINGLE
 from globalopt.models.layers import decoder_blocks
 from globalopt.models.loading import quiet
 from globalopt.models.origin import CONFIG, complete_config, keep_side_files
-from globalopt.models.streaming import (
-    INDEX,
-    SINGLE,
-    lazy_blocks,
-)
+from globalopt.models.streaming import lazy_blocks
 from globalopt.models.tensor_file import TYPES, Pending, write_tensors
 from globalopt.runs.files import remove_abandoned_beside, replacing
 
