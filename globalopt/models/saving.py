@@ -32,6 +32,8 @@ from globalopt.runs.files import remove_abandoned_beside, replacing
 _SHARD = "50GB"
 _READ_AT_ONCE = 2**26
 """Bytes that are read from a file before it is opened anew: what was read of an open one counts as memory in use."""
+_COMPARED_AT_ONCE = 2**20
+"""Numbers that are cast at once where a tensor is compared with the stored one: embeddings are large."""
 _NEW_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"')
 
 
@@ -164,7 +166,7 @@ class StoredTensors:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
         mine = tensor.detach().cpu()
         # transformers casts to the type of the model first, then we to the computed type.
-        if any(torch.equal(stored.to(first).to(mine.dtype), mine) for first in (stored.dtype, dtype)):
+        if any(_equal_as(first, stored, mine) for first in (stored.dtype, dtype)):
             return stored
         return mine.to(stored.dtype)
 
@@ -186,6 +188,13 @@ class StoredTensors:
         found = self.read(name)
         assert found is not None, name
         return found
+
+
+def _equal_as(first: torch.dtype, stored: Tensor, loaded: Tensor) -> bool:
+    """Tell whether `stored`, cast to the type `first` and then to that of `loaded`, is `loaded`; by some rows."""
+    one, other = torch.atleast_1d(stored), torch.atleast_1d(loaded)
+    rows = max(1, _COMPARED_AT_ONCE * len(one) // max(1, one.numel()))
+    return all(torch.equal(a.to(first).to(b.dtype), b) for a, b in zip(one.split(rows), other.split(rows), strict=True))
 
 
 def _alike(form: tuple[torch.dtype, tuple[int, ...]] | None, tensor: Tensor) -> bool:
