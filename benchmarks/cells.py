@@ -223,13 +223,14 @@ def targets_of(session: Session, run: Run) -> Mapping[str, Target]:
 
 @contextlib.contextmanager
 def dense_after(session: Session) -> Iterator[None]:
-    """The session's model, which refinement changes in place, is dense again after the body."""
+    """The session's model, which refinement changes in place and frees in the end, is dense again after the body."""
     model = session.loaded.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         yield
     finally:
-        model.load_state_dict(before)
+        model.load_state_dict(before, assign=True)
+        model.tie_weights()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ the same calibration windows in the same order and batches, and save a model in 
 
 Every program is a process of its own that is measured from outside: CPU seconds (user and system), wall seconds and
 peak resident memory, imports and loading included. The two programs of a row run one after the other, in the other
-order in every other repeat. globalopt has no option that leaves its evaluation out: its costs are those when the saved
-model appeared, and beside them those of the whole run, which evaluates the model on as few windows as it can. (A search
-evaluates on more: the option that would lower their number also shortens the text that it selects on.)
+order in every other repeat. globalopt is run with its evaluation, which `--no-evaluate` would leave out: its costs are
+those when the saved model appeared, and beside them those of the whole run, which evaluates the model on as few windows
+as it can. (A search evaluates on more: the option that would lower their number also shortens its selection text.)
 
 All saved models are evaluated here, on the first windows of the evaluation text: perplexity, and KL to the dense model,
 whose logits are computed once and held. Differences are paired by window. Sizes are those of the compressed layers as

@@ -108,6 +108,7 @@ def search(
     batch_size: int = 8,
     bos: str = "auto",
     samples: int = PROMPTS,
+    evaluate: bool = True,
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -131,6 +132,7 @@ def search(
         accounting, storage, embeddings, pattern, serving_profile, rank_multiple, max_rank, sensitivity, effort,
             search_tokens, correct, nsamples, seqlen, eval_windows, batch_size, bos, samples, seed: as the options of
             `globalopt search`.
+        evaluate: False leaves the evaluation and the samples out.
         refining: how layers are refined and matched; None matches blocks, `RefineOptions()` nothing.
         out: run folder, in which an interrupted run is continued; without it nothing stays on the disk.
         fresh: delete an earlier run in `out`.
@@ -183,6 +185,7 @@ def search(
         samples=samples,
         text_column=text_column,
         prompts=None if prompts is None else str(prompts),
+        evaluate=evaluate,
     )
     reporter = Reporter(_progress(progress))
     with _folder(out) as folder:
@@ -218,6 +221,7 @@ def compress(
     batch_size: int = 8,
     bos: str = "auto",
     samples: int = PROMPTS,
+    evaluate: bool = True,
     seed: int = 0,
     out: str | Path | None = None,
     fresh: bool = False,
@@ -235,7 +239,7 @@ def compress(
         solver: a name, with `solver_options`, or an object of your own: a frozen dataclass, whose fields and source
             are recorded so that runs can be told apart.
         model, tokenizer, text, eval_text, text_column, prompts, sensitivity, nsamples, seqlen, eval_windows,
-            batch_size, bos, samples, seed, out, fresh, cache, progress: as in `search`.
+            batch_size, bos, samples, evaluate, seed, out, fresh, cache, progress: as in `search`.
     Raises:
         GlobalOptError: one of its subclasses, whose message says what was wrong and what to do.
 
@@ -255,8 +259,17 @@ def compress(
     check_word("sensitivity", sensitivity, SENSITIVITIES)
     options = _texts(solver_options)
     chosen = get_solver(solver, options) if isinstance(solver, str) else solver
-    instructed = None if prompts is None else str(prompts)
-    texts = TextOptions(None, None, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, instructed)
+    texts = TextOptions(
+        text_column=text_column,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        eval_windows=eval_windows,
+        batch_size=batch_size,
+        bos=bos,
+        samples=samples,
+        prompts=None if prompts is None else str(prompts),
+        evaluate=evaluate,
+    )
     reporter = Reporter(_progress(progress))
     if isinstance(budget, int | float):
         direct = plan_direct(

@@ -8,7 +8,7 @@ from reports.table_style import unit_name
 
 
 def brief(summary: Summary) -> list[tuple[str, object]]:
-    """List labels and values of a run's result: what is kept, and how good the model is on every split.
+    """List labels and values of a run's result: what is kept, and how good the model is on every split, if measured.
 
     >>> from reports.example import example_summary
     >>> for label, text in brief(example_summary()):
@@ -22,6 +22,8 @@ def brief(summary: Summary) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("kept", f"{kept} of the {unit_name(summary.accounting)}, asked {summary.asked:g}, by {by}")
     ]
+    if not summary.compressed:
+        rows.append(("quality", quality_tables.NOT_MEASURED))
     for dense, compressed in zip(summary.dense, summary.compressed, strict=True):
         change = formats.change(dense.perplexity, compressed.perplexity)
         quality = f"KL to dense {quality_tables.divergence(compressed)} nats per token"

@@ -128,7 +128,7 @@ def _quality(summaries: Sequence[Summary], labels: Sequence[str]) -> Table:
         pairs = list(zip(summary.dense, summary.compressed, strict=True))
         rows += [[Cell(label), Cell(of.split), *quality_cells(dense, of), *made] for dense, of in pairs]
         if not pairs:
-            rows.append([Cell(label), Cell("not evaluated"), *[MISSING] * 4, *made])
+            rows.append([Cell(label), Cell("not measured"), *[MISSING] * 4, *made])
     notes = ["± standard error over windows; KL: nats per token; used: of the dense size"]
     notes += [TOKENS_NOTE] if searched else []
     return Table("Every run", heads, rows, notes=notes, tall=len(rows) > 20)

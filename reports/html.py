@@ -133,7 +133,7 @@ class Code:
 class Lines:
     """Describe a list of sentences.
 
-    >>> Lines(["Not evaluated."]).kind
+    >>> Lines(["Not measured."]).kind
     'lines'
     """
 
@@ -171,7 +171,7 @@ Part = Table | Facts | Picture | Code | Lines | SampleText
 class Section:
     """Describe a section: parts under a title, with `name` as the anchor.
 
-    >>> Section("quality", "Quality", [Lines(["Not evaluated."])]).name
+    >>> Section("quality", "Quality", [Lines(["Not measured."])]).name
     'quality'
     """
 

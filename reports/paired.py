@@ -159,7 +159,7 @@ def incomparable(runs: Sequence[Measured], split: str) -> tuple[str, ...]:
     pairs = [(run.label, run.metrics(split)) for run in runs]
     known = [(label, *pair) for label, pair in pairs if pair is not None]
     missing = [label for label, pair in pairs if pair is None]
-    reasons = [f"no figures on {split}: {', '.join(missing)}"] if missing else []
+    reasons = [f"not measured on {split}: {', '.join(missing)}"] if missing else []
     shapes: dict[frozenset[tuple[str, int, int]], list[Measured]] = {}
     for run in runs:
         shapes.setdefault(_shapes(run.summary), []).append(run)

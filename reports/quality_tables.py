@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.values.results import (
-    Metrics,
-    Summary,
-)
+from globalopt.values.results import Metrics, Summary
 from reports import formats
 from reports.table_style import add_numbers, footed, report_table
+
+NOT_MEASURED = "not measured; `globalopt eval` on the run does it"
+"""Said of a run that left the evaluation out."""
 
 
 def quality(summary: Summary, sign: str = "±") -> Stack:
@@ -33,7 +33,7 @@ def quality(summary: Summary, sign: str = "±") -> Stack:
     test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111
     """
     if not summary.compressed:
-        return Stack(Text("Quality: not evaluated", "bold"))
+        return Stack(Text(f"Quality: {NOT_MEASURED}", "bold"))
     lines = [windows_line(m) for m in summary.compressed]
     table = report_table(f"Quality ({sign} standard error over windows)")
     table.add_column("\nsplit")

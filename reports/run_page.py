@@ -119,6 +119,8 @@ def cards(summary: Summary) -> list[Card]:
         change = formats.change(dense.perplexity, compressed.perplexity)
         against = f"dense {quality_tables.perplexity(dense)}, {change}, {compressed.split}"
         shown.append(_measured_card("Perplexity", quality_tables.perplexity(compressed), against))
+    else:
+        shown.append(Card("KL to dense", "not measured", "the run left the evaluation out"))
     unit = table_style.unit_name(summary.accounting)
     of = f"{formats.compact(summary.used)} of {formats.compact(summary.total)} {unit}, asked {summary.asked:g}"
     shown.append(Card("Kept", formats.significant(summary.used / summary.total), of))
@@ -160,9 +162,9 @@ def columns(*titles: str) -> list[Column]:
 
 
 def _quality(summary: Summary) -> Part:
-    """Make the table of metrics, or say that the run was not evaluated."""
+    """Make the table of metrics, or say that the run was not measured."""
     if not summary.compressed:
-        return Lines(["Not evaluated."])
+        return Lines([f"{quality_tables.NOT_MEASURED.capitalize()}."])
     rows = [
         [Cell(compressed.split), *quality_cells(dense, compressed)]
         for dense, compressed in zip(summary.dense, summary.compressed, strict=True)

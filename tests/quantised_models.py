@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from globalopt.models.checkpoint import SINGLE
 from globalopt.models.example import gguf_llama
-from globalopt.models.streaming import SINGLE
 from tests.tiny_models import tiny_tokenizer
 
 BLOCK = 16

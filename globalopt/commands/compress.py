@@ -22,6 +22,7 @@ from globalopt.commands.options import (
     Dtype,
     Embeddings,
     EvalText,
+    Evaluate,
     EvalWindows,
     Fresh,
     GGUFFile,
@@ -134,6 +135,7 @@ def compress(
     nsamples: Nsamples = 128,
     seqlen: Seqlen = 256,
     eval_windows: EvalWindows = 128,
+    evaluate: Evaluate = True,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
     samples: SampleCount = 3,
@@ -195,7 +197,17 @@ def compress(
             gguf_file=gguf_file,
         )
         texts = TextOptions(
-            calibration, eval_text, text_column, nsamples, seqlen, eval_windows, batch_size, bos, samples, prompts
+            calibration,
+            eval_text,
+            text_column,
+            nsamples,
+            seqlen,
+            eval_windows,
+            batch_size,
+            bos,
+            samples,
+            prompts,
+            evaluate,
         )
         if budget_path is None:
             assert budget is not None

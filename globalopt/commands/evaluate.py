@@ -110,7 +110,7 @@ def evaluate(
     """Measure perplexity, KL to the dense model and zero-shot tasks, and compare with the dense model.
 
     A run is measured on its own windows, unless options choose others.
-    The result is kept in its folder as eval.json.
+    The result is kept in its folder as eval.json, and in its report where the run left the evaluation out.
     Any other model is measured on validation and test windows of --calibration.
     With --tasks or --ppl, --calibration may be left out.
     """
@@ -121,16 +121,18 @@ def evaluate(
         from globalopt.machine import ranks
         from globalopt.pipeline import score, session
         from globalopt.pipeline.live import IN_MEMORY
+        from globalopt.pipeline.measure import complete
         from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
         from globalopt.pipeline.reporter import Reporter
         from globalopt.runs.artefacts import OWN_TEXT, SCORES
         from globalopt.runs.files import advising, is_there
         from globalopt.runs.folder import MANIFEST
+        from globalopt.values.results import WindowLosses
         from reports import make_progress
 
         models = ModelOptions(named(target), allow_low_coverage=True, gguf_file=gguf_file)
         texts = TextOptions(nsamples=1)
-        run, dense_file = None, None
+        run, dense_file, own = None, None, False
         if target is not None and is_there(Path(target) / MANIFEST):
             run, recorded, texts = session.recorded(Path(target))
             if recorded.in_memory and dense is None:
@@ -138,7 +140,7 @@ def evaluate(
             if texts.calibration == IN_MEMORY and calibration is None:
                 raise UsageError(f"{target} was made with a text in memory; say where it is with --calibration TEXT.")
             if dense is None:
-                dense, dense_file = recorded.model or REFERENCE, recorded.gguf_file
+                dense, dense_file, own = recorded.model or REFERENCE, recorded.gguf_file, True
             trust_remote_code = trust_remote_code or recorded.trust_remote_code
             models = replace(models, model=str(run.saved_model))
             if recorded.model is None and texts.calibration is None:
@@ -172,7 +174,8 @@ def evaluate(
         with advising(""):
             shown, command = Reporter(make_progress(err, quiet or not ranks.writer())), session.run_command()
             home = chosen_cache(Path("runs") / "any" if run is None else run.folder, cache, no_cache=False)
-            scores = score.score(models, texts, options, shown, command, home, written)
+            losses: list[WindowLosses] = []
+            scores = score.score(models, texts, options, shown, command, home, written, losses.append)
         if as_json:
             print_json(asdict(scores))
         else:
@@ -183,6 +186,8 @@ def evaluate(
             try:
                 with advising(""):
                     run.put(SCORES, None, scores)
+                    if own and complete(run, scores, losses, shown.costs):
+                        shown.note(f"The run had no figures yet and keeps these: see globalopt report {run.folder}")
             except ArtefactError as cause:
                 err.print(f"The result is not kept in the run. {cause}", soft_wrap=True, highlight=False, markup=False)
 

@@ -165,6 +165,14 @@ SampleCount = Annotated[
         min=0,
     ),
 ]
+Evaluate = Annotated[
+    bool,
+    typer.Option(
+        "--evaluate/--no-evaluate",
+        help="Measure the result beside the dense model, and write --samples of both; `globalopt eval` on the run, or "
+        "the same command with --evaluate, does it later.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Number of windows per forward pass.", max=2**20)]
 Seed = Annotated[
     int,

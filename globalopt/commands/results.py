@@ -37,7 +37,7 @@ def show(summary: Summary, run: Run, quiet: bool, verbose: bool, as_json: bool) 
     elif quiet:
         from reports.brief import brief
 
-        say([*brief(summary), *_made(run)])
+        say([*brief(summary), *_made(run, summary)])
     else:
         show_report(summary, run, verbose)
     if any(layer.status == Status.FALLBACK.value for layer in summary.layers):
@@ -101,11 +101,12 @@ def show_report(summary: Summary, run: Run, verbose: bool, drawn: bool = True) -
     with _drawing(drawn):
         written = reports.report(summary, run.report_folder, out, verbose, details, menu)
         refine = _compress_command(run, run.budget_path, "hassle-free")
-        say([*_made(run), *_drawn(written), ("next", refine)])
+        say([*_made(run, summary), *_drawn(written), ("next", refine)])
 
 
-def _made(run: Run) -> list[tuple[str, object]]:
-    return [("budget", run.budget_path), ("model", run.model_folder)]
+def _made(run: Run, summary: Summary) -> list[tuple[str, object]]:
+    made: list[tuple[str, object]] = [("budget", run.budget_path), ("model", run.model_folder)]
+    return made if summary.compressed else [*made, ("measure", shlex.join(["globalopt", "eval", str(run.folder)]))]
 
 
 @contextlib.contextmanager
@@ -167,8 +168,8 @@ def _compress_command(run: Run, budget: Path, solver: str, options: Mapping[str,
         for name, default in defaults(type(recorded)).items():
             value = getattr(recorded, name)
             if name not in ("model", "in_memory") and value != default:
-                words.append("--" + name.replace("_", "-"))
-                words += [] if value is True else ["TEXT" if value == IN_MEMORY else str(value)]
+                words.append(("--no-" if value is False else "--") + name.replace("_", "-"))
+                words += [] if isinstance(value, bool) else ["TEXT" if value == IN_MEMORY else str(value)]
     return shlex.join(words)
 
 

@@ -21,6 +21,7 @@ from globalopt.commands.options import (
     Dtype,
     Embeddings,
     EvalText,
+    Evaluate,
     Fresh,
     GGUFFile,
     Json,
@@ -190,6 +191,7 @@ def search(
             show_default=False,
         ),
     ] = None,
+    evaluate: Evaluate = True,
     batch_size: BatchSize = 8,
     bos: Bos = "auto",
     samples: SampleCount = 3,
@@ -279,6 +281,7 @@ def search(
             bos,
             samples,
             prompts,
+            evaluate,
         )
         variant = "" if unit == "params" else "-bytes"
         variant += "" if storage == "16" else f"-bits{storage.replace('/', 'x').replace(',', '+')}"

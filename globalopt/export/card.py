@@ -187,7 +187,7 @@ def _measured(summary: Summary) -> list[str]:
     dense = {metrics.split: metrics for metrics in summary.dense}
     found = [metrics for metrics in summary.compressed if metrics.split in dense]
     if not found:
-        return ["The run measured no loss.", ""]
+        return ["Not measured: the run left out the comparison with the base model.", ""]
     first = found[0]
     head = (
         f"Measured by the run on text that nothing was chosen on, {first.windows} windows of {first.seqlen} tokens of "

@@ -21,7 +21,8 @@ UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kmgt", 1)}, **{f"{p}i": 102
 """Bytes by unit prefix: powers of 1000 for k, m, g and t, of 1024 for ki, mi, gi and ti."""
 
 WHOLE_COPIES = 3
-"""Copies of a model at the end of a run that loads it whole: the compressed, the original and the saved one."""
+"""Most copies of a model's weights at once in a run that loads it whole: in a search, the dense ones and those of
+candidates beside the model's own."""
 
 
 def parse_size(text: str) -> int:

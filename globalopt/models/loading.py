@@ -41,6 +41,7 @@ from globalopt.errors import (
     one_line,
 )
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text
+from globalopt.models.checkpoint import INDEX, SINGLE, Checkpoint, Precision, Source, Zeros
 from globalopt.models.hub import offline_without_hub
 from globalopt.models.layers import decoder_blocks
 from globalopt.models.refusals import (
@@ -56,17 +57,7 @@ from globalopt.models.refusals import (
     suspicious,
     tower_of,
 )
-from globalopt.models.streaming import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    LazyBlocks,
-    Precision,
-    Source,
-    Zeros,
-    fill,
-    lazy_blocks,
-)
+from globalopt.models.streaming import LazyBlocks, fill, lazy_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Floating-point types by the name that a user gives."""
@@ -504,7 +495,7 @@ def _memory_short(
 ) -> str | None:
     """Compare the memory that a run with the whole model needs with what it may use.
 
-    A run needs `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
+    A run needs up to `WHOLE_COPIES` of the model, and the hidden states of `tokens` tokens in front of every block.
 
     Returns:
         None if the memory suffices, else the words that follow the model's name in an error message.

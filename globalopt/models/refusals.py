@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from globalopt.errors import ArtefactError, UnsupportedModelError, one_line
-from globalopt.models.streaming import INDEX, SINGLE, Checkpoint
+from globalopt.models.checkpoint import INDEX, SINGLE, Checkpoint
 
 PACKED_METHOD = "globalopt"
 """The `quant_method` of our own packed exports, the one kind of quantised weights that can be read."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -21,17 +21,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from globalopt.errors import ArtefactError
+from globalopt.models.checkpoint import INDEX, SINGLE
 from globalopt.models.layers import decoder_blocks
 from globalopt.models.loading import quiet
 from globalopt.models.origin import CONFIG, complete_config, keep_side_files
-from globalopt.models.streaming import (
-    INDEX,
-    SINGLE,
-    lazy_blocks,
-)
+from globalopt.models.streaming import lazy_blocks
+from globalopt.models.tensor_file import TYPES, Pending, write_tensors
 from globalopt.runs.files import remove_abandoned_beside, replacing
 
 _SHARD = "50GB"
+_READ_AT_ONCE = 2**26
+"""Bytes that are read from a file before it is opened anew: what was read of an open one counts as memory in use."""
+_COMPARED_AT_ONCE = 2**20
+"""Numbers that are cast at once where a tensor is compared with the stored one: embeddings are large."""
 _NEW_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"')
 
 
@@ -102,6 +104,7 @@ class StoredTensors:
         self.names: dict[str, Path] = {}
         """The file of every tensor."""
         self._file: tuple[Path, Any] | None = None
+        self._read = 0
         self.complete = True
         """Whether the stored tensors are the model's own, not the parts of a quantised or packed one."""
         if folder is None:
@@ -120,14 +123,37 @@ class StoredTensors:
 
     def read(self, name: str) -> Tensor | None:
         """Copy a tensor; None where it is not there, or of a type that is not a model's own (8-bit floats)."""
+        if self.form(name) is None:
+            return None
+        copied = self._opened(self.names[name]).get_tensor(name).clone()
+        self._read += copied.nbytes
+        if self._read > _READ_AT_ONCE:
+            self._file = None
+        return copied
+
+    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
+        """Return type and shape of a tensor; None where `read` does."""
         path = self.names.get(name)
         if path is None:
             return None
+        entry = self._opened(path).get_slice(name)
+        dtype = TYPES.get(str(entry.get_dtype()))
+        return None if dtype is None else (dtype, tuple(entry.get_shape()))
+
+    def _opened(self, path: Path) -> Any:
+        """Open a file, unless it is open from the call before."""
         # The header of a file may name many thousands of tensors: it is read once for those in a row.
         if self._file is None or self._file[0] != path:
-            self._file = path, safe_open(path, framework="pt")
-        file = self._file[1]
-        return None if file.get_slice(name).get_dtype().startswith("F8") else file.get_tensor(name).clone()
+            self._file, self._read = (path, safe_open(path, framework="pt")), 0
+        return self._file[1]
+
+    def settled(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Pending:
+        """Describe the tensor that `settle` returns, without making it; the arguments are its own."""
+        form = self.form(name)
+        if not _alike(form, tensor):
+            form = (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+        assert form is not None
+        return Pending(*form, partial(self.settle, name, tensor, dtype))
 
     def settle(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the stored tensor called `name` if `tensor` is that one as it was loaded, else `tensor` in its type.
@@ -136,22 +162,46 @@ class StoredTensors:
             dtype: for a floating-point tensor that is not stored, or in another shape.
         """
         stored = self.read(name)
-        if stored is None or stored.shape != tensor.shape or stored.is_floating_point() != tensor.is_floating_point():
+        if stored is None or not _alike((stored.dtype, tuple(stored.shape)), tensor):
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
         mine = tensor.detach().cpu()
         # transformers casts to the type of the model first, then we to the computed type.
-        if any(torch.equal(stored.to(first).to(mine.dtype), mine) for first in (stored.dtype, dtype)):
+        if any(_equal_as(first, stored, mine) for first in (stored.dtype, dtype)):
             return stored
         return mine.to(stored.dtype)
 
-    def unused(self, written: Mapping[str, Any]) -> list[str]:
-        """List the stored tensors that a model does not have, if the `written` names are all stored ones.
+    def unused(self, written: Mapping[str, Any]) -> dict[str, Pending]:
+        """Describe the stored tensors that a model does not have, if the `written` names are all stored ones.
 
         Where names differ, transformers has renamed tensors, and the others may be the same weights.
         """
         if not self.complete or not all(name in self.names for name in written):
-            return []
-        return sorted(self.names.keys() - written.keys())
+            return {}
+        found = {}
+        for name in sorted(self.names.keys() - written.keys()):
+            if (form := self.form(name)) is not None:
+                found[name] = Pending(*form, partial(self._sure, name))
+        return found
+
+    def _sure(self, name: str) -> Tensor:
+        """Copy a tensor that is there."""
+        found = self.read(name)
+        assert found is not None, name
+        return found
+
+
+def _equal_as(first: torch.dtype, stored: Tensor, loaded: Tensor) -> bool:
+    """Tell whether `stored`, cast to the type `first` and then to that of `loaded`, is `loaded`; by some rows."""
+    one, other = torch.atleast_1d(stored), torch.atleast_1d(loaded)
+    rows = max(1, _COMPARED_AT_ONCE * len(one) // max(1, one.numel()))
+    return all(torch.equal(a.to(first).to(b.dtype), b) for a, b in zip(one.split(rows), other.split(rows), strict=True))
+
+
+def _alike(form: tuple[torch.dtype, tuple[int, ...]] | None, tensor: Tensor) -> bool:
+    """Tell whether a stored tensor may be `tensor` in another type: by their shapes, and whether both are floats."""
+    return (
+        form is not None and form[1] == tuple(tensor.shape) and form[0].is_floating_point == tensor.is_floating_point()
+    )
 
 
 def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, stored: StoredTensors) -> None:
@@ -162,16 +212,16 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, stored
     # Tied weights are written once, or under all the names that the checkpoint has them under.
     found = {name: x for name, x in state.items() if name in once or name in stored.names}
     found = _renamed(dict(revert_weight_conversion(model, found)), f"{model.base_model_prefix}.", stored)
-    tensors = {name: stored.settle(name, x, _type_of(model, name, dtype)) for name, x in found.items()}
-    for name in stored.unused(tensors):
-        if (tensor := stored.read(name)) is not None:
-            tensors[name] = tensor
-    tensors = _apart(tensors)
-    plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
+    tensors = {name: stored.settled(name, x, _type_of(model, name, dtype)) for name, x in found.items()}
+    tensors |= stored.unused(tensors)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD,
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
     if plan.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **plan.metadata}
         _write_index(folder, metadata, plan.tensor_to_filename)
@@ -188,18 +238,6 @@ def _renamed(tensors: dict[str, Tensor], prefix: str, stored: StoredTensors) -> 
     shorter = {name.removeprefix(prefix): x for name, x in tensors.items()}
     missing = any(name not in stored.names for name in tensors)
     return shorter if missing and all(name in stored.names for name in shorter) else tensors
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every tensor memory of its own, as safetensors asks."""
-    seen: set[int] = set()
-    done: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        done[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return done
 
 
 def _write_index(folder: Path, metadata: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -225,16 +263,16 @@ def _save_blocks(model: PreTrainedModel, folder: Path, dtype: torch.dtype, store
     unused = stored.unused(dict.fromkeys([*outside, *inside]))
     sizes, files = 0, {}
 
-    def write(index: int, tensors: dict[str, Tensor], more: dict[str, Tensor] | None = None) -> None:
+    def write(index: int, tensors: dict[str, Tensor], more: dict[str, Pending] | None = None) -> None:
         """Write the file with number `index`, and note its tensors for the index."""
         nonlocal sizes
         file = f"model-{index + 1:05}-of-{len(blocks) + 1:05}.safetensors"
-        done = _apart({name: stored.settle(name, tensor, dtype) for name, tensor in tensors.items()} | (more or {}))
-        save_file(done, folder / file, metadata={"format": "pt"})
+        done = {name: stored.settled(name, tensor, dtype) for name, tensor in tensors.items()} | (more or {})
+        write_tensors(folder / file, done, {"format": "pt"})
         sizes += sum(tensor.nbytes for tensor in done.values())
         files.update(dict.fromkeys(done, file))
 
-    write(0, outside, {name: tensor for name in unused if (tensor := stored.read(name)) is not None})
+    write(0, outside, unused)
     for index, block in enumerate(blocks):
         with lazy.open(index):
             write(index + 1, {f"{path}.{index}.{name}": tensor for name, tensor in block.named_parameters()})

@@ -14,6 +14,7 @@ from globalopt.machine import ranks
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
 from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams
 from globalopt.pipeline.finish import finish
+from globalopt.pipeline.measure import gone_on
 from globalopt.pipeline.plan import RefinementPlan, probe_solver
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
@@ -73,8 +74,7 @@ def compress(
     addresses = compress_addresses(session, plan, file, probe, pattern)
     with opened(session, folder, compress_identity(session, plan, file), command, cache, fresh) as (run, at):
         if ranks.told(run.has(SUMMARY, None)):
-            reporter.note(f"{folder} is finished; nothing was computed again.")
-            return run.summary(), run
+            return gone_on(session, reporter, run), run
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         ranks.by_writer(lambda: budget_file.write(run.budget_path, file))

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.conversion import convert_target
-from globalopt.evaluation.perplexity import evaluate_both
-from globalopt.evaluation.samples import write_samples
 from globalopt.export.card import write_card
 from globalopt.machine import ranks
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
@@ -19,20 +17,21 @@ from globalopt.models.refusals import listed
 from globalopt.models.saving import save_dense
 from globalopt.pipeline.analyse import collect_output_grams
 from globalopt.pipeline.embeddings import place_embeddings
+from globalopt.pipeline.measure import evaluate_saved
 from globalopt.pipeline.plan import RefinementPlan
 from globalopt.pipeline.reporter import Reporter
-from globalopt.pipeline.session import Session, load_from, versions
+from globalopt.pipeline.session import Session, versions
 from globalopt.pipeline.unreached import left_dense, without_tokens
 from globalopt.protocols import Solver
 from globalopt.refine.blocks import Refinement, checked, refine
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SAMPLES, SUMMARY, WINDOWS
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SUMMARY
 from globalopt.runs.files import is_there
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
 from globalopt.values.embeddings import stored_bytes
 from globalopt.values.problem import Allocation
-from globalopt.values.results import LayerResult, Metrics, Summary, WindowLosses
+from globalopt.values.results import LayerResult, Metrics, Summary
 
 
 def finish(
@@ -47,7 +46,8 @@ def finish(
 ) -> Summary:
     """Refine a model to a budget, match it, save it, evaluate the saved model, and write the summary.
 
-    The session's model is changed in place: a session serves one refinement.
+    The session's model is changed in place, and its weights are freed before the evaluation: a session serves one
+    refinement.
 
     Args:
         run: with the output Grams and metric choices that the plan needs; see `compress`.
@@ -105,7 +105,12 @@ def finish(
             save_dense(loaded.model, loaded.tokenizer, run.model_folder, loaded.checkpoint_dtype, origin)
         ranks.written(run)
         advance(str(run.model_folder))
-    dense, compressed = _evaluate_both(session, reporter, run)
+    dense: tuple[Metrics, ...] = ()
+    compressed: tuple[Metrics, ...] = ()
+    if session.text_options.evaluate:
+        # Two models at once are enough.
+        session.release()
+        dense, compressed = evaluate_saved(session, reporter, run, session.dense)
     summary = Summary(
         command=command,
         model=session.name,
@@ -186,30 +191,6 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
         yield f"Solver {solver.name} keeps a sign plane of rank 1 in every layer, paid for with other parts of it."
 
 
-def _evaluate_both(session: Session, reporter: Reporter, run: Run) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
-    """Evaluate the dense model and the saved one, reloaded, on validation and test windows; write samples of both."""
-    splits = (session.splits.validation, session.splits.test)
-    windows = sum(len(ranks.span(len(split.windows))) for split in splits)
-    with reporter.stage("evaluate", windows, "windows") as advance:
-        original = session.dense()
-        saved = load_from(str(run.model_folder), session.model_options, like=session.loaded.model)
-        size = session.text_options.batch_size
-        losses: list[WindowLosses] = []
-        pairs = [
-            evaluate_both(
-                saved.model, original, split, size, advance, session.scratch(run.folder, split), losses.append
-            )
-            for split in splits
-        ]
-    if ranks.writer():
-        run.put(WINDOWS, None, tuple(losses))
-    if (count := session.text_options.samples) and ranks.writer():
-        with reporter.stage("samples", 2, "models") as advance:
-            written = write_samples(original, saved.model, saved.tokenizer, splits[0], count, advance)
-        run.put(SAMPLES, None, written)
-    return tuple(dense for dense, _ in pairs), tuple(compressed for _, compressed in pairs)
-
-
 def match_whole(
     session: Session, reporter: Reporter, run: Run, options: Distillation, targets: dict[str, Target], seed: int
 ) -> None:
@@ -228,7 +209,7 @@ def match_whole(
     >>> file = example_budget(session)
     >>> targets = dict(file.allocation.targets)
     >>> with Run.start(Path("matched"), {}, {}) as run:
-    ...     _ = finish(session, reporter, run, example_refinement(), file, "globalopt compress")
+    ...     _ = finish(example_session(), reporter, run, example_refinement(), file, "globalopt compress")
     ...     match_whole(session, reporter, run, Distillation(epochs=1), targets, seed=0)
     ...     run.get(MATCHED_MODEL, None).values[session.layers.specs[0].name].nnz
     128

@@ -235,6 +235,7 @@ class TextOptions:
         bos: whether every window begins as the tokenizer begins a text: one of `BOS_CHOICES`.
         samples: prompts that both models go on with, after the evaluation; 0 writes no text.
         prompts: file of prompts that the dense model goes on with where it writes its own text; None is without.
+        evaluate: whether the result of a run is measured beside the dense model, and `samples` are written.
     Raises:
         UsageError: a number is too small.
 
@@ -253,8 +254,14 @@ class TextOptions:
     bos: str = "auto"
     samples: int = PROMPTS
     prompts: str | None = None
+    evaluate: bool = True
 
     def __post_init__(self) -> None:
+        if self.eval_windows == 0:
+            raise UsageError(
+                "--eval-windows must be at least 2; got 0. To leave the evaluation out, add --no-evaluate: a search "
+                "reads its selection text all the same."
+            )
         check_word("bos", self.bos, BOS_CHOICES)
         for name, least in LEAST.items():
             if getattr(self, name) < least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from globalopt.errors import UsageError
@@ -23,7 +23,7 @@ from globalopt.text.reading import read_text
 from globalopt.text.splits import consecutive_split
 from globalopt.text.windows import Split
 from globalopt.values.own_text import OwnText
-from globalopt.values.results import Metrics
+from globalopt.values.results import Metrics, WindowLosses
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, averages
 
 
@@ -69,12 +69,14 @@ def score(
     command: str,
     cache: Cache | None = None,
     written: OwnText | None = None,
+    keep: Callable[[WindowLosses], None] | None = None,
 ) -> Scorecard:
     """Evaluate a model, and the dense model on the same windows and items.
 
     Args:
         cache: where the dequantised copy of a quantised model is kept; see `dense_source`.
         written: the text that the dense model wrote in the run that made the model, or None.
+        keep: called with the losses of every window of a split or text, where there is a dense model.
     Raises:
         GlobalOptError: a model, text or task cannot be loaded; see `set_up`, `evaluate` and `ask`.
 
@@ -116,7 +118,7 @@ def score(
         of_dense = replace(models, model=named, gguf_file=options.dense_gguf_file)
         dense = load_from(dense_source(of_dense, cache, reporter).name, models, like=loaded.model)
 
-    metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, reporter)
+    metrics, dense_metrics = _evaluate(loaded, dense, splits, texts.batch_size, reporter, keep)
     answers = ranks.by_writer(
         lambda: [
             ask(each, options.tasks, options.limit, texts.batch_size, reporter.progress)
@@ -143,7 +145,12 @@ def score(
 
 
 def _evaluate(
-    loaded: LoadedModel, dense: LoadedModel | None, splits: Sequence[Split], batch_size: int, reporter: Reporter
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    splits: Sequence[Split],
+    batch_size: int,
+    reporter: Reporter,
+    keep: Callable[[WindowLosses], None] | None,
 ) -> tuple[list[Metrics], list[Metrics]]:
     """Compute the metrics of the model and of the dense one, per split."""
     metrics: list[Metrics] = []
@@ -156,7 +163,7 @@ def _evaluate(
             if dense is None:
                 metrics.append(evaluate(loaded.model, split, None, batch_size, advance))
             else:
-                theirs, mine = evaluate_both(loaded.model, dense.model, split, batch_size, advance)
+                theirs, mine = evaluate_both(loaded.model, dense.model, split, batch_size, advance, keep=keep)
                 metrics.append(mine)
                 dense_metrics.append(theirs)
     return metrics, dense_metrics

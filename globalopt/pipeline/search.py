@@ -28,6 +28,7 @@ from globalopt.pipeline.addresses import algorithms, refinement_addresses, searc
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.embeddings import beside_embeddings, choose, largest_budget, layer_budget, measured_menus
 from globalopt.pipeline.finish import finish
+from globalopt.pipeline.measure import gone_on
 from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
@@ -85,8 +86,7 @@ def search(
     addresses = search_addresses(session, plan)
     with opened(session, folder, search_identity(session, plan), command, cache, fresh) as (run, at):
         if ranks.told(run.has(SUMMARY, None)):
-            reporter.note(f"{folder} is finished; nothing was computed again.")
-            return run.summary(), run
+            return gone_on(session, reporter, run), run
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         problem, allocation, found = allocated(session, reporter, plan, run)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from globalopt.analysis.collect import LABELLED
@@ -81,6 +82,17 @@ class Session:
         if self.live is not None:
             return self.live()
         return load_from(self.loaded.name, self.model_options, like=self.loaded.model).model
+
+    def release(self) -> None:
+        """Free the weights of the session's model, which nothing reads once the result is saved.
+
+        A lazily loaded model has none but those outside the blocks, which the models that are loaded later share.
+        """
+        model = self.loaded.model
+        if lazy_blocks(model) is None:
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     @property
     def fingerprint(self) -> str:

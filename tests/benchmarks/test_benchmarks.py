@@ -502,10 +502,53 @@ def test_the_picture_of_allocators_names_what_is_far_above_and_draws_the_rest_ap
     far = drawing.Point(0.3, "far", 1e5, (4.0, 4.6), (90.0, 91.0), 180.0)
     figure = drawing.allocators_figure([*points, far], "reference", "allocators")
     kl, perplexity = figure.axes
-    assert kl.get_title(loc="right") == "far above:\nfar at 4.3"
-    assert max(kl.get_ylim()) < 0.1
-    assert max(perplexity.get_ylim()) < 70
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [point.method for point in points]
-    styles = {(c[0].get_color(), c[0].get_marker()) for c in kl.containers}
-    assert len(styles) == len(points)
+    assert [text.get_text() for text in kl.texts] == ["4.30 →"]
+    assert max(kl.get_xlim()) < 0.1
+    assert max(perplexity.get_xlim()) < 70
+    names = [label.get_text() for label in kl.get_yticklabels()]
+    assert names == [f"m{i}  {100 * (1 + i % 3)}k" for i in range(17)] + ["far  100k"]
+    assert len(kl.containers) == len(points)
+
+
+@pytest.mark.parametrize("count", [3, 6, 12])
+def test_no_two_labels_of_the_picture_of_allocators_overlap(count):
+    drawing = script("allocators_figure")
+    points = [
+        drawing.Point(kept, f"allocator:option={i}", 1e5, (scale * (1 + i), scale * (2 + i)), (64.0 + i, 65.0 + i), 1.0)
+        for kept, scale in ((0.5, 0.001), (0.3, 0.01), (0.2, 0.1))
+        for i in range(count)
+    ]
+    limits = [drawing.Point(0.5, "allocator:option=0", tokens, (0.002,), (64.0,), 0.9) for tokens in (2e5, 3e5)]
+    figure = drawing.allocators_figure([*points, *limits], "reference", "allocators")
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 6
+    assert len(figure.axes[0].get_yticks()) == count + 2
+    for axes in figure.axes:
+        for axis, ends in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            ticks = [tick for tick in axis.get_major_ticks() if ends[0] <= tick.get_loc() <= ends[1]]
+            boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_visible()]
+            assert len(boxes) in ({count + 2, 0} if axis is axes.yaxis else range(1, 20))
+            assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+
+
+def test_the_picture_of_allocators_has_the_figures_of_the_table(tmp_path):
+    drawing = script("table_figure")
+    found = drawing.points((drawing.DOCS / "results.md").read_text(encoding="utf-8"))
+    # One of the sixteen contenders has one budget, and every other one has three.
+    assert len(found) == 15 * 3 + 1
+    assert len({point.method for point in found}) == 16
+    by_name = {(point.method, point.budget): point for point in found}
+    assert by_name["knapsack", 0.3].kl == (0.0111,)
+    assert by_name["knapsack, one rank share for all: 0.1", 0.2].kl == (0.0444,)
+    assert by_name["optuna", 0.5].tokens == pytest.approx(370_000)
+    drawing.main([str(tmp_path / "drawn.png")])
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_means_alone_has_no_bars_and_no_perplexity():
+    drawing = script("allocators_figure")
+    points = [drawing.Point(0.5, name, 0, (kl,), (), kl) for name, kl in (("uniform", 1.0), ("knapsack", 0.3))]
+    figure = drawing.allocators_figure(points, "reference", "allocators", "")
+    (kl,) = figure.axes
+    assert [label.get_text() for label in kl.get_yticklabels()] == ["knapsack", "uniform"]
+    assert drawing.BARS not in figure.get_supxlabel()

@@ -68,6 +68,7 @@ def moe(tmp_path_factory) -> Path:
         (["--seqlen", "1"], USAGE, "--seqlen must be at least 2"),
         (["--seqlen", "129"], USAGE, "context of 128 tokens"),
         (["--eval-windows", "1"], USAGE, "--eval-windows must be at least 2"),
+        (["--eval-windows", "0"], USAGE, "add --no-evaluate"),
         (["--batch-size", "0"], USAGE, "--batch-size must be at least 1"),
         (["--model", "another"], USAGE, "Two models were given"),
         (["--nsamples", "100000"], FAILED, "too short"),

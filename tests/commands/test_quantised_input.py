@@ -85,7 +85,7 @@ def test_a_conversion_that_was_stopped_leaves_nothing_half_done(
 
     words = ("compress", file, *cheap, "--out", tmp_path / "runs" / "half")
     with monkeypatch.context() as patch:
-        patch.setattr("globalopt.models.saving.save_file", stopped)
+        patch.setattr("globalopt.models.saving.write_tensors", stopped)
         with pytest.raises(AssertionError):
             done(*words)
     (entry,) = copies(tmp_path / "runs" / "globalopt-cache")

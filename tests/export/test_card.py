@@ -57,7 +57,7 @@ def test_a_card_names_what_a_reader_asks(summary):
 def test_what_is_not_known_is_said(summary):
     text = model_card(summary, {})
     assert "the base model's card names none" in text
-    assert "The run measured no loss." in text
+    assert "Not measured: the run left out" in text
     assert "license:" not in text
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from globalopt.errors import ArtefactError, UnsupportedModelError
 from globalopt.models import quantised
+from globalopt.models.checkpoint import SINGLE
 from globalopt.models.example import example_gguf
 from globalopt.models.loading import load_model
 from globalopt.models.quantised import QuantisedModel, find_quantised
-from globalopt.models.streaming import SINGLE
 from tests.quantised_models import save_fp8, save_mxfp4
 from tests.tiny_models import save_tiny
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from globalopt.models import saving
 from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.origin import complete_config, origin_of
@@ -177,3 +178,16 @@ def test_a_tokenizer_that_changed_in_memory_is_saved_as_it_is(tmp_path: Path) ->
 def test_a_name_that_is_no_folder_and_no_hub_id_has_no_origin() -> None:
     assert origin_of("x" * 300) is None
     assert origin_of("no model/ at all") is None
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (7, 3), (5, 2, 3)])
+def test_tensors_are_compared_in_parts_as_in_one(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "_COMPARED_AT_ONCE", 6)
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert saving._equal_as(torch.bfloat16, stored, stored.float())
+    if stored.numel():
+        changed = stored.float()
+        changed.view(-1)[-1] += 1e-6
+        assert not saving._equal_as(torch.bfloat16, stored, changed)
+    wide = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert saving._equal_as(torch.bfloat16, wide, wide.bfloat16().float())

@@ -90,7 +90,7 @@ def test_layers_of_other_names_are_another_model_also_where_their_sizes_agree() 
 def test_a_run_without_the_split_is_said_and_shown_without_figures() -> None:
     bare = make_summary(dense=(), compressed=())
     text = shown(comparison([make_summary(), bare], split="test"))
-    assert "no figures on test: 2" in text
+    assert "not measured on test: 2" in text
     assert next(line.split() for line in text.splitlines() if line[:1] == "2") == ["2", "0.520", "-", "-", "-"]
 
 

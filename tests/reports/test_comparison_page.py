@@ -87,7 +87,7 @@ def test_runs_that_do_not_compare_are_named_and_have_no_differences():
 
 def test_a_run_that_was_not_evaluated_has_a_row():
     page = parsed([make_summary(), make_summary(dense=(), compressed=())])
-    assert [row[1] for row in page.rows if row[0] == "searched" and len(row) == 11] == ["not evaluated"]
+    assert [row[1] for row in page.rows if row[0] == "searched" and len(row) == 11] == ["not measured"]
 
 
 def test_names_are_no_markup(tmp_path):

@@ -95,7 +95,7 @@ def test_sections_are_those_the_run_has_something_for(full):
     bare = make_summary(layers=layers, predicted=None, bound=None, compressed=(), dense=(), notes=())
     found = parsed(bare)
     assert [section["id"] for section in found.named("section")] == [*names[:4], "cost", "reproduce"]
-    assert "Not evaluated." in found.text
+    assert "Not measured; `globalopt eval` on the run does it." in found.text
     assert "the budget was not found by a search" in found.text
 
 

@@ -90,7 +90,7 @@ def dense(measured: Measured, metrics: Metrics) -> Measured:
         (altered(run("b", 0.0), text_sha256="0" * 64), "text differs: 111111111111 (a); 000000000000 (b)"),
         (altered(run("b", 0.0), seqlen=9), "window length differs: 512 (a); 9 (b)"),
         (altered(run("b", 0.0), windows=1), "a single window has no spread"),
-        (altered(run("b", 0.0), split="validation"), "no figures on test: b"),
+        (altered(run("b", 0.0), split="validation"), "not measured on test: b"),
         (run("b", 0.0, accounting="bytes"), "accounting differs: params (a); bytes (b)"),
         (run("b", 0.0, layers=make_summary(blocks=2).layers), "model differs in names or shapes of layers"),
         (dense(run("b", 0.0), make_metrics("test", 8.0, None)), "dense perplexity differs: 7 (a); 8 (b)"),

@@ -159,8 +159,8 @@ def test_quality_has_standard_errors_and_what_was_read() -> None:
     assert "test: 64 windows of 512 tokens, 32,704 predicted, float32, text 11111111" in text
 
 
-def test_quality_of_a_run_that_was_not_evaluated() -> None:
-    assert "not evaluated" in shown(quality(make_summary(dense=(), compressed=())))
+def test_quality_of_a_run_that_was_not_measured() -> None:
+    assert "not measured" in shown(quality(make_summary(dense=(), compressed=())))
 
 
 def shown_search(search: Search, predicted: float = 0.0009) -> str:

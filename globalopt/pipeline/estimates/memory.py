@@ -3,13 +3,15 @@
 With T calibration tokens, L blocks, hidden size h, b bytes per value in the type computed in, and P parameters of which
 P_out lie outside the blocks:
 
-    peak    = this process + weights + hidden states + the largest of the stages
-    weights = 3 b P if the model fits in memory (the changed model, the original, the saved one); else b times the
-              parameters of the largest block, and P_out in the type that they are stored in
+    peak    = this process + hidden states + weights and the stage's own, of the stage where they are most
+    weights = b P, and 2 b P in evaluation (the original, the saved one) and where predictions are matched, if the model
+              fits in memory; else b times the parameters of the largest block, and P_out in the type that they are
+              stored in
     states  = b T h (L + 1) if a backward sweep needs those of all blocks, else 2 b T h; 0 if they are kept in files
-    stages  : a block's Grams of 4 d_in² bytes each and one more, and the solver's own tensors (`WORKING`);
+    stages  : the file of a model that is read, where it is stored in another type;
+              a block's Grams of 4 d_in² bytes each and one more, and the solver's own tensors (`WORKING`);
               logits of two models in evaluation, `LABEL_COPIES` times those of a window where labels are sampled;
-              candidate weights that a search keeps
+              dense weights and candidate weights that a search keeps
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def memory_bytes(shape: Shape, models: ModelOptions, job: Job) -> tuple[dict[str
     >>> models, job = ModelOptions(), search_job(example_plan(), refines=True)
     >>> shape = Shape.of(Structure.of(models), models, TextOptions())
     >>> memory, lazy, in_files = memory_bytes(shape, models, job)
-    >>> memory["weights"] == 3 * 4 * shape.parameters, lazy, in_files
+    >>> memory["weights"] == 2 * 4 * shape.parameters, lazy, in_files
     (True, False, False)
     """
     here = resident()
@@ -61,17 +63,25 @@ def memory_bytes(shape: Shape, models: ModelOptions, job: Job) -> tuple[dict[str
     lazy = whole + every > room
     in_files = lazy and every + WORKING_BLOCKS * shape.block * shape.computed > room
     narrow = min(shape.stored, shape.computed)
-    weights = shape.outside * narrow + shape.block * shape.computed if lazy else whole
+    evaluates = job.refines and shape.texts.evaluate
+    copies = {"logits": 1 + evaluates, "reading": 1 + evaluates, "matching": 1 + (job.distillation is not None)}
     stages = {
+        "reading": 0 if lazy or shape.stored == shape.computed else shape.parameters * shape.stored,
         "Grams and solver": max(_largest_fit(shape, job), _comparison(shape, job)),
         "logits": _logits(shape, job, lazy),
         "candidates": _candidates(shape, job, lazy),
         "matching": _training(shape, job),
         "writing": _writing(shape),
     }
-    largest = max(stages, key=lambda name: stages[name])
+
+    def weights(stage: str) -> int:
+        if lazy:
+            return shape.outside * narrow + shape.block * shape.computed
+        return copies.get(stage, 1) * shape.parameters * shape.computed
+
+    largest = max(stages, key=lambda name: weights(name) + stages[name])
     states = every if job.sweeps else 2 * row
-    memory = {"this process": here + LIBRARIES, "weights": weights, "hidden states": 0 if in_files else states}
+    memory = {"this process": here + LIBRARIES, "weights": weights(largest), "hidden states": 0 if in_files else states}
     return {**memory, largest: stages[largest]}, lazy, in_files
 
 
@@ -107,7 +117,7 @@ def _logits(shape: Shape, job: Job, lazy: bool) -> int:
     rows = max(1, min(shape.texts.batch_size, at_once // window))
     # Log probabilities of both models, their exponentials, differences and products.
     held = min(SOFTMAX_AT_ONCE, shape.texts.batch_size * window) if shape.parts and not lazy else rows * window
-    evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window)
+    evaluation = 2 * held * shape.computed + 6 * 4 * min(SOFTMAX_AT_ONCE, window) if shape.texts.evaluate else 0
     labels = LABEL_COPIES * 4 * window if job.sweeps else 0
     head = shape.vocabulary * shape.width * shape.computed if lazy and shape.stored < shape.computed else 0
     return max(evaluation, labels) + head

@@ -114,6 +114,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
             found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
         if job.distillation is not None:
             found["match model"] = 2 * 3 * job.distillation.epochs * forward(tokens)
+    if job.refines and texts.evaluate:
         found["evaluate"] = 4 * forward(texts.eval_windows * texts.seqlen)
         if texts.samples:
             found["samples"] = 2 * forward(texts.samples * (PROMPT_TOKENS + NEW_TOKENS))
