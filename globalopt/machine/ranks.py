@@ -418,5 +418,5 @@ def _reaching() -> Iterator[None]:
         yield
     except RuntimeError as cause:
         # Without the place in the sources of gloo that it begins with.
-        said = re.sub(r"^\[[^]]*] *", "", str(cause))
+        said = RuntimeError(re.sub(r"^\[[^]]*] *", "", str(cause)))
         raise LostProcessError(f"{LOST} ({one_line(said, 160)})") from None
