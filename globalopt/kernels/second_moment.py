@@ -21,6 +21,7 @@ def add_second_moment(total: Tensor, x: Tensor, rough: bool = False) -> None:
         rough: whether a CPU that is faster at it may multiply in bfloat16, with sums in float32 that are rounded to
             bfloat16; see `mirror`.
 
+    >>> import torch
     >>> total = torch.zeros(2, 2)
     >>> add_second_moment(total, torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     >>> mirror(total).tolist()
@@ -40,6 +41,7 @@ def mirror(total: Tensor) -> Tensor:
     Sums of products in bfloat16 are a second moment up to 2^-9 of each entry: positive semidefinite after damping, but
     not without.
 
+    >>> import torch
     >>> mirror(torch.tensor([[1.0, 2.0], [2.0, 3.0]])).tolist()
     [[1.0, 2.0], [2.0, 3.0]]
     """

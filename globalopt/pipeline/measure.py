@@ -38,7 +38,7 @@ def evaluate_saved(
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> from globalopt.pipeline.search import search
     >>> session = example_session()
-    >>> _, run = search(session, example_reporter(), example_plan(), Path("run"), "globalopt search")
+    >>> _, run = search(session, example_reporter(), example_plan(), Path("one"), "globalopt search")
     >>> dense, compressed = evaluate_saved(session, example_reporter(), run, session.dense)
     >>> dense[0].kl, compressed[0].kl > 0
     (None, True)
@@ -83,7 +83,7 @@ def gone_on(session: Session, reporter: Reporter, run: Run) -> Summary:
     >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
     >>> from globalopt.pipeline.search import search
     >>> session = example_session()
-    >>> summary, run = search(session, example_reporter(), example_plan(), Path("run"), "globalopt search")
+    >>> summary, run = search(session, example_reporter(), example_plan(), Path("two"), "globalopt search")
     >>> gone_on(session, example_reporter(), run) == summary
     True
     """
@@ -104,7 +104,7 @@ def measure_later(session: Session, reporter: Reporter, run: Run) -> Summary:
     >>> from globalopt.pipeline.search import search
     >>> session, unmeasured = example_session(), TextOptions(nsamples=4, seqlen=16, eval_windows=2, evaluate=False)
     >>> quick = replace(session, text_options=unmeasured)
-    >>> summary, run = search(quick, example_reporter(), example_plan(), Path("run"), "globalopt search")
+    >>> summary, run = search(quick, example_reporter(), example_plan(), Path("three"), "globalopt search")
     >>> summary.compressed
     ()
     >>> [metrics.split for metrics in measure_later(example_session(), example_reporter(), run).compressed]
