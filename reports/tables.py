@@ -129,10 +129,19 @@ def budget_facts(summary: Summary, menu: Menu | None = None) -> list[tuple[str, 
             f"{formats.percent(summary.covered, summary.block_params)}",
         ),
     ]
-    if summary.skipped:
-        left = "; ".join(f"{name} {formats.count(params)}" for name, params in summary.skipped.items())
-        rows.append(("not covered", left))
+    if left := _not_covered(summary):
+        words = "; ".join(f"{name} {formats.count(params)}" for name, params in left.items())
+        rows.append(("not covered", words))
     return rows
+
+
+def _not_covered(summary: Summary) -> dict[str, int]:
+    """Count by category the parameters that the budget does not count."""
+    left = dict(summary.skipped)
+    # The token embedding comes first; a head of its own is counted as such.
+    for category, each in zip(("embeddings", "lm_head"), summary.embeddings, strict=False):
+        left[category] = left.get(category, 0) - each.rows * each.width
+    return {category: params for category, params in left.items() if params > 0}
 
 
 def against_uniform(summary: Summary) -> list[tuple[str, str]]:

@@ -9,13 +9,14 @@ from rich.console import Console, RenderableType
 
 from globalopt.errors import ArtefactError
 from globalopt.values.decomposition import Status
+from globalopt.values.embeddings import Embedding
 from globalopt.values.results import ErrorUnit, Evaluation, MatchResult, Outcome, Search
 from reports import render
 from reports.groups import Grid, Group
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
 from reports.quality_tables import quality
 from reports.shaded_grid import kept_grid, span
-from reports.tables import budget, notes, provenance, searched, stages
+from reports.tables import budget, budget_facts, notes, provenance, searched, stages
 from tests.reports.factory import make_layers, make_metrics, make_search, make_searched, make_summary
 
 
@@ -309,3 +310,10 @@ def test_a_model_without_finite_perplexity_is_still_reported() -> None:
     broken = replace(broken, perplexity=float("inf"), nll=float("inf"), nll_stderr=float("nan"))
     text = shown(quality(make_summary(dense=(make_metrics("test", 62.0, None),), compressed=(broken,))))
     assert "inf" in row(text, "test")
+
+
+def test_embeddings_that_a_budget_counts_are_not_among_what_it_does_not_cover():
+    skipped = {"embeddings": 100 * 64 + 32 * 64, "lm_head": 100 * 64, "norms and biases": 640}
+    counted = (Embedding("embed", 100, 64, bits=8), Embedding("lm_head", 100, 64, bits=8))
+    facts = dict(budget_facts(make_summary(skipped=skipped, embeddings=counted)))
+    assert facts["not covered"] == "embeddings 2,048; norms and biases 640"
