@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
 import cells
@@ -106,7 +105,7 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[float, str, str, int]]
     for match in options.match:
         for row in options.rows:
             for kept in [0.5] if row in HALVES else options.kept:
-                if row not in WHOLE or affordable_bits(kept) is not None:
+                if row not in (*WHOLE, "bits") or affordable_bits(kept) is not None:
                     for seed in options.seeds:
                         yield kept, row, match, seed
 
@@ -183,21 +182,10 @@ def _point(row: str, match: str, every: Sequence[Cell]) -> BytesPoint:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of all cells; the same command resumes")
-    parser.add_argument("--model", help="folder, GGUF file or hub id; the bundled model if left out")
-    parser.add_argument("--calibration", help="text to calibrate on, as of `globalopt search`")
+    parser = cells.option_parser(__doc__)
     parser.add_argument("--eval-text", help="text of the test split")
-    parser.add_argument("--nsamples", type=int, default=128, help="calibration windows (%(default)s)")
-    parser.add_argument("--seqlen", type=int, default=256, help="tokens per window (%(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=128, help="windows per split, at most (%(default)s)")
     parser.add_argument("--kept", nargs="+", type=float, default=[0.5, 0.4, 0.33, 0.27, 0.2, 0.15])
-    parser.add_argument("--match", nargs="+", default=["none", "block"], choices=["none", "block", "model"])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
-    parser.add_argument(
-        "--with", dest="extra", default="", help="more words of every search, such as '--set preset=fast'"
-    )
+    cells.add_rows(parser, ROWS, ["none", "block"])
     return cells.run_script(work, parser, arguments)
 
 

@@ -13,7 +13,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,16 @@ def option_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--eval-windows", type=int, default=text.eval_windows, help="per split, at most (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of all cells; the same command resumes")
     return parser
+
+
+def add_rows(parser: argparse.ArgumentParser, rows: Iterable[str], match: Sequence[str]) -> None:
+    """Add the options that choose rows, matchings and seeds, and more words of every search."""
+    parser.add_argument("--match", nargs="+", default=list(match), choices=["none", "block", "model"])
+    parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
+    parser.add_argument(
+        "--with", dest="extra", default="", help="more words of every search, such as '--set preset=fast'"
+    )
 
 
 def add_solver(parser: argparse.ArgumentParser) -> None:

@@ -253,12 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens per evaluation window (%(default)s)")
     parser.add_argument("--eval-windows", type=int, default=32, help="windows per split, at most (%(default)s)")
     parser.add_argument("--kept", nargs="+", default=["0.5"], help="fractions kept, or PATTERN@FRACTION (%(default)s)")
-    parser.add_argument("--match", nargs="+", default=["none"], choices=["none", "block", "model"])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
-    parser.add_argument(
-        "--with", dest="extra", default="", help="more words of every search, such as '--set preset=fast'"
-    )
+    cells.add_rows(parser, ROWS, ["none"])
     return cells.run_script(work, parser, arguments)
 
 

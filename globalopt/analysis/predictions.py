@@ -54,13 +54,15 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     """
     gap = read_gap(analysis)
     measured: dict[str, Worth | None] = {}
-    lacking = [spec for spec in specs if _lacks_rank(analysis, spec)]
+    lacking: list[LayerSpec] = []
     for spec in specs:
-        if spec not in lacking:
-            found = _measure(analysis, spec, gap)
-            if len(found.options.anchors) > 1 and found.errors:
-                measured[spec.name] = _worth(found)
-            yield spec, _prediction(analysis, spec, found)
+        if _lacks_rank(analysis, spec):
+            lacking.append(spec)
+            continue
+        found = _measure(analysis, spec, gap)
+        if len(found.options.anchors) > 1 and found.errors:
+            measured[spec.name] = _worth(found)
+        yield spec, _prediction(analysis, spec, found)
     if any(ranks.gathered(bool(lacking))):
         # Layers without a solution with rank take its worth from the others, so these came first.
         everywhere = _worths(analysis, gap, measured)

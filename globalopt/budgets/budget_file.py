@@ -26,8 +26,8 @@ from globalopt.budgets.schema import (
 )
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.runs.files import read_json, write_json
-from globalopt.values.budget import NO_LIMITS, Budget, Target
-from globalopt.values.embeddings import Embedding, dense_bytes, measured, stored_bytes, whole_limit
+from globalopt.values.budget import NO_LIMITS, Budget, Target, limit_of
+from globalopt.values.embeddings import Embedding, dense_bytes, measured, stored_bytes
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
 from globalopt.values.results import ErrorUnit
@@ -71,7 +71,7 @@ def make(
         fingerprint=fingerprint,
         accounting="bytes" if budget.accounting == "bytes" else "params",
         asked=asked,
-        limit=whole_limit(asked, total) if embeddings else budget.limit,
+        limit=limit_of(asked, total) if embeddings else budget.limit,
         used=allocation.used + stored_bytes(embeddings),
         total=total,
         covered=covered,

@@ -270,6 +270,15 @@ NO_LIMITS = Limits()
 """No limits: every rank and every sparse part."""
 
 
+def limit_of(kept: float, total: int) -> int:
+    """Compute the limit that the fraction `kept` of `total` parameters or bytes is, rounded down, at least 1.
+
+    >>> limit_of(0.3, 1000)
+    300
+    """
+    return max(1, math.floor(kept * total + 1e-9))
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limit what all layers keep together, counted in parameters or in bytes.
@@ -313,7 +322,7 @@ class Budget:
         if accounting not in ACCOUNTINGS:
             raise UnknownNameError("accounting", accounting, ACCOUNTINGS)
         total = sum(spec.numel for spec in specs) * (BYTES_PER_VALUE if accounting == "bytes" else 1)
-        return cls(limit=max(1, math.floor(kept * total + 1e-9)), total=total, accounting=accounting)
+        return cls(limit=limit_of(kept, total), total=total, accounting=accounting)
 
     @property
     def kept(self) -> float:

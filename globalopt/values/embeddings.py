@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from globalopt.errors import BudgetError, UsageError
-from globalopt.values.budget import BYTES_PER_VALUE, Budget
+from globalopt.values.budget import BYTES_PER_VALUE, Budget, limit_of
 from globalopt.values.layer import LayerSpec
 from globalopt.values.storage import number_bytes
 
@@ -130,15 +130,6 @@ def measured(embeddings: Iterable[Embedding]) -> float:
     return math.fsum(each.loss or 0.0 for each in embeddings)
 
 
-def whole_limit(kept: float, total: int) -> int:
-    """Compute the bytes that the fraction `kept` of `total` bytes is, rounded down.
-
-    >>> whole_limit(0.3, 1000)
-    300
-    """
-    return max(1, math.floor(kept * total + 1e-9))
-
-
 def budget_beside(kept: float, specs: Sequence[LayerSpec], embeddings: Sequence[Embedding], least: int = 1) -> Budget:
     """Make the budget of the layers that embeddings leave: `kept` of the bytes of both in 16 bits, less the embeddings.
 
@@ -159,7 +150,7 @@ def budget_beside(kept: float, specs: Sequence[LayerSpec], embeddings: Sequence[
     """
     whole = Budget.fraction(kept, specs, "bytes")
     total = whole.total + dense_bytes(embeddings)
-    limit, spent = whole_limit(kept, total), stored_bytes(embeddings)
+    limit, spent = limit_of(kept, total), stored_bytes(embeddings)
     left = limit - spent
     if left < max(1, least):
         bits = "/".join(dict.fromkeys(str(each.bits) for each in embeddings))

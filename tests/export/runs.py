@@ -6,6 +6,7 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from globalopt.export.example import write_finished_run
@@ -76,3 +77,11 @@ def in_few_bits(value: Decomposition, W: Tensor, storage: Storage, pattern: NM |
 
 def _in(value: Decomposition, dtype: torch.dtype) -> Decomposition:
     return Decomposition(value.S.to(dtype), value.U.to(dtype), value.V.to(dtype), value.signs, value.scales)
+
+
+def assert_same_export(again: Path, before: Path) -> None:
+    """Assert that two folders hold the same config and the same tensors, to the bit."""
+    assert (again / "config.json").read_bytes() == (before / "config.json").read_bytes()
+    found, expected = (load_file(folder / "model.safetensors") for folder in (again, before))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

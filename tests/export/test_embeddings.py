@@ -23,6 +23,7 @@ from globalopt.runs.folder import Run
 from globalopt.values.budget import Target
 from globalopt.values.storage import Storage
 from tests.command import WINDOWS, done
+from tests.export.runs import assert_same_export
 from tests.export.test_few_bits import PRECISION, difference, resealed
 from tests.tiny_models import tiny_ids, tiny_model, tiny_tokenizer
 
@@ -100,10 +101,7 @@ def test_saved_again_it_is_the_same_to_the_bit(packed, tmp_path):
     model = load(packed)
     model(tiny_ids(1, 3))
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_bytes() == (packed / "config.json").read_bytes()
-    again, before = load_file(tmp_path / "again" / "model.safetensors"), load_file(packed / "model.safetensors")
-    assert again.keys() == before.keys()
-    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert_same_export(tmp_path / "again", packed)
 
 
 def test_casts_lose_no_code(run, packed, tmp_path):

@@ -32,7 +32,7 @@ from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.storage import Storage
-from tests.export.runs import ALL, made_run
+from tests.export.runs import ALL, assert_same_export, made_run
 from tests.tiny_models import tiny_ids
 
 STORAGES = (Storage(4, 8), Storage(8, 8), Storage(3, 16), Storage(16, 5), Storage())
@@ -128,10 +128,7 @@ def test_saved_again_it_is_the_same_to_the_bit(packed, tmp_path, compute):
         set_compute(model, compute)
         model(tiny_ids(1, 3))
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_bytes() == (packed / "config.json").read_bytes()
-    again, before = load_file(tmp_path / "model.safetensors"), load_file(packed / "model.safetensors")
-    assert again.keys() == before.keys()
-    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert_same_export(tmp_path, packed)
 
 
 def test_casts_lose_no_code(run, packed, tmp_path):

@@ -42,7 +42,7 @@ def on_grids(storage: Storage, dtype=torch.float32, rank=3) -> Decomposition:
     value.V[0] = 0
     value.V[1, :24] = 0
     metric = Metric(Gram(torch.eye(40), 100))
-    return rounded(stored(value, value.dense(), metric, storage, rounds=1), value.dense(), metric, dtype)
+    return rounded(stored(value, value.dense(), metric, storage), value.dense(), metric, dtype)
 
 
 STORAGES = [Storage(4, 8), Storage(3, 3), Storage(16, 4), Storage(4, 16)]
