@@ -15,7 +15,7 @@ from globalopt.runs.records import AnchorSolutions
 from globalopt.values.budget import Budget
 from globalopt.values.layer import LayerSpec
 
-ANCHORS_VERSION = 4
+ANCHORS_VERSION = 5
 """Raised whenever anchor solutions change."""
 
 GAPS_VERSION = 4

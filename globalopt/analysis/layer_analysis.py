@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from globalopt.analysis.anchor_curves import fully_solved, middle
 from globalopt.analysis.grid import Options
-from globalopt.analysis.rank_worth import ranked
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Artefact, Stage
@@ -61,7 +61,7 @@ class LayerAnalysis:
         limits: every option of a layer is within them.
         weighted: whether the error metric of a layer has its output Gram, unless `METRIC_CHOICE` says otherwise.
         low_rank: whether options have low-rank parts.
-        all_ranked: whether every layer is solved at anchors with rank, and not only those that `ranked` names.
+        all_anchors: whether every layer is solved at all of its anchors, and not only those of `fully_solved`.
 
     >>> from globalopt.models.layers import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
@@ -77,7 +77,7 @@ class LayerAnalysis:
     limits: Limits = NO_LIMITS
     weighted: bool = False
     low_rank: bool = True
-    all_ranked: bool = False
+    all_anchors: bool = False
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
@@ -85,13 +85,15 @@ class LayerAnalysis:
         return Options.of(spec, most, self.pattern, self.limits)
 
     def anchor_rows(self, spec: LayerSpec) -> tuple[tuple[Target, ...], ...]:
-        """List the anchors at which a layer is solved, in rows of equal rank share; the first is without rank."""
-        rows = self.options(spec).anchors
-        return rows if self.all_ranked or spec.name in self._ranked else rows[:1]
+        """List the anchors at which a layer is solved, in rows of equal rank share: all, or the middle of the first."""
+        first, *others = self.options(spec).anchors
+        if self.all_anchors or spec.name in self._fully_solved:
+            return first, *others
+        return ((first[middle(len(first))],),)
 
     @cached_property
-    def _ranked(self) -> frozenset[str]:
-        return ranked(self.layers.specs)
+    def _fully_solved(self) -> frozenset[str]:
+        return fully_solved(self.layers.specs)
 
     def span(self, spec: LayerSpec) -> Span:
         """Read the span of a layer, and compute its entries from the weight, which is to be dense."""

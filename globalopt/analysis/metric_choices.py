@@ -3,8 +3,8 @@
 The output Gram `A` is the curvature at no loss: an output to which the loss is almost insensitive may still matter
 much once it is far off, as where a gate feeds a channel that the model's norms depend on. Such layers are few. They are
 found with one pass forward and backward: all layers are replaced by cheap solutions, and those whose share in the loss
-(`attribution`) is far above what is predicted are replaced alone. A layer whose loss then contradicts its prediction is
-solved in the other metric too, and the lower loss decides.
+(`attribution`) is far above what is predicted are replaced alone, one after the other. A layer whose loss then
+contradicts its prediction is solved in the other metric too, and the lower loss decides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from globalopt.runs.records import AnchorSolutions, CheckedLoss, MetricChoice
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, LayerSpec
 
-VERSION = 3
+VERSION = 4
 """Raised whenever choices of metrics change."""
 
 KEPT = 0.22
@@ -40,8 +40,8 @@ CONTRADICTED = 2.0
 LEAST = 1e-30
 """Predictions below are none."""
 
-WINDOWS = 8
-"""Calibration windows on which shares and losses are computed."""
+WINDOWS = 4
+"""Calibration windows on which shares and losses are computed; what is looked for is off by a factor, not by noise."""
 
 
 def probed_target(spec: LayerSpec, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> Target:
@@ -92,22 +92,27 @@ def choose_metrics(
     """
     # Not all of a model's solutions are held at once: each is read when its weight is put into the model.
     checked = {spec: _checked(spec, solutions(spec)) for spec in specs}
-    weights = {spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()}
+    weights: dict[str, Weight] = {
+        spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()
+    }
     try:
         shares = attribute(model, weights, range(model.chunks), device).shares
     finally:
         model.close()
-    ratios = {}
-    for spec in ranks.share(specs, LayerSpec.solve_cost):
-        predicted = _predicted(analysis, model, spec, weights[spec.name]())
-        ratios[spec] = float(shares[spec.name].mean()) / max(predicted, LEAST)
-    ratios = ranks.merged(ratios)
+    mine = ranks.share(specs, LayerSpec.solve_cost)
+    predicted = ranks.merged(
+        {spec: _predicted(analysis, model, spec, _weight(solutions, spec, checked[spec][-1])) for spec in mine}
+    )
+    ratios = {spec: float(shares[spec.name].mean()) / max(predicted[spec], LEAST) for spec in specs}
     # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Where all
     # layers together ruin the model, shares are small, and what is no more than predicted is no contradiction.
-    usual = max(1.0, median_low([1.0, *ratios.values()]))
+    most = CONTRADICTED * max(1.0, median_low([1.0, *ratios.values()]))
+    doubted = [spec for spec in specs if ratios[spec] > most]
+    # All in one call: the dense blocks before a layer are not run again for every layer.
+    alone = dict(zip(doubted, _losses(model, [{spec.name: weights[spec.name]} for spec in doubted]), strict=True))
     for spec in specs:
-        if ratios[spec] > CONTRADICTED * usual:
-            yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe, CONTRADICTED * usual)
+        if spec in alone and alone[spec] > most * predicted[spec]:
+            yield spec, _choice(analysis, model, spec, checked[spec], solutions, probe, (predicted[spec], alone[spec]))
         else:
             yield spec, MetricChoice()
 
@@ -131,6 +136,8 @@ def _predicted(analysis: LayerAnalysis, model: ModelObjective, spec: LayerSpec, 
 
 def _losses(model: ModelObjective, groups: Sequence[Mapping[str, Weight]]) -> list[float]:
     """Compute the mean loss with each group of weights in the model; the model is dense after it."""
+    if not groups:
+        return []
     try:
         return model.losses_of(groups, range(model.chunks)).mean(1).tolist()
     finally:
@@ -144,21 +151,22 @@ def _choice(
     targets: Sequence[Target],
     solutions: Callable[[LayerSpec], AnchorSolutions],
     probe: Solver,
-    most: float,
+    known: tuple[float, float],
 ) -> MetricChoice:
-    """Replace one layer alone, and where that contradicts its predictions, solve it in the other metric too.
+    """Solve a layer whose loss contradicts its prediction in the other metric too, and measure both.
 
     Args:
-        most: ratio of measured to predicted loss that does not contradict it.
+        known: predicted and measured loss at the last of the targets.
     """
-    weighted: list[Weight] = [partial(_weight, solutions, spec, target) for target in targets]
-    losses = _losses(model, [{spec.name: weight} for weight in weighted])
-    predicted = [_predicted(analysis, model, spec, _weight(solutions, spec, target)) for target in targets]
-    if not any(loss > most * guess for loss, guess in zip(losses, predicted, strict=True)):
-        return MetricChoice()
     state = probe.prepare(model.dense(spec.name), analysis.plain_metric(spec))
-    found = probe.solve_path(state, targets)
-    plain = _losses(model, [{spec.name: solution.value.dense()} for solution in found])
-    return MetricChoice(
-        tuple(CheckedLoss(target, *numbers) for target, *numbers in zip(targets, predicted, losses, plain, strict=True))
+    plain = [solution.value.dense() for solution in probe.solve_path(state, targets)]
+    weighted = [_weight(solutions, spec, target) for target in targets[:-1]]
+    losses = _losses(model, [{spec.name: weight} for weight in (*weighted, *plain)])
+    rows = zip(
+        targets,
+        (*(_predicted(analysis, model, spec, weight) for weight in weighted), known[0]),
+        (*losses[: len(weighted)], known[1]),
+        losses[len(weighted) :],
+        strict=True,
     )
+    return MetricChoice(tuple(CheckedLoss(*row) for row in rows))

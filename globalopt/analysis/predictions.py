@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from globalopt.analysis.anchor_curves import AnchorCurves, CurvesOverDepth
 from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
-from globalopt.analysis.rank_worth import RankWorths, Worth
 from globalopt.analysis.solver_gap import SolverGap
-from globalopt.analysis.surfaces import calibrated_surface, rank_worth, span_errors
+from globalopt.analysis.surfaces import anchor_curves, calibrated_surface, span_errors
 from globalopt.kernels.precision import rough_product, rough_products
 from globalopt.machine import ranks
 from globalopt.runs.records import Prediction
@@ -20,7 +20,7 @@ from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Metric
 
-VERSION = 3
+VERSION = 4
 """Raised whenever predicted losses change."""
 
 
@@ -29,8 +29,9 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
 
     With output Grams, in nats per token: half of `tr(A E G Eᵀ)` estimates the loss of a layer that changes by `E`
     (block-diagonal Fisher, Kronecker-factored). Without them, output errors `tr(E G Eᵀ)`. The shape of a surface comes
-    from the errors of the span, its level from those of the anchor solutions where there are any; of a layer whose
-    measured loss contradicts its prediction, the higher one counts.
+    from the errors of the span, its level from those of the anchor solutions where there are any: of a layer that was
+    solved at one anchor alone, with the curves of its kind over depth. Of a layer whose measured loss contradicts its
+    prediction, the higher one counts.
 
     Args:
         analysis: with Grams, spans and, where they were computed, output Grams, anchor solutions and gaps.
@@ -53,61 +54,57 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     True
     """
     gap = read_gap(analysis)
-    measured: dict[str, Worth | None] = {}
+    measured: dict[str, AnchorCurves] = {}
     lacking: list[LayerSpec] = []
     for spec in specs:
-        if _lacks_rank(analysis, spec):
+        if _lacks_anchors(analysis, spec):
             lacking.append(spec)
             continue
         found = _measure(analysis, spec, gap)
-        if len(found.options.anchors) > 1 and found.errors:
-            measured[spec.name] = _worth(found)
+        if found.errors:
+            measured[spec.name] = found.curves()
         yield spec, _prediction(analysis, spec, found)
     if any(ranks.gathered(bool(lacking))):
-        # Layers without a solution with rank take its worth from the others, so these came first.
-        everywhere = _worths(analysis, gap, measured)
+        # Layers with one solution take the curves between anchors from the others, so these came first.
+        everywhere = _over_depth(analysis, gap, measured)
         for spec in lacking:
             found = _measure(analysis, spec, gap)
-            kept = tuple(anchor.params(spec) / spec.numel for anchor in found.options.anchors[-1])
-            yield spec, _prediction(analysis, spec, found, everywhere.at(spec.kind, spec.block, kept))
+            rows = (tuple(anchor.params(spec) / spec.numel for anchor in row) for row in found.options.anchors)
+            curves = everywhere.at(spec.kind, spec.block, *rows)
+            yield spec, _prediction(analysis, spec, found, curves)
 
 
-def _prediction(analysis: LayerAnalysis, spec: LayerSpec, found: _Measured, worth: Worth | None = None) -> Prediction:
+def _prediction(
+    analysis: LayerAnalysis, spec: LayerSpec, found: _Measured, curves: AnchorCurves | None = None
+) -> Prediction:
     """Predict the losses of one layer.
 
     Args:
-        worth: of rank, for a layer that was solved without.
+        curves: between anchors, for a layer that was solved at one.
     """
     checked = analysis.checked_losses(spec)
     errors = [max(error, checked.get(anchor, 0.0)) for anchor, error in zip(found.anchors, found.errors, strict=True)]
-    zero = max(found.whole, *errors, 0.0)
-    return Prediction(calibrated_surface(found.options, found.shape, errors, zero, worth), found.overlap)
+    return Prediction(calibrated_surface(found.options, found.shape, errors, found.whole, curves), found.overlap)
 
 
-def _worth(found: _Measured) -> Worth | None:
-    """Compute what rank is worth to a layer that was solved with rank."""
-    return rank_worth(found.options, found.shape, found.errors)
-
-
-def _worths(analysis: LayerAnalysis, gap: SolverGap, measured: Mapping[str, Worth | None]) -> RankWorths:
-    """Collect what rank is worth from all layers that were solved with rank, some of them in an earlier call.
+def _over_depth(analysis: LayerAnalysis, gap: SolverGap, measured: Mapping[str, AnchorCurves]) -> CurvesOverDepth:
+    """Collect the curves of all layers that were solved at all anchors, some of them in an earlier call.
 
     Args:
         measured: of the layers that this process has measured.
     """
     every = [
-        spec for spec in analysis.layers.specs if analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) > 1
+        spec for spec in analysis.layers.specs if analysis.solved_anchors(spec) and not _lacks_anchors(analysis, spec)
     ]
     known = ranks.merged(measured)
     earlier = ranks.share([spec for spec in every if spec.name not in known], LayerSpec.solve_cost)
-    known |= ranks.merged({spec.name: _worth(_measure(analysis, spec, gap)) for spec in earlier})
-    found = [(spec, known[spec.name]) for spec in every]
-    return RankWorths.of([(spec, worth) for spec, worth in found if worth is not None])
+    known |= ranks.merged({spec.name: _measure(analysis, spec, gap).curves() for spec in earlier})
+    return CurvesOverDepth.of([(spec, known[spec.name]) for spec in every])
 
 
-def _lacks_rank(analysis: LayerAnalysis, spec: LayerSpec) -> bool:
-    """Tell whether a layer was solved at its anchors without rank alone, though there are others."""
-    return analysis.solved_anchors(spec) and len(analysis.anchor_rows(spec)) < len(analysis.options(spec).anchors)
+def _lacks_anchors(analysis: LayerAnalysis, spec: LayerSpec) -> bool:
+    """Tell whether a layer was solved at one anchor alone, though there are others."""
+    return analysis.solved_anchors(spec) and analysis.anchor_rows(spec) != analysis.options(spec).anchors
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +124,10 @@ class _Measured:
     errors: list[float]
     overlap: Tensor | None
     whole: float
+
+    def curves(self) -> AnchorCurves:
+        """Compute how the error changes from anchor to anchor, of a layer that was solved at all of them."""
+        return anchor_curves(self.options, self.shape, self.errors)
 
 
 def _measure(analysis: LayerAnalysis, spec: LayerSpec, gap: SolverGap) -> _Measured:

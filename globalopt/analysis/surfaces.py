@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from globalopt.analysis.anchor_curves import AnchorCurves, Curve, middle
 from globalopt.analysis.grid import AnchorValues, Options
-from globalopt.analysis.rank_worth import Worth
 from globalopt.kernels.projection import keep_nm
 from globalopt.values.budget import Target
 from globalopt.values.metric import Metric
 from globalopt.values.span import Span
-from globalopt.values.surface import ErrorSurface, interpolate
+from globalopt.values.surface import ErrorSurface
 
 
 def span_errors(span: Span, options: Options, metric: Metric) -> list[float]:
@@ -66,7 +66,7 @@ def calibrated_surface(
     span_error: Sequence[float],
     anchor_error: Sequence[float],
     zero_error: float,
-    worth: Worth | None = None,
+    curves: AnchorCurves | None = None,
 ) -> ErrorSurface:
     """Compute the error surface of a layer: its shape from the errors of the span, its level from those of the anchors.
 
@@ -90,9 +90,10 @@ def calibrated_surface(
     Args:
         span_error: one per option of `options.targets`; where a second row of anchors says what rank is worth, those of
             the first rank, zero, are enough.
-        anchor_error: one per anchor, row by row, in the same unit; if empty, the errors of the span are not changed.
-        zero_error: a second estimate for the layer dropped whole, in the same unit.
-        worth: of rank, where `anchor_error` is that of the first row alone.
+        anchor_error: one per anchor, row by row, in the same unit, or with `curves` the one at the middle of the first
+            row alone; if empty, the errors of the span are not changed.
+        zero_error: a second estimate for the layer dropped whole, in the same unit; no anchor costs more than that.
+        curves: how the error changes from there to the other anchors.
 
     >>> from globalopt.values.layer import LayerSpec
     >>> spec = LayerSpec("up", 0, "in", "up", 10, 10)
@@ -103,11 +104,14 @@ def calibrated_surface(
     >>> round(surface.predict(Target(0, 50)), 2), surface.predict(Target.zero())
     (0.25, 2.0)
     """
-    base = ErrorSurface(options.spec, options.targets[: len(span_error)], tuple(_monotone(options, span_error)))
-    between = _fitted_errors(options, base, anchor_error, worth) if anchor_error else base.predict
+    base = _base(options, span_error)
+    between, least = base.predict, zero_error
+    if anchor_error:
+        levels = _Levels.of(options, base, anchor_error, curves)
+        between, least = levels.error, max(zero_error, *anchor_error, *map(levels.error, options.anchors[0]))
     known = dict(zip(base.targets, base.error, strict=True))
     errors = [
-        max(known[target], zero_error)
+        max(known[target], least)
         if target == Target.zero()
         else between(target)
         if target not in known or known[target] > 0
@@ -117,18 +121,27 @@ def calibrated_surface(
     return ErrorSurface(options.spec, options.targets, tuple(errors))
 
 
-def rank_worth(options: Options, span_error: Sequence[float], anchor_error: Sequence[float]) -> Worth | None:
-    """Compute what rank is worth from both rows of anchors, as in `calibrated_surface`; None without a second row.
+def anchor_curves(options: Options, span_error: Sequence[float], anchor_error: Sequence[float]) -> AnchorCurves:
+    """Compute how the error changes from anchor to anchor, from the errors at all of them.
+
+    Args:
+        span_error, anchor_error: as in `calibrated_surface`.
 
     >>> from globalopt.values.layer import LayerSpec
     >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
     >>> span_error = [1 - target.nnz / 4096 for target in Options.of(options.spec, max_rank=0).targets]
-    >>> worth = rank_worth(options, span_error, [0.93, 0.78, 0.45, 0.75, 0.25])  # with rank, half of it at .5 kept
-    >>> [round(abs(log), 2) for log in worth.logs]
+    >>> found = anchor_curves(options, span_error, [0.93, 0.78, 0.45, 0.75, 0.25])  # with rank, half of it at .5 kept
+    >>> [round(abs(log), 2) for log in found.worth.logs]
     [0.0, 0.69]
     """
-    base = ErrorSurface(options.spec, options.targets[: len(span_error)], tuple(_monotone(options, span_error)))
-    return _Levels.of(options, base, anchor_error).worth
+    levels = _Levels.of(options, _base(options, span_error), anchor_error)
+    at_middle = levels.ratios.logs[middle(len(levels.ratios.logs))]
+    level = Curve(levels.ratios.kept, tuple(log - at_middle for log in levels.ratios.logs))
+    return AnchorCurves(level, levels.worth)
+
+
+def _base(options: Options, span_error: Sequence[float]) -> ErrorSurface:
+    return ErrorSurface(options.spec, options.targets[: len(span_error)], tuple(_monotone(options, span_error)))
 
 
 def _monotone(options: Options, error: Sequence[float]) -> list[float]:
@@ -152,62 +165,58 @@ class _Levels:
 
     Args:
         floor: errors below are rounding, whose logarithms mean nothing.
-        kept, ratios: kept fractions of the anchors of the first row, and the logarithms of anchor over span there.
+        ratios: logarithms of anchor over span at the anchors of the first row.
         worth: of rank; None without a second row.
     """
 
     options: Options
     base: ErrorSurface
     floor: float
-    kept: tuple[float, ...]
-    ratios: tuple[float, ...]
-    worth: Worth | None
+    ratios: Curve
+    worth: Curve | None
 
     @classmethod
     def of(
-        cls, options: Options, base: ErrorSurface, anchor_error: Sequence[float], worth: Worth | None = None
+        cls,
+        options: Options,
+        base: ErrorSurface,
+        anchor_error: Sequence[float],
+        curves: AnchorCurves | None = None,
     ) -> _Levels:
-        """Make it from the errors at all anchors, or from those of the first row and the worth of rank."""
+        """Make it from the errors at all anchors, or from that at the middle of the first row and the curves."""
         spec, (sparse, *further) = options.spec, options.anchors
         floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
+        if curves is not None:
+            known = sparse[middle(len(sparse))]
+            ratio = _log(anchor_error[0], floor) - _log(base.predict(known), floor)
+            row = Curve(curves.level.kept, tuple(ratio + log for log in curves.level.logs))
+            return cls(options, base, floor, row, curves.worth)
         first = dict(zip(sparse, anchor_error[: len(sparse)], strict=True))
         ratios = {anchor: _log(error, floor) - _log(base.predict(anchor), floor) for anchor, error in first.items()}
         ((_, kept, logs),) = AnchorValues.of(options, ratios).rows
-        found = cls(options, base, floor, kept, logs, worth)
-        if worth is not None or not further:
+        found = cls(options, base, floor, Curve(kept, logs), None)
+        if not further:
             return found
         (row,) = further
         shares = tuple(anchor.params(spec) / spec.numel for anchor in row)
         errors = zip(shares, anchor_error[len(sparse) :], strict=True)
-        logs = tuple(_log(error, floor) - found.without_rank(share) for share, error in errors)
-        return replace(found, worth=Worth(shares, logs))
+        logs = tuple(_log(error, floor) - found._without_rank(share) for share, error in errors)
+        return replace(found, worth=Curve(shares, logs))
 
-    def without_rank(self, kept: float) -> float:
+    def error(self, target: Target) -> float:
+        """Predict the error of any target; see `calibrated_surface`."""
+        spec = self.options.spec
+        kept = target.params(spec) / spec.numel
+        if self.worth is None:
+            return self.base.predict(target) * math.exp(self.ratios.at(kept))
+        part = target.rank_share(spec) / max(anchor.rank_share(spec) for anchor in self.options.anchors[-1])
+        return math.exp(self._without_rank(kept) + part * (2 - part) * self.worth.at(kept))
+
+    def _without_rank(self, kept: float) -> float:
         """Predict the logarithm of the error with all of the kept fraction as nonzeros."""
         plain = self.base.predict(self.options.sharing(kept, 0.0))
-        return _log(plain, self.floor) + interpolate(self.kept, self.ratios, kept)
+        return _log(plain, self.floor) + self.ratios.at(kept)
 
 
 def _log(error: float, floor: float) -> float:
     return math.log(max(error, floor))
-
-
-def _fitted_errors(
-    options: Options, base: ErrorSurface, anchor_error: Sequence[float], worth: Worth | None
-) -> Callable[[Target], float]:
-    """Return the function that predicts the error of any target; see `calibrated_surface`."""
-    spec = options.spec
-    levels = _Levels.of(options, base, anchor_error, worth)
-    worth = levels.worth
-    if worth is None:
-        return lambda target: (
-            base.predict(target) * math.exp(interpolate(levels.kept, levels.ratios, target.params(spec) / spec.numel))
-        )
-    share = max(anchor.rank_share(spec) for anchor in options.anchors[-1])
-
-    def error(target: Target) -> float:
-        kept = target.params(spec) / spec.numel
-        part = target.rank_share(spec) / share
-        return math.exp(levels.without_rank(kept) + part * (2 - part) * worth.at(kept))
-
-    return error

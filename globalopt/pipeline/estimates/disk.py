@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from globalopt.analysis.anchor_curves import fully_solved, middle
 from globalopt.analysis.grid import Options
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
-from globalopt.analysis.rank_worth import ranked
 from globalopt.pipeline.estimates.job import Job, is_weighted
 from globalopt.pipeline.estimates.shape import Shape
 from globalopt.protocols import Reads
@@ -43,7 +43,7 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
             2 * (spec.d_out + spec.d_in) * (spec.max_rank + 2) + 4 * spec.max_rank + HEADER for spec in shape.specs
         )
     if job.anchors:
-        some = {spec.name for spec in shape.specs} if job.few_bits else ranked(shape.specs)
+        some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
         found["anchors"] = sum(_anchor_bytes(spec, spec.name in some) for spec in shape.specs)
     elif is_weighted(job):
         target = 4 * METRIC_KEPT + 1 / 8
@@ -63,8 +63,12 @@ def _gram_bytes(side: int) -> int:
     return side * (side - 1) + 4 * side + HEADER
 
 
-def _anchor_bytes(spec: LayerSpec, ranked: bool) -> int:
-    """Count the bytes of a layer's anchor solutions: values and factors in bfloat16, and one bit per entry."""
+def _anchor_bytes(spec: LayerSpec, whole: bool) -> int:
+    """Count the bytes of a layer's anchor solutions: values and factors in bfloat16, and one bit per entry.
+
+    Args:
+        whole: whether it is solved at all anchors, and not at one alone.
+    """
     rows = Options.of(spec, spec.max_rank).anchors
-    anchors = [anchor for row in (rows if ranked else rows[:1]) for anchor in row]
+    anchors = [anchor for row in rows for anchor in row] if whole else [rows[0][middle(len(rows[0]))]]
     return sum(2 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)

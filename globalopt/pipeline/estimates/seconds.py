@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from globalopt.analysis.anchor_curves import fully_solved
 from globalopt.analysis.collect import LABELLED
 from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
-from globalopt.analysis.grid import ANCHORS
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
-from globalopt.analysis.rank_worth import ranked
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
 from globalopt.pipeline import timing
@@ -81,10 +80,9 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if predicts:
         found["span"] = fits(timing.span_seconds(device))
     if job.anchors:
-        plain, *further = (len(kept) for _, kept in ANCHORS)
-        some = {spec.name for spec in shape.specs} if job.few_bits else ranked(shape.specs)
-        with_rank = [spec for spec in shape.specs if spec.name in some]
-        found["anchors"] = ON_A_PATH * (plain * fits(probed) + sum(further) * fits(probed, with_rank))
+        some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
+        whole = [spec for spec in shape.specs if spec.name in some]
+        found["anchors"] = fits(probed) + ON_A_PATH * (anchors - 1) * fits(probed, whole)
     elif weighted:
         found["probe"] = fits(probed)
     if weighted:
