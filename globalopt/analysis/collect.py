@@ -20,15 +20,16 @@ from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
-GRAMS_VERSION = 4
+GRAMS_VERSION = 5
 """Raised whenever Grams, or what is stored of them, change."""
 
-LABELS_VERSION = 5
+LABELS_VERSION = 6
 """Raised whenever output Grams, what is stored of them, or the labels that are sampled for them, change."""
 
-LABELLED = 2
-"""Of so many batches one is swept backward. An output Gram is damped more than a Gram, and needs fewer tokens: on the
-bundled model at 0.5, half of the batches changed the KL by 3 % on validation and by less than 1 % on test."""
+ANALYSED = 2
+"""Of so many batches one is analysed. Predictions need fewer tokens than refinement, which computes Grams of its own
+from all of them: on the bundled model at 0.5, output Grams of half of the batches changed the KL by 3 % on validation and
+by less than 1 % on test."""
 
 
 def write_grams(
@@ -37,7 +38,7 @@ def write_grams(
     device: torch.device | None = None,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
-    """Compute the Gram of every site by one forward pass, and write those that are missing.
+    """Compute the Gram of every site by one forward pass over one of `ANALYSED` batches, and write what is missing.
 
     Linear layers multiply in bfloat16 where a CPU is faster at it (`RoughLinear`); the moments are float32.
 
@@ -57,7 +58,7 @@ def write_grams(
     64
     """
     with RoughLinear():
-        for visit in walk_blocks(runner, device):
+        for visit in walk_blocks(runner.some(ANALYSED), device):
             _grams(visit, work)
             advance(f"block {visit.index}")
     ranks.written(work)
@@ -74,8 +75,8 @@ def write_output_grams(
     """Compute the output Grams `A` of the layers `specs` and of all blocks, by one backward sweep, and write them.
 
     `A` is the second moment, per token, of the gradients of `log p(y)` at the outputs, with labels `y` sampled from
-    the model's own predictions, on one of every `LABELLED` batches. The forward pass before it computes the Grams of
-    all sites too, where they are missing.
+    the model's own predictions, on one of `ANALYSED` batches. The forward pass before it computes the Grams of all
+    sites too, where they are missing.
 
     Args:
         seed: of the labels.
@@ -92,19 +93,19 @@ def write_output_grams(
     >>> work.get(OUTPUT_GRAM, layers.specs[0]).tokens
     64
     """
-    places, labelled = runner.portion.every(LABELLED), runner.some(LABELLED)
+    analysed = runner.some(ANALYSED)
     inputs: list[list[Tensor]] = []
     with RoughLinear():
-        for visit in walk_blocks(runner, device):
+        for visit in walk_blocks(analysed, device):
             _grams(visit, work)
-            inputs += [[states[place] for place in places] for states in _hidden_states(visit, runner.layers)]
-    upstream = label_gradients(labelled, inputs[-1], seed, rough=True)
+            inputs += _hidden_states(visit, runner.layers)
+    upstream = label_gradients(analysed, inputs[-1], seed, rough=True)
 
     def behind(block: int, gram: Gram) -> None:
         if ranks.owns(block):
             work.put(BLOCK_OUTPUT_GRAM, block, gram)
 
-    sweep = backward_sweep(labelled, inputs, specs, upstream, device, behind=behind, rough=True)
+    sweep = backward_sweep(analysed, inputs, specs, upstream, device, behind=behind, rough=True)
     for number, found in enumerate(sweep):
         assert found.output_gram is not None
         if ranks.owns(number):

@@ -25,13 +25,13 @@ from globalopt.values.budget import Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.problem import Allocation, Problem
 
-VERSION = 2
+VERSION = 3
 """Raised whenever corrections change."""
 
 ROUNDS = 8
 """Largest number of allocations that the model is asked about."""
 
-WINDOWS = 24
+WINDOWS = 16
 """Windows of the selection text on which an allocation is measured."""
 
 GAIN = 0.01

@@ -47,6 +47,7 @@ class SearchObjective(RecordedObjective):
         beside: problem whose predictions are recorded beside the evaluations; None is `problem`.
         split: makes the span of a layer from its dense weight, where the spans of the problem read the model, which may
             hold candidates; None where they do not.
+        rough: as in `ModelObjective`.
 
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
@@ -89,6 +90,7 @@ class SearchObjective(RecordedObjective):
         advance: Callable[[str], None] = lambda detail: None,
         beside: Problem | None = None,
         split: Callable[[str, Tensor], Span] | None = None,
+        rough: bool = False,
     ) -> None:
         self.candidates = "span" if fitted is None else "anchors"
         self._start = start
@@ -97,6 +99,7 @@ class SearchObjective(RecordedObjective):
         self._fitted = fitted
         self._span = problem.span
         self._split = split
+        self._rough = rough
         self._dense: Callable[[str], Tensor] | None = None
         self._model: TargetObjective | None = None
         self.team = ranks.Team({"losses": self._losses, "predictions": self._predictions})
@@ -145,7 +148,7 @@ class SearchObjective(RecordedObjective):
 
     def _prepared(self) -> TargetObjective:
         if self._model is None:
-            model = ModelObjective(self._start())
+            model = ModelObjective(self._start(), rough=self._rough)
             self._dense = model.dense
             self._model = TargetObjective(model, self._materialise(model))
             if self._teacher is not None and ranks.writer():

@@ -235,7 +235,7 @@ def choose_error_metrics(
                 work.put(PROBED, spec, AnchorSolutions(((target,),), (probe.solve(state, target).value,)))
                 advance(spec.name)
     with reporter.stage("metric", len(specs), "layers") as advance:
-        model = ModelObjective(_few(session))
+        model = ModelObjective(_few(session), rough=True)
         chosen = choose_metrics(analysis, model, specs, solutions, probe, session.loaded.device)
         for number, (spec, choice) in enumerate(chosen):
             if ranks.owns(number):

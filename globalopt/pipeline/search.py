@@ -374,7 +374,8 @@ def true_loss(
     Args:
         analysis: of a run; its journal keeps the evaluations.
         problem: with surfaces as predicted, of which candidates are made.
-        windows: the first windows of the text alone, without a journal; None is all of them.
+        windows: the first windows of the text alone, without a journal, on a rough `ModelObjective`; None is all of
+            them.
         advance: called for every candidate and chunk whose tokens are counted.
         beside: problem whose predictions are recorded beside the evaluations; None is `problem`.
 
@@ -414,6 +415,7 @@ def true_loss(
         advance,
         beside,
         lambda name, weight: _span(run, specs[name], weight),
+        rough=windows is not None,
     )
     try:
         yield objective

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from globalopt.analysis.collect import LABELLED
+from globalopt.analysis.collect import ANALYSED
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
 from globalopt.machine import ranks
@@ -136,7 +136,7 @@ class Session:
         """
         windows, size = self.splits.calibration.windows, self.text_options.batch_size
         size = size if most is None else min(size, most)
-        portion = Portion.own(len(windows), size, LABELLED if most is None else 1, together=most is None)
+        portion = Portion.own(len(windows), size, ANALYSED if most is None else 1, together=most is None)
         return portion, [Batch(windows[list(numbers)]) for numbers in portion.windows]
 
     def scratch(self, run: Path, split: Split) -> Path | None:

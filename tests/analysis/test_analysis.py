@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from globalopt.analysis.anchors import solve_anchors
-from globalopt.analysis.collect import LABELLED, write_grams, write_output_grams, write_spans
+from globalopt.analysis.collect import ANALYSED, write_grams, write_output_grams, write_spans
 from globalopt.analysis.layer_analysis import PLAIN_ANCHORS, LayerAnalysis
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
@@ -97,7 +97,7 @@ def test_one_sweep_leaves_grams_output_grams_and_those_of_blocks(tmp_path):
     for site in sites:
         assert_alike(work.get(GRAM, site).matrix, forward.get(GRAM, site).matrix, site)
     # Of the eight windows in two batches one batch is swept.
-    assert {work.get(OUTPUT_GRAM, spec).tokens for spec in layers.specs} == {96 // LABELLED}
+    assert {work.get(OUTPUT_GRAM, spec).tokens for spec in layers.specs} == {96 // ANALYSED}
 
 
 def test_a_sweep_for_a_few_layers_finds_the_same_and_leaves_those_that_are_there(tmp_path):

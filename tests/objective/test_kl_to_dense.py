@@ -9,9 +9,11 @@ import torch
 
 from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.evaluation.perplexity import evaluate
+from globalopt.kernels import precision
 from globalopt.kernels.top_kl import Teacher
 from globalopt.models.layers import ModelLayers, find_layers
 from globalopt.models.walk import Batch, BlockRunner
+from globalopt.objective import kl_to_dense
 from globalopt.objective.kl_to_dense import ModelObjective, TargetObjective
 from globalopt.text.splits import Split
 from globalopt.values.budget import Target
@@ -268,3 +270,27 @@ def test_a_loss_that_is_not_finite_has_no_gradient():
     huge = {spec.name: objective.model.dense(spec.name) * 1e30 for spec in layers.specs}
     with pytest.raises(NumericalError, match="chunk 1 is not finite"):
         objective.model.kl_gradient(1, objective.model.hidden_states(huge, 1)[-1])
+
+
+def test_rough_losses_are_above_what_rounding_costs_the_dense_model(monkeypatch):
+    for module in (precision, kl_to_dense):
+        monkeypatch.setattr(module, "cpu_has_bfloat16", lambda: True)  # slower without, and the same numbers
+    monkeypatch.setattr(precision, "ROUGH_FROM", 1)
+    layers = find_layers(tiny_model("llama"), allow_low_coverage=True)
+    runner = BlockRunner(layers, [Batch(ids) for ids in tiny_ids(WINDOWS, TOKENS).split(4)])
+    exact, rough = ModelObjective(runner), ModelObjective(runner, rough=True)
+    generator = torch.Generator().manual_seed(3)
+    candidates = [{}]
+    for size in (0.05, 0.2):
+        noise = {spec.name: torch.randn(spec.d_out, spec.d_in, generator=generator) for spec in layers.specs}
+        candidates.append({name: exact.dense(name) + size * exact.dense(name).std() * noise[name] for name in noise})
+    true = exact.losses_of(candidates, range(2))
+    exact.close()
+    found = rough.losses_of(candidates, range(2))
+    assert bool((found[0] == 0).all())
+    torch.testing.assert_close(found[1:].mean(1), true[1:].mean(1), rtol=0.1, atol=0)
+    # Rounding costs something, and it is none of the candidate's.
+    assert not torch.equal(found[1:], true[1:])
+    hidden = rough.hidden_states(candidates[2], 1)[-1]
+    torch.testing.assert_close(rough.kl_gradient(1, hidden)[0], found[2, 4:])
+    rough.close()

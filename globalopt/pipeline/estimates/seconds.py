@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from globalopt.analysis.anchor_curves import fully_solved
-from globalopt.analysis.collect import LABELLED
+from globalopt.analysis.collect import ANALYSED
 from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
@@ -71,10 +71,10 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
     anchors = anchor_count()
     if job.sweeps:
-        # A forward pass; on some of the batches another one, a backward pass, and the output Grams.
-        found["labels"] = forward(tokens) + grams + (3 * forward(tokens) + outputs) / LABELLED
+        # A forward pass, and another one with a backward pass.
+        found["labels"] = (4 * forward(tokens) + grams + outputs) / ANALYSED
     elif predicts or Reads.PROFILES in job.reads:
-        found["grams"] = forward(tokens) + grams
+        found["grams"] = (forward(tokens) + grams) / ANALYSED
     if Reads.PROFILES in job.reads:
         found["profile"] = 2 * sum(2 * spec.numel * min(spec.d_out, spec.d_in) for spec in shape.specs) / rate
     if predicts:
