@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from globalopt.values.budget import NO_LIMITS, Limits, Target
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer import NM, HasShape, LayerSpec
 from globalopt.values.surface import interpolate
 
 RANK_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.17, 0.25, 0.35)
@@ -26,6 +26,19 @@ LEAST_KEPT = 0.05
 
 LARGEST_SHARE = 0.45
 """Largest share of rank of such an option. Beyond these limits only the dense and the zero option are offered."""
+
+
+def largest_rank(spec: HasShape, pattern: NM | None = None, limits: Limits = NO_LIMITS) -> int:
+    """Return the largest rank of use in a layer: beside sparse parts, that whose factors cost half of the dense layer.
+
+    Beside an N:M pattern the factors may cost what the pattern leaves, and without sparse parts as much as the layer.
+
+    >>> spec = LayerSpec("up", 0, "in", "up", 64, 64)
+    >>> [largest_rank(spec), largest_rank(spec, NM(1, 4)), largest_rank(spec, None, Limits(sparse=False))]
+    [16, 24, 32]
+    """
+    room = spec.numel if not limits.sparse else spec.numel // 2 if pattern is None else spec.numel - pattern.nnz(spec)
+    return min(spec.max_rank, room // (spec.d_out + spec.d_in))
 
 
 @dataclass(frozen=True)

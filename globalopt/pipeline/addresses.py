@@ -102,6 +102,8 @@ def analysis_addresses(session: Session, plan: AnalysisPlan, reads: Reads = Read
             {
                 "grams": grams.digest,
                 "scaling": plan.scaling,
+                "pattern": method["pattern"],
+                "sparse": plan.limits.sparse,
                 "labels": labels.digest if plan.scaling == "output" else None,
             },
         ),

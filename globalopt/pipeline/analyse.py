@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import write_curves, write_grams, write_output_grams, write_profiles, write_spans
+from globalopt.analysis.grid import largest_rank
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_target
 from globalopt.analysis.predictions import predict
@@ -79,7 +81,7 @@ def analyse(
     if Reads.PROFILES in reads:
         _profile(session, reporter, run)
     if predicts:
-        _span(session, reporter, run, plan.scaling)
+        _span(session, reporter, run, plan)
     if anchors:
         _solve_anchors(session, reporter, plan, analysis)
     if plan.weighted:
@@ -180,7 +182,7 @@ def _profile(session: Session, reporter: Reporter, run: Run) -> None:
             ranks.written(run)
 
 
-def _span(session: Session, reporter: Reporter, run: Run, scaling: str) -> None:
+def _span(session: Session, reporter: Reporter, run: Run, plan: AnalysisPlan) -> None:
     """Compute spans and spectra of the layers in which one is missing."""
     layers = session.layers
     unspanned = ranks.told(run.missing(SPAN, layers.specs))
@@ -188,9 +190,10 @@ def _span(session: Session, reporter: Reporter, run: Run, scaling: str) -> None:
     if unspanned or uncurved:
         missing = [spec for spec in layers.specs if spec in unspanned or spec in uncurved]
         with _shared(reporter, run, "span", missing) as (mine, advance):
+            most = partial(largest_rank, pattern=plan.pattern, limits=plan.limits)
             for spec in mine:
                 if spec in unspanned:
-                    write_spans(layers, run, [spec], scaling)
+                    write_spans(layers, run, [spec], plan.scaling, most)
                 if spec in uncurved:
                     write_curves(layers, run, [spec])
                 advance(spec.name)

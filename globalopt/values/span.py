@@ -26,6 +26,8 @@ class SpanBasis:
     >>> basis = SpanBasis(u, torch.tensor([4.0]), u.mT, scale=torch.ones(2), rows=torch.ones(2, 1))
     >>> [[round(x, 4) for x in row] for row in basis.span(torch.tensor([[2.0, 2.0], [2.0, 7.0]])).S.abs().tolist()]
     [[0.0, 0.0], [0.0, 5.0]]
+    >>> basis.leading(0).max_rank
+    0
     """
 
     U: Tensor
@@ -39,6 +41,12 @@ class SpanBasis:
     def max_rank(self) -> int:
         """Return the number of directions, k."""
         return len(self.s)
+
+    def leading(self, count: int) -> SpanBasis:
+        """Keep the first `count` directions, and leave the others to the rest `S`."""
+        count = min(count, self.max_rank)
+        U, Vh = self.U[:, :count].contiguous(), self.Vh[:count].contiguous()
+        return SpanBasis(U, self.s[:count].clone(), Vh, self.scale, self.rows, self.stats)
 
     def span(self, weight: Tensor) -> Span:
         """Split a weight (d_out, d_in) exactly, `S = R W D - U diag(s) Vh`, on its own device."""

@@ -205,7 +205,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "16 bits": ({"storage": "16"}, SOLVED),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
     "embeddings": ({"accounting": "bytes", "embeddings": "8"}, {Stage.GAPS, *AFTER_GAPS}),
-    "pattern": ({"pattern": "2:4"}, SOLVED),
+    "pattern": ({"pattern": "2:4"}, {Stage.SPANS, *SOLVED}),
     "ranks in multiples": ({"rank_multiple": 4}, SOLVED),
     "largest rank": ({"max_rank": 4}, SOLVED),
     "serving profile": ({"serving_profile": "adapter", "storage": "16"}, SOLVED),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from globalopt.analysis.anchor_curves import fully_solved, middle
-from globalopt.analysis.grid import Options
+from globalopt.analysis.grid import Options, largest_rank
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
 from globalopt.pipeline.estimates.job import Job, is_weighted
 from globalopt.pipeline.estimates.shape import Shape
@@ -38,10 +38,7 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
     if job.sweeps:
         found["labels"] = outputs + shape.blocks * _gram_bytes(shape.width)
     if predicts:
-        # Directions in bfloat16; singular values and scalings in float32.
-        found["spans"] = sum(
-            2 * (spec.d_out + spec.d_in) * (spec.max_rank + 2) + 4 * spec.max_rank + HEADER for spec in shape.specs
-        )
+        found["spans"] = sum(_span_bytes(spec, largest_rank(spec, job.pattern, job.limits)) for spec in shape.specs)
     if job.anchors:
         some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
         found["anchors"] = sum(_anchor_bytes(spec, spec.name in some) for spec in shape.specs)
@@ -61,6 +58,11 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
 def _gram_bytes(side: int) -> int:
     """Count the bytes of a Gram: a triangle of correlations in float16, and the diagonal in float32."""
     return side * (side - 1) + 4 * side + HEADER
+
+
+def _span_bytes(spec: LayerSpec, rank: int) -> int:
+    """Count the bytes of a span of `rank` directions in bfloat16; singular values and scalings are in float32."""
+    return 2 * (spec.d_out + spec.d_in) * (rank + 2) + 4 * rank + HEADER
 
 
 def _anchor_bytes(spec: LayerSpec, whole: bool) -> int:

@@ -10,6 +10,8 @@ from globalopt.models.layers import ModelLayers
 from globalopt.pipeline.embeddings import largest_budget, measures, menus
 from globalopt.pipeline.plan import RefinementPlan, SearchPlan, probe_solver
 from globalopt.protocols import Outputs, Reads, Solver
+from globalopt.values.budget import NO_LIMITS, Limits
+from globalopt.values.layer import NM
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Job:
         reads: what the allocator reads, which an analysis computes; nothing where there is no allocator.
         anchors: whether the analysis computes anchor solutions.
         compared: whether the solver is compared with the probe on a few layers.
-        few_bits: whether layers may be stored in few bits: all are solved at anchors with rank then, and rounded.
+        few_bits: whether layers may be stored in few bits: all are solved at all anchors then, and rounded.
         rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
         embeddings: how many roundings of embeddings are measured, one forward pass each.
+        pattern, limits: of the options of every layer.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
 
     >>> from globalopt.pipeline.example import example_plan
@@ -49,6 +52,8 @@ class Job:
     rounds: int = 0
     search_tokens: int = 0
     embeddings: int = 0
+    pattern: NM | None = None
+    limits: Limits = NO_LIMITS
     matching: Training | None = None
     distillation: Training | None = None
 
@@ -75,6 +80,8 @@ def search_job(plan: SearchPlan, refines: bool) -> Job:
         few_bits=analysis.rounds_numbers,
         rounds=plan.rounds if predicts else 0,
         search_tokens=plan.search_tokens if Reads.OBJECTIVE in plan.reads else 0,
+        pattern=analysis.pattern,
+        limits=analysis.limits,
         matching=plan.refinement.matching,
         distillation=plan.refinement.distillation,
     )
