@@ -31,7 +31,7 @@ from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.storage import BITS, GROUP, Storage
 from globalopt.values.surface import interpolate
 
-VERSION = 3
+VERSION = 4
 """Raised whenever measured rounding losses change."""
 
 FITTED = 4
@@ -192,7 +192,8 @@ def _beside_factors(
         exact = metric.error(weight - value.dense())
         return metric.error(weight - stored(value, weight, metric, storage).dense()) - exact
 
-    storage = Storage(FITTED, OF_FACTORS)
+    # Factors in few bits have a loss of their own, which is added by `factors`.
+    storage = Storage(FITTED, 16)
     plain, beside = added(sparse, storage), added(ranked, storage)
     # The solution without rank keeps a little more or less: its error is taken along its curve to what the other keeps.
     ends = (0.0, sparse.nnz / spec.numel, 1.0)

@@ -30,8 +30,7 @@ PREDICT_FROM = ("anchors", "span")
 PROBE_STEPS = 12
 """Steps of ADMM of the probe solver. What it leaves above the error of the solver of the refinement is much the same in
 all layers of a kind, so that the solver gap makes up for it: over five blocks of SmolLM2-135M at .22 kept, the log of
-the ratio varies by .16 in gates, .09 in up and .02 in down projections after thirty steps, and by the same after twelve.
-"""
+the ratio varies by .16 in gates, .09 in up and .02 in down projections after thirty steps, and as much after twelve."""
 
 
 @dataclass(frozen=True)
