@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder, GGUF file or hub id; the packaged model if left out")
     parser.add_argument("--calibration", required=True, help="text to calibrate on, as of `globalopt search`")
     parser.add_argument("--eval-text", help="text of the test split")
-    parser.add_argument("--other", help="another text to evaluate on, unlike the calibration text")
+    parser.add_argument("--other", help="another text to evaluate on, all of it, unlike the calibration text")
     parser.add_argument("--tasks-path", help="folder of zero-shot tasks")
     parser.add_argument("--tasks-limit", type=int, help="items per task at most")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration windows (%(default)s)")
