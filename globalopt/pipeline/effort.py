@@ -62,7 +62,7 @@ EFFORTS = {
         allocator="knapsack",
         search_tokens=100_000,
         preset="fast",
-        probe_steps=PROBE_STEPS,
+        probe_steps=20,
         epochs=2,
     ),
     "default": Effort(
