@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.evaluation.decoding import continued
+from globalopt.models.context_length import context_length
 from globalopt.models.streaming import lazy_blocks
-from globalopt.models.walk import context_length
 from globalopt.text.windows import Split
 from globalopt.values.results import Sample, Samples
 

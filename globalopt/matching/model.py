@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from globalopt.kernels.top_kl import Teacher
 from globalopt.matching.parameters import Trainable
 from globalopt.matching.training import Autocast, Trained, Training, train
+from globalopt.models.batch import Batch
 from globalopt.models.layers import ModelLayers, token_embedding
 from globalopt.models.portions import Portion
-from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
 

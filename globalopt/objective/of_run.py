@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective, Weight
@@ -51,8 +51,8 @@ class SearchObjective(RecordedObjective):
 
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
+    >>> from globalopt.models.batch import Batch
     >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.values.budget import Budget
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

@@ -21,8 +21,8 @@ from globalopt.embeddings.find import find_embeddings
 from globalopt.embeddings.placing import place, placed
 from globalopt.errors import BudgetError
 from globalopt.machine import ranks
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.plan import SearchPlan
 from globalopt.pipeline.reporter import Reporter

@@ -20,7 +20,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective

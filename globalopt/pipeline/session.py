@@ -22,12 +22,14 @@ from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
 from globalopt.machine import ranks
 from globalopt.machine.memory import available, resident
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.context_length import context_length
 from globalopt.models.identity import model_fingerprint, model_sha256
 from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
 from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.portions import Portion
 from globalopt.models.streaming import dtype_of, lazy_blocks
-from globalopt.models.walk import Batch, BlockRunner, context_length
 from globalopt.pipeline.dense_source import DenseSource, dense_source
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
