@@ -32,8 +32,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from globalopt.budgets import budget_file
 from globalopt.machine.memory import size_text
 from globalopt.models.checkpoint import INDEX
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_structure, reference_folder
 from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target

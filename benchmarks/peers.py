@@ -44,8 +44,9 @@ from peer_tables import Made, Quality, Result, Row, document
 
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.evaluation.perplexity import evaluate_both
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_sha256
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import LoadedModel, load_model
 from globalopt.pipeline.session import limits
 from globalopt.runs.files import write_json, write_text

@@ -17,7 +17,7 @@ from globalopt.evaluation.perplexity import evaluate
 from globalopt.matching.block import Loss, Matching
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model, reference_folder
 from globalopt.models.walk import walk_blocks
 from globalopt.refine.blocks import Refinement, refine

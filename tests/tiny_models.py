@@ -26,7 +26,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 
 VOCAB = 128
 BLOCKS = 2

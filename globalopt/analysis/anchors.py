@@ -39,7 +39,7 @@ def solve_anchors(
     >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.models.batch import Batch
     >>> from globalopt.models.block_runner import BlockRunner
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace
@@ -87,7 +87,7 @@ def compare_solvers(
     >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.models.batch import Batch
     >>> from globalopt.models.block_runner import BlockRunner
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace

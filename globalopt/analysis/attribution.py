@@ -61,7 +61,7 @@ def attribute(
         NumericalError: a loss or a gradient is not finite, or no gradient reaches a layer.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> model = ModelObjective(BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]))

@@ -50,7 +50,7 @@ def write_grams(
 
     >>> from pathlib import Path
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> work = Workspace(Path("work"))
@@ -86,7 +86,7 @@ def write_output_grams(
 
     >>> from pathlib import Path
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
@@ -148,7 +148,7 @@ def write_spans(
         advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> write_spans(layers, work, layers.specs[:1], "none")
@@ -172,7 +172,7 @@ def write_curves(
     """Compute the singular values and saliencies of the layers `specs`, as curves for reports, and write them.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.values.metric import Gram
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
@@ -197,7 +197,7 @@ def write_profiles(
 
     >>> from pathlib import Path
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), work)

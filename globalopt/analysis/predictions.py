@@ -41,7 +41,7 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.models.batch import Batch
     >>> from globalopt.models.block_runner import BlockRunner
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.workspace import Workspace
     >>> from globalopt.values.budget import Target

@@ -55,7 +55,7 @@ def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int, ro
         rough: as in `backward_sweep`.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
@@ -107,7 +107,7 @@ def backward_sweep(
         NumericalError: the gradient at a layer is not finite, or none reaches it.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])

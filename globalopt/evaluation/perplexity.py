@@ -16,7 +16,7 @@ from globalopt.evaluation.logits import in_parts, logits_at
 from globalopt.machine import ranks
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_blocks
+from globalopt.models.finding import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import walk_blocks
 from globalopt.text.windows import Split

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import reference_folder
 from globalopt.models.saving import save_dense
 from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY

@@ -135,7 +135,7 @@ def match_block(
         UsageError: the loss needs `outputs`, and there are none.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False))
     >>> runner = BlockRunner(layers, [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)])

@@ -22,8 +22,9 @@ from globalopt.errors import CalibrationError, UnsupportedModelError
 from globalopt.machine.memory import in_file
 from globalopt.models.batch import Batch
 from globalopt.models.context_length import context_length
+from globalopt.models.decoder import token_embedding
 from globalopt.models.hooks import stand_ins
-from globalopt.models.layers import ModelLayers, token_embedding
+from globalopt.models.layers import ModelLayers
 from globalopt.models.portions import Portion
 
 
@@ -32,7 +33,7 @@ class BlockRunner:
 
     `logits(i, run(n-1, i, ... run(0, i, first(i))))` is the model's own forward pass on batch `i`.
 
-    >>> from globalopt.models.layers import find_blocks
+    >>> from globalopt.models.finding import find_blocks
     >>> from globalopt.reference.tiny import tiny_llama
     >>> model, batch = tiny_llama(), Batch(torch.tensor([[5, 6, 7, 8]]))
     >>> runner = BlockRunner(find_blocks(model), [batch])

@@ -1,9 +1,9 @@
-"""Replace the forward passes of modules while a context is open."""
+"""See the inputs of modules, or replace their forward passes, while a context is open."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -32,3 +32,31 @@ def stand_ins(
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
+
+
+@contextmanager
+def input_hooks(modules: Mapping[str, nn.Module], record: Any) -> Iterator[None]:
+    """Call `record(name, x)` with every input `x` of the named modules, while the context is open.
+
+    >>> import torch
+    >>> seen = []
+    >>> layer = nn.Linear(3, 2)
+    >>> with input_hooks({"layer": layer}, lambda name, x: seen.append((name, tuple(x.shape)))):
+    ...     y = layer(torch.ones(5, 3))
+    >>> seen
+    [('layer', (5, 3))]
+    """
+
+    def hook(name: str) -> Any:
+        """Make the hook of one module."""
+
+        def forward_pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record(name, args[0] if args else next(iter(kwargs.values())))
+
+        return forward_pre
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield

@@ -42,8 +42,8 @@ from globalopt.errors import (
 )
 from globalopt.machine.memory import WHOLE_COPIES, available, resident, size_text
 from globalopt.models.checkpoint import INDEX, SINGLE, Checkpoint, Precision, Source, Zeros
+from globalopt.models.decoder import decoder_blocks
 from globalopt.models.hub import offline_without_hub
-from globalopt.models.layers import decoder_blocks
 from globalopt.models.refusals import (
     ADAPTER_CONFIG,
     PACKED_METHOD,

@@ -13,16 +13,13 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from globalopt.errors import ArtefactError
 from globalopt.models.checkpoint import INDEX, SINGLE
-from globalopt.models.layers import decoder_blocks
+from globalopt.models.decoder import decoder_blocks
 from globalopt.models.loading import quiet
 from globalopt.models.origin import CONFIG, complete_config, keep_side_files
 from globalopt.models.streaming import lazy_blocks

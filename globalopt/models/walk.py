@@ -15,7 +15,7 @@ from globalopt.kernels.second_moment import add_second_moment, mirror
 from globalopt.machine import ranks
 from globalopt.machine.memory import trim_memory
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import input_hooks
+from globalopt.models.hooks import input_hooks
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
@@ -26,7 +26,7 @@ class BlockVisit:
     `inputs` are the hidden states (b, t, d) that enter the block, by batch.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> runner = BlockRunner(find_layers(tiny_llama()), [Batch(torch.tensor([[5, 6, 7, 8]]))])
     >>> visit = next(walk_blocks(runner))
@@ -130,7 +130,7 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
             model's embeddings are, or in the runner's scratch folder. By default nothing is moved.
 
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> runner = BlockRunner(find_layers(tiny_llama()), [Batch(torch.tensor([[5, 6, 7, 8]]))])
     >>> [(visit.index, len(visit.specs), tuple(visit.inputs[0].shape)) for visit in walk_blocks(runner)]

@@ -13,7 +13,7 @@ from globalopt.kernels.precision import RoughLinear, cpu_has_bfloat16
 from globalopt.kernels.top_kl import TOP, Teacher
 from globalopt.machine import ranks, shares
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import token_embedding
+from globalopt.models.decoder import token_embedding
 from globalopt.protocols import Candidate
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -48,7 +48,7 @@ class ModelObjective:
 
     >>> import torch
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> windows = torch.arange(48).reshape(3, 16)
@@ -277,7 +277,7 @@ class TargetObjective:
 
     >>> import torch
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> model = ModelObjective(BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]))

@@ -52,7 +52,7 @@ class SearchObjective(RecordedObjective):
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.values.budget import Budget
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

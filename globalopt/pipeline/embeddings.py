@@ -43,7 +43,7 @@ Menus = Sequence[Sequence[Embedding]]
 def menus(layers: ModelLayers, plan: SearchPlan) -> tuple[tuple[Embedding, ...], ...]:
     """List how a plan may store the embeddings of a model.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
@@ -84,7 +84,7 @@ def largest_budget(layers: ModelLayers, plan: SearchPlan) -> Budget:
     Raises:
         BudgetError: nothing is left for the layers, or less than their pattern needs.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

@@ -9,8 +9,9 @@ from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
 from globalopt.evaluation.tasks import TaskResults, Tasks, ask, lm_eval_version
 from globalopt.machine import ranks
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import weights_sha256
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import LoadedModel
 from globalopt.models.streaming import dtype_of
 from globalopt.pipeline.dense_source import dense_source

@@ -25,8 +25,10 @@ from globalopt.machine.memory import available, resident
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.context_length import context_length
+from globalopt.models.decoder import token_embedding
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, model_sha256
-from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
+from globalopt.models.layers import ModelLayers, check_finite
 from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.portions import Portion
 from globalopt.models.streaming import dtype_of, lazy_blocks

@@ -115,7 +115,7 @@ def refine(
 
     >>> from pathlib import Path
     >>> from globalopt.models.batch import Batch
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from solvers import get_solver
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

@@ -16,7 +16,8 @@ from globalopt.analysis.solver_gap import sampled
 from globalopt.analysis.surfaces import span_errors
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,

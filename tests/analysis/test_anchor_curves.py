@@ -24,7 +24,7 @@ from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.reference.tiny import tiny_llama
 from globalopt.runs.artefacts import ANCHORS
 from globalopt.runs.workspace import Workspace

@@ -12,7 +12,8 @@ from globalopt.analysis.attribution import attribute
 from globalopt.errors import NumericalError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective.kl_to_dense import ModelObjective
 from tests.tiny_models import tiny_ids, tiny_model
 

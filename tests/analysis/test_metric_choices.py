@@ -15,7 +15,8 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.metric_choices import CONTRADICTED, KEPT, choose_metrics, probed_target
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM
 from globalopt.runs.records import AnchorSolutions, MetricChoice

@@ -14,7 +14,8 @@ from globalopt.analysis.sensitivity import LayerGradients, backward_sweep, label
 from globalopt.errors import NumericalError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.values.metric import Gram
 from tests.tiny_models import tiny_model
 

@@ -16,7 +16,7 @@ from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sample
 from globalopt.budgets.conversion import convert_target
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.runs.artefacts import GRAM
 from globalopt.runs.records import AnchorSolutions
 from globalopt.runs.workspace import Workspace

@@ -17,8 +17,8 @@ from globalopt.commands.console import INTERRUPTED
 from globalopt.commands.explanations import options
 from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
-from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, reference_folder
 from globalopt.pipeline import search
 from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY

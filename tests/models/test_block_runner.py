@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from globalopt.errors import CalibrationError, UnsupportedModelError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from tests.tiny_models import BLOCKS, KINDS, SDPA_KINDS, VOCAB, padded_ids, tiny_ids, tiny_layers
 
 

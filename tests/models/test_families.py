@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from globalopt.errors import UnsupportedModelError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.origin import origin_of
 from globalopt.models.saving import save_dense

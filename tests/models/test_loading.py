@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnknownNameError, UnsupportedModelError, UsageError
 from globalopt.models import loading
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, weights_sha256
-from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model, resolve_device
 from globalopt.models.saving import save_dense
 from tests.tiny_models import KINDS, save_tiny, tiny_ids, tiny_model, tiny_tokenizer

@@ -23,8 +23,9 @@ from globalopt.machine.memory import in_file
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.checkpoint import INDEX, SINGLE
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, weights_sha256
-from globalopt.models.layers import ModelLayers, check_finite, find_layers
+from globalopt.models.layers import ModelLayers, check_finite
 from globalopt.models.loading import LoadedModel, load_model, load_structure
 from globalopt.models.saving import save_dense
 from globalopt.models.streaming import LazyBlocks, dtype_of, lazy_blocks

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from globalopt.errors import CalibrationError, UnknownNameError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockVisit, walk_blocks
 from tests.tiny_models import BLOCKS, KINDS, SDPA_KINDS, padded_ids, tiny_ids, tiny_layers, tiny_model
 

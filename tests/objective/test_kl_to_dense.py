@@ -13,7 +13,8 @@ from globalopt.kernels import precision
 from globalopt.kernels.top_kl import Teacher
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective import kl_to_dense
 from globalopt.objective.kl_to_dense import ModelObjective, TargetObjective
 from globalopt.text.splits import Split

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from globalopt.budgets import budget_file
 from globalopt.errors import ArtefactError
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_sha256, tokenizer_sha256
-from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
 from globalopt.pipeline import addresses, compress, family, measure, plan, search
 from globalopt.pipeline import session as sessions

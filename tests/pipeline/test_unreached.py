@@ -13,7 +13,7 @@ import globalopt
 from globalopt.budgets.conversion import convert_target
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.walk import walk_blocks
 from globalopt.pipeline.unreached import without_tokens
 from globalopt.refine.blocks import Order, Refinement, refine

@@ -12,7 +12,8 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.errors import NumericalError, UsageError
 from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_model
 from globalopt.protocols import Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from globalopt.evaluation.logits import in_parts
-from globalopt.models.layers import ModelLayers, find_layers, token_embedding
+from globalopt.models.decoder import token_embedding
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_structure, reference_folder, resolve_device
 from globalopt.models.quantised import find_quantised
 from globalopt.models.streaming import dtype_of
