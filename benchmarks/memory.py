@@ -35,7 +35,8 @@ from globalopt.models.checkpoint import INDEX
 from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
 from globalopt.models.layers import ModelLayers
-from globalopt.models.loading import load_structure, reference_folder
+from globalopt.models.structure import load_structure
+from globalopt.reference import reference_folder
 from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target
 from globalopt.values.layer import LayerSpec

@@ -39,7 +39,7 @@ def write_samples(
 
     >>> import torch
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> from globalopt.reference.tiny import tiny_llama
     >>> split = Split("validation", torch.arange(48).reshape(2, 24), (0, 24), (0, 48), "made up", "0" * 64, 0)
     >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())

@@ -70,7 +70,7 @@ def write_card(folder: Path, run: Run, summary: Summary, origin: Path | None, fo
 def card_facts(origin: Path | None) -> dict[str, Any]:
     """Read from the card in `origin` what holds for a compressed copy too; empty where there is no card.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> card_facts(reference_folder())
     {'license': 'apache-2.0', 'language': 'en'}
     """

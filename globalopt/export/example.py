@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from globalopt.models.finding import find_layers
-from globalopt.models.loading import reference_folder
 from globalopt.models.saving import save_dense
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
 from globalopt.runs.folder import Run
 from globalopt.runs.records import SolvedLayer

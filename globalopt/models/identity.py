@@ -71,7 +71,7 @@ def model_sha256(layers: ModelLayers, tokenizer: PreTrainedTokenizerBase) -> str
 
     >>> from globalopt.models.finding import find_layers
     >>> from globalopt.models.loading import load_model
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> loaded = load_model(reference_folder())
     >>> layers = find_layers(loaded.model)
     >>> before = model_sha256(layers, loaded.tokenizer)
@@ -98,7 +98,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash a tokenizer by the files it saves, so that every kind is covered.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> len(tokenizer_sha256(AutoTokenizer.from_pretrained(reference_folder())))
     64
     """

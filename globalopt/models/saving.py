@@ -20,8 +20,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from globalopt.errors import ArtefactError
 from globalopt.models.checkpoint import INDEX, SINGLE
 from globalopt.models.decoder import decoder_blocks
-from globalopt.models.loading import quiet
 from globalopt.models.origin import CONFIG, complete_config, keep_side_files
+from globalopt.models.quiet import quiet
 from globalopt.models.streaming import lazy_blocks
 from globalopt.models.tensor_file import TYPES, Pending, write_tensors
 from globalopt.runs.files import remove_abandoned_beside, replacing
@@ -56,7 +56,8 @@ def save_dense(
     Raises:
         ArtefactError: `folder` holds something, or cannot be written (a full disk).
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> from globalopt.reference.tiny import tiny_llama
     >>> save_dense(tiny_llama(), load_model(reference_folder()).tokenizer, "copy", torch.bfloat16)
     >>> load_model("copy").checkpoint_dtype

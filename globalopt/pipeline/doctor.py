@@ -353,7 +353,8 @@ def _run_reference() -> None:
     """Run one forward pass of the bundled model."""
     import torch
 
-    from globalopt.models.loading import load_model, reference_folder
+    from globalopt.models.loading import load_model
+    from globalopt.reference import reference_folder
 
     model = load_model(str(reference_folder()), device="cpu").model
     with torch.no_grad():

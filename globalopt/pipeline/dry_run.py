@@ -8,7 +8,7 @@ weights) and two timings on this machine, of a matrix product and of the solver 
 from __future__ import annotations
 
 from globalopt.errors import UsageError
-from globalopt.models.loading import resolve_device
+from globalopt.models.device import resolve_device
 from globalopt.pipeline import timing
 from globalopt.pipeline.estimates.disk import disk_bytes
 from globalopt.pipeline.estimates.job import Job, is_weighted

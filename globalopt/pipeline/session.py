@@ -256,7 +256,7 @@ def load(source: DenseSource, options: ModelOptions, tokens: int = 0) -> tuple[L
         source: of the model that the options name.
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> loaded, layers = load(DenseSource(str(reference_folder())), ModelOptions())
     >>> len(layers.blocks)
     8
@@ -276,7 +276,7 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
         like: a model in memory; the new one is loaded lazily if that one was, else whole.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> load_from(str(reference_folder()), ModelOptions(dtype="bfloat16")).model.dtype
     torch.bfloat16
     """
@@ -309,7 +309,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
 def limits(loaded: LoadedModel) -> dict[str, Any]:
     """Return the limits of a model on its windows, as the arguments `max_length` and `vocabulary` of `make_splits`.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> limits(load_from(str(reference_folder()), ModelOptions()))
     {'max_length': 512, 'vocabulary': 4096}
     """

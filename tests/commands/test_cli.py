@@ -19,8 +19,9 @@ from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation
 from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
-from globalopt.models.loading import load_model, reference_folder
+from globalopt.models.loading import load_model
 from globalopt.pipeline import search
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY
 from globalopt.runs.folder import Run
 from globalopt.runs.packing import unpack

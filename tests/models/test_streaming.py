@@ -26,9 +26,10 @@ from globalopt.models.checkpoint import INDEX, SINGLE
 from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, weights_sha256
 from globalopt.models.layers import ModelLayers, check_finite
-from globalopt.models.loading import LoadedModel, load_model, load_structure
+from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.saving import save_dense
 from globalopt.models.streaming import LazyBlocks, dtype_of, lazy_blocks
+from globalopt.models.structure import load_structure
 from globalopt.models.walk import walk_blocks
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.text.splits import Split
