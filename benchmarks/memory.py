@@ -39,9 +39,9 @@ from globalopt.models.structure import load_structure
 from globalopt.reference import reference_folder
 from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.surface import ErrorSurface
 from reports.table_style import add_numbers, report_table
 

@@ -55,7 +55,7 @@ from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits
 from globalopt.values.budget import BYTES_PER_VALUE, Target
 from globalopt.values.layer import NM
-from globalopt.values.results import WindowLosses
+from globalopt.values.metrics import WindowLosses
 
 PEER = "llm-compressor"
 PACKAGES = ("torch", "llmcompressor")

@@ -20,7 +20,7 @@ from globalopt.models.finding import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
 from globalopt.models.walk import walk_blocks
 from globalopt.text.windows import Split
-from globalopt.values.results import Metrics, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from globalopt.evaluation.decoding import continued
 from globalopt.models.context_length import context_length
 from globalopt.models.streaming import lazy_blocks
 from globalopt.text.windows import Split
-from globalopt.values.results import Sample, Samples
+from globalopt.values.samples import Sample, Samples
 
 PROMPTS = 3
 PROMPT_TOKENS = 32

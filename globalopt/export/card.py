@@ -13,7 +13,8 @@ from huggingface_hub.repocard import metadata_load
 
 from globalopt.runs.files import write_text
 from globalopt.runs.folder import Run
-from globalopt.values.results import Metrics, Summary
+from globalopt.values.metrics import Metrics
+from globalopt.values.results import Summary
 
 CARD, BUDGET = "README.md", "budget.json"
 

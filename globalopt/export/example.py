@@ -16,8 +16,10 @@ from globalopt.runs.folder import Run
 from globalopt.runs.records import SolvedLayer
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.results import ErrorUnit, LayerResult, Summary
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import Search
+from globalopt.values.search_record import Search
 from globalopt.values.span import Mask, Span
 from globalopt.values.surface import ErrorSurface
 

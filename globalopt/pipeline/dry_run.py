@@ -17,7 +17,7 @@ from globalopt.pipeline.estimates.seconds import stage_seconds
 from globalopt.pipeline.estimates.shape import Shape, Structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.own_text import TOO_LARGE
-from globalopt.values.results import DryRun
+from globalopt.values.dry_run import DryRun
 
 DEQUANTISING = 1e-7
 """Seconds per parameter of reading a quantised model, and of writing it dequantised."""

@@ -194,7 +194,7 @@ def beside_embeddings(found: Allocated, stored: tuple[Embedding, ...], bound: fl
     Args:
         bound: lower bound on the predicted loss of layers and embeddings in any bits; None where there was no choice.
 
-    >>> from globalopt.values.results import Outcome
+    >>> from globalopt.values.search_record import Outcome
     >>> found = Allocated({}, 0.3, None, Outcome(2, 0.4, None, None))
     >>> head = Embedding("lm_head", 100, 64, bits=8, loss=0.1)
     >>> round(beside_embeddings(found, (head,), bound=0.35).bound, 6)  # of the layers

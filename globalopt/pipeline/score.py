@@ -23,8 +23,8 @@ from globalopt.text.messages import Chat
 from globalopt.text.reading import read_text
 from globalopt.text.splits import consecutive_split
 from globalopt.text.windows import Split
+from globalopt.values.metrics import Metrics, WindowLosses
 from globalopt.values.own_text import OwnText
-from globalopt.values.results import Metrics, WindowLosses
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, averages
 
 

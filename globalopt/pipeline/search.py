@@ -43,8 +43,9 @@ from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.embeddings import Embedding
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import Outcome, Summary
+from globalopt.values.results import Summary
 from globalopt.values.rounding_losses import with_storages
+from globalopt.values.search_record import Outcome
 from globalopt.values.span import Span
 from globalopt.values.surface import ErrorSurface
 

@@ -28,8 +28,8 @@ from globalopt.runs.records import Matched, SolvedLayer
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import LayerSpec
+from globalopt.values.layer_results import LayerResult
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.results import LayerResult
 from globalopt.values.storage import PLAIN
 
 VERSION = 4

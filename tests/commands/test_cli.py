@@ -27,9 +27,9 @@ from globalopt.runs.folder import Run
 from globalopt.runs.packing import unpack
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS
 from solvers.oats import OATS
