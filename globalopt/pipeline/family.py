@@ -16,9 +16,10 @@ from globalopt.machine import ranks
 from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, correction_address, objective_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.problem import pose
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
-from globalopt.pipeline.search import budget_of, corrected, outcome, pose, true_loss
+from globalopt.pipeline.search import budget_of, corrected, outcome, true_loss
 from globalopt.pipeline.session import Session, versions
 from globalopt.runs.artefacts import FAMILY, Stage
 from globalopt.runs.cache import Cache
