@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from globalopt.machine import ranks
+from globalopt.machine.team import Team
 from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
@@ -102,7 +103,7 @@ class SearchObjective(RecordedObjective):
         self._rough = rough
         self._dense: Callable[[str], Tensor] | None = None
         self._model: TargetObjective | None = None
-        self.team = ranks.Team({"losses": self._losses, "predictions": self._predictions})
+        self.team = Team({"losses": self._losses, "predictions": self._predictions})
         super().__init__(
             lambda candidates, chunks: self.team.ask("losses", candidates, chunks),
             selection,

@@ -18,6 +18,7 @@ from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.machine import ranks
+from globalopt.machine.team import Team
 from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
@@ -173,7 +174,7 @@ def corrected(
                 losses = model.losses_of([{name: weights[name]} for name in targets], range(model.chunks)).mean(1)
                 return dict(zip(targets, losses.tolist(), strict=True))
 
-            team = ranks.Team({"shares": shares, "alone": alone})
+            team = Team({"shares": shares, "alone": alone})
 
             def corrections() -> Corrections:
                 best = NO_CORRECTIONS
