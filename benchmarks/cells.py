@@ -43,8 +43,9 @@ from globalopt.runs.cache import FOLDER, Address, Cache
 from globalopt.runs.files import read_json, write_json
 from globalopt.runs.folder import WORK, Run
 from globalopt.values.budget import Target
+from globalopt.values.metrics import Metrics
 from globalopt.values.problem import Problem
-from globalopt.values.results import Metrics, Summary
+from globalopt.values.results import Summary
 from reports import formats, make_progress
 from reports.quality_tables import divergence
 from solvers import SOLVERS

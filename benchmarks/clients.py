@@ -28,7 +28,8 @@ from rich.console import Group as Stack
 
 from globalopt.errors import GlobalOptError
 from globalopt.export.formats import export
-from globalopt.models.loading import load_model, reference_folder
+from globalopt.models.loading import load_model
+from globalopt.reference import reference_folder
 from globalopt.runs.files import read_json, write_json
 from globalopt.runs.folder import Run
 from reports.table_style import add_numbers, footed, report_table

@@ -28,7 +28,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from globalopt.machine.memory import size_text
-from globalopt.models.loading import reference_folder
+from globalopt.reference import reference_folder
 from globalopt.runs.folder import WORK, Run
 from reports.formats import duration
 from reports.table_style import add_numbers, report_table

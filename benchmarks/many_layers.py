@@ -43,9 +43,9 @@ from globalopt.budgets.diff import diff, record
 from globalopt.protocols import Candidate
 from globalopt.runs.files import write_json
 from globalopt.values.budget import Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import OUTLIER_THRESHOLDS, Problem, Profile
-from globalopt.values.results import ErrorUnit
 from globalopt.values.span import Mask, Span
 from globalopt.values.surface import ErrorSurface
 from reports import formats

@@ -32,14 +32,16 @@ from transformers import LlamaConfig, PreTrainedModel
 from globalopt.budgets import budget_file
 from globalopt.machine.memory import size_text
 from globalopt.models.checkpoint import INDEX
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.loading import load_structure, reference_folder
+from globalopt.models.layers import ModelLayers
+from globalopt.models.structure import load_structure
+from globalopt.reference import reference_folder
 from globalopt.runs.files import replacing, write_json
 from globalopt.values.budget import Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.surface import ErrorSurface
 from reports.table_style import add_numbers, report_table
 

@@ -44,8 +44,9 @@ from peer_tables import Made, Quality, Result, Row, document
 
 from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.evaluation.perplexity import evaluate_both
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_sha256
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import LoadedModel, load_model
 from globalopt.pipeline.session import limits
 from globalopt.runs.files import write_json, write_text
@@ -54,7 +55,7 @@ from globalopt.text.reading import read_text
 from globalopt.text.splits import Split, Splits, make_splits
 from globalopt.values.budget import BYTES_PER_VALUE, Target
 from globalopt.values.layer import NM
-from globalopt.values.results import WindowLosses
+from globalopt.values.metrics import WindowLosses
 
 PEER = "llm-compressor"
 PACKAGES = ("torch", "llmcompressor")

@@ -24,7 +24,8 @@ from rich.text import Text
 
 from globalopt.analysis.layer_analysis import read_gap
 from globalopt.errors import UsageError
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.options import SearchOptions

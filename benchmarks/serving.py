@@ -39,7 +39,7 @@ from globalopt.export.formats import FORMATS, export
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import packed_layers
 from globalopt.machine.clock import StageClock
-from globalopt.models.loading import quiet
+from globalopt.models.quiet import quiet
 from globalopt.runs.files import digest, write_json
 from reports.table_style import add_numbers, footed, report_table
 

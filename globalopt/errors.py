@@ -94,7 +94,7 @@ class LostProcessError(GlobalOptError, RuntimeError):
 class UnsupportedModelError(GlobalOptError, TypeError):
     """Report a model without decoder blocks that can be walked, or with too few compressible weights.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> find_layers(tiny_llama(blocks=0))
     Traceback (most recent call last):

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.padding import Padding
 
-from globalopt.values.results import Details, Family, Summary, WindowLosses
+from globalopt.values.family import Family
+from globalopt.values.metrics import WindowLosses
+from globalopt.values.results import Details, Summary
 from reports.budgets import budget_diff, budget_file
 from reports.cache import cache_table
 from reports.comparison import comparison, differences_to_first

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from globalopt.values.embeddings import Embedding, dense_bytes, stored_bytes
-from globalopt.values.results import LayerPlan
+from globalopt.values.layer_results import LayerPlan
 from globalopt.values.storage import PLAIN, Storage
 from reports import formats
 

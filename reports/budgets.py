@@ -10,7 +10,7 @@ from rich.text import Text
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.budgets.diff import BudgetDiff, Move
 from globalopt.values.embeddings import stored_bytes
-from globalopt.values.results import LayerPlan
+from globalopt.values.layer_results import LayerPlan
 from reports import formats
 from reports.bits import bits_text, compressible, embedding_facts, few_bits, mean_bits, stored_facts
 from reports.groups import by_kind

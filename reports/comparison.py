@@ -8,7 +8,8 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from globalopt.errors import UsageError
-from globalopt.values.results import Metrics, Summary, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
+from globalopt.values.results import Summary
 from reports import formats
 from reports.paired import CONFIDENCE, Difference, Interval, Measured, difference, incomparable
 from reports.quality_tables import divergence, perplexity

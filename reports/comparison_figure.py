@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from globalopt.values.results import LayerResult, Summary
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 from reports.bits import few_bits
 from reports.figures import COLOURS, MARKERS, in_corner, named, not_drawn, plain, round_ticks, save, titled_figure
 from reports.groups import Grid

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from globalopt.values.results import Summary, WindowLosses
+from globalopt.values.metrics import WindowLosses
+from globalopt.values.results import Summary
 from reports import formats, quality_tables, table_style, tables
 from reports.bits import few_bits, stored_facts
 from reports.comparison import TOKENS_NOTE, common_split, differences_to_first, measured_runs, not_compared, not_paired

@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from globalopt.values.results import Curve, LayerCurves, LayerResult, Summary
+from globalopt.values.curves import Curve, LayerCurves
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 from reports import formats
 from reports.figures import COLOURS, MARKERS, new_figure, plain
 from reports.groups import typical

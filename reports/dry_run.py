@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from globalopt.values.results import DryRun
+from globalopt.values.dry_run import DryRun
 from reports import formats
 from reports.table_style import add_numbers, footed, model_name, report_table
 

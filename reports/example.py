@@ -9,29 +9,19 @@ from typing import Any
 import numpy as np
 
 from globalopt.values.budget import Budget, Target
+from globalopt.values.curves import Curve, LayerCurves
 from globalopt.values.decomposition import Trace
+from globalopt.values.dry_run import DryRun
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.family import Family, FamilyPoint
 from globalopt.values.layer import NM, LayerSpec, Shape
-from globalopt.values.results import (
-    Curve,
-    Details,
-    DryRun,
-    ErrorUnit,
-    Evaluation,
-    Family,
-    FamilyPoint,
-    LayerCurves,
-    LayerResult,
-    MatchResult,
-    Metrics,
-    Outcome,
-    Sample,
-    Samples,
-    Search,
-    StageCost,
-    Summary,
-    WindowLosses,
-)
+from globalopt.values.layer_results import LayerResult, MatchResult
+from globalopt.values.metrics import Metrics, WindowLosses
+from globalopt.values.results import Details, Summary
+from globalopt.values.samples import Sample, Samples
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
+from globalopt.values.search_record import Evaluation, Outcome, Search
+from globalopt.values.stage_cost import StageCost
 from globalopt.values.storage import PLAIN, Storage
 
 KINDS = {

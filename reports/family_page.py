@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.family import Family, FamilyPoint
+from globalopt.values.search_record import Outcome
 from reports import formats
 from reports.html import Card, Cell, Code, Facts, Page, Picture, Section, Table
 from reports.run_page import MISSING, columns, stage_table

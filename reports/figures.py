@@ -16,7 +16,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from matplotlib.transforms import Bbox
 
 from globalopt.runs.files import replacing
-from globalopt.values.results import ErrorUnit, Summary
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.results import Summary
 from reports import formats
 from reports.table_style import unit_name
 

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Group as Stack
 
-from globalopt.values.results import ErrorUnit, Family, FamilyPoint, Outcome
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.family import Family, FamilyPoint
+from globalopt.values.search_record import Outcome
 from reports import formats
 from reports.family_page import measured_note
 from reports.figures import COLOURS, error_unit, named, plain, save, titled_figure

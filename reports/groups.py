@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from globalopt.errors import ArtefactError
-from globalopt.values.results import LayerPlan, LayerResult
+from globalopt.values.layer_results import LayerPlan, LayerResult
 from reports.bits import mean_bits
 
 P = TypeVar("P", bound=LayerPlan)

@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
 from globalopt.values.decomposition import Status
-from globalopt.values.results import LayerResult, Summary
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 from globalopt.values.storage import PLAIN, Storage
 from reports import formats
 from reports.bits import few_bits

@@ -9,10 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from globalopt.values.decomposition import Status
-from globalopt.values.results import (
-    LayerPlan,
-    Summary,
-)
+from globalopt.values.layer_results import LayerPlan
+from globalopt.values.results import Summary
 from reports import formats
 from reports.bits import NOTE, bits_text, few_bits
 from reports.groups import Group, by_block, by_kind

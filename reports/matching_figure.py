@@ -6,7 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from globalopt.values.results import ErrorUnit, MatchResult, Summary
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.layer_results import MatchResult
+from globalopt.values.results import Summary
 from reports import formats
 from reports.figures import COLOURS, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.tables import mean_change

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from globalopt.values.results import LayerPlan
+from globalopt.values.layer_results import LayerPlan
 
 
 @dataclass(frozen=True)

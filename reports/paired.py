@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from globalopt.values.results import Metrics, Summary, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
+from globalopt.values.results import Summary
 from reports import formats
 
 CONFIDENCE = 0.95

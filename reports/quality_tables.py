@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.console import Group as Stack
 from rich.text import Text
 
-from globalopt.values.results import Metrics, Summary
+from globalopt.values.metrics import Metrics
+from globalopt.values.results import Summary
 from reports import formats
 from reports.table_style import add_numbers, footed, report_table
 

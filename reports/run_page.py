@@ -8,24 +8,15 @@ from itertools import takewhile
 from pathlib import Path
 
 from globalopt.values.decomposition import Status
-from globalopt.values.results import Details, LayerResult, MatchResult, Metrics, Samples, StageCost, Summary
+from globalopt.values.layer_results import LayerResult, MatchResult
+from globalopt.values.metrics import Metrics
+from globalopt.values.results import Details, Summary
+from globalopt.values.samples import Samples
+from globalopt.values.stage_cost import StageCost
 from reports import formats, quality_tables, table_style, tables
 from reports.bits import NOTE, bits_text, few_bits
 from reports.groups import Group, by_block, by_kind
-from reports.html import (
-    Card,
-    Cell,
-    Code,
-    Column,
-    Facts,
-    Lines,
-    Page,
-    Part,
-    Picture,
-    SampleText,
-    Section,
-    Table,
-)
+from reports.html import Card, Cell, Code, Column, Facts, Lines, Page, Part, Picture, SampleText, Section, Table
 from reports.menu import Menu
 from reports.size import PARTS_NOTE, part_sizes, size_facts, size_title
 

@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from globalopt.values.results import ErrorUnit, Evaluation, Search, Summary
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Evaluation, Search
 from reports import formats
 from reports.figures import COLOURS, error_unit, in_corner, new_figure, not_drawn, plain, round_ticks
 from reports.surrogate import FEWEST, Surrogate, chosen, whole

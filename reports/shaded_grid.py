@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.values.results import LayerPlan
+from globalopt.values.layer_results import LayerPlan
 from globalopt.values.storage import BITS, PLAIN
 from reports.bits import few_bits, mean_bits
 from reports.groups import Grid, by_block

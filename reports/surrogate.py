@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from globalopt.values.results import Evaluation, Search, Summary
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Evaluation, Search
 
 FEWEST = 10
 """Least number of distinct evaluations of which a correlation or a fitted line is computed.

@@ -9,11 +9,9 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.values.results import (
-    ErrorUnit,
-    LayerResult,
-    Summary,
-)
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 
 GAP = 2  # spaces between columns
 

@@ -14,13 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from globalopt.values.decomposition import Status
-from globalopt.values.results import (
-    Evaluation,
-    MatchResult,
-    Search,
-    StageCost,
-    Summary,
-)
+from globalopt.values.layer_results import MatchResult
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Evaluation, Search
+from globalopt.values.stage_cost import StageCost
 from reports import formats
 from reports.bits import compressible, embedding_facts, stored_facts, summed_over
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results
@@ -147,7 +144,7 @@ def _not_covered(summary: Summary) -> dict[str, int]:
 def against_uniform(summary: Summary) -> list[tuple[str, str]]:
     """List the predicted loss of uniform allocation and, of a search on the true loss, the measured ones of both.
 
-    >>> from globalopt.values.results import Outcome
+    >>> from globalopt.values.search_record import Outcome
     >>> from reports.example import example_summary
     >>> against_uniform(example_summary(predicted=0.001, uniform=Outcome(1000, 0.0025, None, None)))
     [('uniform', 'predicted 0.00250, 2.50 times as much')]

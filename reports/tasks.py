@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from globalopt.values.results import Metrics
+from globalopt.values.metrics import Metrics
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard
 from reports import formats
 from reports.quality_tables import metrics_table, perplexity

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from globalopt.models.loading import reference_folder
+from globalopt.reference import reference_folder
 from tests.command import WINDOWS, done, write_text
 from tests.tiny_models import save_tiny
 

@@ -20,6 +20,7 @@ import torch
 
 from globalopt.machine import ranks
 from globalopt.machine.launch import joined
+from globalopt.machine.team import Team
 from globalopt.runs.workspace import Workspace
 from tests.command import run
 
@@ -29,7 +30,7 @@ def exchanges() -> dict[str, Any]:
     me = ranks.number()
     parts = [torch.full((3,), float(me + 1)), torch.full((2, 2), 10.0 * (me + 1))]
     ranks.total_of_all(parts)
-    team = ranks.Team({"sum": lambda x: float(ranks.total(torch.tensor([x * (me + 1.0)]))[0])})
+    team = Team({"sum": lambda x: float(ranks.total(torch.tensor([x * (me + 1.0)]))[0])})
     before = dict(ranks.traffic.bytes)
     row = torch.arange(5.0).view(1, 5).expand(2, 5).mT
     total = ranks.total(row.contiguous().mT)

@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from globalopt.budgets.conversion import convert_target
 from globalopt.evaluation.perplexity import evaluate
 from globalopt.matching.block import Loss, Matching
-from globalopt.models.layers import find_layers
-from globalopt.models.loading import load_model, reference_folder
-from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.loading import load_model
+from globalopt.models.walk import walk_blocks
+from globalopt.reference import reference_folder
 from globalopt.refine.blocks import Refinement, refine
 from globalopt.runs.folder import Run
 from globalopt.text.splits import Splits, reference_splits

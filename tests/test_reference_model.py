@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globalopt import reference
+from globalopt.errors import ArtefactError
+from tests.tiny_models import save_tiny
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reference_model.py"
 
@@ -167,3 +169,11 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(script, tmp_path, m
     assert "going on from step 3" in capsys.readouterr().out
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(ArtefactError, match="install the package again"):
+        reference.reference_folder()
+    save_tiny(tmp_path / "model")
+    assert reference.reference_folder() == tmp_path / "model"

@@ -26,6 +26,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
+
 VOCAB = 128
 BLOCKS = 2
 
@@ -67,6 +70,8 @@ _CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
 
 KINDS = tuple(_CONFIGS)
 COVERED_KINDS = tuple(kind for kind in KINDS if kind != "qwen3_moe")
+# The soft cap of Gemma 2 is not available under sdpa.
+SDPA_KINDS = tuple(kind for kind in KINDS if kind != "gemma2")
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
@@ -111,6 +116,23 @@ def tiny_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """(batch, tokens) random token ids without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, VOCAB, (batch, tokens), generator=generator)
+
+
+def padded_ids(tokens: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two windows, one padded on the left and one on the right, and their mask."""
+    ids = tiny_ids(2, tokens)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mask[1, 8:] = 0
+    return ids, mask
+
+
+def tiny_layers(kind: str, attention: str | None = None) -> ModelLayers:
+    """The layers of a tiny model, which computes by the `attention` that is asked for."""
+    model = tiny_model(kind)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return find_layers(model, allow_low_coverage=True)
 
 
 def parameter_count(model: Any) -> int:

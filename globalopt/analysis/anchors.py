@@ -37,8 +37,9 @@ def solve_anchors(
 
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_grams, write_spans
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.block_runner import BlockRunner
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace
@@ -84,8 +85,9 @@ def compare_solvers(
     >>> import torch
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_grams, write_spans
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.block_runner import BlockRunner
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.artefacts import ANCHORS
     >>> from globalopt.runs.workspace import Workspace

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from globalopt.analysis.sensitivity import backward_sweep
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
 from globalopt.values.layer import LayerSpec
 
@@ -60,8 +60,8 @@ def attribute(
     Raises:
         NumericalError: a loss or a gradient is not finite, or no gradient reaches a layer.
 
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> model = ModelObjective(BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]))

@@ -13,8 +13,9 @@ from globalopt.analysis.sensitivity import backward_sweep, label_gradients
 from globalopt.analysis.spans import compute_span
 from globalopt.kernels.precision import RoughLinear
 from globalopt.machine import ranks
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
+from globalopt.models.walk import BlockVisit, walk_blocks
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
@@ -48,8 +49,8 @@ def write_grams(
         advance: called with the number of each block that is done.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> work = Workspace(Path("work"))
@@ -84,8 +85,8 @@ def write_output_grams(
         advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner, work = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), Workspace(Path("work"))
@@ -147,7 +148,7 @@ def write_spans(
         advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> write_spans(layers, work, layers.specs[:1], "none")
@@ -171,7 +172,7 @@ def write_curves(
     """Compute the singular values and saliencies of the layers `specs`, as curves for reports, and write them.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.values.metric import Gram
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
@@ -195,8 +196,8 @@ def write_profiles(
     """Compute the profiles of the layers of some blocks, which one-shot allocators read, and write them.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers, work = find_layers(tiny_llama(), allow_low_coverage=True), Workspace(Path("work"))
     >>> write_grams(BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))]), work)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from globalopt.values.curves import Curve, LayerCurves
 from globalopt.values.metric import Gram
-from globalopt.values.results import Curve, LayerCurves
 
 VERSION = 1
 """Raised whenever curves change."""

@@ -63,7 +63,7 @@ class LayerAnalysis:
         low_rank: whether options have low-rank parts.
         all_anchors: whether every layer is solved at all of its anchors, and not only those of `fully_solved`.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from pathlib import Path
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
@@ -153,7 +153,7 @@ class LayerAnalysis:
 def read_gap(analysis: LayerAnalysis) -> SolverGap:
     """Read the solver gaps of the sampled layers; `NO_GAP` where no solvers were compared.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from pathlib import Path
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

@@ -74,8 +74,9 @@ def choose_metrics(
 
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_output_grams
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.block_runner import BlockRunner
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.workspace import Workspace
     >>> from solvers import get_solver

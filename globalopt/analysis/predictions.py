@@ -39,8 +39,9 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
 
     >>> from pathlib import Path
     >>> from globalopt.analysis.collect import write_grams, write_spans
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.block_runner import BlockRunner
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.workspace import Workspace
     >>> from globalopt.values.budget import Target

@@ -55,10 +55,11 @@ def rounding_losses(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iter
 
     >>> from pathlib import Path
     >>> import torch
-    >>> from globalopt.analysis.collect import write_grams, write_spans
     >>> from globalopt.analysis.anchors import solve_anchors
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch, BlockRunner
+    >>> from globalopt.analysis.collect import write_grams, write_spans
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.block_runner import BlockRunner
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.runs.workspace import Workspace
     >>> from solvers import get_solver

@@ -20,8 +20,8 @@ from globalopt.errors import NumericalError
 from globalopt.kernels.precision import RoughLinear, rough_product, rough_products
 from globalopt.kernels.second_moment import add_second_moment, mirror
 from globalopt.machine import ranks
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.reach import product_of
-from globalopt.models.walk import BlockRunner
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 
@@ -54,8 +54,8 @@ def label_gradients(runner: BlockRunner, hidden: Sequence[Tensor], seed: int, ro
         seed: of the labels.
         rough: as in `backward_sweep`.
 
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])
@@ -106,8 +106,8 @@ def backward_sweep(
     Raises:
         NumericalError: the gradient at a layer is not finite, or none reaches it.
 
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> runner = BlockRunner(layers, [Batch(torch.arange(64).view(4, 16))])

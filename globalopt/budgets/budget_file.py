@@ -28,9 +28,9 @@ from globalopt.errors import ArtefactError, GlobalOptError, UsageError
 from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import NO_LIMITS, Budget, Target, limit_of
 from globalopt.values.embeddings import Embedding, dense_bytes, measured, stored_bytes
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import ErrorUnit
 
 
 def make(

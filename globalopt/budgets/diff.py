@@ -12,7 +12,7 @@ from globalopt.budgets.budget_file import BudgetFile
 from globalopt.errors import ArtefactError
 from globalopt.values.budget import Budget, Target
 from globalopt.values.embeddings import Embedding
-from globalopt.values.results import LayerPlan
+from globalopt.values.layer_results import LayerPlan
 
 RANGES = 8  # at most so many ranges of blocks, into which the depth of a model is cut
 
@@ -83,8 +83,8 @@ class BudgetDiff:
         accounting: the unit of costs: that of both budgets, or parameters where they differ.
         before, after: the layers. embeddings: that the budgets count, before and after.
 
-    >>> from globalopt.budgets.example import example_budget
     >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.example import example_budget
     >>> found = diff(example_budget(), without_rank(example_budget()), (Path("a.json"), Path("b.json")))
     >>> found.whole.changed, found.given, [after.nnz for before, after in found.largest(1)]
     (1, 0, [16])
@@ -146,8 +146,8 @@ class BudgetDiff:
 def record(found: BudgetDiff) -> dict[str, Any]:
     """Return a comparison as JSON values; every pair is `[before, after]`.
 
-    >>> from globalopt.budgets.example import example_budget
     >>> from globalopt.budgets.budget_file import without_rank
+    >>> from globalopt.budgets.example import example_budget
     >>> found = diff(example_budget(), without_rank(example_budget()), (Path("a.json"), Path("b.json")))
     >>> record(found)["layers"][0]["rank"]
     [1, 0]

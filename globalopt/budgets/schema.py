@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.values.budget import NO_LIMITS, Budget, Limits, Target
 from globalopt.values.embeddings import Embedding, dense_bytes, measured, stored_bytes
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer_results import LayerPlan
 from globalopt.values.problem import Allocation
-from globalopt.values.results import ErrorUnit, LayerPlan
 from globalopt.values.storage import PLAIN, Storage
 
 SCHEMA_VERSION = 1

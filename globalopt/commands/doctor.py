@@ -14,7 +14,7 @@ from globalopt.commands.console import FAILED, errors, out, print_json
 from globalopt.commands.options import Json
 
 if TYPE_CHECKING:
-    from globalopt.pipeline.doctor import Device, Health
+    from globalopt.pipeline.health import Device, Health
 
 
 def doctor(as_json: Json = False) -> None:

@@ -127,7 +127,7 @@ def evaluate(
         from globalopt.runs.artefacts import OWN_TEXT, SCORES
         from globalopt.runs.files import advising, is_there
         from globalopt.runs.folder import MANIFEST
-        from globalopt.values.results import WindowLosses
+        from globalopt.values.metrics import WindowLosses
         from reports import make_progress
 
         models = ModelOptions(named(target), allow_low_coverage=True, gguf_file=gguf_file)

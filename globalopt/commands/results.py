@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from globalopt.pipeline.estimates.shape import Structure
     from globalopt.pipeline.options import ModelOptions, TextOptions
     from globalopt.runs.folder import Run
-    from globalopt.values.results import Family, Summary
+    from globalopt.values.family import Family
+    from globalopt.values.results import Summary
     from reports import Written
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from globalopt.errors import ArtefactError, UnsupportedModelError
-from globalopt.models.layers import token_embedding
+from globalopt.models.decoder import token_embedding
 from globalopt.values.embeddings import Embedding
 
 

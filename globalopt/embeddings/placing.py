@@ -19,7 +19,7 @@ def place(layers: ModelLayers, name: str, coded: CodedMatrix, dtype: torch.dtype
         name: module path. dtype: type that the numbers are saved in, to which they are rounded first.
 
     >>> from globalopt.embeddings.coding import encode_matrix
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False), allow_low_coverage=True)
     >>> before = layers.model.lm_head.weight.clone()
@@ -35,7 +35,7 @@ def placed(layers: ModelLayers, name: str, coded: CodedMatrix, dtype: torch.dtyp
     """Keep a rounded embedding in the model while the context is open, and put the present one back.
 
     >>> from globalopt.embeddings.coding import encode_matrix
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False), allow_low_coverage=True)
     >>> before = layers.model.lm_head.weight.clone()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from globalopt.models.walk import stand_ins
+from globalopt.models.hooks import stand_ins
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:

@@ -14,11 +14,13 @@ from torch import Tensor
 from globalopt.errors import NumericalError, UsageError
 from globalopt.evaluation.logits import in_parts, logits_at
 from globalopt.machine import ranks
-from globalopt.models.layers import find_blocks
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_blocks
 from globalopt.models.streaming import dtype_of, lazy_blocks
-from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.models.walk import walk_blocks
 from globalopt.text.windows import Split
-from globalopt.values.results import Metrics, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.evaluation.decoding import continued
+from globalopt.models.context_length import context_length
 from globalopt.models.streaming import lazy_blocks
-from globalopt.models.walk import context_length
 from globalopt.text.windows import Split
-from globalopt.values.results import Sample, Samples
+from globalopt.values.samples import Sample, Samples
 
 PROMPTS = 3
 PROMPT_TOKENS = 32
@@ -39,7 +39,7 @@ def write_samples(
 
     >>> import torch
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> from globalopt.reference.tiny import tiny_llama
     >>> split = Split("validation", torch.arange(48).reshape(2, 24), (0, 24), (0, 48), "made up", "0" * 64, 0)
     >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())

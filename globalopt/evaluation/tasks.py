@@ -170,7 +170,8 @@ def ask(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch_size: int, p
             context.
         NumericalError: a logit is not finite.
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> from reports import QuietProgress
     >>> _ = Path("mine.jsonl").write_text('{"query": "He was one of", "choices": ["whale", "the"], "gold": 1}')
     >>> loaded = load_model(reference_folder(), device="cpu")

@@ -13,7 +13,8 @@ from huggingface_hub.repocard import metadata_load
 
 from globalopt.runs.files import write_text
 from globalopt.runs.folder import Run
-from globalopt.values.results import Metrics, Summary
+from globalopt.values.metrics import Metrics
+from globalopt.values.results import Summary
 
 CARD, BUDGET = "README.md", "budget.json"
 
@@ -70,7 +71,7 @@ def write_card(folder: Path, run: Run, summary: Summary, origin: Path | None, fo
 def card_facts(origin: Path | None) -> dict[str, Any]:
     """Read from the card in `origin` what holds for a compressed copy too; empty where there is no card.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> card_facts(reference_folder())
     {'license': 'apache-2.0', 'language': 'en'}
     """

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from globalopt.models.layers import find_layers
-from globalopt.models.loading import reference_folder
+from globalopt.models.finding import find_layers
 from globalopt.models.saving import save_dense
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import SOLVED_LAYER, SUMMARY
 from globalopt.runs.folder import Run
 from globalopt.runs.records import SolvedLayer
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
-from globalopt.values.results import ErrorUnit, LayerResult, Summary
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.results import Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

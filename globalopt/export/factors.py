@@ -30,7 +30,7 @@ from globalopt.export.codes import SCALE_BITS, decode_codes, grid_codes
 from globalopt.export.shape import SCALES
 from globalopt.export.source import check_out, read_source
 from globalopt.kernels.grid import SCALE
-from globalopt.models.loading import DTYPES
+from globalopt.models.device import DTYPES
 from globalopt.models.origin import CONFIG, keep_side_files
 from globalopt.runs.files import read_json, read_tensors, replacing, write_json, write_tensors
 from globalopt.values.decomposition import Decomposition

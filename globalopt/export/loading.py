@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def unpacked(loaded: LoadedModel) -> LoadedModel:
     """Replace the packed layers of a model by dense ones; a model without packed layers is returned as it is.
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> loaded = load_model(reference_folder(), device="cpu")
     >>> unpacked(loaded) is loaded
     True
@@ -64,7 +65,8 @@ def load_adapter_export(
     >>> tuple(model.get_submodule("model.layers.0.mlp.up_proj").weight.shape)
     (24, 16)
     """
-    from globalopt.models.loading import load_model, quiet
+    from globalopt.models.loading import load_model
+    from globalopt.models.quiet import quiet
 
     require_peft(f"{folder} is a base and an adapter, which need peft.")
     from peft import PeftModel

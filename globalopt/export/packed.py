@@ -43,8 +43,9 @@ from globalopt.export.quantizer import METHOD, SparseLowRankConfig, SparseLowRan
 from globalopt.export.registration import register
 from globalopt.export.shape import shape_of
 from globalopt.export.source import Source, check_out, read_source
-from globalopt.models.loading import DTYPES, quiet, resolve_device
+from globalopt.models.device import DTYPES, resolve_device
 from globalopt.models.origin import GENERATION_CONFIG, keep_side_files
+from globalopt.models.quiet import quiet
 from globalopt.runs.files import read_json, replacing
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.storage import Scales, Storage

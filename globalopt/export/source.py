@@ -12,8 +12,10 @@ from torch import Tensor
 from globalopt.embeddings.coding import decode_matrix
 from globalopt.errors import ArtefactError
 from globalopt.export.card import write_card
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.loading import DTYPES, LoadedModel, load_model
+from globalopt.models.device import DTYPES
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
+from globalopt.models.loading import LoadedModel, load_model
 from globalopt.runs.artefacts import EMBEDDING, SOLVED_LAYER, SUMMARY
 from globalopt.runs.files import is_there, read_json, remove_abandoned_beside
 from globalopt.runs.folder import Run

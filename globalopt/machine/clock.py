@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-from globalopt.values.results import StageCost
+from globalopt.values.stage_cost import StageCost
 
 INTERVAL = 0.05  # seconds between samples of the resident memory
 

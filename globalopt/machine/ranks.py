@@ -29,10 +29,8 @@ from globalopt.machine import shares
 
 T = TypeVar("T")
 K = TypeVar("K")
-
 AT_ONCE = 2**24
 """Numbers of a tensor that are summed at once."""
-
 LOST = (
     "Another process of this job has ended, or the launcher ended it. Run the same command again to go on from the "
     "last finished artefact, with as many processes as you like."
@@ -347,46 +345,6 @@ def check_alike(value: Any, what: str) -> None:
             f"Process {i} (on {host}) has another {what} than process 0 (on {others[0][1]}). Give all processes the "
             "same command, files and versions of packages."
         )
-
-
-class Team:
-    """Let the writer decide what to compute next, and all processes compute it together.
-
-    Args:
-        jobs: what can be asked for, by name; each is a function that all processes call with the same arguments.
-
-    >>> team = Team({"square": lambda x: x * x})
-    >>> team.run(lambda: team.ask("square", 2) + team.ask("square", 3))
-    13
-    """
-
-    def __init__(self, jobs: Mapping[str, Callable[..., Any]]) -> None:
-        self._jobs = jobs
-        self._running = False
-
-    def ask(self, job: str, *arguments: Any) -> Any:
-        """Have all processes do a job, and return what this one gets; to be called within `run`."""
-        if several():
-            assert self._running, "the others are listening"
-            told((job, arguments))
-        return self._jobs[job](*arguments)
-
-    def run(self, work: Callable[[], T]) -> T:
-        """Call `work` in the writer, whose jobs the others do meanwhile; return its result in all processes."""
-        if not several():
-            return work()
-        if not writer():
-            while (asked := told(None)) is not None:
-                job, arguments = cast("tuple[str, Any]", asked)
-                self._jobs[job](*arguments)
-            return told(cast("T", None))
-        self._running = True
-        try:
-            result = work()
-        finally:
-            self._running = False
-        told(None)
-        return told(result)
 
 
 class _Pickler(pickle.Pickler):

@@ -21,7 +21,7 @@ from globalopt.errors import UnknownNameError, UsageError
 from globalopt.machine import ranks
 from globalopt.matching.parameters import Trainable
 from globalopt.matching.training import Autocast, Trained, Training, train
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
 from globalopt.registry import at_least, read_options
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.metric import Gram
@@ -134,8 +134,8 @@ def match_block(
         NumericalError: a loss is not finite.
         UsageError: the loss needs `outputs`, and there are none.
 
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False))
     >>> runner = BlockRunner(layers, [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)])

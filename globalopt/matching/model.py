@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from globalopt.kernels.top_kl import Teacher
 from globalopt.matching.parameters import Trainable
 from globalopt.matching.training import Autocast, Trained, Training, train
-from globalopt.models.layers import ModelLayers, token_embedding
+from globalopt.models.batch import Batch
+from globalopt.models.decoder import token_embedding
+from globalopt.models.layers import ModelLayers
 from globalopt.models.portions import Portion
-from globalopt.models.walk import Batch
 from globalopt.registry import read_options
 from globalopt.values.decomposition import Decomposition
 
@@ -89,7 +90,7 @@ def match_model(
     Returns:
         The trained parameters, and the losses before and after.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama().requires_grad_(False))
     >>> batches = [Batch(torch.arange(i, i + 24).reshape(2, 12)) for i in range(4)]

@@ -138,7 +138,7 @@ class _Grid:
 class Trainable:
     """Parametrise some layers of a model, and the norms beside them.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama())
     >>> W = layers.weight("model.layers.0.mlp.up_proj")

@@ -133,7 +133,7 @@ def train(
         ArtefactError: the checkpoint is of another training.
         NumericalError: a loss is not finite.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> trainable = Trainable(find_layers(tiny_llama()), {}, ["model.norm"])
     >>> (norm,) = trainable.parameters()

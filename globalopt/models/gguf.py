@@ -30,10 +30,11 @@ from transformers import (
 
 from globalopt.errors import ArtefactError, GlobalOptError, UnsupportedModelError, UsageError, one_line
 from globalopt.models.hub import offline_without_hub
-from globalopt.models.loading import check_report, quiet
 from globalopt.models.origin import CONFIG
+from globalopt.models.quiet import quiet
 from globalopt.models.refusals import check_config, shown
 from globalopt.models.rotary_factors import FACTORS, rotary_parameters
+from globalopt.models.weights import check_report
 
 SUFFIX = ".gguf"
 

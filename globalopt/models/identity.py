@@ -19,7 +19,7 @@ def model_fingerprint(layers: ModelLayers) -> str:
 
     A budget file must be of a model with the same fingerprint.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> one, other = find_layers(tiny_llama(seed=0)), find_layers(tiny_llama(seed=1))
     >>> model_fingerprint(one) == model_fingerprint(other)  # the weights do not matter
@@ -40,7 +40,7 @@ def weights_sha256(layers: ModelLayers) -> str:
     Returns:
         sha256, hexadecimal.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> one, other = (find_layers(tiny_llama(seed), allow_low_coverage=True) for seed in (0, 1))
     >>> weights_sha256(one) == weights_sha256(other)
@@ -69,9 +69,9 @@ def model_sha256(layers: ModelLayers, tokenizer: PreTrainedTokenizerBase) -> str
     Returns:
         sha256, hexadecimal.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.models.loading import load_model
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> loaded = load_model(reference_folder())
     >>> layers = find_layers(loaded.model)
     >>> before = model_sha256(layers, loaded.tokenizer)
@@ -98,7 +98,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash a tokenizer by the files it saves, so that every kind is covered.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> len(tokenizer_sha256(AutoTokenizer.from_pretrained(reference_folder())))
     64
     """

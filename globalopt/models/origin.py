@@ -60,7 +60,7 @@ def origin_of(name: str | Path) -> Path | None:
         name: a model folder, an export of format adapter (its base is meant), or a hub id. Of a model on the hub the
             side files are fetched where the network allows it.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> origin_of(reference_folder()) == reference_folder()
     True
     >>> origin_of("a-model-that-is-in-memory") is None
@@ -93,7 +93,8 @@ def keep_side_files(folder: Path, origin: Path, tokenizer: PreTrainedTokenizerBa
         tokenizer: of the model; None: it is known to be that of `origin`.
         skip: a file that is not copied.
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer = load_model(reference_folder()).tokenizer
     >>> _ = tokenizer.save_pretrained("beside")
     >>> keep_side_files(Path("beside"), reference_folder(), tokenizer)

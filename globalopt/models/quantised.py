@@ -18,12 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.errors import UnsupportedModelError
 from globalopt.machine.memory import available, size_text
+from globalopt.models.config import load_config
 from globalopt.models.gguf import GGUF, find_gguf, gguf_config, load_gguf, read_gguf
 from globalopt.models.hub import offline_without_hub
-from globalopt.models.loading import config_structure, load_config, load_tokenizer, load_weights, quiet
 from globalopt.models.origin import CONFIG
+from globalopt.models.quiet import quiet
 from globalopt.models.refusals import DEQUANTISED, check_config, check_unused, quantisation, without_quantisation
 from globalopt.models.saving import save_dense
+from globalopt.models.structure import config_structure
+from globalopt.models.tokenizer import load_tokenizer
+from globalopt.models.weights import load_weights
 from globalopt.runs.files import read_text, replacing, write_text
 
 CARD = "README.md"
@@ -50,7 +54,7 @@ def find_quantised(name: str, gguf_file: str | None = None, trust_remote_code: b
     >>> from globalopt.models.example import example_gguf
     >>> find_quantised(str(example_gguf())).quantisation
     'GGUF Q8_0'
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> find_quantised(str(reference_folder())) is None
     True
     """

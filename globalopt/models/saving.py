@@ -13,18 +13,15 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from globalopt.errors import ArtefactError
 from globalopt.models.checkpoint import INDEX, SINGLE
-from globalopt.models.layers import decoder_blocks
-from globalopt.models.loading import quiet
+from globalopt.models.decoder import decoder_blocks
 from globalopt.models.origin import CONFIG, complete_config, keep_side_files
+from globalopt.models.quiet import quiet
 from globalopt.models.streaming import lazy_blocks
 from globalopt.models.tensor_file import TYPES, Pending, write_tensors
 from globalopt.runs.files import remove_abandoned_beside, replacing
@@ -59,7 +56,8 @@ def save_dense(
     Raises:
         ArtefactError: `folder` holds something, or cannot be written (a full disk).
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> from globalopt.reference.tiny import tiny_llama
     >>> save_dense(tiny_llama(), load_model(reference_folder()).tokenizer, "copy", torch.bfloat16)
     >>> load_model("copy").checkpoint_dtype

@@ -36,7 +36,8 @@ class LazyBlocks:
         source: has the blocks' parameters by their names in the model.
         precision: of the weights; its device is where a block is read to by default.
 
-    >>> from globalopt.models.loading import load_model, reference_folder
+    >>> from globalopt.models.loading import load_model
+    >>> from globalopt.reference import reference_folder
     >>> model = load_model(reference_folder(), device="cpu", lazily=True).model
     >>> lazy, weight = lazy_blocks(model), "model.layers.1.mlp.up_proj.weight"
     >>> with lazy.open(1):

@@ -23,7 +23,7 @@ from globalopt.errors import ArtefactError
 from globalopt.protocols import Candidate
 from globalopt.values.budget import Target
 from globalopt.values.problem import Problem
-from globalopt.values.results import Evaluation
+from globalopt.values.search_record import Evaluation
 from globalopt.values.span import Mask
 
 if TYPE_CHECKING:

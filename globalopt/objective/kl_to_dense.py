@@ -12,8 +12,8 @@ from globalopt.errors import NumericalError, UsageError
 from globalopt.kernels.precision import RoughLinear, cpu_has_bfloat16
 from globalopt.kernels.top_kl import TOP, Teacher
 from globalopt.machine import ranks, shares
-from globalopt.models.layers import token_embedding
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.decoder import token_embedding
 from globalopt.protocols import Candidate
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
@@ -47,8 +47,8 @@ class ModelObjective:
     Between calls the model's layers may hold replacements; `close` puts the dense weights back.
 
     >>> import torch
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> windows = torch.arange(48).reshape(3, 16)
@@ -276,8 +276,8 @@ class TargetObjective:
         materialise: makes the weight of a layer from what it keeps; a function of its arguments alone.
 
     >>> import torch
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
     >>> model = ModelObjective(BlockRunner(layers, [Batch(torch.arange(48).reshape(3, 16))]))

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.machine.team import Team
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import RecordedObjective, Selection
 from globalopt.objective.kl_to_dense import LAZY_SHARE, Materialise, ModelObjective, TargetObjective, Weight
@@ -18,7 +19,7 @@ from globalopt.runs.files import read_json, write_json
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import Search
+from globalopt.values.search_record import Search
 from globalopt.values.span import Mask, Span
 from globalopt.values.surface import ErrorSurface
 
@@ -51,8 +52,8 @@ class SearchObjective(RecordedObjective):
 
     >>> import torch
     >>> from globalopt.analysis.spans import compute_span
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from globalopt.values.budget import Budget
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
@@ -102,7 +103,7 @@ class SearchObjective(RecordedObjective):
         self._rough = rough
         self._dense: Callable[[str], Tensor] | None = None
         self._model: TargetObjective | None = None
-        self.team = ranks.Team({"losses": self._losses, "predictions": self._predictions})
+        self.team = Team({"losses": self._losses, "predictions": self._predictions})
         super().__init__(
             lambda candidates, chunks: self.team.ask("losses", candidates, chunks),
             selection,

@@ -18,7 +18,7 @@ from globalopt.analysis.predictions import predict
 from globalopt.analysis.rounding import rounding_losses
 from globalopt.analysis.solver_gap import sampled
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.plan import AnalysisPlan
 from globalopt.pipeline.reporter import Reporter

@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from filelock import FileLock
 
 from globalopt.errors import ArtefactError, UsageError
-from globalopt.models.loading import reference_folder
 from globalopt.models.quantised import STEPS, QuantisedModel, find_quantised
 from globalopt.pipeline.options import ModelOptions
 from globalopt.pipeline.reporter import Reporter
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address, Cache
 from globalopt.runs.files import read_text, write_text

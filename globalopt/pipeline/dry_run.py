@@ -8,7 +8,7 @@ weights) and two timings on this machine, of a matrix product and of the solver 
 from __future__ import annotations
 
 from globalopt.errors import UsageError
-from globalopt.models.loading import resolve_device
+from globalopt.models.device import resolve_device
 from globalopt.pipeline import timing
 from globalopt.pipeline.estimates.disk import disk_bytes
 from globalopt.pipeline.estimates.job import Job, is_weighted
@@ -17,7 +17,7 @@ from globalopt.pipeline.estimates.seconds import stage_seconds
 from globalopt.pipeline.estimates.shape import Shape, Structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.own_text import TOO_LARGE
-from globalopt.values.results import DryRun
+from globalopt.values.dry_run import DryRun
 
 DEQUANTISING = 1e-7
 """Seconds per parameter of reading a quantised model, and of writing it dequantised."""

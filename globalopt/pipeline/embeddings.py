@@ -21,8 +21,8 @@ from globalopt.embeddings.find import find_embeddings
 from globalopt.embeddings.placing import place, placed
 from globalopt.errors import BudgetError
 from globalopt.machine import ranks
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.pipeline.plan import SearchPlan
 from globalopt.pipeline.reporter import Reporter
@@ -43,7 +43,7 @@ Menus = Sequence[Sequence[Embedding]]
 def menus(layers: ModelLayers, plan: SearchPlan) -> tuple[tuple[Embedding, ...], ...]:
     """List how a plan may store the embeddings of a model.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
@@ -84,7 +84,7 @@ def largest_budget(layers: ModelLayers, plan: SearchPlan) -> Budget:
     Raises:
         BudgetError: nothing is left for the layers, or less than their pattern needs.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)
@@ -194,7 +194,7 @@ def beside_embeddings(found: Allocated, stored: tuple[Embedding, ...], bound: fl
     Args:
         bound: lower bound on the predicted loss of layers and embeddings in any bits; None where there was no choice.
 
-    >>> from globalopt.values.results import Outcome
+    >>> from globalopt.values.search_record import Outcome
     >>> found = Allocated({}, 0.3, None, Outcome(2, 0.4, None, None))
     >>> head = Embedding("lm_head", 100, 64, bits=8, loss=0.1)
     >>> round(beside_embeddings(found, (head,), bound=0.35).bound, 6)  # of the layers

@@ -20,8 +20,8 @@ from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session
 from globalopt.reference.tiny import tiny_llama
 from globalopt.values.budget import Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.surface import ErrorSurface
 from reports import QuietProgress
 from solvers import get_solver

@@ -16,17 +16,19 @@ from globalopt.machine import ranks
 from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, correction_address, objective_addresses
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.problem import pose
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
-from globalopt.pipeline.search import budget_of, corrected, outcome, pose, true_loss
+from globalopt.pipeline.search import budget_of, corrected, outcome, true_loss
 from globalopt.pipeline.session import Session, versions
 from globalopt.runs.artefacts import FAMILY, Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget
+from globalopt.values.family import Family, FamilyPoint
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import Family, FamilyPoint, Outcome
+from globalopt.values.search_record import Outcome
 
 FRONTIER = tuple(round(0.05 * step, 2) for step in range(2, 19))
 """Fractions kept of the default family: 0.1 to 0.9 in steps of 0.05."""

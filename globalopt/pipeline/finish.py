@@ -30,8 +30,10 @@ from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
 from globalopt.values.budget import Target
 from globalopt.values.embeddings import stored_bytes
+from globalopt.values.layer_results import LayerResult
+from globalopt.values.metrics import Metrics
 from globalopt.values.problem import Allocation
-from globalopt.values.results import LayerResult, Metrics, Summary
+from globalopt.values.results import Summary
 
 
 def finish(

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from globalopt.models.loading import reference_folder
 from globalopt.pipeline.addresses import algorithms
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import SUMMARY
 from globalopt.runs.files import digest, read_json, write_json
 from globalopt.runs.folder import ASKED, Run

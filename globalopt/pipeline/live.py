@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from globalopt.errors import CalibrationError, UnsupportedModelError, UsageError
-from globalopt.models.layers import check_finite, find_layers
-from globalopt.models.loading import LoadedModel, computed_dtype
+from globalopt.models.device import computed_dtype
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import check_finite
+from globalopt.models.loading import LoadedModel
 from globalopt.models.refusals import DEQUANTISED, GGUF_METHOD, check_config, quantisation, without_quantisation
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter

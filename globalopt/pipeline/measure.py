@@ -16,8 +16,10 @@ from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, load_from
 from globalopt.runs.artefacts import SAMPLES, SUMMARY, WINDOWS
 from globalopt.runs.folder import Run
-from globalopt.values.results import Metrics, StageCost, Summary, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
+from globalopt.values.results import Summary
 from globalopt.values.scores import Scorecard
+from globalopt.values.stage_cost import StageCost
 
 STAGES = ("evaluate", "samples")
 """Stages of a measurement, which `--no-evaluate` leaves out."""

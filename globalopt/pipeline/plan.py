@@ -23,9 +23,9 @@ from globalopt.protocols import Allocator, Needs, Outputs, Reads, Solver
 from globalopt.refine.blocks import Order
 from globalopt.values.budget import Budget, Limits, Target
 from globalopt.values.embeddings import AUTO
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.storage import PLAIN, Storage
 from globalopt.values.surface import ErrorSurface
 from solvers import get_solver

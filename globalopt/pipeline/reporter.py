@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from globalopt.machine.clock import StageClock
 from globalopt.protocols import Progress
-from globalopt.values.results import StageCost
+from globalopt.values.stage_cost import StageCost
 
 
 @dataclass(frozen=True, eq=False)

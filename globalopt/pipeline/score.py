@@ -9,8 +9,9 @@ from globalopt.errors import UsageError
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
 from globalopt.evaluation.tasks import TaskResults, Tasks, ask, lm_eval_version
 from globalopt.machine import ranks
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import weights_sha256
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import LoadedModel
 from globalopt.models.streaming import dtype_of
 from globalopt.pipeline.dense_source import dense_source
@@ -22,8 +23,8 @@ from globalopt.text.messages import Chat
 from globalopt.text.reading import read_text
 from globalopt.text.splits import consecutive_split
 from globalopt.text.windows import Split
+from globalopt.values.metrics import Metrics, WindowLosses
 from globalopt.values.own_text import OwnText
-from globalopt.values.results import Metrics, WindowLosses
 from globalopt.values.scores import ACCURACIES, ModelScore, Score, Scorecard, averages
 
 

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from allocators import Knapsack, Uniform
 from globalopt.analysis.attribution import Attribution, attribute
 from globalopt.analysis.corrections import WINDOWS, correct
-from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.machine import ranks
-from globalopt.models.walk import BlockRunner
+from globalopt.machine.team import Team
+from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
@@ -29,23 +28,22 @@ from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.embeddings import beside_embeddings, choose, largest_budget, layer_budget, measured_menus
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.measure import gone_on
-from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
+from globalopt.pipeline.plan import SearchPlan
+from globalopt.pipeline.problem import pose, span_of
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
-from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, PROFILE, ROUNDING, SPAN, SUMMARY, TEACHER
+from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, ROUNDING, SUMMARY, TEACHER
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.embeddings import Embedding
-from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import Outcome, Summary
-from globalopt.values.rounding_losses import with_storages
-from globalopt.values.span import Span
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Outcome
 from globalopt.values.surface import ErrorSurface
 
 
@@ -176,7 +174,7 @@ def corrected(
                 losses = model.losses_of([{name: weights[name]} for name in targets], range(model.chunks)).mean(1)
                 return dict(zip(targets, losses.tolist(), strict=True))
 
-            team = ranks.Team({"shares": shares, "alone": alone})
+            team = Team({"shares": shares, "alone": alone})
 
             def corrections() -> Corrections:
                 best = NO_CORRECTIONS
@@ -257,73 +255,6 @@ def outcome(allocation: Allocation, objective: SearchObjective | None = None) ->
     losses = objective.losses([allocation.targets], range(objective.chunks))[0]
     stderr = float(losses.std() / len(losses) ** 0.5)
     return Outcome(allocation.used, allocation.predicted, float(losses.mean()), stderr)
-
-
-def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = None) -> Problem:
-    """Pose the allocation problem of an analysed model: the error surfaces of its layers, under its budget.
-
-    Where no losses are predicted, as the allocator does not read them, a layer has two options, dense and zero, and its
-    surface is its share of the weights.
-
-    Args:
-        run: with predictions, profiles and spans, as far as they are read. The problem's spans are right while the
-            session's model is dense.
-        reads: what is read; None is what the plan's allocator reads.
-
-    >>> from globalopt.pipeline.example import example_plan, example_reporter, example_session
-    >>> session, plan = example_session(), example_plan(allocator="knapsack")
-    >>> with Run.start(Path("posed"), {}, {}) as run:
-    ...     _ = analyse(session, example_reporter(), plan.analysis, run)
-    ...     problem = pose(session, plan, run)
-    >>> len(problem.specs), problem.budget.limit, {target.rank for target in problem.surfaces[0].targets}
-    (14, 2176, {0})
-    """
-    reads = plan.reads if reads is None else reads
-    specs = {spec.name: spec for spec in session.layers.specs}
-    if Reads.SURFACES in reads:
-        surfaces = tuple(run.get(PREDICTION, spec).surface for spec in specs.values())
-    else:
-        surfaces = tuple(_unpredicted(spec, plan.analysis) for spec in specs.values())
-    if plan.analysis.rounds_numbers:
-        losses = [run.get(ROUNDING, s.spec) if Reads.SURFACES in reads else None for s in surfaces]
-        menu = plan.analysis.storages
-        surfaces = tuple(with_storages(s, each, menu) for s, each in zip(surfaces, losses, strict=True))
-    solver = plan.analysis.solver
-    if Reads.SURFACES in reads and not (solver.sparse or solver.low_rank):
-        surfaces = tuple(_of_whole(surface) for surface in surfaces)
-    profiles = {name: run.get(PROFILE, spec) for name, spec in specs.items()} if Reads.PROFILES in reads else {}
-
-    def span(name: str) -> Span:
-        return _span(run, specs[name], session.layers.weight(name))
-
-    return Problem(
-        surfaces,
-        largest_budget(session.layers, plan),
-        plan.analysis.pattern,
-        plan.seed,
-        profiles,
-        plan.analysis.limits,
-        span,
-    )
-
-
-def _span(run: Run, spec: LayerSpec, weight: Tensor) -> Span:
-    """Read the span of a layer into main memory, given its dense weight."""
-    return run.get(SPAN, spec).span(weight).to(torch.device("cpu"))
-
-
-def _of_whole(surface: ErrorSurface) -> ErrorSurface:
-    """Leave the options that keep every weight, for a solver that drops none: they differ by their storages alone."""
-    whole = [(t, e) for t, e in zip(surface.targets, surface.error, strict=True) if t.nnz == surface.spec.numel]
-    targets, errors = zip(*whole, strict=True)
-    return ErrorSurface(surface.spec, targets, errors)
-
-
-def _unpredicted(spec: LayerSpec, plan: AnalysisPlan) -> ErrorSurface:
-    """Make a surface that says nothing of a layer but its size; its options are those that a uniform budget needs."""
-    most = spec.max_rank if plan.solver.low_rank else 0
-    targets = Options.of(spec, most, plan.pattern, plan.limits).targets
-    return ErrorSurface(spec, targets, tuple(float(spec.numel - target.params(spec)) for target in targets))
 
 
 def budget_of(
@@ -414,7 +345,7 @@ def true_loss(
         run.path(TEACHER, None) if windows is None else None,
         advance,
         beside,
-        lambda name, weight: _span(run, specs[name], weight),
+        lambda name, weight: span_of(run, specs[name], weight),
         rough=windows is not None,
     )
     try:

@@ -22,12 +22,16 @@ from globalopt.errors import ArtefactError, UsageError
 from globalopt.export.loading import is_adapter_export, load_adapter_export, unpacked
 from globalopt.machine import ranks
 from globalopt.machine.memory import available, resident
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.context_length import context_length
+from globalopt.models.decoder import token_embedding
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, model_sha256
-from globalopt.models.layers import ModelLayers, check_finite, find_layers, token_embedding
+from globalopt.models.layers import ModelLayers, check_finite
 from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.portions import Portion
 from globalopt.models.streaming import dtype_of, lazy_blocks
-from globalopt.models.walk import Batch, BlockRunner, context_length
 from globalopt.pipeline.dense_source import DenseSource, dense_source
 from globalopt.pipeline.options import REFERENCE, ModelOptions, TextOptions
 from globalopt.pipeline.reporter import Reporter
@@ -252,7 +256,7 @@ def load(source: DenseSource, options: ModelOptions, tokens: int = 0) -> tuple[L
         source: of the model that the options name.
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> loaded, layers = load(DenseSource(str(reference_folder())), ModelOptions())
     >>> len(layers.blocks)
     8
@@ -272,7 +276,7 @@ def load_from(source: str, options: ModelOptions, tokens: int = 0, like: PreTrai
         tokens: calibration tokens, whose hidden states must fit beside the model; see `load_model`.
         like: a model in memory; the new one is loaded lazily if that one was, else whole.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> load_from(str(reference_folder()), ModelOptions(dtype="bfloat16")).model.dtype
     torch.bfloat16
     """
@@ -305,7 +309,7 @@ def sizes(loaded: LoadedModel, text: TextOptions, seed: int) -> dict[str, Any]:
 def limits(loaded: LoadedModel) -> dict[str, Any]:
     """Return the limits of a model on its windows, as the arguments `max_length` and `vocabulary` of `make_splits`.
 
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> limits(load_from(str(reference_folder()), ModelOptions()))
     {'max_length': 512, 'vocabulary': 4096}
     """

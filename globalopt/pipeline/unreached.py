@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from globalopt.models.layers import UNREACHED, ModelLayers
+from globalopt.models.coverage import UNREACHED
+from globalopt.models.layers import ModelLayers
 from globalopt.models.refusals import shown
 from globalopt.runs.artefacts import SOLVED_LAYER
 from globalopt.runs.folder import Run
@@ -12,7 +13,7 @@ from globalopt.values.layer import LayerSpec
 def left_dense(layers: ModelLayers) -> list[str]:
     """Say which linear layers of the blocks stay dense, as the loss does not reach them: one line, or none.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> left_dense(find_layers(tiny_llama()))
     []
@@ -30,7 +31,7 @@ def without_tokens(run: Run, layers: ModelLayers) -> list[str]:
     """Say which layers no calibration token reached, in a run that was refined, and what was done: one line, or none.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> with Run.start(Path("run"), {}, {}) as run:
     ...     without_tokens(run, find_layers(tiny_llama()))

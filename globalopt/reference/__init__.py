@@ -16,6 +16,21 @@ NAME = "reference"
 SPLITS = ("calibration", "selection", "validation", "test")
 
 
+def reference_folder() -> Path:
+    """Return the folder of the bundled reference model.
+
+    Raises:
+        ArtefactError: it was not installed.
+
+    >>> (reference_folder() / "config.json").is_file()
+    True
+    """
+    folder = Path(__file__).parent / "model"
+    if not (folder / "config.json").is_file():
+        raise ArtefactError(f"The bundled reference model is not at {folder}; install the package again.")
+    return folder
+
+
 def text_file(split: str) -> Path:
     """Return the path of the bundled text of one of `SPLITS`.
 

@@ -16,8 +16,9 @@ from globalopt.errors import GlobalOptError, NumericalError
 from globalopt.machine import ranks
 from globalopt.machine.memory import trim_memory
 from globalopt.matching.block import Matching, match_block
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockRunner, BlockVisit, walk_blocks
+from globalopt.models.walk import BlockVisit, walk_blocks
 from globalopt.protocols import Solver
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.published import on_grid
@@ -27,8 +28,8 @@ from globalopt.runs.records import Matched, SolvedLayer
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import LayerSpec
+from globalopt.values.layer_results import LayerResult
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.results import LayerResult
 from globalopt.values.storage import PLAIN
 
 VERSION = 4
@@ -113,8 +114,8 @@ def refine(
             names the layer.
 
     >>> from pathlib import Path
-    >>> from globalopt.models.layers import find_layers
-    >>> from globalopt.models.walk import Batch
+    >>> from globalopt.models.batch import Batch
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
     >>> from solvers import get_solver
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

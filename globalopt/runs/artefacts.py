@@ -18,8 +18,12 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
+from globalopt.values.curves import LayerCurves
+from globalopt.values.family import Family
 from globalopt.values.layer import LayerSpec
-from globalopt.values.results import Family, LayerCurves, Samples, Summary, WindowLosses
+from globalopt.values.metrics import WindowLosses
+from globalopt.values.results import Summary
+from globalopt.values.samples import Samples
 from globalopt.values.scores import Scorecard
 
 K = TypeVar("K")

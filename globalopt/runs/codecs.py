@@ -31,8 +31,8 @@ from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.own_text import OwnText
 from globalopt.values.problem import Profile
-from globalopt.values.results import Outcome, Search
 from globalopt.values.rounding_losses import RoundingLosses
+from globalopt.values.search_record import Outcome, Search
 from globalopt.values.span import SpanBasis
 from globalopt.values.storage import GROUP, Storage, code_bytes
 from globalopt.values.surface import ErrorSurface

@@ -32,8 +32,11 @@ from globalopt.runs.artefacts import (
 from globalopt.runs.files import digest, is_there, link_or_copy, read_json, read_metadata, remove_abandoned, write_json
 from globalopt.runs.workspace import Workspace
 from globalopt.values.decomposition import Decomposition, Trace
+from globalopt.values.family import Family
 from globalopt.values.layer import LayerSpec
-from globalopt.values.results import Details, Family, MatchResult, Summary, WindowLosses
+from globalopt.values.layer_results import MatchResult
+from globalopt.values.metrics import WindowLosses
+from globalopt.values.results import Details, Summary
 
 SCHEMA = 2
 MANIFEST = "manifest.json"

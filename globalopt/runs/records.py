@@ -11,7 +11,7 @@ from torch import Tensor
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.embeddings import Embedding
-from globalopt.values.results import Outcome, Search
+from globalopt.values.search_record import Outcome, Search
 from globalopt.values.surface import ErrorSurface
 
 

@@ -23,7 +23,7 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase, choice: str) -> tuple[int, ...
         UsageError: "yes", and the tokenizer has no BOS token; or there is no such choice.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())
     >>> prefix_of(tokenizer, "auto"), tokenizer.decode(prefix_of(tokenizer, "yes"))
     ((), '<s>')

@@ -40,7 +40,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: Text, special: bool = Tru
         special: with the special tokens that the tokenizer adds, once.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())
     >>> tokenizer.decode(tokenise(tokenizer, Text.of("A short text.", "a.txt")))
     'A short text.'
@@ -184,7 +184,7 @@ def cut_text(
         UsageError: a window has no room for a token of the text.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer, text = AutoTokenizer.from_pretrained(reference_folder()), Text.of("A short text. " * 200, "a.txt")
     >>> [(name, region.end) for name, region in cut_text(tokenizer, text, ("calibration", "test"), 8, 16).items()]
     [('calibration', 600), ('test', 801)]
@@ -227,7 +227,7 @@ def cut_reference(
     """Make each of the bundled texts one region; arguments and errors are those of `cut_text`.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer = AutoTokenizer.from_pretrained(reference_folder())
     >>> cut_reference(tokenizer, ("selection",), 8, 16)["selection"].source
     'reference:selection'

@@ -57,7 +57,7 @@ def make_splits(
         UsageError: an argument is out of its range.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer, text = AutoTokenizer.from_pretrained(reference_folder()), Text.of("A short text. " * 200, "a.txt")
     >>> splits = make_splits(tokenizer, text, None, nsamples=8, seqlen=16, seed=0, eval_windows=4)
     >>> [(split.name, *split.windows.shape) for split in splits]
@@ -128,7 +128,7 @@ def consecutive_split(
         UsageError: an argument is out of its range.
 
     >>> from transformers import AutoTokenizer
-    >>> from globalopt.models.loading import reference_folder
+    >>> from globalopt.reference import reference_folder
     >>> tokenizer, text = AutoTokenizer.from_pretrained(reference_folder()), Text.of("A short text. " * 200, "a.txt")
     >>> consecutive_split(tokenizer, text, "test", seqlen=16, eval_windows=3).starts
     (0, 16, 32)

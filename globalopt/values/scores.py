@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from globalopt.values.results import Metrics
+from globalopt.values.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from globalopt.analysis.layer_analysis import PLAIN_ANCHORS, LayerAnalysis
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
 from globalopt.analysis.surfaces import span_errors
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,

@@ -22,8 +22,9 @@ from globalopt.analysis.collect import write_grams, write_spans
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
-from globalopt.models.layers import find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
 from globalopt.reference.tiny import tiny_llama
 from globalopt.runs.artefacts import ANCHORS
 from globalopt.runs.workspace import Workspace

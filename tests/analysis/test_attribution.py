@@ -10,8 +10,10 @@ from torch import Tensor
 
 from globalopt.analysis.attribution import attribute
 from globalopt.errors import NumericalError
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective.kl_to_dense import ModelObjective
 from tests.tiny_models import tiny_ids, tiny_model
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from globalopt.analysis.collect import write_grams, write_output_grams
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.metric_choices import CONTRADICTED, KEPT, choose_metrics, probed_target
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM
 from globalopt.runs.records import AnchorSolutions, MetricChoice

@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from globalopt.analysis.sensitivity import LayerGradients, backward_sweep, label_gradients
 from globalopt.errors import NumericalError
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.values.metric import Gram
 from tests.tiny_models import tiny_model
 

@@ -14,8 +14,9 @@ from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, measure_gap, sampled
 from globalopt.budgets.conversion import convert_target
-from globalopt.models.layers import find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
 from globalopt.runs.artefacts import GRAM
 from globalopt.runs.records import AnchorSolutions
 from globalopt.runs.workspace import Workspace

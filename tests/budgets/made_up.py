@@ -8,8 +8,8 @@ from pathlib import Path
 from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile, LayerEntry
 from globalopt.values.budget import Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import LayerSpec
-from globalopt.values.results import ErrorUnit
 
 KINDS = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 

@@ -10,9 +10,9 @@ from globalopt.budgets import budget_file
 from globalopt.budgets.budget_file import BudgetFile
 from globalopt.errors import ArtefactError, UsageError
 from globalopt.values.budget import Limits, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.storage import PLAIN, Storage
 from tests.surfaces import problem
 

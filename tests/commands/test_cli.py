@@ -17,18 +17,19 @@ from globalopt.commands.console import INTERRUPTED
 from globalopt.commands.explanations import options
 from globalopt.matching.block import Matching
 from globalopt.matching.model import Distillation
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint
-from globalopt.models.layers import find_layers
-from globalopt.models.loading import load_model, reference_folder
+from globalopt.models.loading import load_model
 from globalopt.pipeline import search
+from globalopt.reference import reference_folder
 from globalopt.runs.artefacts import PREDICTION, SOLVED_LAYER, SPAN, SUMMARY
 from globalopt.runs.folder import Run
 from globalopt.runs.packing import unpack
 from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, follows
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM
 from globalopt.values.problem import Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS
 from solvers.oats import OATS

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from globalopt.errors import UsageError
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_model
 from globalopt.pipeline.options import RefineOptions, SearchOptions
 from globalopt.pipeline.plan import resolve

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from globalopt.errors import NumericalError, UsageError
 from globalopt.evaluation import perplexity
 from globalopt.evaluation.perplexity import evaluate, evaluate_both
-from globalopt.models.loading import load_model, reference_folder
+from globalopt.models.loading import load_model
+from globalopt.reference import reference_folder
 from globalopt.text.splits import Split, reference_splits
 
 VOCABULARY = 50

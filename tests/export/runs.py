@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from globalopt.export.example import write_finished_run
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.rounding.stored import stored
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM

@@ -15,7 +15,8 @@ from globalopt.export.card import card_facts, model_card
 from globalopt.export.formats import export
 from globalopt.models.origin import origin_of
 from globalopt.runs.folder import Run
-from globalopt.values.results import Metrics, Summary
+from globalopt.values.metrics import Metrics
+from globalopt.values.results import Summary
 from tests.command import WINDOWS, done, write_text
 from tests.export.runs import made_run
 from tests.tiny_models import save_tiny

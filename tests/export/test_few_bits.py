@@ -22,7 +22,7 @@ from globalopt.export.factors import read_factors
 from globalopt.export.formats import decoded_in, export
 from globalopt.export.packed import load_packed
 from globalopt.export.quantizer import SparseLowRankConfig, packed_layers, set_compute
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.runs.artefacts import SOLVED_LAYER
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors

@@ -21,7 +21,7 @@ from globalopt.export.adapter import RANKS, _lora_config
 from globalopt.export.factors import read_factors
 from globalopt.export.formats import FORMATS, export, loading
 from globalopt.export.packed import load_packed
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.runs.files import PARTIAL, replacing
 from globalopt.runs.folder import Run

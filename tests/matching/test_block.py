@@ -12,8 +12,10 @@ from globalopt.errors import UnknownNameError, UsageError
 from globalopt.kernels import precision
 from globalopt.matching.block import Loss, Matching, match_block
 from globalopt.matching.training import Autocast
-from globalopt.models.layers import find_layers
-from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.walk import walk_blocks
 from globalopt.refine.blocks import Order, Refinement, refine
 from globalopt.runs.artefacts import MATCHED_BLOCK, SOLVED_LAYER
 from globalopt.runs.files import read_tensors

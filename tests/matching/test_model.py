@@ -6,8 +6,8 @@ import torch
 from globalopt.errors import UnknownNameError
 from globalopt.kernels.top_kl import Teacher
 from globalopt.matching.model import Distillation, match_model, teacher_distributions
-from globalopt.models.layers import find_layers
-from globalopt.models.walk import Batch
+from globalopt.models.batch import Batch
+from globalopt.models.finding import find_layers
 from globalopt.values.decomposition import Decomposition
 from tests.tiny_models import tiny_ids, tiny_model
 

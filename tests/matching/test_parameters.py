@@ -5,7 +5,7 @@ import torch
 
 from globalopt.kernels.grid import codes, levels, spread
 from globalopt.matching.parameters import Trainable, TrainableLayer, norm_parameters
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.stored import stored
 from globalopt.values.budget import Target

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from globalopt.errors import UnsupportedModelError
-from globalopt.models.layers import find_layers
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.origin import origin_of
 from globalopt.models.saving import save_dense
-from globalopt.models.walk import Batch, BlockRunner
 from globalopt.refine.blocks import Refinement, refine
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget, Target

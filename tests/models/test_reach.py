@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from globalopt.errors import UnsupportedModelError
-from globalopt.models.layers import UNREACHED, find_layers
+from globalopt.models.coverage import UNREACHED
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from tests.linear_experts import linear_experts
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model

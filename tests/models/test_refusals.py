@@ -18,10 +18,12 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, GlobalOptError, UnsupportedModelError
 from globalopt.models import loading
 from globalopt.models.checkpoint import INDEX, SINGLE
-from globalopt.models.layers import decoder_blocks, find_layers
-from globalopt.models.loading import load_model, load_structure
+from globalopt.models.decoder import decoder_blocks
+from globalopt.models.finding import find_layers
+from globalopt.models.loading import load_model
 from globalopt.models.quantised import find_quantised
 from globalopt.models.refusals import DEQUANTISED
+from globalopt.models.structure import load_structure
 from tests.command import WINDOWS, done
 from tests.tiny_models import KINDS, save_tiny, tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from globalopt.models import saving
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.models.origin import complete_config, origin_of
 from globalopt.models.saving import save_dense

@@ -20,13 +20,17 @@ from globalopt.analysis.sensitivity import backward_sweep, label_gradients
 from globalopt.errors import ArtefactError, GlobalOptError, NumericalError, UnsupportedModelError, UsageError
 from globalopt.evaluation.perplexity import evaluate_both
 from globalopt.machine.memory import in_file
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
 from globalopt.models.checkpoint import INDEX, SINGLE
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_fingerprint, weights_sha256
-from globalopt.models.layers import ModelLayers, check_finite, find_layers
-from globalopt.models.loading import LoadedModel, load_model, load_structure
+from globalopt.models.layers import ModelLayers, check_finite
+from globalopt.models.loading import LoadedModel, load_model
 from globalopt.models.saving import save_dense
 from globalopt.models.streaming import LazyBlocks, dtype_of, lazy_blocks
-from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.models.structure import load_structure
+from globalopt.models.walk import walk_blocks
 from globalopt.objective.kl_to_dense import ModelObjective
 from globalopt.text.splits import Split
 from tests.command import WINDOWS, assert_alike, contents, done, no_partial_files, read, refused, write_text

@@ -11,8 +11,10 @@ from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.evaluation.perplexity import evaluate
 from globalopt.kernels import precision
 from globalopt.kernels.top_kl import Teacher
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective import kl_to_dense
 from globalopt.objective.kl_to_dense import ModelObjective, TargetObjective
 from globalopt.text.splits import Split

@@ -12,8 +12,10 @@ from torch import Tensor
 from globalopt.analysis.grid import Options
 from globalopt.analysis.spans import compute_span
 from globalopt.errors import UsageError
-from globalopt.models.layers import ModelLayers, find_layers
-from globalopt.models.walk import Batch, BlockRunner
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.objective.candidates import AnchoredLayer, span_weight
 from globalopt.objective.journal import Selection
 from globalopt.objective.kl_to_dense import ModelObjective

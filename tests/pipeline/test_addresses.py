@@ -33,9 +33,9 @@ from globalopt.protocols import Reads, Solver
 from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Address
 from globalopt.values.budget import NO_LIMITS, Budget, Target
+from globalopt.values.error_unit import ErrorUnit
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.problem import Allocation, Problem
-from globalopt.values.results import ErrorUnit
 from globalopt.values.storage import Storage
 from globalopt.values.surface import ErrorSurface
 from solvers import SOLVERS, get_solver

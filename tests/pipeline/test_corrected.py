@@ -14,7 +14,8 @@ from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.example import example_plan, example_reporter, example_session
 from globalopt.pipeline.plan import SearchPlan
-from globalopt.pipeline.search import corrected, pose, true_loss
+from globalopt.pipeline.problem import pose
+from globalopt.pipeline.search import corrected, true_loss
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
 from globalopt.runs.artefacts import CORRECTIONS

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from globalopt.pipeline import doctor
-from globalopt.pipeline.doctor import Device, Disk, Product
+from globalopt.pipeline.health import NEEDED_DTYPES, Device, Disk, Health, Product
 from tests.command import done, run
 
 FAILED = 1
@@ -24,7 +24,7 @@ def bare(requirement: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def health() -> doctor.Health:
+def health() -> Health:
     return doctor.examine()
 
 
@@ -39,7 +39,7 @@ def test_everything_works_here(health):
     assert {part.name for part in health.required if part.version} == set(doctor.REQUIRED)
     assert health.devices[0].name == "cpu"
     assert {p.dtype for p in health.devices[0].products} == set(doctor.DTYPES)
-    assert all(p.problem is None for p in health.devices[0].products if p.dtype in doctor.NEEDED_DTYPES)
+    assert all(p.problem is None for p in health.devices[0].products if p.dtype in NEEDED_DTYPES)
     assert 0 < health.memory_free <= health.memory_total <= psutil.virtual_memory().total
     assert all(disk.free is not None and disk.free > 0 for disk in health.disks)
     assert [check.name for check in health.checks] == ["factorisations", "the bundled model"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from globalopt.models.layers import find_layers
+from globalopt.models.finding import find_layers
 from globalopt.models.loading import load_model
 from globalopt.pipeline import dry_run, timing
 from globalopt.pipeline.estimates import memory

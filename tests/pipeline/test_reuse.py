@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from globalopt.budgets import budget_file
 from globalopt.errors import ArtefactError
+from globalopt.models.finding import find_layers
 from globalopt.models.identity import model_sha256, tokenizer_sha256
-from globalopt.models.layers import find_layers
 from globalopt.models.loading import load_model
 from globalopt.pipeline import addresses, compress, family, measure, plan, search
 from globalopt.pipeline import session as sessions
@@ -31,7 +31,9 @@ from globalopt.runs.artefacts import Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.workspace import Workspace
-from globalopt.values.results import ErrorUnit, Samples, Summary
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.results import Summary
+from globalopt.values.samples import Samples
 from solvers import get_solver
 from tests.command import assert_alike, results
 from tests.tiny_models import KINDS, save_tiny, tiny_tokenizer

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, DeepseekV32Config
 
 import globalopt
 from globalopt.budgets.conversion import convert_target
-from globalopt.models.layers import find_layers
-from globalopt.models.walk import Batch, BlockRunner, walk_blocks
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.walk import walk_blocks
 from globalopt.pipeline.unreached import without_tokens
 from globalopt.refine.blocks import Order, Refinement, refine
 from globalopt.runs.folder import Run

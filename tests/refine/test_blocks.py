@@ -10,9 +10,11 @@ import torch
 
 from globalopt.budgets.conversion import convert_target
 from globalopt.errors import NumericalError, UsageError
-from globalopt.models.layers import ModelLayers, find_layers
+from globalopt.models.batch import Batch
+from globalopt.models.block_runner import BlockRunner
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_model
-from globalopt.models.walk import Batch, BlockRunner
 from globalopt.protocols import Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from globalopt.values.results import LayerResult, MatchResult, Search, Summary
+from globalopt.values.layer_results import LayerResult, MatchResult
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Search
 from reports.example import (
     FALLBACK,
     MISSING,

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from globalopt.values.results import Summary, WindowLosses
+from globalopt.values.metrics import WindowLosses
+from globalopt.values.results import Summary
 from reports import comparison, report_comparison
 from reports.comparison_figure import DRAWN, PANELS, allocations_figure, quality_figure
 from reports.comparison_page import comparison_page

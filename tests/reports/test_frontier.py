@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from globalopt.values.results import ErrorUnit, Family
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.family import Family
 from reports import formats, report_family
 from reports.example import FAMILY_KEPT
 from reports.frontier import frontier_figure, frontier_table

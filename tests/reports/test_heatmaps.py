@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from globalopt.values.results import ErrorUnit
+from globalopt.values.error_unit import ErrorUnit
 from reports import figures, report
 from reports.formats import prefixed
 from reports.groups import Grid

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from globalopt.errors import ArtefactError
-from globalopt.values.results import Details, Samples, Summary
+from globalopt.values.results import Details, Summary
+from globalopt.values.samples import Samples
 from reports import report_family
 from reports.family_page import family_page
 from reports.html import Card, Cell, Column, Lines, Page, Picture, Section, Table, rendered, write_page

@@ -7,7 +7,7 @@ import pytest
 from globalopt.analysis.grid import LARGEST_SHARE, LEAST_KEPT, NNZ_LEVELS, Options
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from globalopt.values.results import LayerResult
+from globalopt.values.layer_results import LayerResult
 from reports import Menu
 from reports.tables import budget_facts
 from tests.reports.factory import make_summary

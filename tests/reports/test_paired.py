@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from globalopt.values.results import Metrics, Summary, WindowLosses
+from globalopt.values.metrics import Metrics, WindowLosses
+from globalopt.values.results import Summary
 from reports.comparison import comparison, difference_table, differences_to_first
 from reports.paired import Measured, difference
 from tests.reports.factory import make_metrics, make_summary

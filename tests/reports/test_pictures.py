@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from globalopt.values.results import Details, MatchResult
+from globalopt.values.layer_results import MatchResult
+from globalopt.values.results import Details
 from reports.convergence_figure import convergence_figure
 from reports.curves_figure import curves_figure
 from reports.groups import typical

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.lines import Line2D
 
-from globalopt.values.results import ErrorUnit, Search, Summary
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Search
 from reports.pictures import write_figures
 from reports.search_figure import search_figure
 from tests.reports.factory import make_search, make_searched, make_summary

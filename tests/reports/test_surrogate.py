@@ -8,7 +8,8 @@ import pytest
 from pydantic import TypeAdapter
 from scipy import stats
 
-from globalopt.values.results import Evaluation, Summary
+from globalopt.values.results import Summary
+from globalopt.values.search_record import Evaluation
 from reports.surrogate import Surrogate, chosen, line, rank_correlation, whole
 from tests.reports.factory import make_search, make_searched, make_summary
 

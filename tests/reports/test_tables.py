@@ -10,7 +10,9 @@ from rich.console import Console, RenderableType
 from globalopt.errors import ArtefactError
 from globalopt.values.decomposition import Status
 from globalopt.values.embeddings import Embedding
-from globalopt.values.results import ErrorUnit, Evaluation, MatchResult, Outcome, Search
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.layer_results import MatchResult
+from globalopt.values.search_record import Evaluation, Outcome, Search
 from reports import render
 from reports.groups import Grid, Group
 from reports.layer_tables import by_block_table, by_kind_table, layer_allocation, layer_results

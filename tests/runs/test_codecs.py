@@ -30,31 +30,23 @@ from globalopt.runs.records import (
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
 from globalopt.values.corrections import Corrections
+from globalopt.values.curves import Curve, LayerCurves
 from globalopt.values.decomposition import Decomposition
+from globalopt.values.error_unit import ErrorUnit
+from globalopt.values.family import Family, FamilyPoint
 from globalopt.values.layer import NM, LayerSpec
+from globalopt.values.layer_results import LayerResult
 from globalopt.values.metric import Gram
+from globalopt.values.metrics import Metrics, WindowLosses
 from globalopt.values.own_text import OwnText
 from globalopt.values.problem import Profile
-from globalopt.values.results import (
-    Curve,
-    ErrorUnit,
-    Evaluation,
-    Family,
-    FamilyPoint,
-    LayerCurves,
-    LayerResult,
-    Metrics,
-    Outcome,
-    Sample,
-    Samples,
-    Search,
-    StageCost,
-    Summary,
-    WindowLosses,
-)
+from globalopt.values.results import Summary
 from globalopt.values.rounding_losses import RoundingLosses
+from globalopt.values.samples import Sample, Samples
 from globalopt.values.scores import ModelScore, Score, Scorecard, TaskScore
+from globalopt.values.search_record import Evaluation, Outcome, Search
 from globalopt.values.span import SpanBasis
+from globalopt.values.stage_cost import StageCost
 from globalopt.values.surface import ErrorSurface
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)

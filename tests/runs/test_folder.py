@@ -27,10 +27,13 @@ from globalopt.runs.artefacts import (
 from globalopt.runs.files import write_json, write_tensors
 from globalopt.runs.folder import LOCK, MANIFEST, WORK, Run
 from globalopt.runs.records import Matched, SolvedLayer
+from globalopt.values.curves import Curve, LayerCurves
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
+from globalopt.values.layer_results import MatchResult
 from globalopt.values.metric import Gram
-from globalopt.values.results import Curve, Details, LayerCurves, MatchResult, Sample, Samples
+from globalopt.values.results import Details
+from globalopt.values.samples import Sample, Samples
 
 SPEC = LayerSpec("block.0.up", 0, "block.0.in", "up", 4, 8)
 OTHER = LayerSpec("block.0.down", 0, "block.0.in", "down", 4, 8)

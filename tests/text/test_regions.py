@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from globalopt.models.loading import reference_folder
+from globalopt.reference import reference_folder
 from globalopt.text import regions
 from globalopt.text.reading import Text
 

@@ -93,7 +93,7 @@ def within(job: Job, layers: ModelLayers, plan: SearchPlan) -> Job:
     Raises:
         BudgetError: nothing is left for the layers.
 
-    >>> from globalopt.models.layers import find_layers
+    >>> from globalopt.models.finding import find_layers
     >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.reference.tiny import tiny_llama
     >>> layers = find_layers(tiny_llama(), allow_low_coverage=True)

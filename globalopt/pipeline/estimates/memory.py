@@ -20,7 +20,7 @@ from globalopt.analysis.solver_gap import TOGETHER, sampled
 from globalopt.evaluation.perplexity import LAZY_LOGITS_AT_ONCE, LOGITS_AT_ONCE, SOFTMAX_AT_ONCE
 from globalopt.kernels.top_kl import TOP
 from globalopt.machine.memory import WHOLE_COPIES, available, resident
-from globalopt.models.loading import resolve_device
+from globalopt.models.device import resolve_device
 from globalopt.objective.kl_to_dense import LAZY_SHARE, WEIGHTS_AT_ONCE
 from globalopt.objective.of_run import ANCHORS_AT_ONCE
 from globalopt.pipeline.estimates.job import Job, anchor_count, is_weighted
@@ -45,9 +45,9 @@ TRAINED = 5 * 4 + 8
 def memory_bytes(shape: Shape, models: ModelOptions, job: Job) -> tuple[dict[str, int], bool, bool]:
     """Estimate bytes by purpose, whether blocks are loaded one at a time, and whether hidden states go to files.
 
-    >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.pipeline.estimates.job import search_job
     >>> from globalopt.pipeline.estimates.shape import Structure
+    >>> from globalopt.pipeline.example import example_plan
     >>> from globalopt.pipeline.options import TextOptions
     >>> models, job = ModelOptions(), search_job(example_plan(), refines=True)
     >>> shape = Shape.of(Structure.of(models), models, TextOptions())

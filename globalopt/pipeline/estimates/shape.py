@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from globalopt.evaluation.logits import in_parts
-from globalopt.models.layers import ModelLayers, find_layers, token_embedding
-from globalopt.models.loading import load_structure, reference_folder, resolve_device
+from globalopt.models.decoder import token_embedding
+from globalopt.models.device import resolve_device
+from globalopt.models.finding import find_layers
+from globalopt.models.layers import ModelLayers
 from globalopt.models.quantised import find_quantised
 from globalopt.models.streaming import dtype_of
+from globalopt.models.structure import load_structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
 from globalopt.pipeline.own_text import at_once
+from globalopt.reference import reference_folder
 from globalopt.text.mixtures import share_out
 from globalopt.text.splits import CUT, NAMES
 from globalopt.values.layer import LayerSpec
