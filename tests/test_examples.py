@@ -37,7 +37,7 @@ def public(module: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_examples_run(name, tmp_path, monkeypatch):
+def test_examples_run(name, tmp_path, monkeypatch, unabridged):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     found = doctest.DocTestFinder(exclude_empty=True).find(module, name)

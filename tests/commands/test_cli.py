@@ -338,7 +338,7 @@ def test_eval_can_use_other_windows(tiny_run, tmp_path):
     assert "Quality" in done("eval", folder, "-q").stdout
 
 
-def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
+def test_report_of_one_run_and_of_several(tiny_run, tmp_path, unabridged):
     folder = shutil.copytree(tiny_run, tmp_path / "[bold]run")
     shown = done("report", folder).stdout
     assert "Search on the true loss" in shown
