@@ -20,7 +20,7 @@ from globalopt.runs.files import read_tensors
 from tests.command import WINDOWS, done, read
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--effort", "quick", "--set", "steps=5", "--match-set", "epochs=1", "--batch-size", "4", "--samples", "0")
+OPTIONS = ("--set", "steps=5", "--match-set", "epochs=1", "--batch-size", "4", "--samples", "0")
 
 
 @dataclass(frozen=True)
