@@ -18,8 +18,8 @@ compared with the first by their hash and deleted. Finished cells are not run ag
 of their key: after changing one, choose another `--out`.
 
 llm-compressor rounds to integers, in groups of 128 inputs or of the largest power of two that divides the width
-(W4A16 and W8A16). globalopt has groups of 64 numbers and a grid without zero; both have symmetric grids and scales of 16
-bits, so that globalopt keeps up to an eighth of a bit more per weight. Their sizes stand beside each other.
+(W4A16 and W8A16). globalopt has groups of 64 numbers and a grid without zero. Scales take 16 bits in both, so that
+globalopt keeps up to an eighth of a bit more per weight. Their sizes stand beside each other.
 """
 
 from __future__ import annotations

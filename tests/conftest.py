@@ -34,13 +34,6 @@ def shortened_ends() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def unabridged() -> Iterator[None]:
-    """Whole pictures and samples, as users get them."""
-    with shortened.unabridged():
-        yield
-
-
 @pytest.fixture(scope="session")
 def reference_tokenizer() -> transformers.PreTrainedTokenizerBase:
     """The bundled model's tokenizer: byte-level, adds no special tokens."""

@@ -1,8 +1,8 @@
 """Leave out of runs what only few tests look at: layout and pixels of pictures, and all but a few tokens of samples.
 
 They are more than half of the time of a short run with a report. Every figure is made and written all the same, as a
-single point. The tests of `tests/reports` and `tests/evaluation`, the examples in docstrings, and tests that ask for the
-fixture `unabridged` have whole ones.
+single point. The tests of `tests/reports` and `tests/evaluation` have whole ones, and so has what is run in
+`unabridged`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from matplotlib.figure import Figure
 
 from globalopt.evaluation import samples
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
-)
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt" viewBox="0 0 1 1"/>\n'
 
 _SHORT: dict[tuple[Any, str], Any] = {
