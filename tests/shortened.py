@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from globalopt.evaluation import samples
 
@@ -25,7 +25,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt" viewBox=
 
 _SHORT: dict[tuple[Any, str], Any] = {
     (samples, "NEW_TOKENS"): 4,
-    (Figure, "draw_without_rendering"): lambda figure: None,
+    (ConstrainedLayoutEngine, "execute"): lambda layout, figure: None,
     (FigureCanvasAgg, "print_png"): lambda canvas, path, **options: Path(path).write_bytes(PNG),
     (FigureCanvasSVG, "print_svg"): lambda canvas, path, **options: Path(path).write_text(SVG),
 }
