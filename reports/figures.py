@@ -147,7 +147,7 @@ def save(figure: Figure, path: Path) -> Path:
     True
     """
     # Laid out once for both files: the layout is most of the work, and `savefig` would draw everything twice.
-    if (layout := figure.get_layout_engine()) is not None:
+    if figure.axes and (layout := figure.get_layout_engine()) is not None:
         layout.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
