@@ -64,21 +64,19 @@ def measure_python(
     words: Sequence[object],
     variables: Mapping[str, str],
     out: Path,
-    mark: Path | None = None,
-) -> tuple[subprocess.CompletedProcess[str], Cost, Cost | None]:
+) -> tuple[subprocess.CompletedProcess[str], Cost]:
     """Run the Python of an environment as `run_python` does, and measure it from outside.
 
     Args:
-        out: file for the costs. mark: a path whose appearance is waited for.
+        out: file for the costs.
     Returns:
-        What it said, what it took, and what it had taken when `mark` appeared.
+        What it said, and what it took.
     """
-    measuring = [sys.executable, "-IS", Path(__file__).with_name("measured.py"), out, mark or "-"]
+    measuring = [sys.executable, "-IS", Path(__file__).with_name("measured.py"), out]
     command = [str(word) for word in (*measuring, python_of(name, environments), *words)]
     out.unlink(missing_ok=True)
     done = _run(command, name, variables)
-    found = read_json(out)
-    return done, Cost(**found["whole"]), found["marked"] and Cost(**found["marked"])
+    return done, Cost(**read_json(out))
 
 
 def _run(command: Sequence[str], name: str, variables: Mapping[str, str] | None) -> subprocess.CompletedProcess[str]:

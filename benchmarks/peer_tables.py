@@ -46,14 +46,12 @@ class Made:
     """Hold what one run of a program took.
 
     Args:
-        saved: when the model was saved; None where it could not be seen.
-        whole: with all that the program did after that.
+        cost: of the whole process.
         sha256: of the weights that were saved.
         versions: of its packages.
     """
 
-    saved: Cost | None
-    whole: Cost
+    cost: Cost
     sha256: str
     versions: dict[str, str]
 
@@ -159,19 +157,12 @@ def cost_table(rows: Mapping[str, Row], results: Sequence[Result]) -> str:
     lines = []
     for result in results:
         other = compared(rows, results, result)
-        parts = [(result.program, [made.saved for made in result.made])]
-        if result.program == HERE:
-            whole = [made.whole for made in result.made]
-            parts = [(f"{HERE}, to the saved model", parts[0][1]), (f"{HERE}, with its evaluation", whole)]
-        for words, costs in parts:
-            line = [rows[result.row].title, words]
-            known = [cost for cost in costs if cost is not None]
-            for field, digits in fields:
-                complete = len(known) == len(costs)
-                line.append(f"{median(map(field, known)):{digits}}" if complete else NONE)
-                theirs = [field(made.whole) for made in other.made] if complete and other else []
-                line.append(ratio_of([field(cost) for cost in known], theirs) if theirs else NONE)
-            lines.append(line)
+        line = [rows[result.row].title, result.program]
+        for field, digits in fields:
+            own = [field(made.cost) for made in result.made]
+            line.append(f"{median(own):{digits}}")
+            line.append(ratio_of(own, [field(made.cost) for made in other.made]) if other else NONE)
+        lines.append(line)
     return table(["method", "program", "CPU s", "ratio", "wall s", "ratio", "peak GiB", "ratio"], lines)
 
 

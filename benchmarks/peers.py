@@ -1,4 +1,4 @@
-"""Prune a model by llm-compressor and by globalopt, side by side: what is lost, and what does it take?
+"""Prune or round a model by llm-compressor and by globalopt, side by side: what is lost, and what does it take?
 
     python benchmarks/peers.py MODEL --calibration TRAIN.txt --eval-text TEST.txt --out OUT [--install]
         [--rows NAME ...] [--repeats R] [--threads T]
@@ -9,16 +9,17 @@ the same calibration windows in the same order and batches, and save a model in 
 
 Every program is a process of its own that is measured from outside: CPU seconds (user and system), wall seconds and
 peak resident memory, imports and loading included. The two programs of a row run one after the other, in the other
-order in every other repeat. globalopt is run with its evaluation, which `--no-evaluate` would leave out: its costs are
-those when the saved model appeared, and beside them those of the whole run, which evaluates the model on as few windows
-as it can. (A search evaluates on more: the option that would lower their number also shortens its selection text.)
+order in every other repeat. Neither evaluates what it saves: globalopt is run with `--no-evaluate`.
 
 All saved models are evaluated here, on the first windows of the evaluation text: perplexity, and KL to the dense model,
 whose logits are computed once and held. Differences are paired by window. Sizes are those of the compressed layers as
-shares of 16 bits per weight, with scales, and the cheapest index of a sparse part. Groups of rounded weights are of 128
-inputs, or of the largest power of two that divides the width. The models of later repeats are compared with the first
-by their hash and deleted. Finished cells are not run again. The source of a program is not part of their key: after
-changing one, choose another `--out`.
+shares of 16 bits per weight, with scales, and the cheapest index of a sparse part. The models of later repeats are
+compared with the first by their hash and deleted. Finished cells are not run again. The source of a program is not part
+of their key: after changing one, choose another `--out`.
+
+llm-compressor rounds to integers, in groups of 128 inputs or of the largest power of two that divides the width
+(W4A16 and W8A16). globalopt has groups of 64 numbers and a grid without zero. Scales take 16 bits in both, so that
+globalopt keeps up to an eighth of a bit more per weight. Their sizes stand beside each other.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ from globalopt.text.splits import Split, Splits, make_splits
 from globalopt.values.budget import BYTES_PER_VALUE, Target
 from globalopt.values.layer import NM
 from globalopt.values.metrics import WindowLosses
+from globalopt.values.storage import GROUP as STORED_GROUP
+from globalopt.values.storage import SCALE_BYTES
 
 PEER = "llm-compressor"
 PACKAGES = ("torch", "llmcompressor")
+UNEVALUATED = ("--no-evaluate",)
+"""Said to globalopt in every row, and part of the key of its cells."""
 GROUP = 128
-"""Largest number of weights that share a scale."""
+"""Largest number of weights that share a scale in llm-compressor."""
 
 
 def pruned(title: str, method: str, pattern: str = "unstructured") -> Row:
@@ -70,15 +75,22 @@ def pruned(title: str, method: str, pattern: str = "unstructured") -> Row:
     return Row(title, job, ("compress", "--budget", "0.5", "--solver", method, "--pattern", pattern))
 
 
+def rounded(title: str, method: str, bits: int) -> Row:
+    """Make a row of both programs that keeps every weight in few bits, in bytes that pay for all of them."""
+    budget = math.ceil(100 * (bits + 8 * SCALE_BYTES / STORED_GROUP) / 16) / 100
+    stored = ("--accounting", "bytes", "--storage", str(bits), "--budget", f"{budget:g}")
+    return Row(title, {"method": method, "bits": bits}, ("compress", "--solver", method, *stored))
+
+
 ROWS = {
     "sparsegpt": pruned("SparseGPT, 50 %", "sparsegpt"),
     "sparsegpt-2:4": pruned("SparseGPT, 2:4", "sparsegpt", "2:4"),
     "wanda": pruned("Wanda, 50 %", "wanda"),
     "wanda-2:4": pruned("Wanda, 2:4", "wanda", "2:4"),
-    "rtn-int8": Row("round to nearest, int8", {"method": "rtn", "bits": 8}),
-    "gptq-int8": Row("GPTQ, int8", {"method": "gptq", "bits": 8}),
-    "rtn-int4": Row("round to nearest, int4", {"method": "rtn", "bits": 4}),
-    "gptq-int4": Row("GPTQ, int4", {"method": "gptq", "bits": 4}),
+    "rtn-int8": rounded("round to nearest, 8 bits", "rtn", 8),
+    "gptq-int8": rounded("GPTQ, 8 bits", "gptq", 8),
+    "rtn-int4": rounded("round to nearest, 4 bits", "rtn", 4),
+    "gptq-int4": rounded("GPTQ, 4 bits", "gptq", 4),
     "knapsack": Row("search, 50 %", None, ("search", "--budget", "0.5", "--allocator", "knapsack"), "sparsegpt"),
 }
 OPTIONAL = ("knapsack",)
@@ -168,10 +180,8 @@ def group_sizes(layers: ModelLayers) -> dict[str, int]:
 def words_of(row: Row, bench: Bench, folder: Path) -> list[object]:
     """Make the command line of globalopt for a row."""
     options, (command, *choices) = bench.options, row.ours
-    # A search reads its selection text, which is as long as the parts that are evaluated.
-    fewest = ["--eval-windows", 2] if command == "compress" else []
     return [
-        *("-m", "globalopt", command, options.model, *choices, *fewest, "--samples", 0, "--device", "cpu"),
+        *("-m", "globalopt", command, options.model, *choices, *UNEVALUATED, "--device", "cpu"),
         *("--calibration", options.calibration, "--eval-text", options.eval_text, "--seed", options.seed),
         *("--nsamples", options.nsamples, "--seqlen", options.seqlen, "--batch-size", options.batch_size),
         *("--no-cache", "--quiet", "--out", folder / "run"),
@@ -200,12 +210,12 @@ def make(name: str, program: str, repeat: int, bench: Bench) -> Made:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if program == HERE:
-        words, mark = words_of(row, bench, folder), saved
+        words = words_of(row, bench, folder)
     else:
         write_json(folder / "job.json", job_of(row, bench, saved))
-        words, mark = [Path(__file__).with_name("peer_programs.py"), folder / "job.json"], None
+        words = [Path(__file__).with_name("peer_programs.py"), folder / "job.json"]
     variables = {"OMP_NUM_THREADS": str(bench.options.threads), "CUDA_VISIBLE_DEVICES": ""}
-    done, whole, marked = measure_python(program, bench.environments, words, variables, folder / "cost.json", mark)
+    done, cost = measure_python(program, bench.environments, words, variables, folder / "cost.json")
     write_text(folder / "log.txt", f"{done.stdout}\n{done.stderr}")
     if done.returncode:
         said = last_line(done.stderr)
@@ -214,7 +224,7 @@ def make(name: str, program: str, repeat: int, bench: Bench) -> Made:
     hashed = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(saved.glob("*.safetensors")))).hexdigest()
     if repeat:
         shutil.rmtree(folder)
-    return Made(whole if program == PEER else marked, whole, hashed, versions)
+    return Made(cost, hashed, versions)
 
 
 def checked(folder: Path, bench: Bench) -> dict[str, str]:
@@ -245,13 +255,14 @@ def shares(name: str, program: str, loaded: LoadedModel, bench: Bench) -> tuple[
     """Compute the shares of the parameters and of the bytes of the compressed layers that a result has."""
     row, specs = ROWS[name], bench.layers.specs
     total = sum(spec.numel for spec in specs)
+    if program == HERE:
+        layers = Run.open(bench.folder(name, program, 0) / "run").summary().layers
+        kept = sum(layer.rank * (layer.d_out + layer.d_in) + layer.nnz for layer in layers)
+        return kept / total, sum(layer.bytes for layer in layers) / (total * BYTES_PER_VALUE)
     if row.bits:
         sizes = group_sizes(bench.layers)
-        found = [spec.numel * row.bits / 8 + spec.numel / sizes[spec.name] * BYTES_PER_VALUE for spec in specs]
+        found = [spec.numel * row.bits / 8 + spec.numel / sizes[spec.name] * SCALE_BYTES for spec in specs]
         return 1.0, sum(found) / (total * BYTES_PER_VALUE)
-    if program == HERE:
-        summary = Run.open(bench.folder(name, program, 0) / "run").summary()
-        return summary.used / summary.total, sum(layer.bytes for layer in summary.layers) / (total * BYTES_PER_VALUE)
     pattern = NM.parse(row.pattern)
     weights = find_layers(loaded.model)
     targets = [Target(0, int(weights.weight(spec.name).count_nonzero()), pattern) for spec in specs]
@@ -266,9 +277,10 @@ def results_of(name: str, bench: Bench) -> list[Result]:
     made: dict[str, list[Made]] = {program: [] for program in programs}
     for repeat in range(bench.options.repeats):
         for program in programs if repeat % 2 == 0 else programs[::-1]:
-            label, identity = f"{name}.{program}.{repeat}", {"peer": row.peer, "ours": list(row.ours)}
+            label = f"{name}.{program}.{repeat}"
+            identity = {"peer": row.peer} if program == PEER else {"ours": [*row.ours, *UNEVALUATED]}
             found = bench.cells.get(Made, label, identity, lambda p=program, r=repeat: make(name, p, r, bench))
-            print(f"{label}: {found.whole.cpu:.1f} CPU s", file=sys.stderr)
+            print(f"{label}: {found.cost.cpu:.1f} CPU s", file=sys.stderr)
             made[program].append(found)
     results = []
     for program in programs:

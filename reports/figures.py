@@ -148,7 +148,8 @@ def save(figure: Figure, path: Path) -> Path:
     True
     """
     # Laid out once for both files: the layout is most of the work, and `savefig` would draw everything twice.
-    figure.draw_without_rendering()
+    if figure.axes and (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
         # The layout is solved in no fixed order: without rounding, the same figure would not give the same bytes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from globalopt.reference import reference_folder
+from tests import shortened
 from tests.command import WINDOWS, done, write_text
 from tests.tiny_models import save_tiny
 
@@ -23,6 +25,13 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shortened_ends() -> Iterator[None]:
+    """Pictures of a single point and samples of a few tokens, outside of tests that look at them."""
+    with shortened.shortened():
+        yield
 
 
 @pytest.fixture(scope="session")

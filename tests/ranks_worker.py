@@ -23,6 +23,7 @@ from globalopt.machine.launch import joined
 from globalopt.machine.team import Team
 from globalopt.runs.workspace import Workspace
 from tests.command import run
+from tests.shortened import shortened
 
 
 def exchanges() -> dict[str, Any]:
@@ -73,7 +74,8 @@ def main(folder: Path, steps: list[dict[str, Any]]) -> None:
     for step in steps:
         if step["dies_at"] and int(rank) == last:
             die_at(step["dies_at"])
-        result = run(*(word.format(rank=rank) for word in step["words"]))
+        with shortened():
+            result = run(*(word.format(rank=rank) for word in step["words"]))
         found = {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
         (folder / f"{step['name']}.{rank}.json").write_text(json.dumps(found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,8 @@ import pytest
 
 from globalopt import api
 from globalopt.models.example import example_gguf
+from globalopt.pipeline.effort import EFFORTS
+from solvers.three_basil import STEPS
 from tests.command import done, write_text
 from tests.evaluation.test_task_files import write
 from tests.tiny_models import save_tiny
@@ -63,6 +66,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)
+    for preset in STEPS:
+        monkeypatch.setitem(STEPS, preset, 10)
+    for name, level in EFFORTS.items():
+        monkeypatch.setitem(EFFORTS, name, replace(level, probe_steps=4, epochs=1))
     small: dict[str, object] = {**SMALL, "progress": False}
     for function, sizes in ((api.search, {**small, "search_tokens": 2000}), (api.compress, small)):
         monkeypatch.setattr(function, "__kwdefaults__", {**(function.__kwdefaults__ or {}), **sizes})
@@ -70,7 +77,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_command(words: list[str], drawn: bool = False) -> None:
-    """Run a command of a page at small sizes; pictures are slow, and drawn only if `drawn`."""
+    """Run a command of a page at small sizes; a report is made only if `drawn`."""
     program, verb, *rest = words
     assert program == "globalopt", f"a page asks for `{program}`, which is not run here"
     if verb in SIZED:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.shortened import unabridged
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("globalopt", "allocators", "solvers", "reports")
@@ -18,6 +21,9 @@ BY_HELP = ("globalopt.commands", "globalopt.cli", "globalopt.__main__")
 
 WITHOUT = ()
 """Modules that have no examples: each with the reason beside it."""
+
+UNABRIDGED = ("globalopt.evaluation.samples", "reports.figures", "reports.html", "reports.pictures")
+"""Modules whose examples look at samples of text or at pictures."""
 
 
 def modules() -> list[str]:
@@ -43,8 +49,9 @@ def test_examples_run(name, tmp_path, monkeypatch):
     found = doctest.DocTestFinder(exclude_empty=True).find(module, name)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     report: list[str] = []
-    for test in found:
-        runner.run(test, out=report.append)
+    with unabridged() if name in UNABRIDGED else contextlib.nullcontext():
+        for test in found:
+            runner.run(test, out=report.append)
     assert runner.failures == 0, "".join(report)
 
 

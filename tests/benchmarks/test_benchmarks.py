@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from allocators import Knapsack
 from globalopt.analysis.corrections import ROUNDS
 from globalopt.errors import UsageError
-from globalopt.pipeline import analyse, compress, search, session
+from globalopt.pipeline import analyse, compress, plan, search, session
 from globalopt.pipeline.options import SearchOptions
 from globalopt.pipeline.plan import resolve
 from tests.surfaces import problem
@@ -37,6 +37,13 @@ def scripts_importable(monkeypatch):
     yield
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(autouse=True)
+def quick_probes(monkeypatch):
+    """Probe solutions of a few steps: how good they are is of no matter here."""
+    probe = plan.probe_solver
+    monkeypatch.setattr(plan, "probe_solver", lambda solver, steps=0: probe(solver, 4))
 
 
 def script(name: str) -> ModuleType:

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.in_process import InProcess
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = ("--nsamples", "4", "--seqlen", "32", "--eval-windows", "2")
 
@@ -26,6 +28,7 @@ def test_cells_are_compressed_evaluated_drawn_and_read_back(bits, tiny_llama, ti
     words = ["--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--calibration", str(tiny_text), *SIZES]
     words += ["--kept", "0.3", "0.15", "--rows", "gptq", "half-4", "--match", "none"]
     words += ["--with", "--solver wanda --sensitivity none"]
+    monkeypatch.setattr("real_models.subprocess", InProcess)
     assert bits.main(words) == 0
     found = json.loads((tmp_path / "out" / "bits.json").read_text())["cells"]
     assert list(found) == ["0.3 gptq none", "0.5 half-4 none"]

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.in_process import InProcess
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = ("--nsamples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqlen", "32")
 
@@ -28,6 +30,7 @@ def test_cells_are_searched_evaluated_and_read_back(real_models, tiny_llama, tin
     words = ["--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--calibration", str(tiny_text), *SIZES]
     words += ["--other", str(other), "--kept", "0.5", "--rows", "uniform-0", "uniform-0.2"]
     words += ["--with", "--solver oats --set steps=2 --sensitivity none"]
+    monkeypatch.setattr(real_models, "subprocess", InProcess)
     assert real_models.main(words) == 0
     found = json.loads((tmp_path / "out" / "real-models.json").read_text())["cells"]["0.5 none"]
     (plain,), (ranked,) = found["uniform-0"], found["uniform-0.2"]

@@ -45,6 +45,7 @@ from tests.command import (
     results,
     run,
 )
+from tests.shortened import unabridged
 from tests.tiny_models import save_tiny
 
 
@@ -360,10 +361,12 @@ def test_report_of_one_run_and_of_several(tiny_run, tmp_path):
         ("validation", True, 0.0),
         ("test", True, 0.0),
     ]
-    written = done("report", folder, tiny_run, "--out", tmp_path / "compared").stdout
+    with unabridged():
+        written = done("report", folder, tiny_run, "--out", tmp_path / "compared").stdout
     assert written.startswith(compared)
     assert f"  report  {tmp_path}/compared/comparison.html\n" in written
     assert len(list((tmp_path / "compared").iterdir())) == 5
+    assert (tmp_path / "compared" / "quality.png").stat().st_size > 10_000
     assert "--out is for several runs" in refused(2, "report", folder, "--out", tmp_path / "one")
     # Runs that did not keep their windows are compared too, less sharply; a broken record of them is an error.
     (folder / "windows.json").unlink()
@@ -427,6 +430,8 @@ def test_a_process_reports_on_stdout_and_progresses_on_stderr(tiny_search, tiny_
     assert made.returncode == 0, made.stderr
     assert "Allocation by kind" in made.stdout
     assert made.stdout.isascii()
+    # Nothing is left out of the pictures of a process of its own.
+    assert (tmp_path / "run" / "report" / "allocation.png").stat().st_size > 10_000
     steps = made.stderr.splitlines()
     stages = ("load", "labels", "span", "predict", "correct", "search", "refine", "save", "evaluate", "samples")
     assert [line.split()[0] for line in steps if " done " in line] == list(stages)

@@ -15,7 +15,7 @@ from tests.command import WINDOWS, assert_alike, no_partial_files, read, results
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent.parent
-WORK = ("--budget", "0.4", "--set", "steps=10", "--search-tokens", "4000", "--batch-size", "4", "--quiet")
+WORK = ("--budget", "0.4", "--set", "steps=4", "--search-tokens", "4000", "--batch-size", "4", "--quiet")
 MATCHING = ("--match", "model", "--match-set", "epochs=2", "--distill-set", "epochs=3")
 
 

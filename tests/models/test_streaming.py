@@ -394,14 +394,14 @@ def test_a_lazy_run_ends_as_a_whole_one(tmp_path: Path, text: Path, monkeypatch:
     # Also no hidden state has room in memory.
     monkeypatch.setattr("globalopt.pipeline.session.resident", lambda: 10**9)
     options = ("--calibration", text, *WINDOWS, "--device", "cpu", "--quiet")
-    method = ("--allocator", "knapsack", "--set", "preset=fast", "--batch-size", "4")
+    method = ("--allocator", "knapsack", "--set", "steps=10", "--batch-size", "4")
     method += ("--match", "block", "--match-set", "epochs=2,share=0.5,held-out=0", "--no-cache")
     done("search", model, "--budget", "0.5", "--out", tmp_path / "whole", *method, *options)
     with one_block_at_a_time(monkeypatch):
         limited = (*options, "--max-memory", "200KB")
         done("search", model, "--budget", "0.5", "--out", tmp_path / "lazy", *method, *limited)
-        file = ("--budget-file", tmp_path / "whole" / "budget.json")
-        done("compress", model, *file, "--solver", "hassle-free", "--out", tmp_path / "again", *limited)
+        other = ("--budget-file", tmp_path / "whole" / "budget.json", "--solver", "hassle-free", "--set", "steps=4")
+        done("compress", model, *other, "--out", tmp_path / "again", *limited)
     whole, lazy = contents(tmp_path / "whole"), contents(tmp_path / "lazy")
     made = {name for name in whole if name.partition("/")[0] not in ("model", "report") and name.count("/")}
     stages = {name.split("/")[1] for name in made if name.startswith("work/")}

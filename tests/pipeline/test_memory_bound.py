@@ -33,8 +33,8 @@ def test_a_search_takes_no_more_memory_than_its_dry_run_states(tmp_path: Path) -
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
+        intermediate_size=512,
+        num_hidden_layers=2,
         num_attention_heads=8,
         max_position_embeddings=64,
         pad_token_id=0,
@@ -46,6 +46,8 @@ def test_a_search_takes_no_more_memory_than_its_dry_run_states(tmp_path: Path) -
     run = tmp_path / "run"
     words = [sys.executable, "-m", "globalopt", "search", str(folder), "--calibration", str(text), "--device", "cpu"]
     words += ["--nsamples", "16", "--seqlen", "32", "--eval-windows", "4", "--effort", "quick"]
+    # What is held depends on sizes, and on no number of steps.
+    words += ["--set", "steps=20", "--match-set", "epochs=1", "--search-tokens", "1000"]
     words += ["--out", str(run), "--json"]
     stated = output_of([*words, "--dry-run"])["peak_bytes"]
     output_of(words)

@@ -37,7 +37,7 @@ VARIANTS: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()} | {
     "hassle-free, alps": HassleFree(SparseStep.ALPS, steps=5, sparse_steps=20),
     "hassle-free, rows": HassleFree(steps=10, column_block=8, layer_wide=False, outputs=Outputs.ROWS),
     "3basil, fast": ThreeBASiL(AdmmPreset.FAST),
-    "3basil, rows": ThreeBASiL(AdmmPreset.FAST, outputs=Outputs.ROWS),
+    "3basil, rows": ThreeBASiL(steps=40, outputs=Outputs.ROWS),
     "slab, published": SLaB(refit=0, search=0),
 }
 
@@ -86,6 +86,12 @@ def targets(solver: Solver) -> list[Target]:
         for pattern in (NM(2, 4), NM(1, 4), NM(4, 8), NM(2, 8), NM(2, 3)):
             found += [target_of(solver, rank, NUMEL // pattern.of * pattern.keep, pattern) for rank in ranks]
     return found
+
+
+def ends(solver: Solver) -> list[Target]:
+    """Some of `targets`: none, some and all of the nonzeros, and one pattern, with as little and as much rank."""
+    ranked = [target for target in targets(solver) if target.rank in (0, D_OUT)]
+    return [t for t in ranked if (t.pattern == NM(2, 4) if t.pattern else t.nnz in (0, 131, NUMEL))]
 
 
 def keeps_all(solver: Solver) -> bool:
@@ -302,7 +308,7 @@ def test_half_precision_weights(solver):
 def test_tiny_and_huge_activations(solver, scale):
     W, norm = metric(D_OUT, D_IN, 300)
     scaled = Metric(Gram(scale * norm.inputs.matrix, 300))
-    for target in targets(solver):
+    for target in ends(solver):
         assert fit(solver, W, scaled, target).error <= scaled.error(W)
     ours, plain = fit(solver, W, scaled, middle(solver)).error, fit(solver, W, norm, middle(solver)).error
     assert ours / scale == pytest.approx(plain, rel=CHAOS)
@@ -310,7 +316,7 @@ def test_tiny_and_huge_activations(solver, scale):
 
 def test_equal_weights(solver):
     W, norm = torch.ones(D_OUT, D_IN), Metric(Gram(torch.eye(D_IN), 300))
-    for target in targets(solver):
+    for target in ends(solver):
         assert fit(solver, W, norm, target).value.fits(target)
 
 
@@ -326,7 +332,7 @@ def test_a_layer_that_sees_only_zeros_is_fitted(solver):
 
 def test_a_zero_weight_is_reproduced(solver):
     _, norm = metric(D_OUT, D_IN, 300)
-    for target in targets(solver):
+    for target in ends(solver):
         assert fit(solver, torch.zeros(D_OUT, D_IN), norm, target).error == 0
 
 

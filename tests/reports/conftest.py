@@ -1,0 +1,15 @@
+"""Tests here look at pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import shortened
+
+
+@pytest.fixture(scope="package", autouse=True)
+def whole() -> Iterator[None]:
+    with shortened.unabridged():
+        yield
