@@ -223,7 +223,8 @@ def ridge_admm(
         traces = [[(0, _inner(W[part.rows], AWG[part.rows]))] for part in parts]
     with fast_products(W) as exact_from_here:
         while step < schedule.steps and not at_rest:
-            exact = step >= EXACT_FROM * schedule.steps
+            # The last steps decide what is kept, however few there are.
+            exact = step + schedule.hold >= schedule.steps or step >= EXACT_FROM * schedule.steps
             if exact:
                 exact_from_here()
             last_penalty, penalty = penalty, schedule.penalty(step)

@@ -12,8 +12,10 @@ from globalopt.kernels.norm import Norm, Side
 from globalopt.kernels.projection import keep_weights
 from globalopt.kernels.ridge_admm import Schedule, SparseAndSubspace, StackedLayer, ridge_admm
 from globalopt.kernels.support_refit import refit
+from globalopt.values.budget import Target
 from globalopt.values.decomposition import follows
 from globalopt.values.layer import NM
+from solvers._admm import AdmmSearch
 from tests.kernels.norms import best_low_rank, correlated, matrices, problem, root, side, squared, unit
 
 BOTH = pytest.mark.parametrize("weighted", [False, True], ids=["G", "A,G"])
@@ -206,6 +208,13 @@ def test_products_and_counts_are_exact_for_the_last_steps(monkeypatch):
     assert found.steps == 40
     assert switched[0] == 28
     assert asked == [False] * 28 + [True] * 12
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_counts_are_exact_however_few_steps_there_are(steps):
+    W, norm = problem((256, 260), False)  # so many entries that thresholds are estimated from some of them
+    search = AdmmSearch(steps, rounds=0)
+    assert int(search.run([W], [norm], [Target(0, 30_000)]).fits[0].S.count_nonzero()) == 30_000
 
 
 @pytest.mark.parametrize("weighted", [False, True])
