@@ -23,6 +23,7 @@ from globalopt.errors import UsageError
 from globalopt.pipeline import analyse, compress, plan, search, session
 from globalopt.pipeline.options import SearchOptions
 from globalopt.pipeline.plan import resolve
+from tests.shortened import unabridged
 from tests.surfaces import problem
 from tests.tiny_models import save_tiny
 
@@ -526,8 +527,9 @@ def test_no_two_labels_of_the_picture_of_allocators_overlap(count):
         for i in range(count)
     ]
     limits = [drawing.Point(0.5, "allocator:option=0", tokens, (0.002,), (64.0,), 0.9) for tokens in (2e5, 3e5)]
-    figure = drawing.allocators_figure([*points, *limits], "reference", "allocators")
-    figure.draw_without_rendering()
+    with unabridged():
+        figure = drawing.allocators_figure([*points, *limits], "reference", "allocators")
+        figure.draw_without_rendering()
     assert len(figure.axes) == 6
     assert len(figure.axes[0].get_yticks()) == count + 2
     for axes in figure.axes:

@@ -249,8 +249,9 @@ CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], 
     "pattern": (
         replace(SEARCH, pattern="2:4", budget=0.7),
         None,
-        {stage: LAYERS for stage in (Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)} | {Stage.GAPS: 7, **FOUND},
-        {"metric", "anchors", "gap", "predict", "correct"},
+        {stage: LAYERS for stage in (Stage.SPANS, Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)}
+        | {Stage.GAPS: 7, **FOUND},
+        {"span", "metric", "anchors", "gap", "predict", "correct"},
     ),
 }
 
