@@ -7,7 +7,7 @@ by (root mean square by kind)
 
 * .03 to .07 in gates, up and down projections between .22 and .07 or .55 kept without rank, and .07 to .15 in the
   small layers of attention;
-* .01 to .05 for rank at half of the weights, and .1 in queries.
+* .02 to .06 for rank at half of the weights, and .1 in queries.
 
 The first blocks are another matter (.6 in queries for rank), so all of these are solved. So the layers of some blocks
 are solved at all anchors (`fully_solved`), and those of the others at one, which gives their level.
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from globalopt.analysis.solver_gap import sampled
 from globalopt.values.layer import LayerSpec
 from globalopt.values.surface import interpolate
+
+T = TypeVar("T")
 
 FIRST = 3
 """Blocks at the beginning in which all layers are solved at all anchors."""
@@ -62,13 +64,13 @@ class AnchorCurves(NamedTuple):
     worth: Curve | None
 
 
-def middle(count: int) -> int:
-    """Return the place, in a row of `count` anchors, of the one at which every layer is solved.
+def middle(row: Sequence[T]) -> T:
+    """Return what a row has for its middle anchor, the one at which every layer is solved.
 
-    >>> middle(3)
-    1
+    >>> middle((0.07, 0.22, 0.55))
+    0.22
     """
-    return count // 2
+    return row[len(row) // 2]
 
 
 def fully_solved(specs: Sequence[LayerSpec]) -> frozenset[str]:

@@ -89,7 +89,7 @@ class LayerAnalysis:
         first, *others = self.options(spec).anchors
         if self.all_anchors or spec.name in self._fully_solved:
             return first, *others
-        return ((first[middle(len(first))],),)
+        return ((middle(first),),)
 
     @cached_property
     def _fully_solved(self) -> frozenset[str]:

@@ -93,17 +93,13 @@ def choose_metrics(
     """
     # Not all of a model's solutions are held at once: each is read when its weight is put into the model.
     checked = {spec: _checked(spec, solutions(spec)) for spec in specs}
-    weights: dict[str, Weight] = {
-        spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()
-    }
+    weights = {spec.name: partial(_weight, solutions, spec, targets[-1]) for spec, targets in checked.items()}
     try:
         shares = attribute(model, weights, range(model.chunks), device).shares
     finally:
         model.close()
     mine = ranks.share(specs, LayerSpec.solve_cost)
-    predicted = ranks.merged(
-        {spec: _predicted(analysis, model, spec, _weight(solutions, spec, checked[spec][-1])) for spec in mine}
-    )
+    predicted = ranks.merged({spec: _predicted(analysis, model, spec, weights[spec.name]()) for spec in mine})
     ratios = {spec: float(shares[spec.name].mean()) / max(predicted[spec], LEAST) for spec in specs}
     # A prediction that is met is one more layer: of one or two, the usual ratio would be that of the odd one. Where all
     # layers together ruin the model, shares are small, and what is no more than predicted is no contradiction.

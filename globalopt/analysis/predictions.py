@@ -12,7 +12,7 @@ from globalopt.analysis.anchor_curves import AnchorCurves, CurvesOverDepth
 from globalopt.analysis.grid import Options
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.analysis.solver_gap import SolverGap
-from globalopt.analysis.surfaces import anchor_curves, calibrated_surface, span_errors
+from globalopt.analysis.surfaces import calibrated_surface, compute_curves, span_errors
 from globalopt.kernels.precision import rough_product, rough_products
 from globalopt.machine import ranks
 from globalopt.runs.records import Prediction
@@ -128,7 +128,7 @@ class _Measured:
 
     def curves(self) -> AnchorCurves:
         """Compute how the error changes from anchor to anchor, of a layer that was solved at all of them."""
-        return anchor_curves(self.options, self.shape, self.errors)
+        return compute_curves(self.options, self.shape, self.errors)
 
 
 def _measure(analysis: LayerAnalysis, spec: LayerSpec, gap: SolverGap) -> _Measured:

@@ -92,7 +92,7 @@ def calibrated_surface(
             the first rank, zero, are enough.
         anchor_error: one per anchor, row by row, in the same unit, or with `curves` the one at the middle of the first
             row alone; if empty, the errors of the span are not changed.
-        zero_error: a second estimate for the layer dropped whole, in the same unit; no anchor costs more than that.
+        zero_error: a second estimate for the layer dropped whole, in the same unit; that costs no less than any anchor.
         curves: how the error changes from there to the other anchors.
 
     >>> from globalopt.values.layer import LayerSpec
@@ -121,7 +121,7 @@ def calibrated_surface(
     return ErrorSurface(options.spec, options.targets, tuple(errors))
 
 
-def anchor_curves(options: Options, span_error: Sequence[float], anchor_error: Sequence[float]) -> AnchorCurves:
+def compute_curves(options: Options, span_error: Sequence[float], anchor_error: Sequence[float]) -> AnchorCurves:
     """Compute how the error changes from anchor to anchor, from the errors at all of them.
 
     Args:
@@ -130,12 +130,12 @@ def anchor_curves(options: Options, span_error: Sequence[float], anchor_error: S
     >>> from globalopt.values.layer import LayerSpec
     >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
     >>> span_error = [1 - target.nnz / 4096 for target in Options.of(options.spec, max_rank=0).targets]
-    >>> found = anchor_curves(options, span_error, [0.93, 0.78, 0.45, 0.75, 0.25])  # with rank, half of it at .5 kept
+    >>> found = compute_curves(options, span_error, [0.93, 0.78, 0.45, 0.75, 0.25])  # with rank, half of it at .5 kept
     >>> [round(abs(log), 2) for log in found.worth.logs]
     [0.0, 0.69]
     """
     levels = _Levels.of(options, _base(options, span_error), anchor_error)
-    at_middle = levels.ratios.logs[middle(len(levels.ratios.logs))]
+    at_middle = middle(levels.ratios.logs)
     level = Curve(levels.ratios.kept, tuple(log - at_middle for log in levels.ratios.logs))
     return AnchorCurves(level, levels.worth)
 
@@ -187,7 +187,7 @@ class _Levels:
         spec, (sparse, *further) = options.spec, options.anchors
         floor = 1e-9 * max(*base.error, *anchor_error, 1e-30)
         if curves is not None:
-            known = sparse[middle(len(sparse))]
+            known = middle(sparse)
             ratio = _log(anchor_error[0], floor) - _log(base.predict(known), floor)
             row = Curve(curves.level.kept, tuple(ratio + log for log in curves.level.logs))
             return cls(options, base, floor, row, curves.worth)

@@ -72,5 +72,5 @@ def _anchor_bytes(spec: LayerSpec, whole: bool) -> int:
         whole: whether it is solved at all anchors, and not at one alone.
     """
     rows = Options.of(spec, spec.max_rank).anchors
-    anchors = [anchor for row in rows for anchor in row] if whole else [rows[0][middle(len(rows[0]))]]
+    anchors = [anchor for row in rows for anchor in row] if whole else [middle(rows[0])]
     return sum(2 * anchor.params(spec) + spec.numel // 8 + HEADER for anchor in anchors)
