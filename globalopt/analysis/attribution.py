@@ -15,7 +15,6 @@ ones is still seen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,24 +23,8 @@ from globalopt.analysis.sensitivity import backward_sweep
 from globalopt.machine import ranks
 from globalopt.models.block_runner import BlockRunner
 from globalopt.objective.kl_to_dense import ModelObjective, Weight
+from globalopt.values.attribution import Attribution
 from globalopt.values.layer import LayerSpec
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """Hold the loss of a model all of whose layers are replaced, and the share of every layer in it.
-
-    Args:
-        losses: (windows,) float64, KL to the dense model in nats per token.
-        shares: by layer name, (windows,) float64; their sum over layers is about the loss, and noise may make some
-            negative.
-
-    >>> Attribution(torch.ones(2), {"up": torch.tensor([0.5, 0.7])}).losses.mean()
-    tensor(1.)
-    """
-
-    losses: Tensor
-    shares: Mapping[str, Tensor]
 
 
 def attribute(

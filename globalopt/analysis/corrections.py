@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from globalopt.analysis.attribution import Attribution
+from globalopt.values.attribution import Attribution
 from globalopt.values.budget import Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.problem import Allocation, Problem

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from allocators import Knapsack, Uniform
-from globalopt.analysis.attribution import Attribution, attribute
+from globalopt.analysis.attribution import attribute
 from globalopt.analysis.corrections import WINDOWS, correct
 from globalopt.analysis.layer_analysis import LayerAnalysis, read_gap
 from globalopt.budgets import budget_file
@@ -34,10 +34,21 @@ from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
-from globalopt.runs.artefacts import ALLOCATED, CORRECTIONS, PREDICTION, ROUNDING, SUMMARY, TEACHER
+from globalopt.runs.answers import remembered
+from globalopt.runs.artefacts import (
+    ALLOCATED,
+    CORRECTIONS,
+    LOSSES_ALONE,
+    PREDICTION,
+    ROUNDING,
+    SHARES,
+    SUMMARY,
+    TEACHER,
+)
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated
+from globalopt.values.attribution import Attribution
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NO_CORRECTIONS, Corrections
 from globalopt.values.embeddings import Embedding
@@ -178,7 +189,11 @@ def corrected(
 
             def corrections() -> Corrections:
                 best = NO_CORRECTIONS
-                asked = partial(team.ask, "shares"), partial(team.ask, "alone")
+                # Only the writer asks, and what was answered before it was killed is read back.
+                asked = (
+                    remembered(run, SHARES, partial(team.ask, "shares")),
+                    remembered(run, LOSSES_ALONE, partial(team.ask, "alone")),
+                )
                 for budget in budgets:
                     for found in correct(replace(problem, budget=budget), solve, *asked, plan.rounds, best):
                         advance(f"loss {found.losses[-1]:.3g}")

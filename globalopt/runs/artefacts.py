@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from globalopt.errors import ArtefactError, GlobalOptError
-from globalopt.runs import codecs
+from globalopt.runs import record_codecs, tensor_codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
 from globalopt.values.curves import LayerCurves
 from globalopt.values.family import Family
@@ -253,21 +253,27 @@ class Artefact(Generic[K, T]):
 
 
 _IDS = tensors(lambda ids: ({"ids": ids}, {}), lambda _, found, facts: found["ids"], ("ids",))
-_OWN_TEXT = tensors(codecs.encode_own_text, codecs.decode_own_text, ("windows",), ("counts", "order", "prefix", "seed"))
-_GRAM = tensors(codecs.encode_gram, codecs.decode_gram, (), ("tokens",))
-_PROFILE = json(codecs.encode_profile, codecs.decode_profile)
-_CHOICE = json(codecs.encode_choice, codecs.decode_choice)
-_SPAN = tensors(codecs.encode_span, codecs.decode_span, ("U", "s", "Vh", "scale", "rows"), ("stats",))
-_ANCHORS = tensors(codecs.encode_anchors, codecs.decode_anchors, (), ("anchors",))
-_ROUNDING = json(codecs.encode_rounding, codecs.decode_rounding)
-_NUMBERS = json(codecs.encode_numbers, codecs.decode_numbers)
-_PREDICTION = tensors(codecs.encode_prediction, codecs.decode_prediction, (), ("options",))
-_CORRECTIONS = json(codecs.encode_corrections, codecs.decode_corrections)
+_OWN_TEXT = tensors(
+    tensor_codecs.encode_own_text, tensor_codecs.decode_own_text, ("windows",), ("counts", "order", "prefix", "seed")
+)
+_GRAM = tensors(tensor_codecs.encode_gram, tensor_codecs.decode_gram, (), ("tokens",))
+_PROFILE = json(record_codecs.encode_profile, record_codecs.decode_profile)
+_CHOICE = json(record_codecs.encode_choice, record_codecs.decode_choice)
+_SPAN = tensors(tensor_codecs.encode_span, tensor_codecs.decode_span, ("U", "s", "Vh", "scale", "rows"), ("stats",))
+_ANCHORS = tensors(tensor_codecs.encode_anchors, tensor_codecs.decode_anchors, (), ("anchors",))
+_ROUNDING = json(record_codecs.encode_rounding, record_codecs.decode_rounding)
+_NUMBERS = json(record_codecs.encode_numbers, record_codecs.decode_numbers)
+_PREDICTION = tensors(tensor_codecs.encode_prediction, tensor_codecs.decode_prediction, (), ("options",))
+_CORRECTIONS = json(record_codecs.encode_corrections, record_codecs.decode_corrections)
+_ATTRIBUTION = tensors(
+    tensor_codecs.encode_attribution, tensor_codecs.decode_attribution, ("losses", "shares"), ("layers",)
+)
+_LOSSES = json(record_codecs.encode_losses, record_codecs.decode_losses)
 _MAPPING = json(dict, lambda _, record: record)
-_ALLOCATED = json(codecs.encode_allocated, codecs.decode_allocated)
-_CODED = tensors(codecs.encode_coded, codecs.decode_coded, ("codes", "scales"), ("rows", "width", "bits"))
-_LAYER = tensors(codecs.encode_layer, codecs.decode_layer, ("values", "U", "V"))
-_MATCHED = tensors(codecs.encode_matched, codecs.decode_matched, (), ("layers",))
+_ALLOCATED = json(record_codecs.encode_allocated, record_codecs.decode_allocated)
+_CODED = tensors(tensor_codecs.encode_coded, tensor_codecs.decode_coded, ("codes", "scales"), ("rows", "width", "bits"))
+_LAYER = tensors(tensor_codecs.encode_layer, tensor_codecs.decode_layer, ("values", "U", "V"))
+_MATCHED = tensors(tensor_codecs.encode_matched, tensor_codecs.decode_matched, (), ("layers",))
 
 # The table: folder below the stage's own, key, form, stage.
 WRITTEN = Artefact("", BATCH, _IDS, Stage.SELF_TEXT)
@@ -284,6 +290,8 @@ ANCHORS = Artefact("", LAYER, _ANCHORS, Stage.ANCHORS)
 ROUNDING = Artefact("", LAYER, _ROUNDING, Stage.ROUNDING)
 SOLVER_GAP = Artefact("", LAYER, _NUMBERS, Stage.GAPS)
 PREDICTION = Artefact("", LAYER, _PREDICTION, Stage.PREDICTIONS)
+SHARES = Artefact("shares", NAME, _ATTRIBUTION, Stage.CORRECTIONS)
+LOSSES_ALONE = Artefact("alone", NAME, _LOSSES, Stage.CORRECTIONS)
 CORRECTIONS = Artefact("", only("corrections"), _CORRECTIONS, Stage.CORRECTIONS)
 TEACHER = Artefact("", only("teacher"), _MAPPING, Stage.OBJECTIVE)
 EMBEDDING_LOSS = Artefact("embeddings", NAME, _MAPPING, Stage.OBJECTIVE)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from allocators import Knapsack
-from globalopt.analysis.attribution import Attribution
 from globalopt.analysis.corrections import ALONE, CLIFF, GAIN, ROUNDS, correct, log_ratios
+from globalopt.values.attribution import Attribution
 from globalopt.values.budget import Budget, Target
 from globalopt.values.corrections import NEARBY, NO_CORRECTIONS, Corrections
 from globalopt.values.layer import LayerSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 from allocators import Knapsack
 from globalopt.analysis import corrections
+from globalopt.analysis.attribution import attribute
 from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.pipeline import search as searching
 from globalopt.pipeline.analyse import analyse
 from globalopt.pipeline.example import example_plan, example_reporter, example_session
 from globalopt.pipeline.plan import SearchPlan
@@ -18,7 +21,7 @@ from globalopt.pipeline.problem import pose
 from globalopt.pipeline.search import corrected, true_loss
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
-from globalopt.runs.artefacts import CORRECTIONS
+from globalopt.runs.artefacts import CORRECTIONS, SHARES, Stage
 from globalopt.runs.folder import Run
 from globalopt.values.budget import Budget
 from globalopt.values.problem import Problem
@@ -52,6 +55,37 @@ def test_the_kept_corrections_lead_to_the_least_loss_that_was_measured(posed):
     again = corrected(session, example_reporter(), plan, analysis, problem, [problem.budget])
     assert again.surfaces == found.surfaces
     assert again.budget == problem.budget
+
+
+@pytest.mark.parametrize("cliff", [False, True], ids=["shares", "alone"])
+def test_corrections_that_were_killed_ask_nothing_again(posed, monkeypatch, cliff):
+    session, plan, analysis, problem, run = posed
+    if cliff:
+        monkeypatch.setattr(corrections, "CLIFF", 0.0)
+    asked: list[int] = []
+    last = 1
+
+    def counted(*arguments):
+        if len(asked) == last:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return attribute(*arguments)
+
+    monkeypatch.setattr(searching, "attribute", counted)
+    whole = [session, example_reporter(), plan, analysis, problem, [problem.budget]]
+    with pytest.raises(KeyboardInterrupt):
+        corrected(*whole)
+    assert not run.has(CORRECTIONS, None)
+    last = 100
+    corrected(*whole)
+    made = run.get(CORRECTIONS, None)
+    answers = len(list(run.path(SHARES, "").parent.iterdir()))
+    assert len(asked) == answers > 1
+    shutil.rmtree(run.stage_folder(Stage.CORRECTIONS))
+    corrected(*whole)
+    again = run.get(CORRECTIONS, None)
+    assert len(asked) == 2 * answers
+    assert again == made
 
 
 def test_no_tokens_of_the_search_are_spent_and_nothing_is_in_its_journal(posed):

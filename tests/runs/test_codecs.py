@@ -15,7 +15,6 @@ from globalopt.embeddings.coding import encode_matrix
 from globalopt.errors import ArtefactError
 from globalopt.runs import artefacts
 from globalopt.runs.artefacts import Artefact
-from globalopt.runs.codecs import decode_gram, decode_target, encode_gram, encode_target
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
 from globalopt.runs.packing import pack, unpack, unpack_upper
 from globalopt.runs.records import (
@@ -27,7 +26,10 @@ from globalopt.runs.records import (
     Prediction,
     SolvedLayer,
 )
+from globalopt.runs.target_codec import decode_target, encode_target
+from globalopt.runs.tensor_codecs import decode_gram, encode_gram
 from globalopt.runs.workspace import Workspace
+from globalopt.values.attribution import Attribution
 from globalopt.values.budget import Target
 from globalopt.values.corrections import Corrections
 from globalopt.values.curves import Curve, LayerCurves
@@ -204,6 +206,13 @@ EXAMPLES = {
     ),
     "SOLVER_GAP": Example(SPEC, {Target(0, 16): THIRD, Target(1, 4, NM(2, 4), True): 1.0}, OTHER, "by_target"),
     "PREDICTION": Example(SPEC, Prediction(SURFACE, random(3, 3, dtype=torch.float64)), OTHER, "options"),
+    "SHARES": Example(
+        "9f2c",
+        Attribution(torch.tensor([THIRD, 1.0], dtype=torch.float64), {SPEC.name: random(2).double()}),
+        "ab12",
+        "shares",
+    ),
+    "LOSSES_ALONE": Example("9f2c", {SPEC.name: THIRD, OTHER.name: 0.0}, "ab12", "by_layer"),
     "CORRECTIONS": Example(
         None, Corrections({SPEC.name: ((THIRD, -0.5), (0.5, 2.0)), OTHER.name: ()}, (0.5, THIRD)), None, "points"
     ),

@@ -1,73 +1,37 @@
-"""Codecs: each kind of value as tensors and JSON-able metadata, and back.
+"""Codecs of values with tensors: each kind as tensors and JSON-able metadata, and back.
 
-`encode_x(value)` gives what is written; `decode_x(key, ...)` makes the value from what was read. What is missing or of
-the wrong kind raises one of Python's own errors, which the caller (`runs.artefacts`) turns into a sentence.
+`encode_x(value)` gives what is written; `decode_x(key, tensors, metadata)` makes the value from what was read. What is
+missing or of the wrong kind raises one of Python's own errors, which the caller (`runs.artefacts`) turns into a
+sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from globalopt.runs.packing import PackedSolutions, pack, pack_upper, unpack, unpack_upper
 from globalopt.runs.records import (
-    Allocated,
     AnchorSolutions,
-    CheckedLoss,
     Matched,
-    MetricChoice,
     Prediction,
     SolvedLayer,
 )
-from globalopt.values.budget import Target
-from globalopt.values.corrections import Corrections
-from globalopt.values.embeddings import CodedMatrix, Embedding
-from globalopt.values.layer import NM, LayerSpec
+from globalopt.runs.target_codec import decode_target, encode_target
+from globalopt.values.attribution import Attribution
+from globalopt.values.embeddings import CodedMatrix
+from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
 from globalopt.values.own_text import OwnText
-from globalopt.values.problem import Profile
-from globalopt.values.rounding_losses import RoundingLosses
-from globalopt.values.search_record import Outcome, Search
 from globalopt.values.span import SpanBasis
-from globalopt.values.storage import GROUP, Storage, code_bytes
+from globalopt.values.storage import GROUP, code_bytes
 from globalopt.values.surface import ErrorSurface
 
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, Any]
-
-
-def encode_target(target: Target) -> list[Any]:
-    """Encode a target as a JSON list; a sign plane is a fourth entry, or a storage in few bits.
-
-    >>> encode_target(Target(2, 10, NM(2, 4)))
-    [2, 10, '2:4']
-    """
-    words: list[Any] = [target.rank, target.nnz, str(target.pattern) if target.pattern else None]
-    if not target.storage.plain:
-        return [*words, str(target.storage)]
-    return [*words, True] if target.signs else words
-
-
-def decode_target(words: Sequence[Any]) -> Target:
-    """Decode what `encode_target` made.
-
-    >>> decode_target([2, 10, None])
-    Target(rank=2, nnz=10)
-    >>> decode_target([2, 10, None, "4/8"])
-    Target(rank=2, nnz=10, storage=4/8)
-    """
-    rank, nnz, pattern, *more = words
-    made = Target(int(rank), int(nnz), NM.parse(pattern) if pattern else None)
-    if not more:
-        return made
-    if isinstance(more[0], str):
-        return replace(made, storage=Storage.parse(more[0]))
-    return replace(made, signs=bool(more[0]))
 
 
 def encode_own_text(text: OwnText) -> tuple[Tensors, Metadata]:
@@ -240,92 +204,6 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
     return AnchorSolutions(rows, PackedSolutions(tensors, sum(len(row) for row in rows)))
 
 
-def encode_choice(choice: MetricChoice) -> Metadata:
-    """Encode a choice of metric.
-
-    >>> encode_choice(MetricChoice((CheckedLoss(Target(0, 2), predicted=0.1, weighted=0.2, plain=0.3),)))
-    {'checked': [[0, 2, None, 0.1, 0.2, 0.3]]}
-    """
-    return {"checked": [[*encode_target(c.target), c.predicted, c.weighted, c.plain] for c in choice.checked]}
-
-
-def decode_choice(spec: LayerSpec, record: Metadata) -> MetricChoice:
-    """Decode a choice of metric.
-
-    >>> record = {"checked": [[0, 2, None, 0.1, 0.2, 0.3]]}
-    >>> decode_choice(LayerSpec("up", 0, "in", "up", 2, 2), record).losses
-    {Target(rank=0, nnz=2): 0.2}
-    """
-    return MetricChoice(
-        tuple(CheckedLoss(decode_target(words[:-3]), *map(float, words[-3:])) for words in record["checked"])
-    )
-
-
-def encode_numbers(numbers: Mapping[Target, float]) -> Metadata:
-    """Encode one number per target.
-
-    >>> encode_numbers({Target(1, 0): 0.5})
-    {'by_target': [[1, 0, None, 0.5]]}
-    """
-    return {"by_target": [[*encode_target(target), number] for target, number in numbers.items()]}
-
-
-def decode_numbers(spec: LayerSpec, record: Metadata) -> dict[Target, float]:
-    """Decode one number per target.
-
-    >>> decode_numbers(LayerSpec("up", 0, "in", "up", 2, 2), {"by_target": [[1, 0, None, 0.5]]})
-    {Target(rank=1, nnz=0): 0.5}
-    """
-    return {decode_target(words[:-1]): float(words[-1]) for words in record["by_target"]}
-
-
-def encode_rounding(losses: RoundingLosses) -> Metadata:
-    """Encode rounding losses; JSON has no whole numbers as keys.
-
-    >>> encode_rounding(RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2}))["values"]
-    {'8': (0.1,)}
-    """
-    by_bits = {"values": losses.values, "factors": losses.factors, "noise": losses.noise}
-    named = {part: {str(bits): row for bits, row in by.items()} for part, by in by_bits.items()}
-    return {"kept": losses.kept, "ranks": losses.ranks, "ranked": losses.ranked, "share": losses.share, **named}
-
-
-def decode_rounding(spec: LayerSpec, record: Metadata) -> RoundingLosses:
-    """Decode rounding losses.
-
-    >>> losses = RoundingLosses((1.0,), {8: (0.1,)}, (), {}, {8: 0.2})
-    >>> decode_rounding(LayerSpec("up", 0, "in", "up", 2, 2), encode_rounding(losses)) == losses
-    True
-    """
-    values, factors = (
-        {int(bits): tuple(map(float, row)) for bits, row in record[part].items()} for part in ("values", "factors")
-    )
-    noise = {int(bits): float(loss) for bits, loss in record["noise"].items()}
-    kept, ranks = tuple(map(float, record["kept"])), tuple(map(int, record["ranks"]))
-    return RoundingLosses(kept, values, ranks, factors, noise, float(record["ranked"]), float(record["share"]))
-
-
-def encode_profile(profile: Profile) -> Metadata:
-    """Encode a profile; JSON has no whole numbers as keys.
-
-    >>> encode_profile(Profile({3: 0.02}, alpha=2.5))
-    {'outliers': {'3': 0.02}, 'alpha': 2.5}
-    """
-    return {
-        "outliers": {str(threshold): share for threshold, share in profile.outliers.items()},
-        "alpha": profile.alpha,
-    }
-
-
-def decode_profile(spec: LayerSpec, record: Metadata) -> Profile:
-    """Decode a profile.
-
-    >>> decode_profile(LayerSpec("up", 0, "in", "up", 2, 2), {"outliers": {"3": 0.02}, "alpha": 2.5}).outliers
-    {3: 0.02}
-    """
-    return Profile({int(m): float(share) for m, share in record["outliers"].items()}, float(record["alpha"]))
-
-
 def encode_prediction(prediction: Prediction) -> tuple[Tensors, Metadata]:
     """Encode a prediction.
 
@@ -350,56 +228,6 @@ def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> 
         spec, tuple(decode_target(words[:-1]) for words in options), tuple(words[-1] for words in options)
     )
     return Prediction(surface, tensors.get("overlap"))
-
-
-def encode_corrections(corrections: Corrections) -> Metadata:
-    """Encode corrections of predicted losses.
-
-    >>> encode_corrections(Corrections({"up": ((0.5, 0.7),)}, losses=(0.1,)))
-    {'points': {'up': ((0.5, 0.7),)}, 'losses': (0.1,)}
-    """
-    return {"points": dict(corrections.points), "losses": corrections.losses}
-
-
-def decode_corrections(key: None, record: Metadata) -> Corrections:
-    """Decode corrections of predicted losses.
-
-    >>> decode_corrections(None, {"points": {"up": [[0.5, 0.7]]}, "losses": [0.1]}).points
-    {'up': ((0.5, 0.7),)}
-    """
-    points = {name: tuple((float(kept), float(log)) for kept, log in pairs) for name, pairs in record["points"].items()}
-    return Corrections(points, tuple(float(loss) for loss in record["losses"]))
-
-
-def encode_allocated(allocated: Allocated) -> Metadata:
-    """Encode an allocation.
-
-    >>> encode_allocated(Allocated({"up": Target(0, 2)}, None, None, Outcome(2, 0.1, None, None)))["targets"]
-    {'up': [0, 2, None]}
-    """
-    return {
-        "targets": {name: encode_target(target) for name, target in allocated.targets.items()},
-        "bound": allocated.bound,
-        "search": None if allocated.search is None else asdict(allocated.search),
-        "uniform": asdict(allocated.uniform),
-        **({"embeddings": [asdict(each) for each in allocated.embeddings]} if allocated.embeddings else {}),
-    }
-
-
-def decode_allocated(key: None, record: Metadata) -> Allocated:
-    """Decode an allocation.
-
-    >>> allocated = Allocated({"up": Target(0, 2)}, None, None, Outcome(2, 0.1, None, None))
-    >>> decode_allocated(None, encode_allocated(allocated)) == allocated
-    True
-    """
-    return Allocated(
-        {name: decode_target(words) for name, words in record["targets"].items()},
-        record["bound"],
-        TypeAdapter(Search | None).validate_python(record["search"]),
-        TypeAdapter(Outcome).validate_python(record["uniform"]),
-        TypeAdapter(tuple[Embedding, ...]).validate_python(record.get("embeddings", ())),
-    )
 
 
 def encode_matched(matched: Matched) -> tuple[Tensors, Metadata]:
@@ -428,3 +256,22 @@ def decode_matched(key: Any, tensors: Tensors, metadata: Metadata) -> Matched:
     values = {name: unpack(tensors, f":{name}") for name in metadata["layers"]}
     norms = {name.removeprefix("norm:"): tensor for name, tensor in tensors.items() if name.startswith("norm:")}
     return Matched(values, norms, {name: found for name, found in metadata.items() if name != "layers"})
+
+
+def encode_attribution(found: Attribution) -> tuple[Tensors, Metadata]:
+    """Encode the losses of windows and the shares of layers in them, a row each.
+
+    >>> encode_attribution(Attribution(torch.ones(2), {"up": torch.tensor([0.5, 0.25])}))[1]
+    {'layers': ['up']}
+    """
+    return {"losses": found.losses, "shares": torch.stack(list(found.shares.values()))}, {"layers": list(found.shares)}
+
+
+def decode_attribution(key: Any, tensors: Tensors, metadata: Metadata) -> Attribution:
+    """Decode the losses of windows and the shares of layers in them.
+
+    >>> found = Attribution(torch.ones(2), {"up": torch.tensor([0.5, 0.25])})
+    >>> decode_attribution("first", *encode_attribution(found)).shares
+    {'up': tensor([0.5000, 0.2500])}
+    """
+    return Attribution(tensors["losses"], dict(zip(metadata["layers"], tensors["shares"], strict=True)))
