@@ -16,6 +16,7 @@ from globalopt.errors import NumericalError, UsageError
 from globalopt.protocols import Outputs, Solver
 from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition, Solution, Status, Trace
+from globalopt.values.entries import all_finite
 from globalopt.values.layer import Shape
 from globalopt.values.metric import Metric
 
@@ -70,7 +71,7 @@ class LayerProblem:
             NumericalError: the weight is not finite.
             UsageError: the Grams belong to another layer.
         """
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise NumericalError("The weight holds NaN or infinity; the checkpoint is damaged.")
         width = len(metric.inputs.matrix)
         if weight.ndim != 2 or weight.shape[1] != width:

@@ -17,6 +17,7 @@ from globalopt.errors import NumericalError, UnknownNameError, UsageError
 from globalopt.models.coverage import Coverage
 from globalopt.models.linear import Linear, as_linear
 from globalopt.models.streaming import LazyBlocks, lazy_blocks
+from globalopt.values.entries import all_finite
 from globalopt.values.layer import LayerSpec
 
 
@@ -156,7 +157,7 @@ class ModelLayers:
             self.place(name, lambda: kept)
             return
         cast = W.detach().to(device=weight.device, dtype=weight.dtype)
-        if not bool(torch.isfinite(cast).all()):
+        if not all_finite(cast):
             raise NumericalError(
                 f"The new weight of layer {name} is not finite in {str(weight.dtype).removeprefix('torch.')}."
             )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from globalopt.errors import ArtefactError, NumericalError, UnsupportedModelError
 from globalopt.machine.memory import trim_memory
 from globalopt.models.checkpoint import Precision, Source
+from globalopt.values.entries import all_finite
 
 
 class LazyBlocks:
@@ -156,7 +157,7 @@ class LazyBlocks:
         shape = self._empty[index][rest].shape
         if made.shape != shape:
             raise ArtefactError(f"{name} is {tuple(shape)}; its replacement is {tuple(made.shape)}.")
-        if not bool(torch.isfinite(made).all()):
+        if not all_finite(made):
             owner, _, what = name.rpartition(".")
             raise NumericalError(f"The new {what} of layer {owner} is not finite in {str(made.dtype)[6:]}.")
         return made

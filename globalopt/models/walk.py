@@ -5,7 +5,7 @@ Both analysis and refinement walk: one reads the dense blocks, the other changes
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from globalopt.machine import ranks
 from globalopt.machine.memory import trim_memory
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.hooks import input_hooks
+from globalopt.values.entries import all_finite
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
+
+SAMPLED = 4
+"""Every how many batches one is read for correlations that are only reported."""
 
 
 class BlockVisit:
@@ -43,7 +47,7 @@ class BlockVisit:
         self.runner = runner
         self._outputs: list[Tensor] | None = None
 
-    def grams(self, sites: Sequence[str] | None = None) -> dict[str, Gram]:
+    def grams(self, sites: Sequence[str] | None = None, exact: bool = True) -> dict[str, Gram]:
         """Compute the Gram `G = mean over real tokens of x xᵀ` of each input site, in one forward pass of the block.
 
         With several processes the mean is over the tokens of all, and all get it. The outputs of that pass are kept, so
@@ -53,6 +57,8 @@ class BlockVisit:
 
         Args:
             sites: which sites; all of this block by default.
+            exact: whether all tokens are read for the correlations between coordinates. Otherwise those of every
+                `SAMPLED`-th batch are, and all for the diagonal, for solvers that read nothing else.
 
         Raises:
             UnknownNameError: a site is not one of this block.
@@ -63,11 +69,11 @@ class BlockVisit:
         for site in wanted:
             if site not in known:
                 raise UnknownNameError("site", site, known)
-        found = self._moments(wanted)
+        found = self._moments(wanted, exact)
         if lacking := [site for site, gram in found.items() if gram is None]:
             stands_for = {site: next(spec for spec in self.specs if spec.site == site) for site in lacking}
             beside = {site: [spec.site for spec in stands_for[site].siblings(self.specs)] for site in lacking}
-            found |= self._moments([site for sites in beside.values() for site in sites if site not in found])
+            found |= self._moments([site for sites in beside.values() for site in sites if site not in found], exact)
             for site, sites in beside.items():
                 known = [gram for sibling in dict.fromkeys(sites) if (gram := found[sibling]) is not None]
                 found[site] = Gram.stand_in(known, stands_for[site].d_in)
@@ -75,9 +81,9 @@ class BlockVisit:
             trim_memory()
         return {site: gram for site in wanted if (gram := found[site]) is not None}
 
-    def _moments(self, sites: Iterable[str]) -> dict[str, Gram | None]:
+    def _moments(self, sites: Iterable[str], exact: bool) -> dict[str, Gram | None]:
         """Compute the Gram of every site in one forward pass of the block; None where no token reached it."""
-        moments = {site: _Moment(site) for site in sites}
+        moments = {site: _Moment(site) if exact else _SampledMoment(site) for site in sites}
         if not moments:
             return {}
         self._outputs = [self._observed(i, moments) for i in range(len(self.runner))]
@@ -101,7 +107,11 @@ class BlockVisit:
     def _observed(self, i: int, moments: Mapping[str, _Moment]) -> Tensor:
         """Run batch `i` through the block, and add the inputs of its sites to `moments`."""
         batch, layers = self.runner.batches[i], self.runner.layers
-        with input_hooks({site: layers.module(site) for site in moments}, lambda s, x: moments[s].add(batch.select(x))):
+
+        def add(site: str, x: Tensor) -> None:
+            moments[site].add(batch.select(x), i)
+
+        with input_hooks({site: layers.module(site) for site in moments}, add):
             return self._output(i)
 
     @torch.no_grad()
@@ -109,7 +119,7 @@ class BlockVisit:
         """Run batch `i` through the block; `CalibrationError` if the output is not finite."""
         hidden = self.inputs[i]
         output = self.runner.run(self.index, i, hidden).to(hidden.device)
-        if not bool(torch.isfinite(self.runner.batches[i].select(output)).all()):
+        if not all_finite(self.runner.batches[i].select(output)):
             raise CalibrationError(
                 f"Block {self.runner.layers.blocks_path}.{self.index} returns values that are not finite; "
                 "use --dtype float32 or bfloat16, and check the layers changed last."
@@ -147,6 +157,19 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
         visit.inputs = []
 
 
+def visit_blocks(runner: BlockRunner, device: torch.device | str | None = None) -> Iterator[BlockVisit]:
+    """Visit the decoder blocks in order without running them: a visit has no inputs, and so no Grams and no outputs.
+
+    >>> from globalopt.models.finding import find_layers
+    >>> from globalopt.reference.tiny import tiny_llama
+    >>> [(visit.index, visit.inputs) for visit in visit_blocks(BlockRunner(find_layers(tiny_llama()), []))]
+    [(0, []), (1, [])]
+    """
+    for index in range(len(runner.layers.blocks)):
+        with runner.layers.resident(index, device):
+            yield BlockVisit(runner, index, [])
+
+
 class _Moment:
     """Accumulate the sum of `x xᵀ` over the tokens of one site, in float32."""
 
@@ -155,13 +178,16 @@ class _Moment:
         self.tokens = 0
         self.sum: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows `x` (tokens, d)."""
+    def add(self, rows: Tensor, batch: int) -> None:
+        """Add rows `x` (tokens, d) of a batch."""
         x = rows.float()
+        self._add_products(x)
+        self.tokens += len(x)
+
+    def _add_products(self, x: Tensor) -> None:
         if self.sum is None:
             self.sum = x.new_zeros(x.shape[1], x.shape[1])
         add_second_moment(self.sum, x)
-        self.tokens += len(x)
 
     def add_up(self, tokens: int, width: int, device: torch.device) -> None:
         """Add the sums of all processes, which have `tokens` tokens together; one that has none adds zero."""
@@ -179,10 +205,48 @@ class _Moment:
         """
         if self.sum is None or self.tokens == 0:
             return None
-        if not bool(torch.isfinite(self.sum).all()):
+        if not all_finite(self.sum):
             raise CalibrationError(
                 f"The inputs of layer {self.site} are not finite: the activations overflow or a weight before it is "
                 "NaN. Use --dtype float32 or bfloat16."
             )
         mean, self.sum = self.sum.div_(self.tokens), None
         return Gram(mirror(mean), self.tokens)
+
+
+class _SampledMoment(_Moment):
+    """Accumulate the squares of all tokens of one site, and the products of those of every `SAMPLED`-th batch.
+
+    The Gram has the diagonal `D` of all tokens and the correlations `C` of some, `D^1/2 C D^1/2`, and is positive
+    semidefinite as `C` is. It costs little more than the squares.
+    """
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self.squares: Tensor | None = None
+
+    def add(self, rows: Tensor, batch: int) -> None:
+        x = rows.float()
+        squares = x.square().sum(0)
+        self.squares = squares if self.squares is None else self.squares + squares
+        if batch % SAMPLED == 0:
+            self._add_products(x)
+        self.tokens += len(x)
+
+    def add_up(self, tokens: int, width: int, device: torch.device) -> None:
+        super().add_up(tokens, width, device)
+        if tokens and ranks.several():
+            self.squares = ranks.total(torch.zeros(width, device=device) if self.squares is None else self.squares)
+
+    def gram(self) -> Gram | None:
+        if self.squares is None or self.tokens == 0:
+            return None
+        if self.sum is None:
+            # No batch that is read has a token of this site.
+            self.sum = torch.diag(self.squares)
+        own = self.sum.diagonal().clone()
+        scales = torch.where(own > 0, (self.squares / own).sqrt(), 0.0)
+        self.sum.mul_(scales[:, None]).mul_(scales)
+        # What all tokens that were read have a zero in is correlated with nothing.
+        self.sum.diagonal().copy_(self.squares)
+        return super().gram()

@@ -22,7 +22,7 @@ from globalopt.pipeline.plan import RefinementPlan
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.session import Session, versions
 from globalopt.pipeline.unreached import left_dense, without_tokens
-from globalopt.protocols import Solver
+from globalopt.protocols import Needs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SUMMARY
 from globalopt.runs.files import is_there
@@ -71,7 +71,12 @@ def finish(
     [('validation', True), ('test', True)]
     """
     layers, allocation = session.layers, file.allocation
-    notes = list(_notes(allocation, plan.solver))
+    targets = {
+        spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
+        for spec in layers.specs
+    }
+    refinement = _refinement(session, plan, file, targets)
+    notes = [*_notes(allocation, plan.solver), *_errors_note(refinement)]
     if session.quantisation:
         notes.append(f"The dense model is {session.name}, dequantised from {session.quantisation}.")
     if session.loaded.unused:
@@ -83,11 +88,7 @@ def finish(
     if ranks.told(bool(run.missing(OUTPUT_GRAM, weighted) or run.missing(BLOCK_OUTPUT_GRAM, blocks))):
         # No earlier sweep computed them, or they were pruned from the cache since.
         collect_output_grams(session, reporter, run, weighted, plan.seed)
-    targets = {
-        spec.name: convert_target(allocation.targets[spec.name], spec, plan.solver, allocation.budget)
-        for spec in layers.specs
-    }
-    results = _refined(session, reporter, run, plan, file, targets)
+    results = _refined(session, reporter, run, refinement, file)
     for note in (unreached := without_tokens(run, layers)):
         reporter.note(note)
     if plan.distillation is not None:
@@ -154,11 +155,9 @@ def finish(
     return ranks.told(summary)
 
 
-def _refined(
-    session: Session, reporter: Reporter, run: Run, plan: RefinementPlan, file: BudgetFile, targets: dict[str, Target]
-) -> list[LayerResult]:
-    """Refine and match the model block by block."""
-    refinement = Refinement(
+def _refinement(session: Session, plan: RefinementPlan, file: BudgetFile, targets: dict[str, Target]) -> Refinement:
+    """Define the refinement of the session's layers to their targets."""
+    return Refinement(
         targets=targets,
         solver=plan.solver,
         budget=file.allocation.budget,
@@ -170,9 +169,16 @@ def _refined(
         matching=plan.matching,
         seed=plan.seed,
     )
+
+
+def _refined(
+    session: Session, reporter: Reporter, run: Run, refinement: Refinement, file: BudgetFile
+) -> list[LayerResult]:
+    """Refine and match the model block by block."""
+    matching = refinement.matching
     with reporter.stage("refine", len(session.layers.specs), "layers") as advance:
         put = place_embeddings(session, run, file.matrices)
-        runner = session.runner(run.folder, plan.matching and plan.matching.windows)
+        runner = session.runner(run.folder, matching and matching.windows)
         return list(refine(runner, refinement, run, session.loaded.device, advance, put))
 
 
@@ -191,6 +197,14 @@ def _notes(allocation: Allocation, solver: Solver) -> Iterator[str]:
         yield f"Solver {solver.name} has no sparse part: nonzeros are kept as rank of at most the same cost."
     if solver.signs:
         yield f"Solver {solver.name} keeps a sign plane of rank 1 in every layer, paid for with other parts of it."
+
+
+def _errors_note(refinement: Refinement) -> Iterator[str]:
+    """Say where the errors of layers are not those of their outputs."""
+    if refinement.reads is Needs.NOTHING:
+        yield (
+            f"Solver {refinement.solver.name} reads no inputs of layers: their errors are of weights, not of outputs."
+        )
 
 
 def match_whole(

@@ -6,6 +6,7 @@ from globalopt.models.coverage import UNREACHED
 from globalopt.models.layers import ModelLayers
 from globalopt.models.refusals import shown
 from globalopt.runs.artefacts import SOLVED_LAYER
+from globalopt.runs.files import read_metadata
 from globalopt.runs.folder import Run
 from globalopt.values.layer import LayerSpec
 
@@ -48,5 +49,5 @@ def without_tokens(run: Run, layers: ModelLayers) -> list[str]:
 
 def _tokens(run: Run, spec: LayerSpec) -> int:
     """Return the number of tokens that the Grams of a solved layer are from; 1 for a layer that does not say."""
-    solved = run.find(SOLVED_LAYER, spec)
-    return 1 if solved is None else solved.metadata.get("tokens", 1)
+    path = run.path(SOLVED_LAYER, spec)
+    return read_metadata(path).get("tokens", 1) if path.exists() else 1

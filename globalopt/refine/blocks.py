@@ -18,11 +18,12 @@ from globalopt.machine.memory import trim_memory
 from globalopt.matching.block import Matching, match_block
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockVisit, walk_blocks
-from globalopt.protocols import Solver
+from globalopt.models.walk import BlockVisit, visit_blocks, walk_blocks
+from globalopt.protocols import Needs, Rounding, Solver
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.published import on_grid
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
+from globalopt.runs.files import read_metadata
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Matched, SolvedLayer
 from globalopt.values.budget import Budget, Target
@@ -32,7 +33,7 @@ from globalopt.values.layer_results import LayerResult
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.storage import PLAIN
 
-VERSION = 4
+VERSION = 5
 """Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
 
 
@@ -84,6 +85,28 @@ class Refinement:
     matching: Matching | None = None
     seed: int = 0
 
+    @property
+    def reads(self) -> Needs:
+        """Return how much of the input Grams is read."""
+        few_bits = any(not target.storage.plain for target in self.targets.values())
+        return needed(self.solver, few_bits, self.output_grams)
+
+
+def needed(solver: Solver, few_bits: bool, output_grams: bool) -> Needs:
+    """Return how much of the input Grams is read: by a solver, by the rounding after it, and for errors in nats.
+
+    Where it is not all, reported errors are in the norm that is read: that of outputs with correlations from a sample
+    of the tokens (`BlockVisit.grams`), or that of weights.
+
+    >>> from solvers import get_solver
+    >>> wanda = get_solver("wanda")
+    >>> needed(wanda, few_bits=False, output_grams=False), needed(wanda, few_bits=True, output_grams=False)
+    (<Needs.DIAGONAL: 1>, <Needs.GRAM: 2>)
+    """
+    if output_grams or (few_bits and solver.rounding is not Rounding.NEAREST):
+        return Needs.GRAM
+    return solver.needs
+
 
 def refine(
     runner: BlockRunner,
@@ -108,7 +131,8 @@ def refine(
             what comes before, so that blocks are fitted to the inputs that they will have.
     Yields:
         The costs and errors of a layer: `actual` is `tr(A E G Eᵀ) / 2` in nats per token with output Grams, else
-        `tr(E G Eᵀ)`, with `E` the dense weight less the solution.
+        `tr(E G Eᵀ)`, with `E` the dense weight less the solution, and `tr(E Eᵀ)` where no Gram is read. Then no text is
+        read either, if blocks are not matched.
     Raises:
         NumericalError: a solution is not finite, exceeds its target after the cast, or the solver failed; the message
             names the layer.
@@ -131,9 +155,10 @@ def refine(
     layers = runner.layers
     dense = _DenseStates(runner) if plan.matching is not None and plan.matching.share > 0 else None
     begin()
-    for visit in walk_blocks(runner, device):
+    still = plan.reads is Needs.NOTHING and plan.matching is None
+    for visit in visit_blocks(runner, device) if still else walk_blocks(runner, device):
         unsolved = ranks.told(run.missing(SOLVED_LAYER, visit.specs))
-        grams = visit.grams() if unsolved and plan.order is Order.BLOCK else {}
+        grams = _grams(visit, plan) if unsolved and plan.order is Order.BLOCK else {}
         wanted = _wanted(visit, plan, run, dense)
         _solve(visit, unsolved, grams, plan, run)
         # Freed before the next block computes its own.
@@ -142,10 +167,21 @@ def refine(
             _match(visit, plan, run, wanted)
         del wanted
         for spec in visit.specs:
-            layers.place(spec.name, partial(_saved_weight, run, spec))
-            yield _result(spec, run.layer(spec), run.get(SOLVED_LAYER, spec).metadata, plan)
+            value = run.layer(spec)
+            # What is read again with its block is not held in between.
+            layers.place(spec.name, value.dense if layers.lazy is None else partial(_saved_weight, run, spec))
+            yield _result(spec, value, read_metadata(run.path(SOLVED_LAYER, spec)), plan)
             advance(spec.name)
         visit.replaced()
+
+
+def _grams(visit: BlockVisit, plan: Refinement, sites: Sequence[str] | None = None) -> dict[str, Gram]:
+    """Compute the Grams of input sites, all of the block by default; identities where none is read."""
+    if plan.reads is Needs.NOTHING:
+        wanted = {spec.site: spec for spec in visit.specs if sites is None or spec.site in sites}
+        device = visit.layers.device_of(visit.index)
+        return {site: Gram(torch.eye(spec.d_in, device=device), 1) for site, spec in wanted.items()}
+    return visit.grams(sites, exact=plan.reads is Needs.GRAM)
 
 
 def _solve(
@@ -161,7 +197,7 @@ def _solve(
     for site in dict.fromkeys(spec.site for spec in visit.specs):
         here = [spec for spec in visit.specs if spec.site == site and spec in unsolved]
         if plan.order is Order.SITE:
-            found = visit.grams([site]) if here else {}
+            found = _grams(visit, plan, [site]) if here else {}
             mine = ranks.share(here, LayerSpec.solve_cost)
         else:
             found, mine = grams, [spec for spec in here if spec in own]
@@ -312,16 +348,16 @@ def _saved(job: Job, solution: Solution, plan: Refinement, seconds: float) -> So
         raise
     E = job.weight - value.dense()
     plain = Metric(job.metric.inputs)
-    energy = plain.error(job.weight)
+    energy, error = plain.error(job.weight), plain.error(E)
     return SolvedLayer(
         value,
         {
-            "actual": job.metric.error(E) / 2 if job.metric.outputs is not None else plain.error(E),
-            "relative": plain.error(E) / energy if energy > 0 else 0.0,
+            "actual": job.metric.error(E) / 2 if job.metric.outputs is not None else error,
+            "relative": error / energy if energy > 0 else 0.0,
             "status": solution.status.value,
             "damping": float(solution.stats.get("damping", 0.0)),
             "seconds": seconds,
-            # 0: another Gram stood in for one of this layer's own.
+            # 0: another Gram stood in for one of this layer's own. Where none is read, no token is missed.
             "tokens": min(gram.tokens for gram in (job.metric.inputs, job.metric.outputs) if gram is not None),
             "trace": solution.trace,
         },

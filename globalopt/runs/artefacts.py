@@ -18,7 +18,9 @@ from torch import Tensor
 from globalopt.errors import ArtefactError, GlobalOptError
 from globalopt.runs import record_codecs, tensor_codecs
 from globalopt.runs.files import read_json, read_tensors, write_json, write_tensors
+from globalopt.runs.packing import unpack
 from globalopt.values.curves import LayerCurves
+from globalopt.values.decomposition import Decomposition
 from globalopt.values.family import Family
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metrics import WindowLosses
@@ -209,6 +211,20 @@ def _decoded(path: Path, decode: Callable[[], T]) -> T:
         raise ArtefactError(f"{path} lacks {cause.args[0]}. {AGAIN}") from None
     except (TypeError, ValueError, IndexError, AttributeError, GlobalOptError):
         raise ArtefactError(f"{path} is broken. {AGAIN}") from None
+
+
+def read_matched_layer(path: Path, name: str) -> Decomposition:
+    """Read one layer of a `MATCHED_BLOCK` or `MATCHED_MODEL`, whose other layers are not read.
+
+    >>> import torch
+    >>> value = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+    >>> MATCHED_BLOCK.form.write(Path("matched.safetensors"), 0, {}, Matched({"up": value, "down": value}, {}, {}))
+    >>> read_matched_layer(Path("matched.safetensors"), "up").nnz
+    2
+    """
+    end = f":{name}"
+    found, _ = read_tensors(path, end)
+    return _decoded(path, lambda: unpack(found, end))
 
 
 def validated(path: Path, kind: type[T], found: Any) -> T:

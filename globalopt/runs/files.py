@@ -285,8 +285,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote; `ArtefactError` if it is missing or broken.
+def read_tensors(path: Path, end: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote, or the tensors whose names end with `end`; `ArtefactError` if it is broken.
 
     Tensors begin where those of a computation do, at a multiple of 64 bytes: from another place some processors sum
     in another order, and what is used again would not be what is computed again.
@@ -298,7 +298,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     (torch.Size([2, 2]), 7)
     """
     with _opened(path) as (file, facts):
-        return {name: _aligned(file.get_tensor(name)) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+        wanted = [name for name in file.keys() if name.endswith(end)]  # noqa: SIM118 - not a dict
+        return {name: _aligned(file.get_tensor(name)) for name in wanted}, facts
 
 
 def _aligned(value: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from globalopt.runs.artefacts import (
     WINDOWS,
     Artefact,
     Stage,
+    read_matched_layer,
     validated,
 )
 from globalopt.runs.files import digest, is_there, link_or_copy, read_json, read_metadata, remove_abandoned, write_json
@@ -268,9 +269,9 @@ class Run(Workspace):
 
     def layer(self, spec: LayerSpec) -> Decomposition:
         """Return a layer as the model is saved with it: matched where that was done."""
-        for matched in (self.find(MATCHED_MODEL, None), self.find(MATCHED_BLOCK, spec.block)):
-            if matched is not None:
-                return matched.values[spec.name]
+        for path in (self.path(MATCHED_MODEL, None), self.path(MATCHED_BLOCK, spec.block)):
+            if path.exists():
+                return read_matched_layer(path, spec.name)
         return self.get(SOLVED_LAYER, spec).value
 
     def matches(self, blocks: int) -> tuple[MatchResult, ...]:

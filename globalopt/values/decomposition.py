@@ -12,6 +12,7 @@ from torch import Tensor
 
 from globalopt.errors import NumericalError
 from globalopt.values.budget import Target
+from globalopt.values.entries import all_finite, count_nonzeros
 from globalopt.values.layer import NM
 from globalopt.values.storage import PLAIN, Scales, Storage
 
@@ -51,7 +52,7 @@ class Decomposition:
         if self.signs is not None and self.signs.shape != self.S.shape:
             raise NumericalError(f"Signs {tuple(self.signs.shape)} do not match S {tuple(self.S.shape)}.")
         for label, part in (("S", self.S), ("U", self.U), ("V", self.V)):
-            if not bool(torch.isfinite(part).all()):
+            if not all_finite(part):
                 raise NumericalError(f"{label} of the decomposition is not finite.")
 
     @property
@@ -67,7 +68,7 @@ class Decomposition:
     @property
     def nnz(self) -> int:
         """Count the nonzeros of `S`."""
-        return int(torch.count_nonzero(self.S))
+        return count_nonzeros(self.S)
 
     def dense(self) -> Tensor:
         """Compute the dense matrix (d_out, d_in), in float32, or in float64 if the parts are."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from globalopt.errors import CalibrationError
+from globalopt.values.entries import all_finite, count_nonzeros
 
 STRIP = 512
 """Rows of a Gram that are checked at a time."""
@@ -47,7 +49,7 @@ class Gram:
             raise CalibrationError(f"A Gram is a mean over tokens; got {self.tokens} of them.")
         # A strip at a time, as temporary copies of a whole Gram would set the peak memory of a run.
         strips = [slice(first, first + STRIP) for first in range(0, len(m), STRIP)]
-        if not all(bool(torch.isfinite(m[rows]).all()) for rows in strips):
+        if not all(all_finite(m[rows]) for rows in strips):
             raise CalibrationError("The Gram is not finite: the activations overflow or the model holds NaN.")
         if bool((m.diagonal() < 0).any()):
             raise CalibrationError("The Gram has a negative diagonal entry; it is no second moment.")
@@ -72,6 +74,11 @@ class Gram:
         if not known:
             return cls(scale * torch.eye(d), 0)
         return cls(sum((gram.matrix for gram in known[1:]), known[0].matrix) / len(known), 0)
+
+    @cached_property
+    def is_diagonal(self) -> bool:
+        """Tell whether all entries beside the diagonal are zero."""
+        return count_nonzeros(self.matrix) == count_nonzeros(self.diagonal)
 
     @property
     def diagonal(self) -> Tensor:
@@ -130,6 +137,7 @@ class Metric:
         found = 0.0
         for begin in range(0, len(residual), rows):
             some = slice(begin, begin + rows)
-            found += float((residual[some] @ G).double().mul_(AE[some]).sum())
+            EG = residual[some] * self.inputs.diagonal if self.inputs.is_diagonal else residual[some] @ G
+            found += float(EG.double().mul_(AE[some]).sum())
         # Rounding can make an error that is exactly zero slightly negative.
         return max(0.0, found)

@@ -17,7 +17,7 @@ from globalopt.models.batch import Batch
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.finding import find_layers
 from globalopt.models.layers import ModelLayers
-from globalopt.models.walk import BlockVisit, walk_blocks
+from globalopt.models.walk import SAMPLED, BlockVisit, _SampledMoment, visit_blocks, walk_blocks
 from tests.tiny_models import BLOCKS, KINDS, SDPA_KINDS, padded_ids, tiny_ids, tiny_layers, tiny_model
 
 
@@ -64,6 +64,42 @@ def test_grams_are_those_of_a_plain_forward_pass(kind: str) -> None:
         expected = x.mT @ x / len(x)
         scale = float(expected.abs().max())
         torch.testing.assert_close(gram.matrix.double(), expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_a_sampled_gram_has_the_diagonal_of_all_tokens_and_the_correlations_of_some() -> None:
+    layers = tiny_layers("llama")
+    batches = [Batch(tiny_ids(2, 12, seed=seed)) for seed in range(SAMPLED + 2)]
+    inputs = _layer_inputs(layers, batches)
+    read = _layer_inputs(layers, batches[::SAMPLED])
+    for visit in walk_blocks(BlockRunner(layers, batches)):
+        for site, gram in visit.grams(exact=False).items():
+            x, some = (rows[site].double() for rows in (inputs, read))
+            assert gram.tokens == len(x)
+            torch.testing.assert_close(gram.diagonal.double(), x.square().mean(0), rtol=1e-5, atol=0)
+            expected = some.mT @ some
+            scale = expected.diagonal().rsqrt()
+            own = gram.diagonal.double().rsqrt()
+            found = gram.matrix.double() * own[:, None] * own
+            torch.testing.assert_close(found, expected * scale[:, None] * scale, atol=1e-4, rtol=0)
+            assert float(torch.linalg.eigvalsh(gram.matrix.double()).min()) > -1e-5 * float(gram.diagonal.max())
+
+
+def test_a_sampled_gram_of_a_site_that_no_sampled_batch_reaches_is_its_diagonal() -> None:
+    moment = _SampledMoment("down")
+    moment.add(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), batch=1)
+    gram = moment.gram()
+    assert gram is not None
+    assert gram.matrix.tolist() == [[5.0, 0.0], [0.0, 1.0]]
+    assert gram.tokens == 2
+
+
+def test_blocks_can_be_visited_without_being_run() -> None:
+    layers = tiny_layers("llama")
+    runner = BlockRunner(layers, [Batch(tiny_ids(1, 4))])
+    for block in layers.blocks:
+        block.register_forward_hook(lambda *_: pytest.fail("a block was run"))
+    visits = list(visit_blocks(runner))
+    assert [spec for visit in visits for spec in visit.specs] == list(layers.specs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

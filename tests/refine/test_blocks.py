@@ -15,7 +15,8 @@ from globalopt.models.block_runner import BlockRunner
 from globalopt.models.finding import find_layers
 from globalopt.models.layers import ModelLayers
 from globalopt.models.loading import load_model
-from globalopt.protocols import Outputs, Solver
+from globalopt.models.walk import walk_blocks
+from globalopt.protocols import Needs, Outputs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
 from globalopt.runs.artefacts import METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.folder import Run
@@ -24,6 +25,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
+from globalopt.values.storage import Storage
 from solvers import get_solver
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model
 
@@ -152,6 +154,50 @@ def test_the_model_becomes_what_was_saved(tmp_path):
         assert (result.rank, result.nnz) == (value.rank, value.nnz) == (1, spec.numel // 3)
         assert result.cost == spec.numel // 3 + spec.d_out + spec.d_in
         assert 0 < result.relative < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "read"),
+    [
+        ("rtn", Target(0, 128, storage=Storage(8)), Needs.NOTHING),
+        ("magnitude", Target(0, 64), Needs.NOTHING),
+        ("magnitude", Target(0, 64, storage=Storage(8)), Needs.GRAM),
+        ("wanda", Target(0, 64), Needs.DIAGONAL),
+        ("sparsegpt", Target(0, 64), Needs.GRAM),
+    ],
+)
+def test_what_is_read_of_inputs_is_what_solver_and_rounding_need(name, target, read):
+    plan = Refinement({"up": target}, get_solver(name), Budget(10, 10), torch.float32, {"up": None})
+    assert plan.reads is read
+    assert replace(plan, output_grams=True).reads is Needs.GRAM
+
+
+def test_a_solver_that_reads_no_inputs_runs_no_block(tmp_path):
+    layers, runner, plan, run = setting(tmp_path, get_solver("magnitude"))
+    dense = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    for block in layers.blocks:
+        block.register_forward_hook(lambda *_: pytest.fail("a block was run"))
+    for result in refine(runner, plan, run):
+        W = dense[result.name]
+        left = (W - layers.weight(result.name)).square().sum()
+        assert result.actual == pytest.approx(float(left), rel=1e-5)
+        assert result.relative == pytest.approx(float(left / W.square().sum()), rel=1e-5)
+
+
+def test_wanda_chooses_by_all_tokens_and_reports_errors_of_some(tmp_path):
+    layers, _, plan, run = setting(tmp_path, get_solver("wanda"))
+    dense = {spec.name: layers.weight(spec.name).clone() for spec in layers.specs}
+    batches = [Batch(tiny_ids(2, 12, seed=seed)) for seed in range(5)]
+    whole = next(walk_blocks(BlockRunner(layers, batches))).grams()
+    results = {result.name: result for result in refine(BlockRunner(layers, batches), plan, run)}
+    for spec in layers.of_block(0):
+        W, found = dense[spec.name], run.layer(spec).dense()
+        metric = Metric(whole[spec.site])
+        alone = get_solver("wanda")
+        expected = alone.solve(alone.prepare(W, metric), plan.targets[spec.name])
+        assert torch.equal(found, expected.value.dense())
+        # Of two batches in five, and of all.
+        assert results[spec.name].relative == pytest.approx(metric.error(W - found) / metric.error(W), rel=0.3)
 
 
 Handed = tuple[torch.Tensor, Metric, Target]
@@ -349,9 +395,10 @@ def test_what_overflows_its_type_is_refused(tmp_path):
 
 
 def test_with_output_grams_errors_are_in_nats(tmp_path):
-    _, runner, plan, run = setting(tmp_path / "a", get_solver("wanda"))
+    # A solver that reads the whole Gram, so that errors are measured in it with and without output Grams.
+    _, runner, plan, run = setting(tmp_path / "a", get_solver("sparsegpt"))
     plain = list(refine(runner, plan, run))
-    layers, runner, plan, run = setting(tmp_path / "b", get_solver("wanda"))
+    layers, runner, plan, run = setting(tmp_path / "b", get_solver("sparsegpt"))
     for spec in layers.specs:
         run.put(OUTPUT_GRAM, spec, Gram(torch.eye(spec.d_out) * 0.5, 1))
     nats = list(refine(runner, replace(plan, output_grams=True), run))

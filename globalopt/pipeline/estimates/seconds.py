@@ -17,10 +17,12 @@ from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
+from globalopt.models.walk import SAMPLED
 from globalopt.pipeline import timing
 from globalopt.pipeline.estimates.job import Job, anchor_count, is_weighted
 from globalopt.pipeline.estimates.shape import Shape
-from globalopt.protocols import Reads
+from globalopt.protocols import Needs, Reads
+from globalopt.refine.blocks import needed
 from globalopt.values.layer import LayerSpec
 
 ON_A_PATH = 0.9
@@ -104,7 +106,11 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if job.search_tokens:
         found["search"] = forward(job.search_tokens)
     if job.refines:
-        found["refine"] = 2 * forward(tokens) + grams + fits(fit)
+        # Its Grams, and the outputs of the layers that it has replaced.
+        reads = needed(job.solver, job.few_bits, job.sweeps)
+        walks = 2 * forward(tokens) if reads > Needs.NOTHING or job.matching is not None else 0.0
+        read = {Needs.NOTHING: 0.0, Needs.DIAGONAL: 1 / SAMPLED, Needs.GRAM: 1.0}[reads]
+        found["refine"] = walks + read * grams + fits(fit)
         if job.few_bits:
             found["refine"] += fits(timing.rounding_seconds(job.solver, job.kept, device, weighted))
         if job.matching is not None:
