@@ -169,7 +169,9 @@ def vllm(folder: Path, tokens: np.ndarray, ignore: bool) -> np.ndarray:
     where = folder / "base" if adapter else folder
     size = AutoConfig.from_pretrained(where).vocab_size
     lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 512} if adapter else {}
-    model = LLM(str(where), dtype="float32", enforce_eager=True, max_model_len=256, max_logprobs=20, **lora)
+    # By default it takes nearly all memory of the machine for its cache.
+    sizes = {"max_model_len": 256, "max_logprobs": 20, "gpu_memory_utilization": 0.3}
+    model = LLM(str(where), dtype="float32", enforce_eager=True, **sizes, **lora)
     more: dict[str, Any] = {}
     if adapter:
         from vllm.lora.request import LoRARequest

@@ -61,10 +61,11 @@ SOLVERS: dict[str, type[Solver[Any]]] = {
 
             min over levels S   tr((W - S) G (W - S)ᵀ)
 
-        The sweep is `grid_sweep`, once over the columns from left to right, with G damped by 0.01 of its mean diagonal.
-        Departures: grids are symmetric half-integer multiples of one scale per group of 64 weights of a row, where the
-        public code has a zero point; scales are chosen before the sweep, as those of least squared error. Bits belong
-        to the target, as for `rtn`. All other solvers add coordinate descent to this sweep.
+        The sweep is `grid_sweep`, once over the columns from the largest input to the smallest (the public code's
+        option `act-order`), with G damped by 0.01 of its mean diagonal.
+        Departures: grids are symmetric, with one scale per group of 64 weights of a row that just reaches the largest
+        weight, where the public code has a zero point. Bits belong to the target, as for `rtn`. All other solvers
+        choose their grids by the inputs (`fit_scales`), and add coordinate descent to this sweep.
         """,
         name="gptq",
         paper="arXiv:2210.17323",

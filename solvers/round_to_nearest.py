@@ -19,11 +19,10 @@ from solvers.layer_problem import LayerProblem
 class RTN(Solver[LayerProblem]):
     """Keep every weight, and round it to the nearest level of its grid: the baseline of quantisation.
 
-        level = (clamp(floor(w / s)) + 1/2) s,   one scale s per group of 64 weights of a row
+        level = clamp(round(w / s)) s,   one scale s per group of 64 weights of a row
 
-    The inputs are not read. The scale of a group is the one of least squared error (`fit_scales`), not the one that
-    just reaches the largest weight. Bits belong to the target: one in 16 bits keeps the layer unchanged, and none can
-    ask for a part of its weights or for rank.
+    The inputs are not read. The scale of a group just reaches its largest weight (`largest_scales`). Bits belong to the
+    target: one in 16 bits keeps the layer unchanged, and none can ask for a part of its weights or for rank.
 
     >>> from globalopt import Gram
     >>> W = torch.tensor([[0.3, -0.1], [0.2, 0.4]])

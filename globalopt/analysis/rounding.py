@@ -31,7 +31,7 @@ from globalopt.values.rounding_losses import RoundingLosses
 from globalopt.values.storage import BITS, GROUP, Storage
 from globalopt.values.surface import interpolate
 
-VERSION = 4
+VERSION = 5
 """Raised whenever measured rounding losses change."""
 
 FITTED = 4

@@ -67,7 +67,7 @@ def decode(packed: Tensor, scales: Tensor, bits: int, n: int, dtype: torch.dtype
     """Unpack the `n` numbers that were encoded, in `dtype`.
 
     Raises:
-        ArtefactError: there are other numbers of codes or scales, or a scale is negative or not finite.
+        ArtefactError: there are other numbers of codes or scales, or a scale is not finite.
 
     >>> decode(*encode(torch.tensor([-0.5, 1.5]), torch.tensor([1.0]), 4), 4, 2, torch.float32).tolist()
     [-0.5, 1.5]
@@ -86,7 +86,7 @@ def decode_codes(numbers: Tensor, scales: Tensor, bits: int, dtype: torch.dtype)
     if scales.shape != (-(-n // GROUP),):
         raise ArtefactError(f"{n} codes have scales of shape {tuple(scales.shape)}; expected one per {GROUP}.")
     grids = scales.view(SCALE)
-    if bool((scales < 0).any()) or not bool(torch.isfinite(grids).all()):
-        raise ArtefactError("A scale of packed codes is negative or not finite.")
+    if not bool(torch.isfinite(grids).all()):
+        raise ArtefactError("A scale of packed codes is not finite.")
     groups = pad(numbers, (0, -n % GROUP)).view(-1, GROUP)
     return levels(groups, grids.float()[:, None], bits).view(-1)[:n].to(dtype)

@@ -1,4 +1,8 @@
-"""Round numbers to grids of few bits, one per group of consecutive numbers (see `globalopt.values.storage`)."""
+"""Round numbers to grids of few bits, one per group of consecutive numbers (see `globalopt.values.storage`).
+
+The sign of a scale says which of two grids it is of: positive of a mid-rise one, whose levels are `+-(n + 1/2) scale`,
+and negative of a mid-tread one, with `+-n |scale|`, in which `n = 0` is nearly zero.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,37 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SHRINKS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
-"""Scales that are tried, as multiples of the one whose largest level is the largest number of the group."""
+"""Mid-rise scales that are tried, as multiples of the one whose largest level is the largest number of the group."""
+
+TREAD_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+"""Mid-tread scales that are tried, as multiples of the one that reaches half a step beyond its largest level."""
+
+NEAR_ZERO = 2.0**-10
+"""The level nearest to zero of a mid-tread grid, as a multiple of its scale: what is kept is never zero."""
 
 SCALE = torch.bfloat16
 """Type in which scales are stored; its range is that of float32, so that no scale becomes zero or infinite."""
 
 
-def fit_scales(numbers: Tensor, bits: int, group: int, weights: Tensor | None = None) -> Tensor:
-    """Choose the scale of every group: of `SHRINKS`, the one with the least weighted squared error of rounding.
+def fit_scales(numbers: Tensor, bits: int, group: int, weights: Tensor | None = None, mid_tread: bool = True) -> Tensor:
+    """Choose the grid of every group: of both kinds with several scales, the one of least weighted squared error.
 
-    Large scales reach the largest numbers of a group, small ones are finer for all others.
+    Large scales reach the largest numbers of a group, small ones are finer for all others. A mid-tread grid is better
+    where small numbers weigh most, as in a column whose inputs are hundreds of times larger than others and whose
+    weights are small; a mid-rise one where no number is near zero, as in what pruning left.
 
     Args:
         numbers: (n,). group: consecutive numbers that share a scale.
         weights: (n,) >= 0, of the squared errors; None weighs all alike.
+        mid_tread: whether a grid may be mid-tread.
     Returns:
-        (ceil(n / group),) float32, each exactly a bfloat16; 0 where all numbers of a group are.
+        (ceil(n / group),) float32, each exactly a bfloat16, negative for mid-tread grids; 0 where all numbers of a
+        group are.
 
     >>> fit_scales(torch.tensor([-1.5, 0.5, 0.5, 3.0]), bits=2, group=2).tolist()
     [1.0, 1.8984375]
+    >>> fit_scales(torch.tensor([0.01, 1.0]), bits=3, group=2, weights=torch.tensor([1e4, 1.0])).tolist()  # 0 and 3
+    [-0.333984375]
     """
     magnitudes = _grouped(numbers.abs(), group)
     weights = None if weights is None else _grouped(weights, group)
@@ -33,13 +49,29 @@ def fit_scales(numbers: Tensor, bits: int, group: int, weights: Tensor | None = 
     most = magnitudes.amax(1)
     least = torch.full_like(most, torch.inf)
     scales = torch.zeros_like(most)
-    for shrink in SHRINKS:
+    for shrink in (*SHRINKS, *(-shrink for shrink in TREAD_SHRINKS if mid_tread)):
         tried = (shrink * most / (half - 0.5)).to(SCALE).to(numbers.dtype)
         errors = (_level(magnitudes, tried[:, None], half) - magnitudes).square_()
         error = (errors if weights is None else errors.mul_(weights)).sum(1)
         better = error < least
         least, scales = torch.where(better, error, least), torch.where(better, tried, scales)
     return scales
+
+
+def largest_scales(numbers: Tensor, bits: int, group: int) -> Tensor:
+    """Compute the mid-tread scale of every group that just reaches its largest number, as is usual without any data.
+
+    Its levels are `-(2^(bits-1) - 1)` to `2^(bits-1) - 1` times the scale, and the largest number lies half a step
+    beyond the last.
+
+    Args, returns:
+        as of `fit_scales`.
+
+    >>> largest_scales(torch.tensor([0.5, -3.5]), bits=3, group=2).tolist()
+    [-1.0]
+    """
+    most = _grouped(numbers.abs(), group).amax(1)
+    return (-most / (2 ** (bits - 1) - 0.5)).to(SCALE).to(numbers.dtype)
 
 
 def spread(scales: Tensor, group: int, n: int) -> Tensor:
@@ -66,29 +98,30 @@ def snap(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 def grid_noise(W: Tensor, bits: int, group: int) -> Tensor:
     """Compute the error of rounding all entries of `W` to their nearest levels, by groups along its rows.
 
-    The largest level of a group is its largest number: less exact than `fit_scales`, which tries eleven scales.
+    The grids are those of `largest_scales`, which takes less time than `fit_scales`.
 
-    >>> grid_noise(torch.tensor([[1.0, 0.4, -0.2]]), bits=2, group=3).mul(1000).round().tolist()
-    [[2.0, -66.0, -134.0]]
+    >>> grid_noise(torch.tensor([[1.0, 0.4, -0.2]]), bits=3, group=3).mul(1000).round().tolist()
+    [[-141.0, -114.0, -86.0]]
     """
-    half = 2 ** (bits - 1)
-    magnitudes = _grouped(W.abs().flatten(), group)
-    scales = (magnitudes.amax(1, keepdim=True) / (half - 0.5)).to(SCALE).to(W.dtype)
-    levels = _level(magnitudes, scales, half).flatten()[: W.numel()].view_as(W)
-    return torch.copysign(levels, W).sub_(W)
+    numbers = W.flatten()
+    grids = spread(largest_scales(numbers, bits, group), group, len(numbers))
+    return snap(numbers, grids, bits).sub_(numbers).view_as(W)
 
 
 def codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Find the codes `c + 2^(bits-1)` of the levels nearest to numbers, 0 to 2^bits - 1.
+    """Find the codes of the levels nearest to numbers, 0 to 2^bits - 1: `2^(bits-1) + n`, or `- n - 1` below zero.
 
     Levels that were rounded to bfloat16 are found again, as their error is less than half a scale.
 
     >>> codes(torch.tensor([0.5, -0.5, 1.5]), torch.tensor(1.0), bits=2).tolist()
     [2, 1, 3]
+    >>> codes(torch.tensor([0.001, -0.001, 1.0]), torch.tensor(-1.0), bits=2).tolist()
+    [2, 1, 3]
     """
     half = 2 ** (bits - 1)
-    steps = torch.where(scales > 0, numbers / scales, numbers.new_zeros(()))
-    return (steps.floor().clamp(-half, half - 1) + half).to(torch.uint8)
+    steps = _steps(numbers.abs(), scales, half)
+    steps = torch.where(scales == 0, 0.0, torch.where(numbers < 0, -1 - steps, steps))
+    return (steps + half).to(torch.uint8)
 
 
 def levels(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -96,8 +129,29 @@ def levels(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
     >>> levels(torch.tensor([2, 1, 3], dtype=torch.uint8), torch.tensor(1.0), bits=2).tolist()
     [0.5, -0.5, 1.5]
+    >>> levels(torch.tensor([2, 1, 3], dtype=torch.uint8), torch.tensor(-1.0), bits=2).tolist()
+    [0.0009765625, -0.0009765625, 1.0009765625]
     """
-    return (codes.to(scales.dtype) - (2 ** (bits - 1) - 0.5)) * scales
+    steps, lowest = codes.to(scales.dtype) - 2 ** (bits - 1), offsets(scales)
+    return (steps + torch.where(steps < 0, 1 - lowest, lowest)) * scales.abs()
+
+
+def offsets(scales: Tensor) -> Tensor:
+    """Return the least positive level of the grids of scales, as a multiple of these.
+
+    >>> offsets(torch.tensor([2.0, -2.0])).tolist()
+    [0.5, 0.0009765625]
+    """
+    return torch.where(scales < 0, NEAR_ZERO, 0.5)
+
+
+def roundings(scales: Tensor) -> Tensor:
+    """Return what is added to a magnitude, in steps, before it is rounded down to the number `n` of its level.
+
+    >>> roundings(torch.tensor([2.0, -2.0])).tolist()
+    [0.0, 0.5]
+    """
+    return torch.where(scales < 0, 0.5, 0.0)
 
 
 def never_zero(rounded: Tensor, exact: Tensor) -> Tensor:
@@ -117,8 +171,13 @@ def never_zero(rounded: Tensor, exact: Tensor) -> Tensor:
 
 def _level(magnitudes: Tensor, scales: Tensor, half: int) -> Tensor:
     """Round magnitudes to the nearest positive level; 0 where the scale is 0."""
-    steps = magnitudes / scales.clamp_min(torch.finfo(magnitudes.dtype).tiny)
-    return steps.floor_().clamp_max_(half - 1).add_(0.5).mul_(scales)
+    return _steps(magnitudes, scales, half).add_(offsets(scales)).mul_(scales.abs())
+
+
+def _steps(magnitudes: Tensor, scales: Tensor, half: int) -> Tensor:
+    """Find the numbers `n` of the positive levels that are nearest to magnitudes, 0 to half - 1."""
+    steps = magnitudes / scales.abs().clamp_min(torch.finfo(magnitudes.dtype).tiny)
+    return steps.add_(roundings(scales)).floor_().clamp_max_(half - 1)
 
 
 def _grouped(numbers: Tensor, group: int) -> Tensor:

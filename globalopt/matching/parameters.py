@@ -112,27 +112,28 @@ class TrainableLayer:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """Hold the grids of some numbers: the logarithms of their scales, which are trained, and the bits of codes."""
+    """Hold the grids of some numbers: the logarithms of their scales, which are trained, their kinds, and the bits."""
 
     log_scales: nn.Parameter
+    mid_tread: Tensor
     bits: int
 
     @classmethod
     def of(cls, scales: Tensor | None, bits: int, device: torch.device) -> _Grid | None:
         """Make the grids of `scales`; None where there are none."""
-        return (
-            None
-            if scales is None or not scales.numel()
-            else cls(nn.Parameter(scales.to(device, torch.float32).log()), bits)
-        )
+        if scales is None or not scales.numel():
+            return None
+        placed = scales.to(device, torch.float32)
+        return cls(nn.Parameter(placed.abs().log()), placed < 0, bits)
 
     def levels(self, numbers: Tensor) -> Tensor:
         """Round numbers (n,) to their levels."""
-        return straight_levels(numbers, self.log_scales, self.bits, GROUP)
+        return straight_levels(numbers, self.log_scales, self.bits, GROUP, self.mid_tread)
 
     def scales(self) -> Tensor:
         """Compute the scales as they are stored."""
-        return scales_of(self.log_scales.detach())
+        sizes = scales_of(self.log_scales.detach())
+        return torch.where(self.mid_tread, -sizes, sizes)
 
 
 class Trainable:

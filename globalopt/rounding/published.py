@@ -1,12 +1,14 @@
-"""Put whole layers on grids as published: every number to its nearest level, or one sweep over the columns (GPTQ)."""
+"""Put whole layers on grids as published: every number to its nearest level, or one sweep over the columns (GPTQ).
+
+Their grids have a level at zero and reach the largest number of every group, as in the programs that round so.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from globalopt.kernels.grid import fit_scales, snap, spread
-from globalopt.kernels.grid_fit import grid_sweep
+from globalopt.kernels.grid import largest_scales, snap, spread
 from globalopt.protocols import Rounding
 from globalopt.rounding.stored import GridNorm, stored
 from globalopt.values.decomposition import Decomposition
@@ -49,8 +51,8 @@ def _whole(W: Tensor, metric: Metric, bits: int, sweep: bool) -> tuple[Tensor, T
     """Round all entries of `W` (d_out, d_in), and return the levels and the scales of their groups."""
     # A group of zeros would have no codes, while all other groups are counted in nonzeros.
     W = torch.where(W == 0, torch.finfo(W.dtype).tiny ** 0.5, W)
-    scales = fit_scales(W.flatten(), bits, GROUP)
+    scales = largest_scales(W.flatten(), bits, GROUP)
     grids = spread(scales, GROUP, W.numel()).view_as(W)
     if not sweep:
         return snap(W, grids, bits), scales
-    return grid_sweep(W, grids, bits, GridNorm.of(metric.inputs.matrix.float()).R), scales
+    return GridNorm.of(metric.inputs.matrix.float()).sweep(W, grids, bits), scales

@@ -22,7 +22,7 @@ from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
 from globalopt.values.storage import GROUP, Scales, Storage
 
-VERSION = 4
+VERSION = 5
 """Raised whenever rounded layers change; it is of no consequence to layers in 16 bits."""
 
 DAMPING = 0.01
@@ -34,20 +34,41 @@ PASSES = 2
 
 @dataclass(frozen=True, eq=False)
 class GridNorm:
-    """Hold a damped Gram (d, d) and the upper factor `R` of its inverse, for fits on a grid.
+    """Hold a damped Gram `matrix` (d, d) for fits on a grid, and what a sweep over its coordinates needs.
 
-    >>> GridNorm.of(4 * torch.eye(2)).R.round(decimals=2).tolist()
-    [[0.5, 0.0], [0.0, 0.5]]
+    A sweep goes from the largest input to the smallest, so that many columns are left to make up for the rounding of
+    those that matter most (GPTQ's option `act-order`).
+
+    Args:
+        order: (d,), of the coordinates, by descending diagonal of the Gram.
+        R: (d, d) upper triangular, `Rᵀ R` is the inverse of the damped Gram in that order.
+
+    >>> norm = GridNorm.of(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+    >>> norm.order.tolist(), norm.R.round(decimals=1).tolist()
+    ([1, 0], [[0.5, 0.0], [0.0, 1.0]])
     """
 
     matrix: Tensor
+    order: Tensor
     R: Tensor
 
     @classmethod
     def of(cls, gram: Tensor) -> GridNorm:
         """Damp and factorise a Gram (d, d)."""
-        damped = damped_cholesky(gram.flip(0, 1), DAMPING)
-        return cls(damped.matrix.flip(0, 1), obs_factor(damped.factor))
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        damped = damped_cholesky(gram[order][:, order].flip(0, 1), DAMPING)
+        back = order.argsort()
+        return cls(damped.matrix.flip(0, 1)[back][:, back], order, obs_factor(damped.factor))
+
+    def sweep(self, S: Tensor, grids: Tensor, bits: int) -> Tensor:
+        """Round `S` (rows, d) to levels of `grids` (rows, d), one column after the other (`grid_sweep`).
+
+        >>> norm = GridNorm.of(torch.tensor([[1.0, 0.9], [0.9, 1.1]]))  # the second input is larger, and comes first
+        >>> norm.sweep(torch.tensor([[0.9, 0.9]]), torch.ones(1, 2), bits=3).tolist()
+        [[1.5, 0.5]]
+        """
+        swept = grid_sweep(S[:, self.order], grids[:, self.order], bits, self.R)
+        return swept[:, self.order.argsort()]
 
     def fit(self, W: Tensor, start: Tensor, bits: int, columns: bool = False) -> tuple[Tensor, Tensor]:
         """Fit levels to `W` (rows, d) on the support of `start` (rows, d), in the norm `tr(E G Eᵀ)`.
@@ -67,10 +88,11 @@ class GridNorm:
         numbers = ordered[support]
         weights = self.matrix.diagonal().expand_as(start)
         weights = (weights.mT if columns else weights)[support]
-        scales = fit_scales(numbers, bits, GROUP, weights)
+        # `V` is solved for after `U`, and would be huge beside a column of `U` that is nearly zero.
+        scales = fit_scales(numbers, bits, GROUP, weights, mid_tread=not columns)
         grids = spread_over(ordered, scales)
         grids = grids.mT.contiguous() if columns else grids
-        levels = grid_descent(W, grid_sweep(start, grids, bits, self.R), grids, bits, self.matrix, PASSES)
+        levels = grid_descent(W, self.sweep(start, grids, bits), grids, bits, self.matrix, PASSES)
         return levels, scales
 
 

@@ -1,13 +1,14 @@
 """Say in how many bits the numbers of a compressed layer are stored, and count their bytes.
 
 The values of `S` and the entries of `U` and `V` are stored in 16 bits, or as codes of few bits. Codes come in groups of
-64 consecutive numbers; the numbers of a group are the half-integer multiples of its scale,
+64 consecutive numbers, which lie on one of two grids. Where the scale of a group is positive, they are half-integer
+multiples of it (mid-rise), and where it is negative, integer ones (mid-tread):
 
-    x = (c + 1/2) scale,   c = -2^(bits-1), ..., 2^(bits-1) - 1,
+    x = +-(n + 1/2) scale   or   x = +-n |scale|,   n = 0, ..., 2^(bits-1) - 1,
 
-so that none is zero: what is not kept costs an index, not a code, and a kept value is never lost. A scale takes 16 bits
-(bfloat16). The numbers of `S` are grouped in row-major order of its nonzeros, those of `U` by its columns, those of `V`
-by its rows.
+where `n = 0` on the second grid stands for 2^-10, so that no number is zero: what is not kept costs an index, not a
+code, and a kept value is never lost. A scale takes 16 bits (bfloat16). The numbers of `S` are grouped in row-major
+order of its nonzeros, those of `U` by its columns, those of `V` by its rows.
 """
 
 from __future__ import annotations

@@ -167,11 +167,11 @@ def test_a_pattern_whose_groups_are_not_full_is_stored_by_its_nonzeros():
     assert shape_of(replace(value, S=S), pattern).sparse.form == "bitmask"
 
 
-@pytest.mark.parametrize("scale", [float("inf"), float("nan"), -1.0, -0.0])
+@pytest.mark.parametrize("scale", [float("inf"), float("-inf"), float("nan")])
 def test_scales_that_are_none_are_refused(scale):
     packed, scales = encode(torch.full((70,), 0.5), torch.ones(2), 5)
     scales[1] = torch.tensor(scale, dtype=torch.bfloat16).view(torch.int16)
-    with pytest.raises(ArtefactError, match="negative or not finite"):
+    with pytest.raises(ArtefactError, match="not finite"):
         decode(packed, scales, 5, 70, torch.float32)
 
 

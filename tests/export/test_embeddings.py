@@ -184,7 +184,7 @@ ATTACKS = {
     "fewer codes": tensor("weight", lambda x: x[:-1].clone()),
     "codes of floats": tensor("weight", lambda x: x.float()),
     "no scales": tensor("weight_scales", lambda x: None),
-    "negative scales": tensor("weight_scales", lambda x: -x),
+    "infinite scales": tensor("weight_scales", lambda x: torch.full_like(x, 0x7F80)),
     "other bits": record(bits=8),
     "unknown bits": record(bits=7),
     "more rows": record(rows=129),

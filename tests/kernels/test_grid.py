@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
-from globalopt.kernels.grid import codes, fit_scales, levels, snap, spread
+from globalopt.kernels.cholesky import damped_cholesky, obs_factor
+from globalopt.kernels.grid import codes, fit_scales, largest_scales, levels, snap, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
+from globalopt.kernels.straight_through import straight_levels
 from globalopt.rounding.stored import GridNorm, completed, spread_over, stored
 from globalopt.values.decomposition import Decomposition, follows
 from globalopt.values.layer import NM
@@ -27,14 +29,19 @@ def problem(d_out: int, d_in: int, kept: float = 0.5):
 
 
 @pytest.mark.parametrize("bits", [bits for bits in BITS if bits < 16])
-def test_every_number_goes_to_the_nearest_level_and_its_code_brings_it_back(bits):
+@pytest.mark.parametrize("mid_tread", [False, True])
+def test_every_number_goes_to_the_nearest_level_and_its_code_brings_it_back(bits, mid_tread):
     numbers = torch.randn(300, generator=torch.Generator().manual_seed(bits))
-    scales = spread(fit_scales(numbers, bits, GROUP), GROUP, 300)
+    numbers[:20] *= 1e-3
+    chosen = largest_scales(numbers, bits, GROUP) if mid_tread else fit_scales(numbers, bits, GROUP, mid_tread=False)
+    assert bool(((chosen < 0) == mid_tread).all())
+    scales = spread(chosen, GROUP, 300)
     every = torch.arange(2**bits, dtype=torch.uint8)[None].expand(300, -1)
     table = levels(every, scales[:, None], bits)
     nearest = (table - numbers[:, None]).abs().amin(1)
     found = snap(numbers, scales, bits)
-    torch.testing.assert_close((found - numbers).abs(), nearest)
+    # Between the two levels about zero the sign decides, which are 2^-9 of a scale apart on a mid-tread grid.
+    assert bool(((found - numbers).abs() <= nearest + scales.abs() * 2e-3 * mid_tread + 1e-6).all())
     assert bool((found != 0).all())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         again = levels(codes(found.to(dtype).float(), scales, bits), scales, bits)
@@ -59,11 +66,46 @@ def test_fits_beat_rounding_to_the_nearest_level_on_the_same_support(shape, bits
         support, spread(fit_scales(S[support], bits, GROUP), GROUP, int(support.sum()))
     )
     nearest = snap(S, scales, bits)
-    swept = grid_sweep(S, scales, bits, norm.R)
+    swept = norm.sweep(S, scales, bits)
     fitted = grid_descent(W, swept, scales, bits, norm.matrix, passes=2)
     assert metric.error(W - fitted) < min(metric.error(W - swept), metric.error(W - nearest))
     for found in (nearest, swept, fitted):
         assert torch.equal(found != 0, support)
+
+
+def test_small_weights_of_large_inputs_are_rounded_to_nearly_zero():
+    """A column whose inputs are hundreds of times larger has small weights, which half-integer levels would ruin."""
+    W, _, _ = problem(24, 128, kept=1.0)
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+    W[:, 5], x[:, 5] = W[:, 5] / 100, x[:, 5] * 300
+    gram = Gram(x.mT @ x / len(x), 512)
+    metric, value = Metric(gram), Decomposition(W, W[:, :0], W[:0])
+    weights = gram.diagonal.expand_as(W).flatten()
+    half_integers = spread(fit_scales(W.flatten(), 4, GROUP, weights, mid_tread=False), GROUP, W.numel()).view_as(W)
+    found = stored(value, W, metric, Storage(4, 4))
+    assert bool((found.scales.S < 0).any())
+    assert metric.error(W - found.dense()) < 0.1 * metric.error(W - snap(W, half_integers, 4))
+    usual = spread(largest_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
+    assert metric.error(W - found.dense()) < metric.error(W - snap(W, usual, 4))
+
+
+def test_half_integer_levels_are_chosen_where_no_number_is_near_zero():
+    numbers = torch.randn(64 * 50, generator=torch.Generator().manual_seed(0))
+    pruned = numbers[numbers.abs() > 0.7]
+    assert float((fit_scales(pruned, 3, GROUP) > 0).float().mean()) > 0.8
+
+
+def test_the_sweep_begins_with_the_largest_inputs():
+    """From left to right, large inputs at the end would have nothing to their right that makes up for them."""
+    W, _, G = problem(24, 40, kept=1.0)
+    size = torch.logspace(0, 2, 40)
+    G = G * size * size[:, None]
+    norm, metric = GridNorm.of(G), Metric(Gram(G, 100))
+    assert norm.order.tolist() == G.diagonal().argsort(descending=True).tolist()
+    grids = spread(largest_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
+    R = obs_factor(damped_cholesky(norm.matrix.flip(0, 1), 0.0).factor)
+    in_place = grid_sweep(W, grids, 4, R)
+    assert metric.error(W - norm.sweep(W, grids, 4)) < 0.9 * metric.error(W - in_place)
 
 
 def test_descent_stops_where_no_single_level_lowers_the_error():
@@ -122,7 +164,7 @@ def test_the_sweep_of_a_whole_matrix_beats_rounding_to_the_nearest_level():
     W, _, G = problem(24, 40, kept=1.0)
     norm, metric = GridNorm.of(G), Metric(Gram(G, 100))
     scales = spread(fit_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
-    assert metric.error(W - grid_sweep(W, scales, 4, norm.R)) < 0.7 * metric.error(W - snap(W, scales, 4))
+    assert metric.error(W - norm.sweep(W, scales, 4)) < 0.7 * metric.error(W - snap(W, scales, 4))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -150,3 +192,15 @@ def test_every_entry_of_the_factors_has_a_code_also_where_the_weight_has_none():
     found = stored(value, W, metric, Storage(16, 4))
     assert (found.scales.U.numel(), found.scales.V.numel()) == (-(-24 * 4 // GROUP), -(-70 * 4 // GROUP))  # pyright: ignore[reportOptionalMemberAccess]
     assert bool((found.U != 0).all() and (found.V != 0).all())
+
+
+def test_levels_of_mid_tread_grids_pass_gradients_as_those_of_others_do():
+    x = torch.tensor([0.2, -0.9, 7.0, -3.4], requires_grad=True)
+    log_scales = torch.zeros(1, requires_grad=True)
+    with torch.enable_grad():
+        found = straight_levels(x, log_scales, bits=3, group=4, mid_tread=torch.tensor([True]))
+        found.sum().backward()
+    assert found.tolist() == pytest.approx([0.0, -1.0, 3.0, -3.0], abs=0.01)
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert log_scales.grad.item() == pytest.approx(found.sum().item())
+    torch.testing.assert_close(found, snap(x, torch.tensor(-1.0), 3))
