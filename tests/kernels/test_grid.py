@@ -83,6 +83,8 @@ def test_small_weights_of_large_inputs_are_rounded_to_nearly_zero():
     weights = gram.diagonal.expand_as(W).flatten()
     half_integers = spread(fit_scales(W.flatten(), 4, GROUP, weights, mid_tread=False), GROUP, W.numel()).view_as(W)
     found = stored(value, W, metric, Storage(4, 4))
+    assert found.scales is not None
+    assert found.scales.S is not None
     assert bool((found.scales.S < 0).any())
     assert metric.error(W - found.dense()) < 0.1 * metric.error(W - snap(W, half_integers, 4))
     usual = spread(largest_scales(W.flatten(), 4, GROUP), GROUP, W.numel()).view_as(W)
@@ -201,6 +203,8 @@ def test_levels_of_mid_tread_grids_pass_gradients_as_those_of_others_do():
         found = straight_levels(x, log_scales, bits=3, group=4, mid_tread=torch.tensor([True]))
         found.sum().backward()
     assert found.tolist() == pytest.approx([0.0, -1.0, 3.0, -3.0], abs=0.01)
+    assert x.grad is not None
+    assert log_scales.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 1.0]
     assert log_scales.grad.item() == pytest.approx(found.sum().item())
     torch.testing.assert_close(found, snap(x, torch.tensor(-1.0), 3))
