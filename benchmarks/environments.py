@@ -26,15 +26,19 @@ def python_of(name: str, environments: Path) -> Path:
     return Path(sys.executable) if name == HERE else environments / name / "bin" / "python"
 
 
-def install(name: str, environments: Path, packages: Sequence[str]) -> None:
-    """Make an environment with packages."""
+def install(name: str, environments: Path, packages: Sequence[str], without: Sequence[str] = ()) -> None:
+    """Make an environment with packages, and remove those of their requirements that are named in `without`."""
     venv.create(environments / name, with_pip=True)
-    pip = [str(python_of(name, environments)), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
-    done = subprocess.run([*pip, *packages], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise UsageError(
-            f"The environment {environments / name} cannot be made ({last_line(done.stderr)}). Delete it and try again."
-        )
+    pip = [str(python_of(name, environments)), "-m", "pip"]
+    steps = [[*pip, "install", "-q", "-c", str(CONSTRAINTS), *packages]]
+    steps += [[*pip, "uninstall", "-q", "-y", *without]] if without else []
+    for step in steps:
+        done = subprocess.run(step, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(
+                f"The environment {environments / name} cannot be made ({last_line(done.stderr)}). Delete it and try "
+                "again."
+            )
 
 
 @dataclass(frozen=True)
