@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -82,7 +83,6 @@ def captures(out: Path) -> dict[str, list[str]]:
         "compare": ["report", str(out / "unmatched"), search, str(out / "wanda")],
         "family": ["report", str(out / "family")],
         "budget": ["budget", "show", budget],
-        "list": ["list"],
     }
 
 
@@ -103,6 +103,12 @@ def capture(name: str, words: list[str]) -> None:
     (PICTURES / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
+def on_pages() -> set[str]:
+    """Names of the pictures that a page of the guide or the README shows."""
+    pages = [*PICTURES.parent.glob("**/*.md"), PICTURES.parent.parent / "README.md"]
+    return {name for page in pages for name in re.findall(r"pictures/([\w.-]+)", page.read_text(encoding="utf-8"))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/docs"), help="folder of the runs (%(default)s)")
@@ -114,7 +120,8 @@ def main() -> None:
         capture(name, words)
     for run in ("search", "family"):
         for picture in sorted((out / run / "report").glob("*.png")):
-            shutil.copy(picture, PICTURES / picture.name)
+            if picture.name in on_pages():
+                shutil.copy(picture, PICTURES / picture.name)
 
 
 if __name__ == "__main__":

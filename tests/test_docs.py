@@ -122,6 +122,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
+def test_every_picture_is_shown_on_a_page() -> None:
+    shown = {name for page in EVERY for name in re.findall(r"pictures/([\w.-]+)", page.read_text(encoding="utf-8"))}
+    assert shown == {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+
+
 def test_every_term_of_the_glossary_names_a_module_that_exists() -> None:
     entries = re.findall(r"^\* (.+(?:\n  .+)*)", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(entries) > 50
