@@ -160,9 +160,11 @@ def walk_blocks(runner: BlockRunner, device: torch.device | str | None = None) -
 def visit_blocks(runner: BlockRunner, device: torch.device | str | None = None) -> Iterator[BlockVisit]:
     """Visit the decoder blocks in order without running them: a visit has no inputs, and so no Grams and no outputs.
 
+    >>> from globalopt.models.batch import Batch
     >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
-    >>> [(visit.index, visit.inputs) for visit in visit_blocks(BlockRunner(find_layers(tiny_llama()), []))]
+    >>> runner = BlockRunner(find_layers(tiny_llama()), [Batch(torch.tensor([[5, 6, 7, 8]]))])
+    >>> [(visit.index, visit.inputs) for visit in visit_blocks(runner)]
     [(0, []), (1, [])]
     """
     for index in range(len(runner.layers.blocks)):

@@ -217,6 +217,7 @@ def read_matched_layer(path: Path, name: str) -> Decomposition:
     """Read one layer of a `MATCHED_BLOCK` or `MATCHED_MODEL`, whose other layers are not read.
 
     >>> import torch
+    >>> from globalopt.runs.records import Matched
     >>> value = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> MATCHED_BLOCK.form.write(Path("matched.safetensors"), 0, {}, Matched({"up": value, "down": value}, {}, {}))
     >>> read_matched_layer(Path("matched.safetensors"), "up").nnz

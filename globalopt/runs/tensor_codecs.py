@@ -178,6 +178,7 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
 
     In the type that they have, so that the residuals `W - S - U V` are the same bits after reading as before writing.
 
+    >>> from globalopt.values.budget import Target
     >>> from globalopt.values.decomposition import Decomposition
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
     >>> tensors, metadata = encode_anchors(AnchorSolutions(((Target(0, 2),),), (half,)))
@@ -193,6 +194,7 @@ def encode_anchors(solutions: AnchorSolutions) -> tuple[Tensors, Metadata]:
 def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> AnchorSolutions:
     """Decode anchor solutions.
 
+    >>> from globalopt.values.budget import Target
     >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
     >>> from globalopt.values.decomposition import Decomposition
     >>> half = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
@@ -207,6 +209,7 @@ def decode_anchors(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Anc
 def encode_prediction(prediction: Prediction) -> tuple[Tensors, Metadata]:
     """Encode a prediction.
 
+    >>> from globalopt.values.budget import Target
     >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
     >>> encode_prediction(Prediction(ErrorSurface(spec, (Target.zero(),), (0.5,)), None))
     ({}, {'options': [[0, 0, None, 0.5]]})
@@ -219,6 +222,7 @@ def encode_prediction(prediction: Prediction) -> tuple[Tensors, Metadata]:
 def decode_prediction(spec: LayerSpec, tensors: Tensors, metadata: Metadata) -> Prediction:
     """Decode a prediction.
 
+    >>> from globalopt.values.budget import Target
     >>> spec = LayerSpec("up", 0, "in", "up", 2, 2)
     >>> decode_prediction(spec, {}, {"options": [[0, 0, None, 0.5]]}).surface.error
     (0.5,)

@@ -131,7 +131,9 @@ def test_a_run_keeps_samples_of_its_own_models(tiny_run):
     assert found is not None
     assert found.split == "validation"
     # Windows of 16 tokens, of which there are 2.
-    assert (len(found.samples), found.prompt_tokens, found.new_tokens) == (2, 16, NEW_TOKENS)
+    assert (len(found.samples), found.prompt_tokens) == (2, 16)
+    # The run is shared: a test that shortens samples (`tests/shortened.py`) may have made it.
+    assert 0 < found.new_tokens <= NEW_TOKENS
     saved = load_model(run.model_folder)
     ids = saved.tokenizer(found.samples[0].prompt, return_tensors="pt").input_ids
-    assert found.samples[0].compressed == saved.tokenizer.decode(continued(saved.model, ids, NEW_TOKENS)[0].tolist())
+    assert found.samples[0].compressed == saved.tokenizer.decode(continued(saved.model, ids, found.new_tokens)[0].tolist())

@@ -27,7 +27,7 @@ from globalopt.pipeline.options import ModelOptions, RefineOptions, SearchOption
 from globalopt.pipeline.plan import resolve, resolve_refinement
 from globalopt.pipeline.reporter import Reporter
 from globalopt.protocols import Solver
-from globalopt.runs.artefacts import Stage
+from globalopt.runs.artefacts import LOSSES_ALONE, SHARES, Stage
 from globalopt.runs.cache import Cache
 from globalopt.runs.folder import Run
 from globalopt.runs.workspace import Workspace
@@ -147,7 +147,8 @@ def counted() -> Iterator[Counter[Stage]]:
     put = Workspace.put
 
     def counting(self: Workspace, artefact: Any, key: Any, value: Any) -> None:
-        if artefact.stage is not Stage.RESULT:
+        # How many answers corrections take depends on what the model says.
+        if artefact.stage is not Stage.RESULT and artefact not in (SHARES, LOSSES_ALONE):
             made[artefact.stage] += 1
         put(self, artefact, key, value)
 
