@@ -136,4 +136,5 @@ def test_a_run_keeps_samples_of_its_own_models(tiny_run):
     assert 0 < found.new_tokens <= NEW_TOKENS
     saved = load_model(run.model_folder)
     ids = saved.tokenizer(found.samples[0].prompt, return_tensors="pt").input_ids
-    assert found.samples[0].compressed == saved.tokenizer.decode(continued(saved.model, ids, found.new_tokens)[0].tolist())
+    expected = continued(saved.model, ids, found.new_tokens)[0].tolist()
+    assert found.samples[0].compressed == saved.tokenizer.decode(expected)
