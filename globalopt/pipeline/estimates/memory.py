@@ -32,8 +32,11 @@ from globalopt.protocols import Needs
 WORKING = {Needs.NOTHING: (6, 0), Needs.DIAGONAL: (6, 1), Needs.GRAM: (12, 5)}
 """Copies of a site's weights and of its Gram, in float32, that a solver holds at once, by what it needs."""
 
-LIBRARIES = 100 * 2**20
+LIBRARIES = 200 * 2**20
 """Bytes of libraries that are loaded later in a run, and of what is freed and not given back."""
+
+TARGETS_AT_ONCE = 2
+"""Times as many copies that a solver holds per weight where it solves a layer at several targets at once."""
 
 LABEL_COPIES = 5
 """Tensors of the size of the logits of a window, in float32, while labels are sampled and their gradients taken."""
@@ -106,7 +109,8 @@ def _comparison(shape: Shape, job: Job) -> int:
     found = 0
     for spec in sampled(shape.specs):
         together = max(1, min(anchor_count(), TOGETHER // spec.numel))
-        found = max(found, 4 * (weights * together * spec.numel + grams * (spec.d_in**2 + spec.d_out**2)))
+        copies = weights * (TARGETS_AT_ONCE if together > 1 else 1)
+        found = max(found, 4 * (copies * together * spec.numel + grams * (spec.d_in**2 + spec.d_out**2)))
     return found
 
 
