@@ -25,11 +25,11 @@ DPI = 150
 WIDTH = 12.0
 """Inches: all figures are as wide, so that text and points have one size when they stand below each other."""
 
-# Okabe and Ito's palette without yellow, which vanishes on white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+# Okabe and Ito's palette without yellow, which vanishes on white; purple and brown for more than seven.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#6A3D9A", "#7A4B1E")
 
-# With the colours, 49 kinds differ.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# With the colours, 81 kinds differ.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 
 OUTPUT_ERROR = r"tr$(EGE^\mathsf{T})$"
 
