@@ -27,8 +27,7 @@ def fit_scales(numbers: Tensor, bits: int, group: int, weights: Tensor | None = 
     """Choose the grid of every group: of both kinds with several scales, the one of least weighted squared error.
 
     Large scales reach the largest numbers of a group, small ones are finer for all others. A mid-tread grid is better
-    where small numbers weigh most, as in a column whose inputs are hundreds of times larger than others and whose
-    weights are small; a mid-rise one where no number is near zero, as in what pruning left.
+    where small numbers weigh most, a mid-rise one where no number is near zero, as in what pruning left.
 
     Args:
         numbers: (n,). group: consecutive numbers that share a scale.

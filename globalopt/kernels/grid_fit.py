@@ -94,7 +94,7 @@ def _over_columns(S: Tensor, D: Tensor, scales: Tensor, bits: int, G: Tensor) ->
         (d_in, rows) levels.
     """
     found, top = torch.empty_like(S), 2 ** (bits - 1) - 1
-    upward, lowest = roundings(scales), offsets(scales)
+    upward, offset = roundings(scales), offsets(scales)
     scales = scales.abs()
     inverse = 1 / scales.clamp_min(torch.finfo(S.dtype).tiny)
     magnitude, sizes = torch.empty_like(S[0]), (1 / G.diagonal()).tolist()
@@ -102,16 +102,16 @@ def _over_columns(S: Tensor, D: Tensor, scales: Tensor, bits: int, G: Tensor) ->
         end = min(begin + BLOCK, len(S))
         changes, here = torch.empty_like(S[begin:end]), D[begin:end]
         rows = zip(
-            *(x[begin:end].unbind() for x in (S, D, found, scales, inverse, upward, lowest)),
+            *(x[begin:end].unbind() for x in (S, D, found, scales, inverse, upward, offset)),
             changes.unbind(),
             G[begin:end, begin:end].contiguous().unbind(),
             sizes[begin:end],
             strict=True,
         )
-        for now, near, level, scale, per_scale, up, low, change, column, size in rows:
+        for now, near, level, scale, per_scale, rounding, least, change, column, size in rows:
             torch.add(now, near, alpha=size, out=level)
             torch.abs(level, out=magnitude)
-            magnitude.mul_(per_scale).add_(up).floor_().clamp_max_(top).add_(low).mul_(scale)
+            magnitude.mul_(per_scale).add_(rounding).floor_().clamp_max_(top).add_(least).mul_(scale)
             torch.copysign(magnitude, level, out=level)
             torch.sub(level, now, out=change)
             here.addr_(column, change, alpha=-1)

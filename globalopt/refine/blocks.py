@@ -19,7 +19,8 @@ from globalopt.matching.block import Matching, match_block
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockVisit, visit_blocks, walk_blocks
-from globalopt.protocols import Needs, Rounding, Solver
+from globalopt.protocols import Needs, Solver
+from globalopt.refine.needed import needed
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.published import on_grid
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
@@ -90,22 +91,6 @@ class Refinement:
         """Return how much of the input Grams is read."""
         few_bits = any(not target.storage.plain for target in self.targets.values())
         return needed(self.solver, few_bits, self.output_grams)
-
-
-def needed(solver: Solver, few_bits: bool, output_grams: bool) -> Needs:
-    """Return how much of the input Grams is read: by a solver, by the rounding after it, and for errors in nats.
-
-    Where it is not all, reported errors are in the norm that is read: that of outputs with correlations from a sample
-    of the tokens (`BlockVisit.grams`), or that of weights.
-
-    >>> from solvers import get_solver
-    >>> wanda = get_solver("wanda")
-    >>> needed(wanda, few_bits=False, output_grams=False), needed(wanda, few_bits=True, output_grams=False)
-    (<Needs.DIAGONAL: 1>, <Needs.GRAM: 2>)
-    """
-    if output_grams or (few_bits and solver.rounding is not Rounding.NEAREST):
-        return Needs.GRAM
-    return solver.needs
 
 
 def refine(

@@ -74,7 +74,7 @@ def test_fits_beat_rounding_to_the_nearest_level_on_the_same_support(shape, bits
 
 
 def test_small_weights_of_large_inputs_are_rounded_to_nearly_zero():
-    """A column whose inputs are hundreds of times larger has small weights, which half-integer levels would ruin."""
+    """Half-integer levels would ruin small weights in a column whose inputs are hundreds of times larger."""
     W, _, _ = problem(24, 128, kept=1.0)
     x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
     W[:, 5], x[:, 5] = W[:, 5] / 100, x[:, 5] * 300

@@ -22,7 +22,7 @@ from globalopt.pipeline import timing
 from globalopt.pipeline.estimates.job import Job, anchor_count, is_weighted
 from globalopt.pipeline.estimates.shape import Shape
 from globalopt.protocols import Needs, Reads
-from globalopt.refine.blocks import needed
+from globalopt.refine.needed import needed
 from globalopt.values.layer import LayerSpec
 
 ON_A_PATH = 0.9
