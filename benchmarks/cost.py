@@ -29,7 +29,8 @@ from transformers import LlamaConfig
 
 from globalopt.machine.memory import size_text
 from globalopt.reference import reference_folder
-from globalopt.runs.folder import WORK, Run
+from globalopt.runs.cache import FOLDER
+from globalopt.runs.folder import Run
 from reports.formats import duration
 from reports.table_style import add_numbers, report_table
 
@@ -92,7 +93,7 @@ def measure(model: Path, out: Path, windows: int, options: Sequence[str]) -> Cos
     """Search `model` and read what it took from its folder."""
     command = [sys.executable, "-m", "globalopt", "search", str(model), "--budget", "0.5", "--allow-low-coverage"]
     command += ["--calibration", str(reference_text()), "--nsamples", str(windows), "--seqlen", str(SEQLEN)]
-    command += ["--eval-windows", "8", "--no-cache", *options]
+    command += ["--eval-windows", "8", "--cache", str(out / FOLDER), *options]
     estimate = subprocess.run(
         [*command, "--out", str(out / "dry"), "--dry-run", "--json"], check=True, capture_output=True, text=True
     )
@@ -100,11 +101,13 @@ def measure(model: Path, out: Path, windows: int, options: Sequence[str]) -> Cos
     subprocess.run([*command, "--out", str(out), "--quiet"], check=True, stdout=subprocess.DEVNULL)
     run = Run.open(out)
     summary = run.summary()
-    folders = {path.name: path for path in (out / WORK).iterdir()} | {name: out / name for name in FOLDERS}
+    # Those of the run first: what is in the cache too has the same files.
+    folders = {name: out / name for name in FOLDERS} | {path.name: path for path in (out / FOLDER).iterdir()}
+    seen: set[int] = set()
     return Cost(
         {cost.name: cost.seconds for cost in summary.stages},
         {cost.name: cost.peak_bytes for cost in summary.stages},
-        {name: size for name, path in sorted(folders.items()) if (size := bytes_below(path))},
+        {name: size for name, path in folders.items() if (size := bytes_below(path, seen))},
         expected["seconds"],
         expected["peak_bytes"],
         expected["disk_bytes"],
@@ -117,9 +120,12 @@ def reference_text() -> Path:
     return reference_folder().parent / "text" / "calibration.txt"
 
 
-def bytes_below(folder: Path) -> int:
-    """Sum the sizes of the files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def bytes_below(folder: Path, seen: set[int]) -> int:
+    """Sum the sizes of the files below a folder that were not `seen` under another name, and add them to `seen`."""
+    files = {(found := path.stat()).st_ino: found.st_size for path in folder.rglob("*") if path.is_file()}
+    size = sum(bytes for inode, bytes in files.items() if inode not in seen)
+    seen |= files.keys()
+    return size
 
 
 def fit(sizes: Sequence[Size], values: Sequence[float]) -> tuple[float, ...] | None:

@@ -36,9 +36,10 @@ def dry_run_table(plan: DryRun) -> RenderableType:
         ("left as they are", formats.count(skipped)),
     ):
         table.add_row(what, value)
-    _add_section(table, "peak memory", plan.memory, formats.memory)
-    _add_section(table, "disk", plan.disk, formats.memory)
-    _add_section(table, "time, about", plan.seconds, formats.duration)
+    _add_section(table, "peak memory", plan.memory, formats.memory, plan.peak)
+    at_once = "disk" if plan.most_disk == sum(plan.disk.values()) else "disk, most at once"
+    _add_section(table, at_once, plan.disk, formats.memory, plan.most_disk)
+    _add_section(table, "time, about", plan.seconds, formats.duration, sum(plan.seconds.values()))
     loaded = "one block of the model at a time" if plan.lazy else "the model is whole in memory"
     states = ", hidden states in files" if plan.states_in_files else ""
     return footed(
@@ -49,9 +50,9 @@ def dry_run_table(plan: DryRun) -> RenderableType:
     )
 
 
-def _add_section(table: Any, title: str, parts: Mapping[str, Any], text: Callable[[Any], str]) -> None:
-    """Add a section with the sum of the parts, and every part."""
+def _add_section(table: Any, title: str, parts: Mapping[str, Any], text: Callable[[Any], str], whole: Any) -> None:
+    """Add a section with the whole, and every part."""
     table.add_section()
-    table.add_row(title, text(sum(parts.values())))
+    table.add_row(title, text(whole))
     for name, value in parts.items():
         table.add_row(f"  {name}", text(value), style="dim")

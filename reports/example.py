@@ -416,6 +416,7 @@ def example_dry_run() -> DryRun:
         states_in_files=False,
         memory={"the model": 500_000_000, "hidden states": 1_000_000_000},
         disk={"grams": 250_000_000, "layers": 50_000_000},
+        most_disk=300_000_000,
         seconds={"analysis": 90.0, "refine": 60.0},
         rate=4e10,
         fit_seconds=0.4,

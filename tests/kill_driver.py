@@ -2,10 +2,10 @@
 
     python -m tests.kill_driver HOW TIMES SEED FOLDER REPORT ARGUMENT...
 
-HOW is `kill` (SIGKILL), `interrupt` (SIGINT) or `disk` (every write of an artefact fails from a random one on). A child
-that finishes before it is stopped ends a round, and the next round starts in another folder, with a cache of its own:
-nothing of one round is found by another. REPORT gets, as JSON, the folders of all finished rounds and how every stopped
-child ended. Children are forked from a process that has imported
+HOW is `kill` (SIGKILL), `alone` (the same with `--no-cache`), `interrupt` (SIGINT) or `disk` (every write of an
+artefact fails from a random one on). A child that finishes before it is stopped ends a round, and the next round starts
+in another folder, with a cache of its own: nothing of one round is found by another. REPORT gets, as JSON, the folders
+of all finished rounds and how every stopped child ended. Children are forked from a process that has imported
 everything already, so that random moments fall into the work and not into imports.
 """
 
@@ -70,7 +70,8 @@ def drive(how: str, times: int, seed: int, folder: Path, arguments: list[str]) -
     said = folder / "said.txt"
 
     def command(name: str) -> list[str]:
-        return [*arguments, "--out", str(folder / name), "--cache", str(folder / f"{name}-cache")]
+        kept = ["--no-cache"] if how == "alone" else ["--cache", str(folder / f"{name}-cache")]
+        return [*arguments, "--out", str(folder / name), *kept]
 
     started = time.monotonic()
     assert ended(child(command("whole"), said, None)) == 0, said.read_text()
@@ -85,7 +86,7 @@ def drive(how: str, times: int, seed: int, folder: Path, arguments: list[str]) -
         pid = child(command(name), said, draw.randrange(writes // 3) if how == "disk" else None)
         if how != "disk":
             time.sleep(draw.uniform(0, seconds / 3))
-            os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGINT)
+            os.kill(pid, signal.SIGINT if how == "interrupt" else signal.SIGKILL)
         if (code := ended(pid)) == 0:
             rounds.append(name)
             name = f"round{len(rounds)}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -238,7 +239,7 @@ def compress(
             if dry_run:
                 structure = Structure.of(models)
                 job = within(search_job(direct, refines=True), structure.layers, direct)
-                show_dry_run(structure, models, texts, job, as_json)
+                show_dry_run(structure, models, texts, replace(job, shared=shared is not None), as_json)
                 return
 
             def compute_direct() -> tuple[Summary, Run]:
@@ -259,13 +260,8 @@ def compress(
             allocation = file.for_model(model_fingerprint(structure.layers), structure.layers.specs, budget_path)
             check_embeddings(structure.layers.model, file.matrices, budget_path)
             few_bits = any(layer.storage != "16" for layer in file.plans)
-            show_dry_run(
-                structure,
-                models,
-                texts,
-                compress_job(plan, allocation.used / allocation.budget.total, few_bits),
-                as_json,
-            )
+            job = compress_job(plan, allocation.used / allocation.budget.total, few_bits)
+            show_dry_run(structure, models, texts, replace(job, shared=shared is not None), as_json)
             return
 
         def compute() -> tuple[Summary, Run]:

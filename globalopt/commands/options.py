@@ -261,7 +261,12 @@ CacheFolder = Annotated[
     ),
 ]
 NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Keep this run's artefacts in its own folder and share nothing.")
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Share nothing: keep this run's artefacts in its own folder, each until the run has read it for the last "
+        "time. Takes the least disk space.",
+    ),
 ]
 Quiet = Annotated[
     bool,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -298,7 +299,7 @@ def search(
         if dry_run:
             structure = Structure.of(models)
             job = within(search_job(plan, refines=not several), structure.layers, plan)
-            show_dry_run(structure, models, texts, job, as_json)
+            show_dry_run(structure, models, texts, replace(job, shared=shared is not None), as_json)
             return
         command = session.run_command()
         if several:

@@ -12,7 +12,7 @@ from functools import partial
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import write_curves, write_grams, write_output_grams, write_profiles, write_spans
 from globalopt.analysis.grid import largest_rank
-from globalopt.analysis.layer_analysis import LayerAnalysis
+from globalopt.analysis.layer_analysis import PLAIN_ANCHORS, LayerAnalysis
 from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_target
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.rounding import rounding_losses
@@ -46,7 +46,12 @@ from globalopt.values.layer import LayerSpec
 
 
 def analyse(
-    session: Session, reporter: Reporter, plan: AnalysisPlan, run: Run, reads: Reads = Reads.SURFACES
+    session: Session,
+    reporter: Reporter,
+    plan: AnalysisPlan,
+    run: Run,
+    reads: Reads = Reads.SURFACES,
+    allocated: bool = False,
 ) -> LayerAnalysis:
     """Compute the artefacts that an allocation is chosen from, where they are missing.
 
@@ -56,6 +61,7 @@ def analyse(
 
     Args:
         reads: what the allocator reads; nothing else is computed, but for what the solver's error metric needs.
+        allocated: whether the budget has been divided already, so that spans and anchor solutions are read no more.
     Returns:
         access to the artefacts of the run.
 
@@ -74,6 +80,8 @@ def analyse(
     )
     predicts = Reads.SURFACES in reads
     anchors = predicts and plan.anchors
+    if allocated and not ranks.told(_lacks_results(plan, run, specs, reads)):
+        return analysis
     if ranks.told(_unfinished(plan, analysis, run, reads)):
         if plan.weighted or (predicts and (plan.fisher or plan.scaling == "output")):
             collect_output_grams(session, reporter, run, specs, plan.seed)
@@ -101,7 +109,35 @@ def analyse(
             for spec, prediction in predict(analysis, mine):
                 run.put(PREDICTION, spec, prediction)
                 advance(spec.name)
+    if ranks.writer():
+        discard_inputs(run, specs)
     return analysis
+
+
+def discard_inputs(run: Run, specs: Sequence[LayerSpec]) -> None:
+    """Delete what metrics, profiles and predictions were made of, where no other run reads it.
+
+    A refinement computes input Grams of its own.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_session
+    >>> with Run.start(Path("run"), {}, {}) as run:
+    ...     discard_inputs(run, example_session().layers.specs)
+    """
+    run.discard(GRAM, [spec.site for spec in specs])
+    run.discard(PROBED, specs)
+
+
+def discard_solutions(run: Run, specs: Sequence[LayerSpec]) -> None:
+    """Delete what candidates are made of, spans and anchor solutions, where no other run reads it.
+
+    >>> from pathlib import Path
+    >>> from globalopt.pipeline.example import example_session
+    >>> with Run.start(Path("run"), {}, {}) as run:
+    ...     discard_solutions(run, example_session().layers.specs)
+    """
+    for artefact in (SPAN, ANCHORS, PLAIN_ANCHORS):
+        run.discard(artefact, specs)
 
 
 @contextlib.contextmanager
@@ -120,14 +156,22 @@ def _unfinished(plan: AnalysisPlan, analysis: LayerAnalysis, run: Run, reads: Re
     specs = analysis.layers.specs
     predicts = Reads.SURFACES in reads
     return bool(
-        run.missing(PREDICTION, specs if predicts else ())
+        _lacks_results(plan, run, specs, reads)
         or run.missing(SPAN, specs if predicts else ())
+        or run.missing(SOLVER_GAP, sampled(specs) if predicts and plan.compared else ())
+        or (predicts and plan.anchors and not all(map(analysis.solved_anchors, specs)))
+    )
+
+
+def _lacks_results(plan: AnalysisPlan, run: Run, specs: Sequence[LayerSpec], reads: Reads) -> bool:
+    """Tell whether a small result is missing that is read after the allocation too, by refinement or reports."""
+    predicts = Reads.SURFACES in reads
+    return bool(
+        run.missing(PREDICTION, specs if predicts else ())
         or run.missing(ROUNDING, specs if predicts and plan.rounds_numbers else ())
         or run.missing(CURVES, [spec.name for spec in specs] if predicts else ())
         or run.missing(METRIC_CHOICE, specs if plan.weighted else ())
-        or run.missing(SOLVER_GAP, sampled(specs) if predicts and plan.compared else ())
         or run.missing(PROFILE, specs if Reads.PROFILES in reads else ())
-        or (predicts and plan.anchors and not all(map(analysis.solved_anchors, specs)))
     )
 
 
@@ -147,7 +191,14 @@ def collect_grams(session: Session, reporter: Reporter, run: Run) -> None:
             write_grams(session.runner(run.folder), run, session.loaded.device, advance)
 
 
-def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: Sequence[LayerSpec], seed: int) -> None:
+def collect_output_grams(
+    session: Session,
+    reporter: Reporter,
+    run: Run,
+    specs: Sequence[LayerSpec],
+    seed: int,
+    blocks: Sequence[int] | None = None,
+) -> None:
     """Compute the output Grams of the layers `specs` and of all blocks by one backward sweep, if some are missing.
 
     The forward pass before it computes the input Grams.
@@ -155,6 +206,7 @@ def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: 
     Args:
         run: where they are written.
         seed: of the sampled labels.
+        blocks: those of which one must not be missing; None is all.
 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_reporter, example_session
@@ -166,7 +218,8 @@ def collect_output_grams(session: Session, reporter: Reporter, run: Run, specs: 
     torch.Size([16, 16])
     """
     missing = ranks.told(run.missing(OUTPUT_GRAM, specs))
-    if ranks.told(bool(missing or run.missing(BLOCK_OUTPUT_GRAM, range(len(session.layers.blocks))))):
+    wanted = range(len(session.layers.blocks)) if blocks is None else blocks
+    if ranks.told(bool(missing or run.missing(BLOCK_OUTPUT_GRAM, wanted))):
         with reporter.stage("labels", len(missing), "layers") as advance:
             write_output_grams(session.runner(run.folder), run, missing, seed, session.loaded.device, advance)
 

@@ -12,14 +12,14 @@ from globalopt.budgets.conversion import convert_target
 from globalopt.embeddings.find import check_embeddings
 from globalopt.machine import ranks
 from globalopt.pipeline.addresses import REFINED, algorithms, compress_addresses
-from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams
+from globalopt.pipeline.analyse import choose_error_metrics, collect_output_grams, discard_inputs
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.measure import gone_on
 from globalopt.pipeline.plan import RefinementPlan, probe_solver
 from globalopt.pipeline.reporter import Reporter
 from globalopt.pipeline.reuse import note_reused, opened
 from globalopt.pipeline.session import Session
-from globalopt.runs.artefacts import SUMMARY
+from globalopt.runs.artefacts import METRIC_CHOICE, SUMMARY
 from globalopt.runs.cache import Cache
 from globalopt.runs.files import digest
 from globalopt.runs.folder import Run
@@ -78,10 +78,13 @@ def compress(
         at(addresses)
         reused = note_reused(session, reporter, run, addresses)
         ranks.by_writer(lambda: budget_file.write(run.budget_path, file))
-        if plan.metric_choices:
-            collect_output_grams(session, reporter, run, session.layers.specs, plan.seed)
+        specs = session.layers.specs
+        if plan.metric_choices and ranks.told(run.missing(METRIC_CHOICE, specs)):
+            collect_output_grams(session, reporter, run, specs, plan.seed)
             analysis = LayerAnalysis(session.layers, run, pattern, file.served, weighted=True)
             choose_error_metrics(session, reporter, analysis, probe)
+        if ranks.writer():
+            discard_inputs(run, specs)
         return finish(session, reporter, run, plan, file, command, reused=reused), run
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from globalopt.errors import UsageError
 from globalopt.models.device import resolve_device
 from globalopt.pipeline import timing
-from globalopt.pipeline.estimates.disk import disk_bytes
+from globalopt.pipeline.estimates.disk import disk_bytes, most_at_once
 from globalopt.pipeline.estimates.job import Job, is_weighted
 from globalopt.pipeline.estimates.memory import memory_bytes
 from globalopt.pipeline.estimates.seconds import stage_seconds
@@ -44,6 +44,8 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
     if lazy and shape.written:
         raise UsageError(TOO_LARGE)
     device = resolve_device(models.device)
+    copy = {"dequantised": shape.parameters * shape.stored} if structure.quantised else {}
+    written = disk_bytes(shape, job)
     rate = timing.rate(device)
     fit_seconds = timing.fit_seconds(job.solver, job.kept, device, is_weighted(job))
     return DryRun(
@@ -57,7 +59,8 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
         lazy=lazy,
         states_in_files=in_files,
         memory=memory,
-        disk=({"dequantised": shape.parameters * shape.stored} if structure.quantised else {}) | disk_bytes(shape, job),
+        disk=copy | written,
+        most_disk=sum(copy.values()) + (sum(written.values()) if job.shared else most_at_once(written)),
         seconds=({"dequantise": DEQUANTISING * shape.parameters} if structure.quantised else {})
         | stage_seconds(shape, job, rate, fit_seconds, device),
         rate=rate,

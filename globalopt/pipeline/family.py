@@ -14,7 +14,7 @@ from globalopt.budgets import budget_file
 from globalopt.errors import BudgetError, UsageError
 from globalopt.machine import ranks
 from globalopt.pipeline.addresses import FINISHED, VERSIONS, algorithms, correction_address, objective_addresses
-from globalopt.pipeline.analyse import analyse
+from globalopt.pipeline.analyse import analyse, discard_solutions
 from globalopt.pipeline.plan import SearchPlan
 from globalopt.pipeline.problem import pose
 from globalopt.pipeline.reporter import Reporter
@@ -151,6 +151,7 @@ def family(
         if ranks.writer():
             run.publish(specs, 0)
             run.put(FAMILY, None, made)
+            discard_solutions(run, specs)
         ranks.written(run)
         return made, run
 

@@ -24,7 +24,14 @@ from globalopt.pipeline.session import Session, versions
 from globalopt.pipeline.unreached import left_dense, without_tokens
 from globalopt.protocols import Needs, Solver
 from globalopt.refine.blocks import Refinement, checked, refine
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_MODEL, OUTPUT_GRAM, SUMMARY
+from globalopt.runs.artefacts import (
+    BLOCK_OUTPUT_GRAM,
+    MATCHED_BLOCK,
+    MATCHED_MODEL,
+    OUTPUT_GRAM,
+    SOLVED_LAYER,
+    SUMMARY,
+)
 from globalopt.runs.files import is_there
 from globalopt.runs.folder import Run
 from globalopt.runs.records import Allocated, Matched
@@ -83,11 +90,11 @@ def finish(
         notes.append(f"The result lacks {listed(session.loaded.unused)}; the model's class does not use them.")
     for note in notes:
         reporter.note(note)
-    weighted = layers.specs if plan.output_grams else ()
-    blocks = range(len(layers.blocks)) if plan.block_output_grams else ()
-    if ranks.told(bool(run.missing(OUTPUT_GRAM, weighted) or run.missing(BLOCK_OUTPUT_GRAM, blocks))):
+    unsolved = ranks.told(run.missing(SOLVED_LAYER, layers.specs if plan.output_grams else ()))
+    unmatched = ranks.told(run.missing(MATCHED_BLOCK, range(len(layers.blocks)) if plan.block_output_grams else ()))
+    if ranks.told(bool(run.missing(OUTPUT_GRAM, unsolved) or run.missing(BLOCK_OUTPUT_GRAM, unmatched))):
         # No earlier sweep computed them, or they were pruned from the cache since.
-        collect_output_grams(session, reporter, run, weighted, plan.seed)
+        collect_output_grams(session, reporter, run, unsolved, plan.seed, unmatched)
     results = _refined(session, reporter, run, refinement, file)
     for note in (unreached := without_tokens(run, layers)):
         reporter.note(note)

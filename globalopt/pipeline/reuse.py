@@ -51,7 +51,7 @@ def opened(
         folder: of the run.
         identity: all that decides the run's results; a run in `folder` with another identity is refused.
         command: command line, for the record.
-        cache: shared artefacts of runs; None keeps them in a folder of the run.
+        cache: shared artefacts of runs; None keeps them in a folder of the run, as long as it reads them.
         fresh: delete an earlier run in `folder`.
     Yields:
         The run, and a function that opens the cache folders of stages at their addresses.
@@ -77,6 +77,7 @@ def opened(
         check_shared([folder, home.folder])
         if not ranks.writer():
             run = Run.open(folder)
+        run.shared = cache is not None
 
         def at(addresses: Addresses) -> None:
             if ranks.writer():

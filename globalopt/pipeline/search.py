@@ -24,7 +24,7 @@ from globalopt.objective.candidates import AnchoredLayer
 from globalopt.objective.journal import Selection
 from globalopt.objective.of_run import SearchObjective
 from globalopt.pipeline.addresses import algorithms, refinement_addresses, search_addresses
-from globalopt.pipeline.analyse import analyse
+from globalopt.pipeline.analyse import analyse, discard_solutions
 from globalopt.pipeline.embeddings import beside_embeddings, choose, largest_budget, layer_budget, measured_menus
 from globalopt.pipeline.finish import finish
 from globalopt.pipeline.measure import gone_on
@@ -121,7 +121,9 @@ def allocated(
     >>> allocation.used, problem.budget.limit, run.has(ALLOCATED, None)
     (1088, 1088, True)
     """
-    analysis = analyse(session, reporter, plan.analysis, run, plan.reads)
+    corrects = plan.rounds and Reads.SURFACES in plan.reads
+    done = ranks.told(run.has(ALLOCATED, None) and (run.has(CORRECTIONS, None) or not corrects))
+    analysis = analyse(session, reporter, plan.analysis, run, plan.reads, done)
     choices = measured_menus(session, reporter, plan, run)
     predicted = pose(session, plan, run)
     first, _ = ranks.by_writer(lambda: choose(plan, predicted, choices, Knapsack(exact=False).allocate))
@@ -135,6 +137,8 @@ def allocated(
         if ranks.writer():
             run.put(ALLOCATED, None, chosen)
         ranks.written(run)
+    if ranks.writer():
+        discard_solutions(run, problem.specs)
     found = run.get(ALLOCATED, None)
     problem = replace(problem, budget=layer_budget(plan, problem.specs, found.embeddings))
     return problem, problem.finish(found.targets, plan.allocator.name, found.bound), found

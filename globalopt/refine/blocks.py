@@ -157,6 +157,9 @@ def refine(
             layers.place(spec.name, value.dense if layers.lazy is None else partial(_saved_weight, run, spec))
             yield _result(spec, value, read_metadata(run.path(SOLVED_LAYER, spec)), plan)
             advance(spec.name)
+        if ranks.writer():
+            run.discard(OUTPUT_GRAM, visit.specs)
+            run.discard(BLOCK_OUTPUT_GRAM, [visit.index])
         visit.replaced()
 
 

@@ -18,6 +18,7 @@ class Workspace:
     Args:
         folder: stages that are not among `folders` have one of their own in it.
         folders: folder of a stage.
+        shared: whether other runs may read the artefacts too.
 
     >>> from globalopt.runs.artefacts import SOLVER_GAP
     >>> from globalopt.values.budget import Target
@@ -30,9 +31,10 @@ class Workspace:
     {Target(rank=0, nnz=2): 0.8}
     """
 
-    def __init__(self, folder: Path, folders: Mapping[Stage, Path] | None = None) -> None:
+    def __init__(self, folder: Path, folders: Mapping[Stage, Path] | None = None, shared: bool = True) -> None:
         self.folder = folder
         self.folders = dict(folders or {})
+        self.shared = shared
 
     def stage_folder(self, stage: Stage) -> Path:
         """Return the folder in which the artefacts of a stage lie."""
@@ -62,6 +64,21 @@ class Workspace:
     def find(self, artefact: Artefact[K, T], key: K) -> T | None:
         """Read an artefact; None if it was not written."""
         return self.get(artefact, key) if self.has(artefact, key) else None
+
+    def discard(self, artefact: Artefact[K, T], keys: Iterable[K]) -> None:
+        """Delete artefacts that this run reads no more, unless they are shared; those that are missing are passed over.
+
+        >>> from globalopt.runs.artefacts import SOLVER_GAP
+        >>> from globalopt.values.layer import LayerSpec
+        >>> spec, work = LayerSpec("up", 0, "in", "up", 2, 2), Workspace(Path("alone"), shared=False)
+        >>> work.put(SOLVER_GAP, spec, {})
+        >>> work.discard(SOLVER_GAP, [spec])
+        >>> work.has(SOLVER_GAP, spec)
+        False
+        """
+        if not self.shared:
+            for key in keys:
+                self.path(artefact, key).unlink(missing_ok=True)
 
     def refresh(self) -> None:
         """List the folders of all stages, so that a disk of the network shows what other machines have written."""

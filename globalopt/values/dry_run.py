@@ -19,6 +19,7 @@ class DryRun:
         lazy: whether decoder blocks would be read one at a time.
         states_in_files: whether hidden states would be kept in files instead of memory.
         memory, disk: bytes by purpose.
+        most_disk: largest number of bytes on disk at once.
         seconds: by stage.
         rate: floating-point operations per second of a timed matrix product.
         fit_seconds: seconds that the solver took for a timed layer.
@@ -26,7 +27,7 @@ class DryRun:
     >>> plan = DryRun(
     ...     "reference", 2_500_000, 2_000_000, 1_900_000, {"norms and biases": 100_000}, blocks=8, layers=56,
     ...     lazy=False, states_in_files=False, memory={"model": 3 * 10**7, "Gram": 10**6}, disk={"model": 10**7},
-    ...     seconds={"fit": 90.0, "search": 30.0}, rate=5e10, fit_seconds=0.5,
+    ...     most_disk=10**7, seconds={"fit": 90.0, "search": 30.0}, rate=5e10, fit_seconds=0.5,
     ... )
     >>> plan.peak, plan.record()["all_seconds"], plan.record()["coverage"]
     (31000000, 120.0, 0.95)
@@ -43,6 +44,7 @@ class DryRun:
     states_in_files: bool
     memory: Mapping[str, int]
     disk: Mapping[str, int]
+    most_disk: int
     seconds: Mapping[str, float]
     rate: float
     fit_seconds: float
@@ -57,7 +59,7 @@ class DryRun:
         totals = {
             "coverage": self.covered / self.block_params,
             "peak_bytes": self.peak,
-            "disk_bytes": sum(self.disk.values()),
+            "disk_bytes": self.most_disk,
             "all_seconds": sum(self.seconds.values()),
         }
         return {**{name: _plain(value) for name, value in vars(self).items()}, **totals}

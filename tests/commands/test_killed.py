@@ -23,7 +23,9 @@ MATCHING = ("--match", "model", "--match-set", "epochs=2", "--distill-set", "epo
     ("how", "times", "code"),
     [
         pytest.param("kill", 3, -signal.SIGKILL, id="SIGKILL"),
+        pytest.param("alone", 3, -signal.SIGKILL, id="SIGKILL, what is not read any more deleted"),
         pytest.param("kill", 20, -signal.SIGKILL, id="SIGKILL twenty times", marks=pytest.mark.slow),
+        pytest.param("alone", 20, -signal.SIGKILL, id="SIGKILL twenty times, the same", marks=pytest.mark.slow),
         pytest.param("interrupt", 6, 130, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param("disk", 6, 1, id="full disk", marks=pytest.mark.slow),
     ],

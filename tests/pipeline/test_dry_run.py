@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from globalopt.pipeline.estimates import memory
 from globalopt.pipeline.estimates.job import Job
 from globalopt.pipeline.estimates.shape import Structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
+from globalopt.runs.workspace import Workspace
 from solvers import get_solver
 from tests.command import WINDOWS, contents, done, refused, write_text
 from tests.tiny_models import parameter_count, save_tiny, tiny_model
@@ -160,3 +162,36 @@ def test_every_kind_of_solver_can_be_timed(solver: str, model: Path) -> None:
     plan = planned(ModelOptions(str(model)), job)
     assert plan["fit_seconds"] > 0
     assert plan["memory"]["hidden states"] == 2 * 4 * 8 * 16 * 32
+
+
+def test_a_run_that_shares_nothing_keeps_what_it_reads(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ("--calibration", write_text(tmp_path / "text.txt"), *WINDOWS, "--device", "cpu", "--no-cache")
+    words = ("search", model, "--budget", "0.5", *work, "--allocator", "knapsack", "--set", "preset=fast")
+    said = json.loads(done(*words, "--out", tmp_path / "run", "--dry-run", "--json").stdout)
+    assert said["disk_bytes"] < sum(said["disk"].values())
+    held: list[tuple[int, int]] = []
+    delete = Workspace.discard
+
+    def discard(self: Workspace, *rest: Any) -> None:
+        held.append(tensor_bytes(tmp_path / "run", said["disk"]))
+        delete(self, *rest)
+
+    monkeypatch.setattr(Workspace, "discard", discard)
+    done(*words, "--out", tmp_path / "run", "--quiet")
+    held.append(tensor_bytes(tmp_path / "run", said["disk"]))
+    assert 0.5 * said["disk_bytes"] < max(size for size, _ in held)
+    assert all(size < said["disk_bytes"] + 1000 * files for size, files in held)
+    done_with = {"grams", "labels", "spans", "anchors", "metrics"}
+    assert not any(done_with & set(path.parts) for path in (tmp_path / "run").rglob("*.safetensors"))
+    again = ("compress", model, "--budget-file", tmp_path / "run" / "budget.json", *work)
+    done(*again, "--solver", "hassle-free", "--out", tmp_path / "again", "--quiet")
+    assert {path.parent.name for path in (tmp_path / "again").rglob("*.safetensors")} == {"layers", "matched", "model"}
+
+
+def tensor_bytes(folder: Path, stages: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of the tensors of some stages, each counted once whatever its names, and in how many files they are."""
+    paths = [path for path in folder.rglob("*.safetensors") if stages.keys() & set(path.parts)]
+    sizes = {(found := path.stat()).st_ino: found.st_size for path in paths}
+    return sum(sizes.values()), len(sizes)

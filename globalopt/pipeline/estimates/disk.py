@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from globalopt.analysis.anchor_curves import fully_solved, middle
 from globalopt.analysis.grid import Options, largest_rank
 from globalopt.analysis.metric_choices import KEPT as METRIC_KEPT
@@ -9,6 +11,9 @@ from globalopt.pipeline.estimates.job import Job, is_weighted
 from globalopt.pipeline.estimates.shape import Shape
 from globalopt.protocols import Reads
 from globalopt.values.layer import LayerSpec
+
+ANALYSED = ("grams", "labels", "spans", "anchors", "metrics")
+"""Folders of the analysis."""
 
 HEADER = 400
 """Bytes of the header of a file per packed decomposition in it: names, types and shapes of its tensors."""
@@ -53,6 +58,22 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
             found["matched"] = (1 + (job.distillation is not None)) * found["layers"]
         found["model"] = shape.parameters * shape.stored
     return found
+
+
+def most_at_once(written: Mapping[str, int]) -> int:
+    """Bound the bytes on disk at one time, of a run that deletes what it reads no more (`Workspace.discard`).
+
+    The analysis is gone when the layers are solved, but for the output Grams, which go with their blocks; the model is
+    saved after them.
+
+    Args:
+        written: by folder, as `disk_bytes`.
+
+    >>> most_at_once({"grams": 5, "labels": 10, "spans": 6, "anchors": 10, "layers": 7, "matched": 7, "model": 13})
+    31
+    """
+    stages = (ANALYSED, ("labels", "layers", "matched"), ("layers", "matched", "model"))
+    return written.get("self-text", 0) + max(sum(written.get(name, 0) for name in stage) for stage in stages)
 
 
 def _gram_bytes(side: int) -> int:

@@ -33,6 +33,7 @@ class Job:
         embeddings: how many roundings of embeddings are measured, one forward pass each.
         pattern, limits: of the options of every layer.
         matching, distillation: how blocks, and the whole model, are trained after refinement, or None.
+        shared: whether a cache keeps the artefacts for other runs; otherwise they are deleted after their last use.
 
     >>> from globalopt.pipeline.example import example_plan
     >>> job = search_job(example_plan(budget=0.3), refines=True)
@@ -56,6 +57,7 @@ class Job:
     limits: Limits = NO_LIMITS
     matching: Training | None = None
     distillation: Training | None = None
+    shared: bool = True
 
 
 def search_job(plan: SearchPlan, refines: bool) -> Job:
