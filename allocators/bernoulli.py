@@ -99,7 +99,7 @@ class Bernoulli:
 
     name: ClassVar[str] = "bernoulli"
     paper: ClassVar[str] = "arXiv:2505.03801"
-    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE
+    reads: ClassVar[Reads] = Reads.SURFACES | Reads.OBJECTIVE | Reads.SPANS
     version: ClassVar[int] = 1
     preset: Preset = Preset.DEFAULT
     updates: int = 0

@@ -191,7 +191,8 @@ def analysed(session: Session, plan: SearchPlan, folder: Path, cache: Cache) -> 
     path, timed = folder / "seconds.json", reporter()
     with opened(session, folder, identity, "analysis", cache, fresh=False) as (run, at):
         at(objective_addresses(session, plan))
-        analysis = analyse.analyse(session, timed, plan.analysis, run)
+        # All allocators share it, one of which reads spans.
+        analysis = analyse.analyse(session, timed, plan.analysis, run, Reads.SURFACES | Reads.SPANS)
         if timed.costs or not path.exists():
             write_json(path, sum(stage.seconds for stage in timed.costs))
     return Analysed(session, analysis, run, float(read_json(path)))

@@ -25,7 +25,8 @@ class Reads(Flag):
     """Say what an allocator reads of a problem; a search computes nothing else.
 
     `NOTHING`: the layers and the budget. `PROFILES`: statistics of the layers (`Problem.profiles`). `SURFACES`:
-    predicted losses (`Problem.surfaces`). `OBJECTIVE`: losses of the model, of the allocations it asks for.
+    predicted losses (`Problem.surfaces`). `SPANS`: directions and entries of the layers (`Problem.span`), beside
+    predicted losses. `OBJECTIVE`: losses of the model, of the allocations it asks for.
 
     >>> Reads.PROFILES in Reads.PROFILES | Reads.SURFACES
     True
@@ -35,6 +36,7 @@ class Reads(Flag):
     PROFILES = auto()
     SURFACES = auto()
     OBJECTIVE = auto()
+    SPANS = auto()
 
 
 State = TypeVar("State")

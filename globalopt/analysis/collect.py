@@ -16,7 +16,7 @@ from globalopt.machine import ranks
 from globalopt.models.block_runner import BlockRunner
 from globalopt.models.layers import ModelLayers
 from globalopt.models.walk import BlockVisit, walk_blocks
-from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, GRAM, OUTPUT_GRAM, PROFILE, SPAN
+from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, CURVES, DIRECTIONS, GRAM, OUTPUT_GRAM, PROFILE, SPAN
 from globalopt.runs.workspace import Workspace
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram
@@ -135,7 +135,7 @@ def write_spans(
     work: Workspace,
     specs: Sequence[LayerSpec],
     scaling: str,
-    most: Callable[[LayerSpec], int] = lambda spec: spec.max_rank,
+    directions: Callable[[LayerSpec, int], int | None] = lambda spec, rank: rank,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
     """Compute the spans of the layers `specs`, and write them.
@@ -144,7 +144,7 @@ def write_spans(
         layers: of the dense model.
         work: with the Grams of the layers.
         scaling: of the spans; `output` needs the output Grams that `write_output_grams` writes.
-        most: gives the number of directions that are stored at most, see `largest_rank`.
+        directions: how many of the directions that a layer's span has are stored; None where they are not read.
         advance: called with the name of each layer that is done.
 
     >>> from pathlib import Path
@@ -159,7 +159,10 @@ def write_spans(
         weight = layers.weight(spec.name)
         gram = None if scaling == "none" else work.get(GRAM, spec.site).to(weight.device)
         outputs = work.get(OUTPUT_GRAM, spec) if scaling == "output" else None
-        work.put(SPAN, spec, compute_span(weight, gram, scaling, outputs).basis.leading(most(spec)))
+        basis = compute_span(weight, gram, scaling, outputs).basis
+        work.put(SPAN, spec, basis.leading(0))
+        if (count := directions(spec, basis.max_rank)) is not None:
+            work.put(DIRECTIONS, spec, basis.leading(count))
         advance(spec.name)
 
 

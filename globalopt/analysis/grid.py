@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from globalopt.values.budget import NO_LIMITS, Limits, Target
 from globalopt.values.layer import NM, HasShape, LayerSpec
@@ -89,6 +89,18 @@ class Options:
         ranks = sorted({limits.floor(min(max_rank, round(level * even))) for level in RANK_LEVELS})
         rows = ((rank, tuple(n for n in counts if _offered(Target(rank, n), spec))) for rank in ranks)
         return cls(spec, None, tuple((rank, row) for rank, row in rows if row), bucket)
+
+    def of_span(self, anchors: bool) -> Options:
+        """Return the options whose errors a span gives: those without rank, where anchors say what rank is worth.
+
+        Args:
+            anchors: whether the layer is solved at anchors.
+
+        >>> options = Options.of(LayerSpec("up", 0, "in", "up", 64, 64), max_rank=8)
+        >>> len(options.of_span(anchors=False).rows), len(options.of_span(anchors=True).rows)
+        (6, 1)
+        """
+        return replace(self, rows=self.rows[:1]) if anchors and len(self.anchors) > 1 else self
 
     @property
     def factors(self) -> bool:

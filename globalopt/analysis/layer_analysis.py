@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from globalopt.analysis.anchor_curves import fully_solved, middle
-from globalopt.analysis.grid import Options
+from globalopt.analysis.grid import Options, largest_rank
 from globalopt.analysis.solver_gap import NO_GAP, SolverGap, sampled
 from globalopt.models.layers import ModelLayers
-from globalopt.runs.artefacts import ANCHORS, GRAM, METRIC_CHOICE, OUTPUT_GRAM, SOLVER_GAP, SPAN, Artefact, Stage
+from globalopt.runs.artefacts import (
+    ANCHORS,
+    DIRECTIONS,
+    GRAM,
+    METRIC_CHOICE,
+    OUTPUT_GRAM,
+    SOLVER_GAP,
+    SPAN,
+    Artefact,
+    Stage,
+)
 from globalopt.runs.records import AnchorSolutions
 from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import NO_LIMITS, Limits, Target
@@ -81,8 +91,20 @@ class LayerAnalysis:
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
-        most = self.work.get(SPAN, spec).max_rank if self.low_rank else 0
+        most = self.offered_rank(spec, int(self.work.get(SPAN, spec).stats["rank"])) if self.low_rank else 0
         return Options.of(spec, most, self.pattern, self.limits)
+
+    def offered_rank(self, spec: LayerSpec, rank: int) -> int:
+        """Return the largest rank on offer in a layer whose span has `rank` directions."""
+        return min(rank, largest_rank(spec, self.pattern, self.limits))
+
+    def reads_directions(self, spec: LayerSpec, anchors: bool) -> bool:
+        """Tell whether predictions read the directions of a layer's span.
+
+        Args:
+            anchors: whether the layer is solved at anchors.
+        """
+        return any(rank for rank, _ in self.options(spec).of_span(anchors).rows)
 
     def anchor_rows(self, spec: LayerSpec) -> tuple[tuple[Target, ...], ...]:
         """List the anchors at which a layer is solved, in rows of equal rank share: all, or the middle of the first."""
@@ -95,9 +117,15 @@ class LayerAnalysis:
     def _fully_solved(self) -> frozenset[str]:
         return fully_solved(self.layers.specs)
 
-    def span(self, spec: LayerSpec) -> Span:
-        """Read the span of a layer, and compute its entries from the weight, which is to be dense."""
-        return self.work.get(SPAN, spec).span(self.layers.weight(spec.name))
+    def span(self, spec: LayerSpec, anchors: bool = False) -> Span:
+        """Read the span of a layer, and compute its entries from the weight, which is to be dense.
+
+        Args:
+            anchors: whether the layer is solved at anchors. Its directions are then part of its entries, if nothing
+                reads them.
+        """
+        read = DIRECTIONS if self.reads_directions(spec, anchors) else SPAN
+        return self.work.get(read, spec).span(self.layers.weight(spec.name))
 
     def plain(self, spec: LayerSpec) -> bool:
         """Tell whether a layer is solved without its output Gram, although the solver would weight by it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -142,12 +142,8 @@ def _measure(analysis: LayerAnalysis, spec: LayerSpec, gap: SolverGap) -> _Measu
         products = _products(residuals.tensor, metric)
         anchors, overlap = residuals.anchors, _cosines(products)
         errors = [scale * error for error in products.diagonal().clamp_min(0.0).tolist()]
-    read = analysis.span(spec)
-    offered = options
-    if errors and len(options.anchors) > 1:
-        # What rank is worth comes from the anchors, and the first directions of a span from nothing.
-        offered = replace(options, rows=options.rows[:1])
-    shape = [scale * error for error in span_errors(read, offered, metric)]
+    solved = bool(errors)
+    shape = [scale * error for error in span_errors(analysis.span(spec, solved), options.of_span(solved), metric)]
     return _Measured(options, shape, anchors, errors, overlap, scale * metric.error(weight))
 
 

@@ -13,7 +13,7 @@ from globalopt.values.span import Span, SpanBasis
 SCALINGS = ("activation", "none", "output", "direct")
 """Scalings of a weight before it is split; see `compute_span`."""
 
-VERSION = 5
+VERSION = 6
 """Raised whenever spans, or what is stored of them, change."""
 
 LEAST_IMPORTANCE = 1e-4

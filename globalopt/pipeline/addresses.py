@@ -294,7 +294,7 @@ def algorithms(stages: Iterable[Stage] = tuple(VERSIONS)) -> dict[str, int]:
     """Return the versions of the algorithms of some stages, for the identity of a run.
 
     >>> algorithms([Stage.SPANS])
-    {'spans': 5}
+    {'spans': 6}
     """
     return {str(stage): VERSIONS[stage] for stage in stages}
 

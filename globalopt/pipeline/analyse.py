@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from globalopt.analysis.anchors import compare_solvers, solve_anchors
 from globalopt.analysis.collect import write_curves, write_grams, write_output_grams, write_profiles, write_spans
-from globalopt.analysis.grid import largest_rank
 from globalopt.analysis.layer_analysis import PLAIN_ANCHORS, LayerAnalysis
 from globalopt.analysis.metric_choices import WINDOWS, choose_metrics, probed_target
 from globalopt.analysis.predictions import predict
@@ -28,6 +26,7 @@ from globalopt.runs.artefacts import (
     ANCHORS,
     BLOCK_OUTPUT_GRAM,
     CURVES,
+    DIRECTIONS,
     GRAM,
     METRIC_CHOICE,
     OUTPUT_GRAM,
@@ -89,7 +88,7 @@ def analyse(
     if Reads.PROFILES in reads:
         _profile(session, reporter, run)
     if predicts:
-        _span(session, reporter, run, plan)
+        _span(session, reporter, plan, analysis, reads)
     if anchors:
         _solve_anchors(session, reporter, plan, analysis)
     if plan.weighted:
@@ -136,7 +135,7 @@ def discard_solutions(run: Run, specs: Sequence[LayerSpec]) -> None:
     >>> with Run.start(Path("run"), {}, {}) as run:
     ...     discard_solutions(run, example_session().layers.specs)
     """
-    for artefact in (SPAN, ANCHORS, PLAIN_ANCHORS):
+    for artefact in (SPAN, DIRECTIONS, ANCHORS, PLAIN_ANCHORS):
         run.discard(artefact, specs)
 
 
@@ -157,7 +156,7 @@ def _unfinished(plan: AnalysisPlan, analysis: LayerAnalysis, run: Run, reads: Re
     predicts = Reads.SURFACES in reads
     return bool(
         _lacks_results(plan, run, specs, reads)
-        or run.missing(SPAN, specs if predicts else ())
+        or (predicts and not all(_spanned(plan, analysis, spec, reads) for spec in specs))
         or run.missing(SOLVER_GAP, sampled(specs) if predicts and plan.compared else ())
         or (predicts and plan.anchors and not all(map(analysis.solved_anchors, specs)))
     )
@@ -235,21 +234,36 @@ def _profile(session: Session, reporter: Reporter, run: Run) -> None:
             ranks.written(run)
 
 
-def _span(session: Session, reporter: Reporter, run: Run, plan: AnalysisPlan) -> None:
+def _span(session: Session, reporter: Reporter, plan: AnalysisPlan, analysis: LayerAnalysis, reads: Reads) -> None:
     """Compute spans and spectra of the layers in which one is missing."""
-    layers = session.layers
-    unspanned = ranks.told(run.missing(SPAN, layers.specs))
-    uncurved = ranks.told([spec for spec in layers.specs if not run.has(CURVES, spec.name)])
+    layers, work = session.layers, analysis.work
+    unspanned = ranks.told([spec for spec in layers.specs if not _spanned(plan, analysis, spec, reads)])
+    uncurved = ranks.told([spec for spec in layers.specs if not work.has(CURVES, spec.name)])
     if unspanned or uncurved:
+
+        def directions(spec: LayerSpec, rank: int) -> int | None:
+            read = _reads_directions(plan, analysis, spec, reads)
+            return analysis.offered_rank(spec, rank) if read else None
+
         missing = [spec for spec in layers.specs if spec in unspanned or spec in uncurved]
-        with _shared(reporter, run, "span", missing) as (mine, advance):
-            most = partial(largest_rank, pattern=plan.pattern, limits=plan.limits)
+        with _shared(reporter, work, "span", missing) as (mine, advance):
             for spec in mine:
                 if spec in unspanned:
-                    write_spans(layers, run, [spec], plan.scaling, most)
+                    write_spans(layers, work, [spec], plan.scaling, directions)
                 if spec in uncurved:
-                    write_curves(layers, run, [spec])
+                    write_curves(layers, work, [spec])
                 advance(spec.name)
+
+
+def _spanned(plan: AnalysisPlan, analysis: LayerAnalysis, spec: LayerSpec, reads: Reads) -> bool:
+    """Tell whether a layer's span is there, with its directions where these are read."""
+    work = analysis.work
+    return work.has(SPAN, spec) and (work.has(DIRECTIONS, spec) or not _reads_directions(plan, analysis, spec, reads))
+
+
+def _reads_directions(plan: AnalysisPlan, analysis: LayerAnalysis, spec: LayerSpec, reads: Reads) -> bool:
+    """Tell whether an allocator, candidates or predictions read the directions of a layer's span."""
+    return Reads.SPANS in reads or analysis.reads_directions(spec, plan.anchors)
 
 
 def choose_error_metrics(

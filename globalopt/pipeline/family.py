@@ -99,7 +99,7 @@ def family(
             reporter.note(f"Left out: {named}. Pattern {plan.analysis.pattern} needs more.")
         at(addresses)
         note_reused(session, reporter, run, addresses)
-        analysis = analyse(session, reporter, plan.analysis, run)
+        analysis = analyse(session, reporter, plan.analysis, run, plan.reads)
         predicted = pose(session, plan, run)
         problem = corrected(session, reporter, plan, analysis, predicted, around)
         found: list[Allocation] = []

@@ -202,9 +202,13 @@ class SearchPlan:
 
     @property
     def reads(self) -> Reads:
-        """Return what is computed of the problem: what the allocator reads, and surfaces where there are candidates."""
+        """Return what is computed of the problem: what the allocator and the candidates of its objective read."""
         reads = self.allocator.reads
-        return reads | Reads.SURFACES if Reads.OBJECTIVE in reads else reads
+        if Reads.OBJECTIVE in reads or Reads.SPANS in reads:
+            reads |= Reads.SURFACES
+        if Reads.SURFACES in reads and (self.candidates == "span" or not self.analysis.anchors):
+            reads |= Reads.SPANS
+        return reads
 
     @property
     def rounds(self) -> int:

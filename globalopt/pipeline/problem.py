@@ -10,7 +10,7 @@ from globalopt.pipeline.embeddings import largest_budget
 from globalopt.pipeline.plan import AnalysisPlan, SearchPlan
 from globalopt.pipeline.session import Session
 from globalopt.protocols import Reads
-from globalopt.runs.artefacts import PREDICTION, PROFILE, ROUNDING, SPAN
+from globalopt.runs.artefacts import DIRECTIONS, PREDICTION, PROFILE, ROUNDING
 from globalopt.runs.folder import Run
 from globalopt.values.layer import LayerSpec
 from globalopt.values.problem import Problem
@@ -65,7 +65,7 @@ def pose(session: Session, plan: SearchPlan, run: Run, reads: Reads | None = Non
         plan.seed,
         profiles,
         plan.analysis.limits,
-        span,
+        span if Reads.SPANS in reads else None,
     )
 
 
@@ -77,12 +77,12 @@ def span_of(run: Run, spec: LayerSpec, weight: Tensor) -> Span:
     >>> u, spec = torch.full((2, 1), 0.5**0.5), LayerSpec("up_proj", 0, "up_proj", "up_proj", 2, 2)
     >>> basis = SpanBasis(u, torch.tensor([4.0]), u.mT, scale=torch.ones(2), rows=torch.ones(2, 1))
     >>> with Run.start(Path("span"), {}, {}) as run:
-    ...     run.put(SPAN, spec, basis)
+    ...     run.put(DIRECTIONS, spec, basis)
     ...     span = span_of(run, spec, torch.tensor([[2.0, 2.0], [2.0, 7.0]]))
     >>> span.s, round(float(span.S[1, 1]), 2)
     (tensor([4.]), 5.0)
     """
-    return run.get(SPAN, spec).span(weight).to(torch.device("cpu"))
+    return run.get(DIRECTIONS, spec).span(weight).to(torch.device("cpu"))
 
 
 def _of_whole(surface: ErrorSurface) -> ErrorSurface:

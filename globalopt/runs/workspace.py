@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from globalopt.runs.artefacts import Artefact, Stage
 
@@ -65,7 +65,7 @@ class Workspace:
         """Read an artefact; None if it was not written."""
         return self.get(artefact, key) if self.has(artefact, key) else None
 
-    def discard(self, artefact: Artefact[K, T], keys: Iterable[K]) -> None:
+    def discard(self, artefact: Artefact[K, Any], keys: Iterable[K]) -> None:
         """Delete artefacts that this run reads no more, unless they are shared; those that are missing are passed over.
 
         >>> from globalopt.runs.artefacts import SOLVER_GAP

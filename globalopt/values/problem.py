@@ -142,7 +142,10 @@ class Problem:
     def span(self, name: str) -> Span:
         """Read the span of a layer; `UsageError` where the problem has none."""
         if self.spans is None:
-            raise UsageError("This needs the layers' spans; give Problem the function that reads them as `spans`.")
+            raise UsageError(
+                "This needs the layers' spans: an allocator that reads them says so by Reads.SPANS, and a Problem made "
+                "by hand takes the function that reads them as `spans`."
+            )
         return self.spans(name)
 
     @cached_property

@@ -247,11 +247,14 @@ CHANGES: dict[str, tuple[SearchOptions, RefineOptions | None, dict[Stage, int], 
         {Stage.GAPS: 7, Stage.PREDICTIONS: LAYERS, **FOUND},
         {"gap", "predict", "correct"},
     ),
+    # Candidates cut from spans read their directions, which nothing has read before.
+    "candidates": (replace(SEARCH, candidates="span"), None, {Stage.SPANS: 2 * LAYERS, **FOUND}, {"span", "correct"}),
     "pattern": (
         replace(SEARCH, pattern="2:4", budget=0.7),
         None,
-        {stage: LAYERS for stage in (Stage.SPANS, Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)}
-        | {Stage.GAPS: 7, **FOUND},
+        {stage: LAYERS for stage in (Stage.METRICS, Stage.ANCHORS, Stage.PREDICTIONS)}
+        # What rank is worth beside a pattern is read from the directions of spans.
+        | {Stage.SPANS: 2 * LAYERS, Stage.GAPS: 7, **FOUND},
         {"span", "metric", "anchors", "gap", "predict", "correct"},
     ),
 }
@@ -363,7 +366,7 @@ READ_ALONE: dict[str, tuple[SearchOptions, dict[Stage, int], set[str]]] = {
     ),
     "knapsack by spans alone": (
         replace(SEARCH, predict_from="span", solver="wanda", solver_options={}),
-        {stage: LAYERS for stage in (Stage.SPECTRA, Stage.SPANS, Stage.PREDICTIONS)}
+        {Stage.SPECTRA: LAYERS, Stage.SPANS: 2 * LAYERS, Stage.PREDICTIONS: LAYERS}
         | {Stage.GRAMS: 8, Stage.LABELS: LAYERS + 2, Stage.CORRECTIONS: 1},
         {"labels", "span", "predict", "correct"},
     ),

@@ -85,6 +85,14 @@ THIRD = 0.1 + 0.2
 METRICS = Metrics("test", 3.5, 1.25, THIRD, 0.01, None, 4, 16, 60, "ab12", "float32")
 ROWS = ((Target(0, 16), Target(0, 8)), (Target(1, 4),))
 SURFACE = ErrorSurface(SPEC, (Target(0, 16, NM(2, 4)), Target(1, 16, NM(2, 4), signs=True)), (THIRD, 0.0))
+BASIS = SpanBasis(
+    random(4, 2, dtype=torch.bfloat16).float(),
+    torch.tensor([2.0, THIRD]),
+    random(2, 8, dtype=torch.bfloat16).float(),
+    random(8).abs() + 1,
+    torch.ones(4, 1),
+    {"rank": 2.0},
+)
 OUTCOME = Outcome(used=24, predicted=THIRD, measured=0.25, stderr=None)
 SEARCH = Search(640, 2000, "anchors", 64, 1e-5, THIRD, (Evaluation(320, THIRD, 4, False, 0.5),))
 LAYER = LayerResult(
@@ -185,19 +193,8 @@ EXAMPLES = {
         "checked",
     ),
     "PROBED": Example(SPEC, AnchorSolutions(((Target(0, 16),),), (decomposition(),)), OTHER, "kept.0"),
-    "SPAN": Example(
-        SPEC,
-        SpanBasis(
-            random(4, 2, dtype=torch.bfloat16).float(),
-            torch.tensor([2.0, THIRD]),
-            random(2, 8, dtype=torch.bfloat16).float(),
-            random(8).abs() + 1,
-            torch.ones(4, 1),
-            {"k": 1.0},
-        ),
-        OTHER,
-        "Vh",
-    ),
+    "SPAN": Example(SPEC, BASIS.leading(0), OTHER, "Vh"),
+    "DIRECTIONS": Example(SPEC, BASIS, OTHER, "Vh"),
     "ANCHORS": Example(
         SPEC, AnchorSolutions(ROWS, (decomposition(), decomposition(signs=True), decomposition())), OTHER, "kept.1"
     ),

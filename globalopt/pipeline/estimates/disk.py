@@ -43,7 +43,7 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
     if job.sweeps:
         found["labels"] = outputs + shape.blocks * _gram_bytes(shape.width)
     if predicts:
-        found["spans"] = sum(_span_bytes(spec, largest_rank(spec, job.pattern, job.limits)) for spec in shape.specs)
+        found["spans"] = sum(_span_bytes(spec, job) for spec in shape.specs)
     if job.anchors:
         some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
         found["anchors"] = sum(_anchor_bytes(spec, spec.name in some) for spec in shape.specs)
@@ -81,9 +81,14 @@ def _gram_bytes(side: int) -> int:
     return side * (side - 1) + 4 * side + HEADER
 
 
-def _span_bytes(spec: LayerSpec, rank: int) -> int:
-    """Count the bytes of a span of `rank` directions in bfloat16; singular values and scalings are in float32."""
-    return 2 * (spec.d_out + spec.d_in) * (rank + 2) + 4 * rank + HEADER
+def _span_bytes(spec: LayerSpec, job: Job) -> int:
+    """Count the bytes of a span: scalings in float32 and, where they are read, directions in bfloat16."""
+    rank = largest_rank(spec, job.pattern, job.limits)
+    scalings = 4 * (spec.d_out + spec.d_in) + HEADER
+    offered = Options.of(spec, rank if job.solver.low_rank else 0, job.pattern, job.limits).of_span(job.anchors)
+    if Reads.SPANS not in job.reads and not any(rank for rank, _ in offered.rows):
+        return scalings
+    return 2 * scalings + 2 * (spec.d_out + spec.d_in) * rank + 4 * rank
 
 
 def _anchor_bytes(spec: LayerSpec, whole: bool) -> int:
