@@ -53,9 +53,27 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: Text, special: bool = Tru
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> Tensor:
     """Tokenise a string, (n,) int64 token ids."""
-    # verbose=False, as the tokenizer would warn of a text longer than the model's context.
-    encoded = tokenizer(text, truncation=False, return_attention_mask=False, verbose=False, add_special_tokens=special)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+    def called(part: str) -> list[int]:
+        # verbose=False, as the tokenizer would warn of a text longer than the model's context.
+        return tokenizer(
+            part, truncation=False, return_attention_mask=False, verbose=False, add_special_tokens=special
+        )["input_ids"]
+
+    def fast(part: str) -> list[int]:
+        # Without the places of the tokens in the text, which nothing reads, it takes .6 of the time.
+        return backend.encode_batch_fast([part], add_special_tokens=special)[0].ids
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    begin = called(text[:AROUND])
+    if len(text) <= AROUND:
+        found = begin
+    elif backend is not None and fast(text[:AROUND]) == begin:
+        found = fast(text)
+    else:
+        # It is none of that library, or does something of its own around it, which shows at the beginning.
+        found = called(text)
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:

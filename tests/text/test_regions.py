@@ -46,3 +46,24 @@ def test_a_text_without_an_end_of_a_line_stays_whole(monkeypatch):
     monkeypatch.setattr(regions, "PIECE", 50)
     tokenizer = AutoTokenizer.from_pretrained(reference_folder())
     assert regions._pieces(tokenizer, "word " * 100) == ["word " * 100]
+
+
+def test_the_tokens_are_those_of_a_call_also_where_that_is_more_than_the_backend(monkeypatch):
+    text, tokenizer = "A short line.\n" * 400, AutoTokenizer.from_pretrained(reference_folder())
+    called = tokenizer(text)["input_ids"]
+    assert regions.tokenise(tokenizer, Text.of(text, "a.txt")).tolist() == called
+    whole = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, part, **options: {"input_ids": [7, *whole(self, part, **options)["input_ids"]]},
+    )
+    assert regions.tokenise(tokenizer, Text.of(text, "a.txt")).tolist() == [7, *called]
+
+
+def test_a_setting_of_the_tokenizer_to_cut_or_to_pad_is_not_followed():
+    text, tokenizer = "A short line.\n" * 400, AutoTokenizer.from_pretrained(reference_folder())
+    called = tokenizer(text)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=2**14)
+    assert regions.tokenise(tokenizer, Text.of(text, "a.txt")).tolist() == called
