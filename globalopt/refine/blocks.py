@@ -23,6 +23,7 @@ from globalopt.protocols import Needs, Solver
 from globalopt.refine.needed import needed
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.published import on_grid
+from globalopt.rounding.stored import nonzero
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.files import read_metadata
 from globalopt.runs.folder import Run
@@ -34,7 +35,7 @@ from globalopt.values.layer_results import LayerResult
 from globalopt.values.metric import Gram, Metric
 from globalopt.values.storage import PLAIN
 
-VERSION = 5
+VERSION = 6
 """Raised whenever solved layers or matched blocks, or what is stored of them, change, other than by their solver."""
 
 
@@ -319,6 +320,9 @@ def _solve_together(jobs: Sequence[Job], plan: Refinement) -> list[SolvedLayer]:
 def _whole(job: Job) -> Solution:
     """Make the solution that keeps or drops a whole layer, which needs no solver."""
     S = job.weight if job.target.nnz else torch.zeros_like(job.weight)
+    if job.target.nnz and job.target.storage.values < 16:
+        # A weight that is zero has a code as all others: to leave it out would take an index of the whole layer.
+        S = nonzero(S.float())
     value = Decomposition(S, S.new_zeros(job.spec.d_out, 0), S.new_zeros(0, job.spec.d_in))
     return Solution(value, job.metric.error(job.weight - value.dense()))
 
@@ -361,8 +365,8 @@ def checked(value: Decomposition, target: Target) -> Decomposition:
     """
     if not value.fits(target):
         raise NumericalError(
-            f"the solution keeps rank {value.rank} and {value.nnz} nonzeros; the target is rank {target.rank}, "
-            f"{target.nnz} nonzeros, pattern {target.pattern or 'unstructured'}; it is stored in "
+            f"the solution keeps rank {value.rank} and {value.nnz} of {value.S.numel()} nonzeros; the target is rank "
+            f"{target.rank}, {target.nnz} nonzeros, pattern {target.pattern or 'unstructured'}; it is stored in "
             f"{value.storage} bits of {target.storage}."
         )
     return value

@@ -5,12 +5,11 @@ Their grids have a level at zero and reach the largest number of every group, as
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from globalopt.kernels.grid import largest_scales, snap, spread
 from globalopt.protocols import Rounding
-from globalopt.rounding.stored import GridNorm, stored
+from globalopt.rounding.stored import GridNorm, nonzero, stored
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
@@ -49,8 +48,7 @@ def on_grid(
 
 def _whole(W: Tensor, metric: Metric, bits: int, sweep: bool) -> tuple[Tensor, Tensor]:
     """Round all entries of `W` (d_out, d_in), and return the levels and the scales of their groups."""
-    # A group of zeros would have no codes, while all other groups are counted in nonzeros.
-    W = torch.where(W == 0, torch.finfo(W.dtype).tiny ** 0.5, W)
+    W = nonzero(W)
     scales = largest_scales(W.flatten(), bits, GROUP)
     grids = spread(scales, GROUP, W.numel()).view_as(W)
     if not sweep:

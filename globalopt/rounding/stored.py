@@ -152,9 +152,9 @@ def _factors(
     """Round `U` to its grid with `V` fixed, then `V`, refitted to the rounded `U`, to its own."""
     G = inputs.matrix
     inner = GridNorm.of(V @ G @ V.mT)
-    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, _nonzero(U), bits, columns=True)
+    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, nonzero(U), bits, columns=True)
     V = right_factor(U, M, A).float()
-    V, of_V = inputs.fit(V, _nonzero(V), bits)
+    V, of_V = inputs.fit(V, nonzero(V), bits)
     return U, V, of_U, of_V
 
 
@@ -181,9 +181,13 @@ def spread_over(S: Tensor, scales: Tensor) -> Tensor:
     return torch.zeros_like(S).masked_scatter_(support, spread(scales, GROUP, int(support.sum())))
 
 
-def _nonzero(factor: Tensor) -> Tensor:
-    """Replace zeros of a factor, as those of an unused input, by tiny numbers: all of its entries have codes."""
-    return factor.masked_fill(factor == 0, _tiny(factor))
+def nonzero(matrix: Tensor) -> Tensor:
+    """Replace zeros of a matrix of which every entry has a code, as those of an unused input, by tiny numbers.
+
+    >>> nonzero(torch.tensor([[0.0, 2.0]])).ne(0).tolist()
+    [[True, True]]
+    """
+    return matrix.masked_fill(matrix == 0, _tiny(matrix))
 
 
 def _tiny(like: Tensor) -> float:

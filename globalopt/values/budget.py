@@ -97,9 +97,9 @@ class Target:
         """Count the bytes kept in the target's storage, with the cheapest index of the sparse part: the sum of `parts`.
 
         Values of `S` and entries of the factors: in 16 bits 2 each, else their codes and the scales of their groups
-        (`number_bytes`). Sign plane: one bit per weight. Index of `S`: none if `S` is full or empty; `ceil(log2 M)`
-        bits per value under an N:M pattern; else the smaller of a bitmap (one bit per weight) and 16-bit column indices
-        with 32-bit row pointers.
+        (`number_bytes`). Sign plane: one bit per weight. Index of `S`: none if `S` is full or empty, or in 16 bits and
+        smaller with its zeros; `ceil(log2 M)` bits per value under an N:M pattern; else the smaller of a bitmap (one
+        bit per weight) and 16-bit column indices with 32-bit row pointers.
 
         >>> spec = LayerSpec("q_proj", 0, "q_proj", "q_proj", d_out=64, d_in=64)
         >>> Target(rank=0, nnz=2048).bytes(spec)  # values 2 x 2048, bitmap 4096 / 8
@@ -108,6 +108,8 @@ class Target:
         516
         >>> Target(rank=0, nnz=2048, storage=Storage(4, 8)).bytes(spec)  # codes 1024, scales 2 x 32, bitmap
         1600
+        >>> Target(rank=0, nnz=4095).bytes(spec)  # all 4096 in 2 bytes
+        8192
         """
         return self.parts(spec).total
 
@@ -203,11 +205,13 @@ def bytes_by_part(
         # Column indices of 16 bits do not reach further: then they are made dearer than the bitmap.
         columns = 2 * nnz + 4 * (d_out + 1) + (d_in > 2**16) * bitmap
         index = (bitmap + columns - abs(bitmap - columns)) // 2  # the smaller of the two
-    partly = (nnz > 0) * (nnz < numel)
+    values, index = code_bytes(nnz, value_bits), (nnz > 0) * (nnz < numel) * index
+    # A number in 16 bits may be zero: where an index costs more than the numbers that it spares, all are stored.
+    full = 1 * ((value_bits == 16) * (values + index > 2 * numel))
     U, V = rank * d_out, rank * d_in
     return Parts(
-        values=code_bytes(nnz, value_bits),
-        index=partly * index,
+        values=values + full * (2 * numel - values),
+        index=index - full * index,
         scales=scale_bytes(nnz, value_bits) + scale_bytes(U, factor_bits) + scale_bytes(V, factor_bits),
         factors=code_bytes(U, factor_bits) + code_bytes(V, factor_bits),
         signs=signs * bitmap,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from globalopt.errors import NumericalError
 from globalopt.values.budget import Target
 from globalopt.values.entries import all_finite, count_nonzeros
-from globalopt.values.layer import NM
+from globalopt.values.layer import NM, Shape
 from globalopt.values.storage import PLAIN, Scales, Storage
 
 
@@ -101,10 +101,19 @@ class Decomposition:
         return x @ self.S.to(x.dtype).mT + (x @ self.V.to(x.dtype).mT) @ self.U.to(x.dtype).mT
 
     def fits(self, target: Target) -> bool:
-        """Tell whether rank, nonzeros and pattern are within `target`, and signs and storage are those of it."""
+        """Tell whether rank, nonzeros, bytes and pattern are within `target`, and signs and storage are those of it.
+
+        >>> value = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+        >>> value.fits(Target(0, 2)), value.fits(Target(0, 1))
+        (True, False)
+        """
         if self.storage != target.storage:
             return False
-        if self.rank > target.rank or self.nnz > target.nnz or (self.signs is not None) != target.signs:
+        nnz, shape = self.nnz, Shape(*self.S.shape)
+        if self.rank > target.rank or nnz > target.nnz or (self.signs is not None) != target.signs:
+            return False
+        # A layer with some zeros takes an index, in few bits, and one without takes none.
+        if replace(target, rank=self.rank, nnz=nnz).bytes(shape) > target.bytes(shape):
             return False
         return target.pattern is None or follows(self.S, target.pattern)
 

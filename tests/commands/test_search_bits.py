@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globalopt.budgets import budget_file
+from globalopt.models.finding import find_layers
 from globalopt.runs.folder import Run
 from globalopt.values.results import Summary
 from tests.command import WINDOWS, done, refused
@@ -47,3 +51,28 @@ def test_bits_alone_for_a_solver_that_drops_no_weight(tiny_llama, tmp_path, tiny
     layers = budget_file.read(tmp_path / "run" / "budget.json").layers
     assert all((layer.rank, layer.nnz) == (0, layer.d_out * layer.d_in) for layer in layers)
     assert len({layer.storage for layer in layers}) > 1
+
+
+@pytest.mark.parametrize("match", ["none", "block"])
+def test_exact_zeros_of_a_model_take_no_bytes_beyond_the_budget(tiny_llama, tmp_path, tiny_text, match):
+    """Weights that went through few bits before have zeros, which whole layers keep a code for."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for spec in find_layers(model).specs:
+            weight = model.get_parameter(f"{spec.name}.weight")
+            weight.copy_((weight / weight.abs().max() * 7).round() * weight.abs().max() / 7)
+            assert (weight == 0).any()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "model")
+    words = ("--budget", 0.55, "--storage", "8", "--calibration", tiny_text, "--solver", "3basil", "--set", "steps=4")
+    words += (*WINDOWS, "--match", match, "--samples", 0, "--quiet")
+    done("search", tmp_path / "model", *words, "--out", tmp_path / "run")
+    file, summary = budget_file.read(tmp_path / "run" / "budget.json"), Run.open(tmp_path / "run").summary()
+    whole = [layer for layer in summary.layers if layer.nnz == layer.d_out * layer.d_in]
+    assert whole
+    assert summary.used <= file.limit
+    done("export", tmp_path / "run", "--format", "packed", "--out", tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    for layer in whole:
+        held = [x for name, x in tensors.items() if name.rpartition(".")[0] == layer.name]
+        assert sum(x.numel() * x.element_size() for x in held) == layer.bytes

@@ -25,7 +25,7 @@ from globalopt.values.budget import Budget, Target
 from globalopt.values.decomposition import Decomposition, Solution, Status
 from globalopt.values.layer import NM, LayerSpec
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.storage import Storage
+from globalopt.values.storage import Scales, Storage
 from solvers import get_solver
 from tests.tiny_models import save_tiny, tiny_ids, tiny_model
 
@@ -119,8 +119,19 @@ def test_what_is_stored_must_keep_its_target():
     value = Decomposition(S, torch.ones(4, 1), torch.ones(1, 8))
     assert checked(value, Target(1, 8, NM(2, 4))) is value
     for target in (Target(0, 8), Target(1, 7), Target(1, 4, NM(1, 4)), Target(1, 8, signs=True)):
-        with pytest.raises(NumericalError, match="keeps rank 1 and 8 nonzeros"):
+        with pytest.raises(NumericalError, match="keeps rank 1 and 8 of 32 nonzeros"):
             checked(value, target)
+
+
+def test_what_is_stored_must_not_take_more_bytes_than_its_target():
+    """A layer without zeros has no index, in few bits, so that fewer nonzeros may take more bytes."""
+    storage, scales = Storage(8), Scales(Storage(8), torch.ones(4), None, None)
+    whole, lacking = torch.ones(8, 32), torch.ones(8, 32)
+    lacking[0, 0] = 0
+    found = [Decomposition(S, S[:, :0], S[:0], scales=scales) for S in (whole, lacking)]
+    assert checked(found[0], Target(0, 256, storage=storage)) is found[0]
+    with pytest.raises(NumericalError, match="keeps rank 0 and 255 of 256 nonzeros"):
+        checked(found[1], Target(0, 256, storage=storage))
 
 
 # ------------------------------------------------------------------------------------------------- refinement
@@ -362,6 +373,25 @@ def test_a_target_that_keeps_everything_needs_no_solver(tmp_path):
     assert solver.sites == []
     assert all(result.actual == result.relative == 0 for result in results)
     assert all(torch.equal(layers.weight(name), before[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("storage", [Storage(), Storage(8, 8), Storage(3, 3)], ids=str)
+def test_a_layer_kept_whole_costs_no_more_than_its_target_though_it_has_zeros(tmp_path, storage, dtype):
+    """Such as weights that went through few bits before: without a code a zero would take an index of all weights."""
+
+    def target(spec: LayerSpec) -> Target:
+        return replace(Target.dense(spec), storage=storage)
+
+    layers, runner, plan, run = setting(tmp_path, get_solver("3basil", {}), target, dtype)
+    for spec in layers.specs:
+        weight = layers.weight(spec.name).clone()
+        weight[1] = 0
+        weight[:, ::5] = 0
+        layers.set_weight(spec.name, weight)
+    for spec, result in zip(layers.specs, refine(runner, plan, run), strict=True):
+        assert result.bytes <= target(spec).bytes(spec)
+        assert (result.nnz == spec.numel) == (storage.values < 16)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,23 @@ def test_a_part_by_hand():
     assert Target(2, 3840, signs=True).parts(SHAPE) == Parts(values=7680, index=0, scales=0, factors=512, signs=480)
 
 
+def test_a_layer_with_few_zeros_is_stored_whole_in_16_bits_and_not_in_fewer():
+    numel, bitmap = SHAPE.numel, SHAPE.numel // 8
+    assert [Target(0, n).bytes(SHAPE) for n in (numel - 1, numel - bitmap // 2, numel - bitmap // 2 - 1)] == [
+        2 * numel,
+        2 * numel,
+        2 * numel - 2,
+    ]
+    assert Target(0, numel - 1).parts(SHAPE) == Target(0, numel).parts(SHAPE)
+    eight = Storage(8)
+    assert Target(0, numel - 1, storage=eight).bytes(SHAPE) == eight.value_bytes(numel - 1) + bitmap
+
+
 def test_arrays_are_counted_as_single_targets_are():
-    nnz, bits = np.array([0, 64, 65, 3840]), np.array([16, 8, 4, 3])
+    nnz, bits = np.array([0, 64, 65, 3840, 3839, 3839]), np.array([16, 8, 4, 3, 16, 8])
     parts = bytes_by_part(2, nnz, 0, 48, 80, 0, bits, 8)
     for i, (n, b) in enumerate(zip(nnz.tolist(), bits.tolist(), strict=True)):
         one = Target(2, n, storage=Storage(b, 8)).parts(SHAPE)
         assert [int(np.broadcast_to(part, nnz.shape)[i]) for part in parts] == list(one)
     assert parts.total.tolist() == np.sum(np.broadcast_arrays(*parts), axis=0).tolist()
-    assert number_bytes(nnz, bits).tolist() == [0, 66, 33 + 4, 1440 + 120]
+    assert number_bytes(nnz, bits).tolist() == [0, 66, 33 + 4, 1440 + 120, 7678, 3839 + 120]
