@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from globalopt.values.decomposition import Status
 from globalopt.values.layer_results import LayerResult
 from globalopt.values.results import Summary
-from globalopt.values.storage import PLAIN, Storage
+from globalopt.values.storage import BITS, PLAIN, Storage
 from reports import formats
 from reports.bits import few_bits
 from reports.figures import (
@@ -34,6 +34,7 @@ from reports.groups import Grid
 from reports.shaded_grid import span
 from reports.table_style import unit_name
 
+LEAST_BITS = 2  # bits of the lowest colour; a layer that is dropped has it too
 WRITTEN = 16  # most blocks, and most kinds, whose values are written into their cells
 BITS_PER_WEIGHT = "bits per weight, scales and index counted"
 LABELLED = 24  # most blocks that are all named on an axis
@@ -86,7 +87,9 @@ def bits_heatmap(
     >>> axes.texts[0].get_text()
     '8'
     """
-    heatmap(axes, grid, value, title, norm=Normalize(0, PLAIN.values), text=lambda bits: f"{bits:.{decimals}f}")
+    # On a log scale, as every bit less halves the levels: 4 and 5 bits would look the same beside 16.
+    norm = LogNorm(LEAST_BITS, PLAIN.values, clip=True)
+    heatmap(axes, grid, value, title, norm=norm, text=lambda bits: f"{bits:.{decimals}f}", ticks=(LEAST_BITS, *BITS))
 
 
 def _value_bits(layer: LayerResult) -> float:
@@ -141,6 +144,7 @@ def heatmap(
     whole: bool = False,
     norm: Normalize | None = None,
     text: Callable[[float], str] | None = None,
+    ticks: Sequence[float] = (),
 ) -> None:
     """Draw `value` of every layer as a heatmap, blocks down and kinds across; a place without a layer is hatched.
 
@@ -150,6 +154,7 @@ def heatmap(
         whole: the values are counts, coloured from zero on.
         norm: colour scale shared by several heatmaps; without, from the least to the largest value of this one.
         text: formats a value for its cell; without, by `log` and `whole`.
+        ticks: values on the colour bar; empty: round ones.
 
     >>> from reports.example import example_layers
     >>> axes = Figure().subplots()
@@ -164,6 +169,9 @@ def heatmap(
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     if whole:
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: formats.prefixed(n)))
+    if ticks:
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
+        bar.ax.minorticks_off()
     bar.ax.tick_params(which="both", labelsize=7)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40 if len(grid.kinds) <= WRITTEN else 90, fontsize=7)
