@@ -31,6 +31,7 @@ def on_grid(
         metric: the norm of the error.
         pattern: of `S`.
 
+    >>> import torch
     >>> from globalopt.values.metric import Gram
     >>> W = torch.tensor([[1.4, 0.7]])
     >>> metric = Metric(Gram(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), tokens=100))
