@@ -103,6 +103,11 @@ class Options:
         return replace(self, rows=self.rows[:1]) if anchors and len(self.anchors) > 1 else self
 
     @property
+    def ranked(self) -> bool:
+        """Tell whether an option has a low-rank part."""
+        return any(rank for rank, _ in self.rows)
+
+    @property
     def factors(self) -> bool:
         """Tell whether all options but the dense and the zero one are ranks without nonzeros."""
         return self.pattern is None and not any(count % self.spec.numel for _, row in self.rows for count in row)

@@ -104,7 +104,7 @@ class LayerAnalysis:
         Args:
             anchors: whether the layer is solved at anchors.
         """
-        return any(rank for rank, _ in self.options(spec).of_span(anchors).rows)
+        return self.options(spec).of_span(anchors).ranked
 
     def anchor_rows(self, spec: LayerSpec) -> tuple[tuple[Target, ...], ...]:
         """List the anchors at which a layer is solved, in rows of equal rank share: all, or the middle of the first."""

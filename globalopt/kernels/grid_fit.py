@@ -108,12 +108,12 @@ def _over_columns(S: Tensor, D: Tensor, scales: Tensor, bits: int, G: Tensor) ->
             sizes[begin:end],
             strict=True,
         )
-        for now, near, level, scale, per_scale, rounding, least, change, column, size in rows:
-            torch.add(now, near, alpha=size, out=level)
+        for current, near, level, scale, per_scale, rounding, least, change, column, size in rows:
+            torch.add(current, near, alpha=size, out=level)
             torch.abs(level, out=magnitude)
             magnitude.mul_(per_scale).add_(rounding).floor_().clamp_max_(top).add_(least).mul_(scale)
             torch.copysign(magnitude, level, out=level)
-            torch.sub(level, now, out=change)
+            torch.sub(level, current, out=change)
             here.addr_(column, change, alpha=-1)
         D[end:].addmm_(G[end:, begin:end], changes, alpha=-1)
     return found

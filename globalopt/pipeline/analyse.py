@@ -205,7 +205,7 @@ def collect_output_grams(
     Args:
         run: where they are written.
         seed: of the sampled labels.
-        blocks: those of which one must not be missing; None is all.
+        blocks: whose output Grams are read; None is all.
 
     >>> from pathlib import Path
     >>> from globalopt.pipeline.example import example_reporter, example_session

@@ -23,7 +23,7 @@ from globalopt.protocols import Needs, Solver
 from globalopt.refine.needed import needed
 from globalopt.refine.rounding import rounded
 from globalopt.rounding.published import on_grid
-from globalopt.rounding.stored import nonzero
+from globalopt.rounding.stored import without_zeros
 from globalopt.runs.artefacts import BLOCK_OUTPUT_GRAM, MATCHED_BLOCK, METRIC_CHOICE, OUTPUT_GRAM, SOLVED_LAYER
 from globalopt.runs.files import read_metadata
 from globalopt.runs.folder import Run
@@ -322,7 +322,7 @@ def _whole(job: Job) -> Solution:
     S = job.weight if job.target.nnz else torch.zeros_like(job.weight)
     if job.target.nnz and job.target.storage.values < 16:
         # A weight that is zero has a code as all others: to leave it out would take an index of the whole layer.
-        S = nonzero(S.float())
+        S = without_zeros(S.float())
     value = Decomposition(S, S.new_zeros(job.spec.d_out, 0), S.new_zeros(0, job.spec.d_in))
     return Solution(value, job.metric.error(job.weight - value.dense()))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from globalopt.kernels.grid import largest_scales, snap, spread
 from globalopt.protocols import Rounding
-from globalopt.rounding.stored import GridNorm, nonzero, stored
+from globalopt.rounding.stored import GridNorm, stored, without_zeros
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import NM
 from globalopt.values.metric import Metric
@@ -49,7 +49,7 @@ def on_grid(
 
 def _whole(W: Tensor, metric: Metric, bits: int, sweep: bool) -> tuple[Tensor, Tensor]:
     """Round all entries of `W` (d_out, d_in), and return the levels and the scales of their groups."""
-    W = nonzero(W)
+    W = without_zeros(W)
     scales = largest_scales(W.flatten(), bits, GROUP)
     grids = spread(scales, GROUP, W.numel()).view_as(W)
     if not sweep:

@@ -152,9 +152,9 @@ def _factors(
     """Round `U` to its grid with `V` fixed, then `V`, refitted to the rounded `U`, to its own."""
     G = inputs.matrix
     inner = GridNorm.of(V @ G @ V.mT)
-    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, nonzero(U), bits, columns=True)
+    U, of_U = inner.fit(torch.linalg.solve(inner.matrix, V @ (G @ M.mT)).mT, without_zeros(U), bits, columns=True)
     V = right_factor(U, M, A).float()
-    V, of_V = inputs.fit(V, nonzero(V), bits)
+    V, of_V = inputs.fit(V, without_zeros(V), bits)
     return U, V, of_U, of_V
 
 
@@ -181,10 +181,10 @@ def spread_over(S: Tensor, scales: Tensor) -> Tensor:
     return torch.zeros_like(S).masked_scatter_(support, spread(scales, GROUP, int(support.sum())))
 
 
-def nonzero(matrix: Tensor) -> Tensor:
+def without_zeros(matrix: Tensor) -> Tensor:
     """Replace zeros of a matrix of which every entry has a code, as those of an unused input, by tiny numbers.
 
-    >>> nonzero(torch.tensor([[0.0, 2.0]])).ne(0).tolist()
+    >>> without_zeros(torch.tensor([[0.0, 2.0]])).ne(0).tolist()
     [[True, True]]
     """
     return matrix.masked_fill(matrix == 0, _tiny(matrix))

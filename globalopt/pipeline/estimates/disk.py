@@ -86,7 +86,7 @@ def _span_bytes(spec: LayerSpec, job: Job) -> int:
     rank = largest_rank(spec, job.pattern, job.limits)
     scalings = 4 * (spec.d_out + spec.d_in) + HEADER
     offered = Options.of(spec, rank if job.solver.low_rank else 0, job.pattern, job.limits).of_span(job.anchors)
-    if Reads.SPANS not in job.reads and not any(rank for rank, _ in offered.rows):
+    if Reads.SPANS not in job.reads and not offered.ranked:
         return scalings
     return 2 * scalings + 2 * (spec.d_out + spec.d_in) * rank + 4 * rank
 
