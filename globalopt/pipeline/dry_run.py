@@ -10,7 +10,7 @@ from __future__ import annotations
 from globalopt.errors import UsageError
 from globalopt.models.device import resolve_device
 from globalopt.pipeline import timing
-from globalopt.pipeline.estimates.disk import disk_bytes, most_at_once
+from globalopt.pipeline.estimates.disk import block_bytes, disk_bytes, most_at_once
 from globalopt.pipeline.estimates.job import Job, is_weighted
 from globalopt.pipeline.estimates.memory import memory_bytes
 from globalopt.pipeline.estimates.seconds import stage_seconds
@@ -46,6 +46,7 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
     device = resolve_device(models.device)
     copy = {"dequantised": shape.parameters * shape.stored} if structure.quantised else {}
     written = disk_bytes(shape, job)
+    at_once = sum(written.values()) if job.shared else most_at_once(written, block_bytes(shape))
     rate = timing.rate(device)
     fit_seconds = timing.fit_seconds(job.solver, job.kept, device, is_weighted(job))
     return DryRun(
@@ -60,7 +61,7 @@ def dry_run(structure: Structure, models: ModelOptions, texts: TextOptions, job:
         states_in_files=in_files,
         memory=memory,
         disk=copy | written,
-        most_disk=sum(copy.values()) + (sum(written.values()) if job.shared else most_at_once(written)),
+        most_disk=sum(copy.values()) + at_once,
         seconds=({"dequantise": DEQUANTISING * shape.parameters} if structure.quantised else {})
         | stage_seconds(shape, job, rate, fit_seconds, device),
         rate=rate,

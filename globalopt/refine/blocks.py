@@ -159,6 +159,9 @@ def refine(
             yield _result(spec, value, read_metadata(run.path(SOLVED_LAYER, spec)), plan)
             advance(spec.name)
         if ranks.writer():
+            if plan.matching is not None:
+                # The matched block holds its layers; what stays of these is how they were solved.
+                run.discard_tensors(SOLVED_LAYER, visit.specs)
             run.discard(OUTPUT_GRAM, visit.specs)
             run.discard(BLOCK_OUTPUT_GRAM, [visit.index])
         visit.replaced()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from globalopt.runs.artefacts import Artefact, Stage
+from globalopt.runs.files import read_metadata, write_tensors
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -79,6 +80,26 @@ class Workspace:
         if not self.shared:
             for key in keys:
                 self.path(artefact, key).unlink(missing_ok=True)
+
+    def discard_tensors(self, artefact: Artefact[K, Any], keys: Iterable[K]) -> None:
+        """Delete the tensors of artefacts whose metadata alone this run reads from now on, unless they are shared.
+
+        >>> import torch
+        >>> from globalopt.runs.artefacts import SOLVED_LAYER
+        >>> from globalopt.runs.records import SolvedLayer
+        >>> from globalopt.values.decomposition import Decomposition
+        >>> from globalopt.values.layer import LayerSpec
+        >>> spec, work = LayerSpec("up", 0, "in", "up", 2, 2), Workspace(Path("alone"), shared=False)
+        >>> value = Decomposition(torch.eye(2), torch.zeros(2, 0), torch.zeros(0, 2))
+        >>> work.put(SOLVED_LAYER, spec, SolvedLayer(value, {"status": "converged"}))
+        >>> work.discard_tensors(SOLVED_LAYER, [spec])
+        >>> read_metadata(work.path(SOLVED_LAYER, spec))["status"]
+        'converged'
+        """
+        if not self.shared:
+            for key in keys:
+                path = self.path(artefact, key)
+                write_tensors(path, {}, read_metadata(path))
 
     def refresh(self) -> None:
         """List the folders of all stages, so that a disk of the network shows what other machines have written."""

@@ -16,6 +16,7 @@ from globalopt.pipeline.estimates import memory
 from globalopt.pipeline.estimates.job import Job
 from globalopt.pipeline.estimates.shape import Structure
 from globalopt.pipeline.options import ModelOptions, TextOptions
+from globalopt.runs.files import read_metadata, read_tensors
 from globalopt.runs.workspace import Workspace
 from solvers import get_solver
 from tests.command import WINDOWS, contents, done, refused, write_text
@@ -185,6 +186,10 @@ def test_a_run_that_shares_nothing_keeps_what_it_reads(
     assert all(size < said["disk_bytes"] + 1000 * files for size, files in held)
     done_with = {"grams", "labels", "spans", "anchors", "metrics"}
     assert not any(done_with & set(path.parts) for path in (tmp_path / "run").rglob("*.safetensors"))
+    # Of layers that were matched only the facts are left.
+    solved = list((tmp_path / "run" / "layers").iterdir())
+    assert solved
+    assert all(not read_tensors(path)[0] and read_metadata(path)["status"] for path in solved)
     again = ("compress", model, "--budget-file", tmp_path / "run" / "budget.json", *work)
     done(*again, "--solver", "hassle-free", "--out", tmp_path / "again", "--quiet")
     assert {path.parent.name for path in (tmp_path / "again").rglob("*.safetensors")} == {"layers", "matched", "model"}

@@ -60,20 +60,37 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
     return found
 
 
-def most_at_once(written: Mapping[str, int]) -> int:
+def most_at_once(written: Mapping[str, int], block: int) -> int:
     """Bound the bytes on disk at one time, of a run that deletes what it reads no more (`Workspace.discard`).
 
-    The analysis is gone when the layers are solved, but for the output Grams, which go with their blocks; the model is
-    saved after them.
+    The analysis is gone when the layers are solved, but for the output Grams, which go with their blocks, as do solved
+    layers where blocks are matched; the model is saved after them.
 
     Args:
         written: by folder, as `disk_bytes`.
+        block: bytes that the layers of a block take at most.
 
-    >>> most_at_once({"grams": 5, "labels": 10, "spans": 6, "anchors": 10, "layers": 7, "matched": 7, "model": 13})
-    31
+    >>> most_at_once({"grams": 5, "labels": 10, "spans": 6, "anchors": 8, "layers": 7, "matched": 7, "model": 13}, 2)
+    29
+    >>> most_at_once({"layers": 7, "model": 13}, 2)
+    20
     """
+    if "matched" in written:
+        written = {**written, "layers": min(block, written["layers"])}
     stages = (ANALYSED, ("labels", "layers", "matched"), ("layers", "matched", "model"))
     return written.get("self-text", 0) + max(sum(written.get(name, 0) for name in stage) for stage in stages)
+
+
+def block_bytes(shape: Shape) -> int:
+    """Bound the bytes of the solved layers of a block: all weights, and a bit each for the support and the signs.
+
+    >>> from globalopt.pipeline.estimates.shape import Structure
+    >>> from globalopt.pipeline.options import ModelOptions, TextOptions
+    >>> shape = Shape.of(Structure.of(ModelOptions()), ModelOptions(), TextOptions())
+    >>> block_bytes(shape) / shape.block
+    2.25
+    """
+    return shape.block * shape.stored + shape.block // 4
 
 
 def _gram_bytes(side: int) -> int:
