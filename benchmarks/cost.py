@@ -2,6 +2,7 @@
 
     python benchmarks/cost.py --out OUT [--widths 128 256 512] [--depths 4 8] [--windows 16 64] [--set preset=fast]
     python benchmarks/cost.py --out OUT --model FOLDER       # one real model in place of random ones
+    python benchmarks/cost.py --out OUT --program /path/to/globalopt      # another version in place of this one
 
 Llamas of random weights are searched by the real command, each in a process of its own, with a cache of its own. Its
 summary has the seconds and the peak memory of every stage, its folders the bytes. Exponents are fitted to the
@@ -89,9 +90,9 @@ class Cost:
     weights: int
 
 
-def measure(model: Path, out: Path, windows: int, options: Sequence[str]) -> Cost:
-    """Search `model` and read what it took from its folder."""
-    command = [sys.executable, "-m", "globalopt", "search", str(model), "--budget", "0.5", "--allow-low-coverage"]
+def measure(program: Sequence[str], model: Path, out: Path, windows: int, options: Sequence[str]) -> Cost:
+    """Search `model` by the command `program` and read what it took from its folder."""
+    command = [*program, "search", str(model), "--budget", "0.5", "--allow-low-coverage"]
     command += ["--calibration", str(reference_text()), "--nsamples", str(windows), "--seqlen", str(SEQLEN)]
     command += ["--eval-windows", "8", "--cache", str(out / FOLDER), *options]
     estimate = subprocess.run(
@@ -195,9 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allocator", default="knapsack")
     parser.add_argument("--match", default="block")
     parser.add_argument("--model", type=Path, help="a real model in place of random ones")
+    parser.add_argument("--program", help="path of the globalopt of another version, to measure that one")
     options = parser.parse_args(arguments)
     words = ["--set", options.set, "--allocator", options.allocator, "--match", options.match]
-    cells = Cells(options.out / "cells", {"options": words, "model": str(options.model)})
+    program = [options.program] if options.program else [sys.executable, "-m", "globalopt"]
+    measured = {"options": words, "model": str(options.model)} | ({"program": program} if options.program else {})
+    cells = Cells(options.out / "cells", measured)
     # One size is the middle of all; each of the others differs from it in one of width, depth and windows.
     middle = Size(options.widths[len(options.widths) // 2], options.depths[0], options.windows[0])
     sizes = {Size(width, middle.depth, middle.windows): None for width in options.widths}
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def compute(size: Size = size, folder: Path = folder, model: Path = model) -> Cost:
             if options.model is None:
                 make_model(model, size.config(), seed=0)
-            return measure(model, folder / "run", size.windows, words)
+            return measure(program, model, folder / "run", size.windows, words)
 
         costs[size] = cells.get(Cost, size.name, {"size": size.name}, compute)
     console = Console(width=None if sys.stdout.isatty() else 160)

@@ -41,3 +41,10 @@ def test_a_search_is_measured_and_read_back(cost, tmp_path, capsys):
     assert all(stage in shown for stage in ("labels", "anchors", "correct", "refine", "Memory and disk"))
     assert cost.main(command) == 0
     assert capsys.readouterr().out == shown
+    # Another program is measured by itself: the cells of this one are not its own.
+    other = tmp_path / "globalopt"
+    other.write_text(f'#!/bin/sh\necho $1 >> {tmp_path}/called\nexec {sys.executable} -m globalopt "$@"\n')
+    other.chmod(0o755)
+    assert cost.main([*command, "--program", str(other)]) == 0
+    assert (tmp_path / "called").read_text().split() == ["search", "search"]
+    assert len(list((tmp_path / "cells").iterdir())) == 2
