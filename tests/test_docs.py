@@ -11,9 +11,11 @@ from types import ModuleType
 
 import pytest
 
+from allocators import ALLOCATORS
 from globalopt import api
 from globalopt.models.example import example_gguf
 from globalopt.pipeline.effort import EFFORTS
+from solvers import SOLVERS
 from solvers.three_basil import STEPS
 from tests.command import done, write_text
 from tests.evaluation.test_task_files import write
@@ -155,3 +157,8 @@ def test_method_pages_are_what_the_docstrings_say() -> None:
     for name, text in script("methods").pages().items():
         assert (ROOT / "docs" / "methods" / name).read_text(encoding="utf-8") == text, "run python docs/methods.py"
         assert ">>>" not in text
+
+
+def test_the_readme_lists_every_solver_and_allocator() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted([*SOLVERS, *ALLOCATORS])
