@@ -10,7 +10,7 @@ from globalopt.values.bits import pack_numbers, packed_size, unpack_numbers
 from globalopt.values.embeddings import CodedMatrix
 from globalopt.values.storage import GROUP
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the codes of a matrix change."""
 
 AT_ONCE = 2**22

@@ -16,6 +16,9 @@ SHRINKS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 TREAD_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 """Mid-tread scales that are tried, as multiples of the one that reaches half a step beyond its largest level."""
 
+GROUPS_AT_ONCE = 512
+"""Groups whose scales are chosen together: what is computed of them for all that are tried stays in the cache."""
+
 NEAR_ZERO = 2.0**-10
 """The level nearest to zero of a mid-tread grid, as a multiple of its scale: what is kept is never zero."""
 
@@ -42,19 +45,22 @@ def fit_scales(numbers: Tensor, bits: int, group: int, weights: Tensor | None = 
     >>> bool(fit_scales(torch.tensor([0.01, 1.0]), bits=3, group=2, weights=torch.tensor([1e4, 1.0])) < 0)
     True
     """
-    magnitudes = _grouped(numbers.abs(), group)
-    weights = None if weights is None else _grouped(weights, group)
-    half = 2 ** (bits - 1)
-    most = magnitudes.amax(1)
-    least = torch.full_like(most, torch.inf)
-    scales = torch.zeros_like(most)
-    for shrink in (*SHRINKS, *(-shrink for shrink in TREAD_SHRINKS if mid_tread)):
-        tried = (shrink * most / (half - 0.5)).to(SCALE).to(numbers.dtype)
-        errors = (_level(magnitudes, tried[:, None], half) - magnitudes).square_()
-        error = (errors if weights is None else errors.mul_(weights)).sum(1)
-        better = error < least
-        least, scales = torch.where(better, error, least), torch.where(better, tried, scales)
-    return scales
+    if weights is None and len(numbers) % group:
+        # What fills up the last group weighs nothing.
+        weights = torch.ones_like(numbers)
+    magnitudes = _grouped(numbers.abs(), group).split(GROUPS_AT_ONCE)
+    weighed = [None] * len(magnitudes) if weights is None else _grouped(weights, group).split(GROUPS_AT_ONCE)
+    some = [_best_scales(x, w, 2 ** (bits - 1), mid_tread) for x, w in zip(magnitudes, weighed, strict=True)]
+    return torch.cat(some)
+
+
+def _best_scales(magnitudes: Tensor, weights: Tensor | None, half: int, mid_tread: bool) -> Tensor:
+    """Choose the grids of some groups, (groups, numbers) -> (groups,)."""
+    shrinks = magnitudes.new_tensor((*SHRINKS, *(-shrink for shrink in TREAD_SHRINKS if mid_tread)))
+    tried = (shrinks[:, None] * magnitudes.amax(1) / (half - 0.5)).to(SCALE).to(magnitudes.dtype)
+    errors = _level(magnitudes, tried[:, :, None], half).sub_(magnitudes).square_()
+    best = (errors if weights is None else errors.mul_(weights)).sum(2).min(0).indices
+    return tried.gather(0, best[None])[0]
 
 
 def largest_scales(numbers: Tensor, bits: int, group: int) -> Tensor:

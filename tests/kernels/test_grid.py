@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from globalopt.kernels import grid
 from globalopt.kernels.cholesky import damped_cholesky, obs_factor
 from globalopt.kernels.grid import codes, fit_scales, largest_scales, levels, snap, spread
 from globalopt.kernels.grid_fit import grid_descent, grid_sweep, joint_descent
@@ -54,6 +55,27 @@ def test_the_scale_of_least_error_is_chosen_and_all_are_bfloat16():
     assert weighted != plain
     assert torch.equal(plain, plain.bfloat16().float())
     assert fit_scales(torch.zeros(3), 4, 64).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("mid_tread", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scales_are_those_of_trying_all_for_each_group_alone(mid_tread, weighted):
+    generator = torch.Generator().manual_seed(0)
+    numbers, weights = torch.randn(2 * grid.GROUPS_AT_ONCE * 8 + 3, generator=generator), None
+    if weighted:
+        weights = torch.rand(len(numbers), generator=generator)
+    found = fit_scales(numbers, 4, 8, weights, mid_tread)
+    assert len(found) == -(-len(numbers) // 8)
+    for g in (0, grid.GROUPS_AT_ONCE - 1, grid.GROUPS_AT_ONCE, len(found) - 1):
+        some = slice(8 * g, 8 * g + 8)
+        group, weight = numbers[some], torch.tensor(1.0) if weights is None else weights[some]
+
+        def error(scale: torch.Tensor, group: torch.Tensor = group, weight: torch.Tensor = weight) -> float:
+            return float(((snap(group, scale, 4) - group).double().square() * weight).sum())
+
+        shrinks = (*grid.SHRINKS, *(-shrink for shrink in grid.TREAD_SHRINKS if mid_tread))
+        best = min(error((shrink * group.abs().max() / 7.5).bfloat16().float()) for shrink in shrinks)
+        assert error(found[g]) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
