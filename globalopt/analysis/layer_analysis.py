@@ -71,7 +71,6 @@ class LayerAnalysis:
         limits: every option of a layer is within them.
         weighted: whether the error metric of a layer has its output Gram, unless `METRIC_CHOICE` says otherwise.
         low_rank: whether options have low-rank parts.
-        all_anchors: whether every layer is solved at all of its anchors, and not only those of `fully_solved`.
 
     >>> from globalopt.models.finding import find_layers
     >>> from globalopt.reference.tiny import tiny_llama
@@ -87,7 +86,6 @@ class LayerAnalysis:
     limits: Limits = NO_LIMITS
     weighted: bool = False
     low_rank: bool = True
-    all_anchors: bool = False
 
     def options(self, spec: LayerSpec) -> Options:
         """List the options of a layer."""
@@ -109,7 +107,7 @@ class LayerAnalysis:
     def anchor_rows(self, spec: LayerSpec) -> tuple[tuple[Target, ...], ...]:
         """List the anchors at which a layer is solved, in rows of equal rank share: all, or the middle of the first."""
         first, *others = self.options(spec).anchors
-        if self.all_anchors or spec.name in self._fully_solved:
+        if spec.name in self._fully_solved:
             return first, *others
         return ((middle(first),),)
 
@@ -162,6 +160,11 @@ class LayerAnalysis:
     def solved_anchors(self, spec: LayerSpec) -> bool:
         """Tell whether there are anchor solutions of the layer."""
         return self.work.has(self.anchors(spec), spec)
+
+    def lacks_anchors(self, spec: LayerSpec) -> bool:
+        """Tell whether a layer was solved at one anchor alone, though there are others."""
+        few = self.solved_anchors(spec) and spec.name not in self._fully_solved
+        return few and self.anchor_rows(spec) != self.options(spec).anchors
 
     def residuals(self, spec: LayerSpec, weight: Tensor, gap: SolverGap = NO_GAP) -> Residuals:
         """Compute the residuals of a layer's anchor solutions.

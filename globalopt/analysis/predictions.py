@@ -58,7 +58,7 @@ def predict(analysis: LayerAnalysis, specs: Sequence[LayerSpec]) -> Iterator[tup
     measured: dict[str, AnchorCurves] = {}
     lacking: list[LayerSpec] = []
     for spec in specs:
-        if _lacks_anchors(analysis, spec):
+        if analysis.lacks_anchors(spec):
             lacking.append(spec)
             continue
         found = _measure(analysis, spec, gap)
@@ -95,17 +95,12 @@ def _over_depth(analysis: LayerAnalysis, gap: SolverGap, measured: Mapping[str, 
         measured: of the layers that this process has measured.
     """
     every = [
-        spec for spec in analysis.layers.specs if analysis.solved_anchors(spec) and not _lacks_anchors(analysis, spec)
+        spec for spec in analysis.layers.specs if analysis.solved_anchors(spec) and not analysis.lacks_anchors(spec)
     ]
     known = ranks.merged(measured)
     earlier = ranks.share([spec for spec in every if spec.name not in known], LayerSpec.solve_cost)
     known |= ranks.merged({spec.name: _measure(analysis, spec, gap).curves() for spec in earlier})
     return CurvesOverDepth.of([(spec, known[spec.name]) for spec in every])
-
-
-def _lacks_anchors(analysis: LayerAnalysis, spec: LayerSpec) -> bool:
-    """Tell whether a layer was solved at one anchor alone, though there are others."""
-    return analysis.solved_anchors(spec) and analysis.anchor_rows(spec) != analysis.options(spec).anchors
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,8 +111,6 @@ def analysis_addresses(session: Session, plan: AnalysisPlan, reads: Reads = Read
     options = {"pattern": method["pattern"], "limits": method["limits"], "low_rank": plan.solver.low_rank}
     if plan.anchors:
         inputs = {"spans": found[Stage.SPANS].digest, "labels": labels.digest if plan.weighted else None}
-        # The factors of every layer are rounded where it may be stored in few bits.
-        inputs |= {"all_anchors": True} if plan.rounds_numbers else {}
         found[Stage.ANCHORS] = _address(Stage.ANCHORS, {**inputs, **method, **options})
     if plan.weighted:
         checked = _digest(found, Stage.ANCHORS) if Reads.SURFACES in reads else None

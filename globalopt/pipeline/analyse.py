@@ -74,9 +74,7 @@ def analyse(
     [(0, True), (16, True)]
     """
     specs = session.layers.specs
-    analysis = LayerAnalysis(
-        session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank, plan.rounds_numbers
-    )
+    analysis = LayerAnalysis(session.layers, run, plan.pattern, plan.limits, plan.weighted, plan.solver.low_rank)
     predicts = Reads.SURFACES in reads
     anchors = predicts and plan.anchors
     if allocated and not ranks.told(_lacks_results(plan, run, specs, reads)):

@@ -9,6 +9,7 @@ import torch
 
 from globalopt.analysis.spans import compute_span
 from globalopt.errors import GlobalOptError
+from globalopt.kernels.grid import fit_scales
 from globalopt.protocols import Solver
 from globalopt.rounding.published import on_grid
 from globalopt.rounding.stored import GridNorm
@@ -16,7 +17,7 @@ from globalopt.values.budget import Target
 from globalopt.values.decomposition import Decomposition
 from globalopt.values.layer import LayerSpec
 from globalopt.values.metric import Gram, Metric
-from globalopt.values.storage import Storage
+from globalopt.values.storage import GROUP, Storage
 
 SIDE = 256
 """Outputs, and inputs, of the layer with which a solver is timed."""
@@ -67,19 +68,23 @@ def fit_seconds(solver: Solver, kept: float, device: torch.device, weighted: boo
 
 
 def grid_fit_seconds(device: torch.device) -> float:
-    """Measure the seconds of fitting the weight of one layer of `SIDE` x `SIDE` to a grid twice.
+    """Measure the seconds of fitting the weight of one layer of `SIDE` x `SIDE` to a grid.
 
     >>> grid_fit_seconds(torch.device("cpu")) > 0
     True
     """
     weight, gram = _weight(device), _gram(device).matrix
+    return _timed(lambda: GridNorm.of(gram).fit(weight, weight, BITS))
 
-    def fit_twice() -> None:
-        norm = GridNorm.of(gram)
-        for _ in range(2):
-            norm.fit(weight, weight, BITS)
 
-    return _timed(fit_twice)
+def scale_seconds(device: torch.device) -> float:
+    """Measure the seconds per number of choosing the scales of groups.
+
+    >>> scale_seconds(torch.device("cpu")) > 0
+    True
+    """
+    numbers = _weight(device).flatten()
+    return _timed(lambda: fit_scales(numbers, BITS, GROUP, numbers.square())) / len(numbers)
 
 
 def rounding_seconds(solver: Solver, kept: float, device: torch.device, weighted: bool = False) -> float:

@@ -141,3 +141,18 @@ class Metric:
             found += float(EG.double().mul_(AE[some]).sum())
         # Rounding can make an error that is exactly zero slightly negative.
         return max(0.0, found)
+
+    def uncorrelated_error(self, residual: Tensor) -> float:
+        """Compute the error expected of a residual (d_out, d_in) whose entries are uncorrelated, with mean 0.
+
+            E tr(A E G Eᵀ) = sum_ij A_ii G_jj E_ij^2
+
+        So it is with rounding errors, and takes no product with a Gram.
+
+        >>> metric = Metric(Gram(torch.tensor([[4.0, 2.0], [2.0, 1.0]]), tokens=10))
+        >>> metric.uncorrelated_error(torch.tensor([[0.5, -1.0]])), metric.error(torch.tensor([[0.5, -1.0]]))
+        (2.0, 0.0)
+        """
+        by_row = residual.square().to(self.inputs.diagonal.dtype) @ self.inputs.diagonal
+        outputs = torch.ones_like(by_row) if self.outputs is None else self.outputs.diagonal
+        return float(by_row.double() @ outputs.double())

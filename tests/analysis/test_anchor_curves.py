@@ -6,7 +6,6 @@ import math
 from itertools import pairwise
 
 import pytest
-import torch
 
 from globalopt.analysis.anchor_curves import (
     FIRST,
@@ -17,33 +16,19 @@ from globalopt.analysis.anchor_curves import (
     fully_solved,
     middle,
 )
-from globalopt.analysis.anchors import solve_anchors
-from globalopt.analysis.collect import write_grams, write_spans
 from globalopt.analysis.layer_analysis import LayerAnalysis
 from globalopt.analysis.predictions import predict
 from globalopt.analysis.solver_gap import sampled
-from globalopt.models.batch import Batch
-from globalopt.models.block_runner import BlockRunner
-from globalopt.models.finding import find_layers
-from globalopt.reference.tiny import tiny_llama
 from globalopt.runs.artefacts import ANCHORS
-from globalopt.runs.workspace import Workspace
 from globalopt.values.budget import Target
 from globalopt.values.layer import LayerSpec
-from solvers import get_solver
-
-SOLVER = get_solver("3basil", {"steps": "40"})
+from tests.analysis.deep import EveryAnchor, solved
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory) -> LayerAnalysis:
     """The analysis of a model of seven blocks up to anchor solutions; not to be changed."""
-    layers, work = find_layers(tiny_llama(blocks=7), allow_low_coverage=True), Workspace(tmp_path_factory.mktemp("run"))
-    write_grams(BlockRunner(layers, [Batch(torch.arange(128).view(8, 16) % 64)]), work)
-    write_spans(layers, work, layers.specs, "activation")
-    analysis = LayerAnalysis(layers, work)
-    solve_anchors(analysis, layers.specs, SOLVER)
-    return analysis
+    return solved(LayerAnalysis, tmp_path_factory.mktemp("run"))
 
 
 def test_every_kind_is_solved_at_all_anchors_at_both_ends_and_between():
@@ -86,11 +71,7 @@ def test_a_layer_in_between_is_solved_once_and_takes_the_rest_from_its_neighbour
 
 
 def test_a_layer_solved_once_is_predicted_nearly_as_if_it_were_solved_at_every_anchor(deep, tmp_path):
-    specs, whole = deep.layers.specs, Workspace(tmp_path)
-    write_grams(BlockRunner(deep.layers, [Batch(torch.arange(128).view(8, 16) % 64)]), whole)
-    write_spans(deep.layers, whole, specs, "activation")
-    every = LayerAnalysis(deep.layers, whole, all_anchors=True)
-    solve_anchors(every, specs, SOLVER)
+    specs, every = deep.layers.specs, solved(EveryAnchor, tmp_path)
     true, guessed = dict(predict(every, specs)), dict(predict(deep, specs))
     for spec in specs:
         logs = [
@@ -110,11 +91,6 @@ def test_a_prediction_is_the_same_whatever_was_predicted_before(deep):
     for spec in (specs[0], specs[4 * 7 + 2]):
         ((_, alone),) = predict(deep, [spec])
         assert alone.surface == whole[spec].surface
-
-
-def test_all_layers_are_solved_at_all_anchors_where_that_is_asked_for(deep):
-    every = LayerAnalysis(deep.layers, deep.work, all_anchors=True)
-    assert all(every.anchor_rows(spec) == every.options(spec).anchors for spec in deep.layers.specs)
 
 
 def test_experts_of_a_block_count_together_and_other_kinds_not_at_all():

@@ -201,8 +201,7 @@ SEARCH_CHANGES: dict[str, tuple[dict[str, Any], set[Stage]]] = {
     "no low-rank part": ({"solver": "sparsegpt"}, SOLVED),
     "its own probe": ({"solver": "wanda"}, SOLVED),
     "other bits": ({"storage": "4/8"}, FOUND),
-    # In few bits every layer is solved with rank.
-    "16 bits": ({"storage": "16"}, SOLVED),
+    "16 bits": ({"storage": "16"}, {Stage.ROUNDING, *EVALUATED}),
     "accounting": ({"accounting": "bytes"}, {Stage.GAPS, *AFTER_GAPS}),
     "embeddings": ({"accounting": "bytes", "embeddings": "8"}, {Stage.GAPS, *AFTER_GAPS}),
     "pattern": ({"pattern": "2:4"}, {Stage.SPANS, *SOLVED}),

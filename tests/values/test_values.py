@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,16 @@ def test_decomposition_applies_and_counts():
         Decomposition(S * torch.nan, torch.ones(8, 0), torch.ones(0, 16))
     with pytest.raises(NumericalError, match="disagree"):
         Decomposition(S, torch.ones(8, 2), torch.ones(1, 16))
+
+
+def test_the_error_of_uncorrelated_entries_is_the_mean_over_all_their_signs():
+    generator = torch.Generator().manual_seed(0)
+    x, g, E = (torch.randn(*shape, generator=generator) for shape in ((9, 3), (8, 2), (2, 3)))
+    signs = torch.tensor([*itertools.product((-1.0, 1.0), repeat=6)]).view(-1, 2, 3)
+    for outputs in (None, Gram(g.mT @ g / 8, 8)):
+        metric = Metric(Gram(x.mT @ x / 9, 9), outputs)
+        errors = [metric.error(sign * E) for sign in signs]
+        assert metric.uncorrelated_error(E) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
 def test_solutions_have_finite_errors():

@@ -45,7 +45,7 @@ def disk_bytes(shape: Shape, job: Job) -> dict[str, int]:
     if predicts:
         found["spans"] = sum(_span_bytes(spec, job) for spec in shape.specs)
     if job.anchors:
-        some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
+        some = fully_solved(shape.specs)
         found["anchors"] = sum(_anchor_bytes(spec, spec.name in some) for spec in shape.specs)
     elif is_weighted(job):
         target = 4 * METRIC_KEPT + 1 / 8

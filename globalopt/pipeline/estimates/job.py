@@ -27,7 +27,7 @@ class Job:
         reads: what the allocator reads, which an analysis computes; nothing where there is no allocator.
         anchors: whether the analysis computes anchor solutions.
         compared: whether the solver is compared with the probe on a few layers.
-        few_bits: whether layers may be stored in few bits: all are solved at all anchors then, and rounded.
+        few_bits: whether layers may be stored in few bits: losses of rounding are measured, and solutions rounded.
         rounds: most rounds in which predicted losses are corrected.
         search_tokens: tokens of forward passes on which the allocator evaluates the objective.
         embeddings: how many roundings of embeddings are measured, one forward pass each.

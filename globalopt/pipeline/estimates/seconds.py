@@ -14,7 +14,9 @@ import torch
 from globalopt.analysis.anchor_curves import fully_solved
 from globalopt.analysis.collect import ANALYSED
 from globalopt.analysis.corrections import WINDOWS as CORRECTION_WINDOWS
+from globalopt.analysis.grid import ANCHORS
 from globalopt.analysis.metric_choices import WINDOWS as CHECKED_WINDOWS
+from globalopt.analysis.rounding import FEW
 from globalopt.analysis.solver_gap import sampled
 from globalopt.evaluation.samples import NEW_TOKENS, PROMPT_TOKENS
 from globalopt.models.walk import SAMPLED
@@ -31,8 +33,8 @@ ON_A_PATH = 0.9
 SHORTER = 0.4
 """Time of the shorter version of a solver, with which the probe is compared, as a fraction of the solver's."""
 
-ROUNDINGS = 30
-"""Roundings to the nearest level whose errors are measured per layer: to five numbers of bits, of six matrices."""
+OF_KIND = 4
+"""Solutions of a layer of each kind that are rounded as a refinement rounds them, about."""
 
 STEP = 1e-3
 """Seconds that a block takes to read one token, apart from the products with its weights."""
@@ -61,7 +63,6 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     tokens, window = shape.tokens, texts.seqlen
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
     outputs = 2 * tokens * sum(spec.d_out**2 for spec in shape.specs) / rate
-    inputs = sum(2 * spec.numel * spec.d_in for spec in shape.specs)
     products = sum(2 * spec.numel * (spec.d_out + spec.d_in) for spec in shape.specs)
     predicts, weighted = Reads.SURFACES in job.reads, is_weighted(job)
     found: dict[str, float] = {}
@@ -71,7 +72,8 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         steps = math.ceil(shape.written / rows) * texts.seqlen
         found["self-text"] = steps * (2 * rows * shape.parameters / timing.rate(device, rows) + STEP * shape.blocks)
     probed = timing.fit_seconds(job.probe, job.kept, device, weighted) if weighted or job.anchors else 0.0
-    anchors = anchor_count()
+    anchors, some = anchor_count(), fully_solved(shape.specs)
+    solved = [spec for spec in shape.specs if spec.name in some] if job.anchors else []
     if job.sweeps:
         # A forward pass, and another one with a backward pass.
         found["labels"] = (4 * forward(tokens) + grams + outputs) / ANALYSED
@@ -82,9 +84,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if predicts:
         found["span"] = fits(timing.span_seconds(device))
     if job.anchors:
-        some = {spec.name for spec in shape.specs} if job.few_bits else fully_solved(shape.specs)
-        whole = [spec for spec in shape.specs if spec.name in some]
-        found["anchors"] = fits(probed) + ON_A_PATH * (anchors - 1) * fits(probed, whole)
+        found["anchors"] = fits(probed) + ON_A_PATH * (anchors - 1) * fits(probed, solved)
     elif weighted:
         found["probe"] = fits(probed)
     if weighted:
@@ -94,9 +94,12 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         shorter = 1.0 if job.solver.shorter() == job.solver else SHORTER
         found["gap"] = shorter * anchors * fits(fit, sampled(shape.specs))
     if predicts and job.few_bits:
-        # Two fits, and the error of some thirty roundings, per layer.
-        found["rounding"] = fits(timing.grid_fit_seconds(device))
-        found["rounding"] += ROUNDINGS * (products if weighted else inputs) / rate
+        # A fit of the dense weight and one of a sparse solution; scales for every number of bits, of all solutions.
+        found["rounding"] = fits(fitted := timing.grid_fit_seconds(device)) + fits(fitted, solved)
+        numbers = sum(spec.numel for spec in shape.specs) + sum(ANCHORS[0][1]) * sum(spec.numel for spec in solved)
+        found["rounding"] += len(FEW) * numbers * timing.scale_seconds(device)
+        of_kind = timing.rounding_seconds(job.solver, job.kept, device, weighted)
+        found["rounding"] += OF_KIND * fits(of_kind, sampled(shape.specs))
     if predicts:
         found["predict"] = (anchors if job.anchors else 1) * products / rate
     if job.embeddings:
