@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from globalopt.machine.memory import size_text
+
 EXACT = 1e-9  # a relative gap below this is rounding in a sum of float64
 DIGITS = 3
 """Significant digits of what is computed or measured: more are below the noise, and harder to read."""
@@ -114,14 +116,12 @@ def clock(seconds: float) -> str:
 
 
 def memory(size: int) -> str:
-    """Format bytes as MiB or GiB; "-" for 0, which stands for not measured.
+    """Format bytes in powers of 1024; "-" for 0, which stands for not measured.
 
     >>> memory(912 * 2**20), memory(3 * 2**30), memory(0)
-    ('912 MiB', '3.00 GiB', '-')
+    ('912 MiB', '3 GiB', '-')
     """
-    if size <= 0:
-        return "-"
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+    return size_text(size) if size > 0 else "-"
 
 
 def significant(value: float) -> str:

@@ -307,7 +307,7 @@ def stage_table(stages: Sequence[StageCost]) -> Table:
 
     >>> table = stage_table([StageCost("capture", 2.0, 2**30), StageCost("refine", 6.0, 2**30)])
     >>> [cell.text for cell in table.rows[1]]
-    ['refine', '6.00 s', '75 %', '1.00 GiB']
+    ['refine', '6.00 s', '75 %', '1 GiB']
     """
     whole, peak = tables.whole_cost(stages)
     rows = [

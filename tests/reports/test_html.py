@@ -108,7 +108,7 @@ def test_the_figures_that_are_read_first(full):
         "optimal",
         str(mean_change(make_matching())),
         "2 min 39 s",
-        "1.50 GiB at the peak",
+        "1.5 GiB at the peak",
     ):
         assert figure in said, figure
     assert "≤ 0.013 %" in parsed(make_summary()).text

@@ -233,7 +233,7 @@ def test_only_a_run_that_searched_reports_a_search() -> None:
 def test_stages_sum_times_and_take_the_largest_peak() -> None:
     text = shown(stages(make_summary()))
     assert row(text, "refine") == ["refine", "1", "min", "22", "s", "52", "%", "1.07", "GiB"]
-    assert row(text, "all") == ["all", "2", "min", "39", "s", "1.50", "GiB"]
+    assert row(text, "all") == ["all", "2", "min", "39", "s", "1.5", "GiB"]
 
 
 def test_layers_show_shape_pattern_and_status() -> None:
