@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from globalopt.kernels.grid import offsets, roundings, snap
+from globalopt.kernels.grid import offsets, roundings
 
 BLOCK = 64
 """Columns that are updated one by one; all others follow in one product."""
@@ -36,18 +39,57 @@ def grid_sweep(S: Tensor, scales: Tensor, bits: int, R: Tensor) -> Tensor:
     """
     # Work on the transpose: a column of W is then contiguous.
     W = S.mT.clone(memory_format=torch.contiguous_format)
-    scales = scales.mT.contiguous()
     found = torch.empty_like(W)
+    grids = _Grids.of(scales.mT.contiguous(), bits)
     steps = R / R.diagonal()[:, None]
     for begin in range(0, len(W), BLOCK):
         end = min(begin + BLOCK, len(W))
         errors = torch.empty_like(W[begin:end])
-        for j in range(begin, end):
-            found[j] = snap(W[j], scales[j], bits)
-            torch.sub(W[j], found[j], out=errors[j - begin])
-            W[j + 1 : end].addr_(steps[j, j + 1 : end], errors[j - begin], alpha=-1)
+        rows = zip(*(x[begin:end].unbind() for x in (W, found)), errors.unbind(), grids.rows(begin, end), strict=True)
+        for j, (exact, level, error, grid) in enumerate(rows, begin):
+            level.copy_(exact)
+            grids.snap(level, *grid)
+            torch.sub(exact, level, out=error)
+            W[j + 1 : end].addr_(steps[j, j + 1 : end], error, alpha=-1)
         W[end:].addmm_(steps[begin:end, end:].mT, errors, alpha=-1)
     return found.mT.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class _Grids:
+    """Hold what it takes to round one row of numbers after the other to its grids, in few operations on few numbers.
+
+    Args:
+        scales, inverse, upward, least: (rows, n), magnitudes of the scales and one over them, what is added to a
+            magnitude before it is rounded down, and the least positive level in scales.
+        magnitudes: (n,), room to compute in.
+        top: the largest number of a level.
+    """
+
+    scales: Tensor
+    inverse: Tensor
+    upward: Tensor
+    least: Tensor
+    magnitudes: Tensor
+    top: int
+
+    @classmethod
+    def of(cls, scales: Tensor, bits: int) -> _Grids:
+        """Make it from the scales (rows, n) of grids."""
+        sizes = scales.abs()
+        inverse = 1 / sizes.clamp_min(torch.finfo(scales.dtype).tiny)
+        return cls(sizes, inverse, roundings(scales), offsets(scales), torch.empty_like(scales[0]), 2 ** (bits - 1) - 1)
+
+    def rows(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Return what `snap` takes for each of some rows."""
+        parts = (self.inverse, self.upward, self.least, self.scales)
+        return zip(*(part[begin:end].unbind() for part in parts), strict=True)
+
+    def snap(self, numbers: Tensor, per_scale: Tensor, upward: Tensor, least: Tensor, scale: Tensor) -> None:
+        """Round numbers (n,) to their nearest levels in place, as `globalopt.kernels.grid.snap` does."""
+        magnitudes = torch.abs(numbers, out=self.magnitudes)
+        magnitudes.mul_(per_scale).add_(upward).floor_().clamp_max_(self.top).add_(least).mul_(scale)
+        torch.copysign(magnitudes, numbers, out=numbers)
 
 
 def grid_descent(W: Tensor, S: Tensor, scales: Tensor, bits: int, G: Tensor, passes: int) -> Tensor:
@@ -93,26 +135,22 @@ def _over_columns(S: Tensor, D: Tensor, scales: Tensor, bits: int, G: Tensor) ->
     Returns:
         (d_in, rows) levels.
     """
-    found, top = torch.empty_like(S), 2 ** (bits - 1) - 1
-    upward, offset = roundings(scales), offsets(scales)
-    scales = scales.abs()
-    inverse = 1 / scales.clamp_min(torch.finfo(S.dtype).tiny)
-    magnitude, sizes = torch.empty_like(S[0]), (1 / G.diagonal()).tolist()
+    found, grids = torch.empty_like(S), _Grids.of(scales, bits)
+    sizes = (1 / G.diagonal()).tolist()
     for begin in range(0, len(S), BLOCK):
         end = min(begin + BLOCK, len(S))
         changes, here = torch.empty_like(S[begin:end]), D[begin:end]
         rows = zip(
-            *(x[begin:end].unbind() for x in (S, D, found, scales, inverse, upward, offset)),
+            *(x[begin:end].unbind() for x in (S, D, found)),
             changes.unbind(),
             G[begin:end, begin:end].contiguous().unbind(),
             sizes[begin:end],
+            grids.rows(begin, end),
             strict=True,
         )
-        for current, near, level, scale, per_scale, rounding, least, change, column, size in rows:
+        for current, near, level, change, column, size, grid in rows:
             torch.add(current, near, alpha=size, out=level)
-            torch.abs(level, out=magnitude)
-            magnitude.mul_(per_scale).add_(rounding).floor_().clamp_max_(top).add_(least).mul_(scale)
-            torch.copysign(magnitude, level, out=level)
+            grids.snap(level, *grid)
             torch.sub(level, current, out=change)
             here.addr_(column, change, alpha=-1)
         D[end:].addmm_(G[end:, begin:end], changes, alpha=-1)
