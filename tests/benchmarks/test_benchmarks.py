@@ -282,6 +282,19 @@ def test_local_optimality_counts_the_swaps_of_a_finished_search(tiny, tmp_path, 
     assert "no finished search" in capsys.readouterr().err
 
 
+def test_an_embedding_and_a_head_are_rounded_alone_and_together(tiny, tmp_path, capsys):
+    options = dict(zip(tiny[::2], tiny[1::2], strict=True))
+    command = ["--out", str(tmp_path), "--model", options["--model"], "--text", options["--calibration"]]
+    assert script("untied_embeddings").main([*command, "--windows", "2", "--seqlen", "16"]) == 0
+    assert "An embedding and a head in few bits" in capsys.readouterr().out
+    found = json.loads((tmp_path / "untied_embeddings.json").read_text())["cells"]
+    assert [(pair["embedding"], pair["head"]) for pair in found] == [(8, 8), (8, 6), (6, 8), (6, 6)]
+    assert found[0]["together"] < found[-1]["together"]
+    assert all(0.3 < pair["together"] / pair["apart"] < 3 for pair in found)
+    assert script("untied_embeddings").main([*command, "--windows", "200", "--seqlen", "16"]) == 2
+    assert "need 3200" in capsys.readouterr().err
+
+
 def test_estimators_are_compared_on_the_same_samples(tiny, tmp_path, monkeypatch, capsys):
     estimators = script("estimators")
     out = tmp_path / "out"
