@@ -36,6 +36,9 @@ SHORTER = 0.4
 OF_KIND = 4
 """Solutions of a layer of each kind that are rounded as a refinement rounds them, about."""
 
+GRID_PRODUCTS = 4
+"""Products with a Gram while a layer is rounded."""
+
 STEP = 1e-3
 """Seconds that a block takes to read one token, apart from the products with its weights."""
 
@@ -59,6 +62,10 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
 
     def fits(seconds: float, specs: Sequence[LayerSpec] = shape.specs) -> float:
         return sum(seconds * timing.size(spec) for spec in specs)
+
+    def on_grid(seconds: float, specs: Sequence[LayerSpec], joint: bool = False) -> float:
+        products = sum(2 * spec.numel * (spec.d_in + joint * spec.d_out) for spec in specs)
+        return sum(seconds * timing.column_size(spec, joint) for spec in specs) + GRID_PRODUCTS * products / rate
 
     tokens, window = shape.tokens, texts.seqlen
     grams = 2 * tokens * sum(specs[0].d_in ** 2 for specs in shape.sites.values()) / rate
@@ -93,13 +100,16 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if job.compared:
         shorter = 1.0 if job.solver.shorter() == job.solver else SHORTER
         found["gap"] = shorter * anchors * fits(fit, sampled(shape.specs))
+    rounded = 0.0
+    if job.few_bits:
+        rounded = timing.rounding_seconds(job.solver, job.kept, device, weighted)
     if predicts and job.few_bits:
         # A fit of the dense weight and one of a sparse solution; scales for every number of bits, of all solutions.
-        found["rounding"] = fits(fitted := timing.grid_fit_seconds(device)) + fits(fitted, solved)
+        fitted = timing.grid_fit_seconds(device)
+        found["rounding"] = sum(on_grid(fitted, specs) for specs in (shape.specs, solved))
         numbers = sum(spec.numel for spec in shape.specs) + sum(ANCHORS[0][1]) * sum(spec.numel for spec in solved)
         found["rounding"] += len(FEW) * numbers * timing.scale_seconds(device)
-        of_kind = timing.rounding_seconds(job.solver, job.kept, device, weighted)
-        found["rounding"] += OF_KIND * fits(of_kind, sampled(shape.specs))
+        found["rounding"] += OF_KIND * on_grid(rounded, sampled(shape.specs), weighted)
     if predicts:
         found["predict"] = (anchors if job.anchors else 1) * products / rate
     if job.embeddings:
@@ -115,7 +125,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
         read = {Needs.NOTHING: 0.0, Needs.DIAGONAL: 1 / SAMPLED, Needs.GRAM: 1.0}[reads]
         found["refine"] = walks + read * grams + fits(fit)
         if job.few_bits:
-            found["refine"] += fits(timing.rounding_seconds(job.solver, job.kept, device, weighted))
+            found["refine"] += on_grid(rounded, shape.specs, weighted)
         if job.matching is not None:
             # Forward and backward passes with the loss of held-out windows, and as much again for other operations.
             found["match blocks"] = 2 * 3 * job.matching.epochs * forward(tokens)
