@@ -48,7 +48,7 @@ def decode_matrix(coded: CodedMatrix, dtype: torch.dtype) -> Tensor:
 
     >>> coded = encode_matrix(torch.tensor([[1.0, -1.0, 0.5, 0.0]]), bits=6)
     >>> decode_matrix(coded, torch.float32).mul(100).round().tolist()
-    [[98.0, -98.0, 51.0, 0.0]]
+    [[100.0, -100.0, 49.0, 2.0]]
     """
     n = coded.rows * coded.width
     found = torch.empty(n, dtype=dtype, device=coded.codes.device)
