@@ -96,7 +96,9 @@ def _settle_modes(temporary: Path) -> None:
     """
     if not temporary.exists():
         return
-    probe = temporary.with_name(f"{temporary.name.removesuffix(PARTIAL)}.mode{PARTIAL}")
+    # Its name ends as that of a temporary file does, so that it is removed where this process is killed here.
+    name, *owner = temporary.name.rsplit(".", 4)
+    probe = temporary.with_name(".".join((name, "mode", *owner)))
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()

@@ -177,6 +177,18 @@ def test_leftovers_of_killed_processes_of_this_machine_are_removed(tmp_path):
     assert sorted(os.listdir(inner)) == sorted(kept)
 
 
+def test_a_process_that_is_killed_while_it_settles_permissions_leaves_nothing_for_good(tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from globalopt.runs.files import write_json\n"
+        "Path.unlink = lambda path, missing_ok=False: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_json(Path(sys.argv[1]) / 'x.json', 'new')"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
+    assert len(os.listdir(tmp_path)) == 2
+    remove_abandoned(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_removed(tmp_path):
     write_json(tmp_path / "x.json", "old")
     script = (
