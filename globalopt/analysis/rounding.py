@@ -130,22 +130,26 @@ def _measure(
     weight, metric = analysis.layers.weight(spec.name).float(), analysis.loss_metric(spec)
     scale = 1.0 if metric.outputs is None else 0.5
     kept: list[float] = []
-    values: dict[int, list[float]] = {bits: [] for bits in FEW}
-    share = _fitted_share(sparse[len(sparse) // 2].S.to(weight.device).float(), metric, norm) if sparse else 1.0
-    for value in (*sparse, None):
+    nearest: list[dict[int, float]] = []
+    shares: list[float] = []
+    for number, value in enumerate((*sparse, None)):
         S = weight if value is None else value.S.to(weight.device).float()
         kept.append(int(S.count_nonzero()) / spec.numel)
-        if value is None:
-            share = _fitted_share(weight, metric, norm)
-        for bits, loss in _nearest_losses(S, metric, norm, FEW).items():
-            values[bits].append(scale * fits.joint * share * loss)
+        nearest.append(_nearest_losses(S, metric, norm, FEW))
+        # Of the sparse solutions the middle one is fitted, for all of them.
+        if number in (len(sparse) // 2, len(sparse)):
+            shares.append(_fitted_share(S, nearest[-1][FITTED], metric, norm))
+    left = (*(shares[0] for _ in sparse), shares[-1])
     noise = {bits: scale * metric.uncorrelated_error(grid_noise(weight, bits, GROUP)) for bits in FEW}
     factors = {
         bits: tuple(scale * fits.factors * _factor_loss(value, metric, bits) for value in ranked) for bits in FEW
     }
     return RoundingLosses(
         tuple(kept),
-        {bits: tuple(losses) for bits, losses in values.items()},
+        {
+            bits: tuple(scale * fits.joint * share * each[bits] for share, each in zip(left, nearest, strict=True))
+            for bits in FEW
+        },
         tuple(value.rank for value in ranked),
         factors,
         noise,
@@ -181,9 +185,8 @@ def _nearest_loss(S: Tensor, metric: Metric, norm: GridNorm) -> float:
     return _nearest_losses(S, metric, norm, (FITTED,))[FITTED]
 
 
-def _fitted_share(S: Tensor, metric: Metric, norm: GridNorm) -> float:
-    """Compute the part of what rounding `S` to its nearest levels adds that a fit row by row leaves."""
-    nearest = _nearest_loss(S, metric, norm)
+def _fitted_share(S: Tensor, nearest: float, metric: Metric, norm: GridNorm) -> float:
+    """Compute the part of what rounding `S` to its nearest levels adds, `nearest`, that a fit row by row leaves."""
     return min(1.0, metric.error(S - norm.fit(S, S, FITTED)[0]) / nearest) if nearest > 0 else 1.0
 
 

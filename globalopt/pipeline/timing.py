@@ -137,7 +137,7 @@ def column_size(spec: LayerSpec, joint: bool = False) -> float:
     """Compute the time of rounding a layer column by column, in units of that of a `SIDE` x `SIDE` layer.
 
     A column costs its rows, and calls that take as long as `CALLS` rows do: more where rows move in blocks (`joint`).
-    On one thread and with products added, six shapes from 192 x 576 to 2048 x 2048 were .6 to 1.8 of this.
+    On one thread, with products added, six shapes from 192 x 576 to 2048 x 2048 took .6 to 1.2 times this.
 
     >>> column_size(LayerSpec("up", 0, "in", "up", SIDE, SIDE)), column_size(LayerSpec("up", 0, "in", "up", SIDE, 512))
     (1.0, 2.0)

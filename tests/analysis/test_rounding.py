@@ -1,4 +1,4 @@
-"""What rounding adds to a layer: measured where it was solved at all anchors, interpolated over depth elsewhere."""
+"""What rounding adds to a layer: measured where it was solved at all anchors, taken from neighbours elsewhere."""
 
 from __future__ import annotations
 

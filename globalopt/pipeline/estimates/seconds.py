@@ -100,9 +100,7 @@ def stage_seconds(shape: Shape, job: Job, rate: float, fit: float, device: torch
     if job.compared:
         shorter = 1.0 if job.solver.shorter() == job.solver else SHORTER
         found["gap"] = shorter * anchors * fits(fit, sampled(shape.specs))
-    rounded = 0.0
-    if job.few_bits:
-        rounded = timing.rounding_seconds(job.solver, job.kept, device, weighted)
+    rounded = timing.rounding_seconds(job.solver, job.kept, device, weighted) if job.few_bits else 0.0
     if predicts and job.few_bits:
         # A fit of the dense weight and one of a sparse solution; scales for every number of bits, of all solutions.
         fitted = timing.grid_fit_seconds(device)
